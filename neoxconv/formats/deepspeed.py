@@ -1,0 +1,165 @@
+"""gpt-neox checkpoints as DeepSpeed writes them: pipeline layer files, or sequential mp_rank files.
+
+    SAVE/latest                                     the tag
+    SAVE/global_stepN/layer_02-model_01-model_states.pt     weights of layer 2, tensor-parallel rank 1
+    SAVE/global_stepN/mp_rank_05_model_states.pt            bookkeeping; in a sequential run also the weights
+    SAVE/global_stepN/*zero_pp_rank_3_mp_rank_05_optim_states.pt    optimizer states: never opened here
+    SAVE/global_stepN/configs/*.yml                         the training configuration
+
+Which kind it is shows in the files, never in the YAML. Every weight is named `N.name`, N the layer index.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neoxconv.formats.torch_zip import read_pt
+
+from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.model import Index, SourceFile
+from neoxconv.storage import open_storage
+from neoxconv.tensor import LazyTensor
+
+LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+OPTIMIZER = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt")
+SEQUENTIAL = "sequential."
+
+
+def layer_file(layer: int, rank: int) -> str:
+    """The name of the file with one layer's weights on one rank."""
+    return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+
+
+def states_file(rank: int) -> str:
+    """The name of a rank's bookkeeping file."""
+    return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` itself (a `global_stepN`) holds files with weights of gpt-neox."""
+    return any(LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
+
+
+def tag_folder(path: Path) -> Path | None:
+    """The `global_stepN` that `path` means: itself, the one named by `latest`, or the only one; None if there is none."""
+    if is_checkpoint(path):
+        return path
+    latest = path / "latest"
+    if latest.is_file():
+        folder = path / latest.read_text(errors="replace").strip()
+        if folder.parent != path or not folder.is_dir():
+            raise CheckpointError(
+                f"{latest}: names {folder.name}, which is not a folder beside it; give the global_stepN folder itself."
+            )
+        return folder
+    steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and is_checkpoint(p))
+    if len(steps) > 1:
+        raise CheckpointError(f"{path}: holds {', '.join(p.name for p in steps)} and no `latest`; give one of them.")
+    return steps[0] if steps else None
+
+
+def index(folder: Path, config: Sequence[Path] = ()) -> Index:
+    """Index the checkpoint in `folder` (a `global_stepN`), reading zip directories and pickles only."""
+    names = sorted(p.name for p in folder.iterdir())
+    layers = {(int(m[1]), int(m[2])): m[0] for name in names if (m := LAYER.fullmatch(name))}
+    states = {int(m[1]): m[0] for name in names if (m := STATES.fullmatch(name))}
+    files = {name: read_pt(open_storage(folder / name)) for name in [*layers.values(), *states.values()]}
+    configs = tuple(config) or find_configs(folder)
+    ranks = pipeline_ranks(folder, layers, files) if layers else sequential_ranks(folder, states, files)
+    return Index(
+        format="neox",
+        folder=folder,
+        files=tuple(SourceFile(open_storage(folder / name), file.checksum) for name, file in files.items()),
+        ranks=ranks,
+        settings=read_configs(configs),
+        states={name: files[name].value for name in states.values()},
+        sequential=not layers,
+        ordered=bool(layers) and isinstance(next(iter(files.values())).value, OrderedDict),
+        configs=configs,
+        set_aside=tuple(name for name in names if OPTIMIZER.fullmatch(name)),
+    )
+
+
+def pipeline_ranks(
+    folder: Path, layers: dict[tuple[int, int], str], files: dict[str, Any]
+) -> tuple[dict[str, LazyTensor], ...]:
+    """Each rank's tensors from its layer files, in the order of the layers."""
+    numbers, degree = sorted({layer for layer, _ in layers}), 1 + max(rank for _, rank in layers)
+    missing = [(layer, rank) for layer in numbers for rank in range(degree) if (layer, rank) not in layers]
+    raise_all(CheckpointError, (f"{folder / layer_file(*at)}: is missing; download it again." for at in missing))
+    return tuple(
+        {
+            f"{layer}.{name}": tensor
+            for layer in numbers
+            for name, tensor in tensors_of(folder / layers[layer, rank], files[layers[layer, rank]].value).items()
+        }
+        for rank in range(degree)
+    )
+
+
+def sequential_ranks(folder: Path, states: dict[int, str], files: dict[str, Any]) -> tuple[dict[str, LazyTensor], ...]:
+    """Each rank's tensors from `module` in its mp_rank file."""
+    missing = sorted(set(range(max(states) + 1)) - set(states))
+    raise_all(CheckpointError, (f"{folder / states_file(rank)}: is missing; download it again." for rank in missing))
+    ranks = []
+    for _, name in sorted(states.items()):
+        module = files[name].value.get("module") if isinstance(files[name].value, dict) else None
+        if not module:
+            raise CheckpointError(
+                f"{folder / name}: holds no weights (`module` is empty), and there are no layer_NN-model_MM files beside it. "
+                "Download the layer files too."
+            )
+        ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in tensors_of(folder / name, module).items()})
+    return tuple(ranks)
+
+
+def tensors_of(path: Path, value: Any) -> dict[str, LazyTensor]:
+    """A dictionary's tensors; TransformerEngine's extra states, which are not tensors, are left out."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(value).__name__}.")
+    odd = [
+        name for name, t in value.items() if not isinstance(t, LazyTensor) and not str(name).endswith("_extra_state")
+    ]
+    raise_all(CheckpointError, (f"{path}: {name} is not a tensor; expected a dictionary of tensors." for name in odd))
+    return {name: t for name, t in value.items() if isinstance(t, LazyTensor)}
+
+
+def find_configs(folder: Path) -> tuple[Path, ...]:
+    """The YAML files in `configs/`, else beside the weights, else in the folder that holds `latest`."""
+    places = [folder / "configs", folder]
+    if (folder.parent / "latest").is_file() or folder.name.startswith("global_step"):
+        places += [folder.parent / "configs", folder.parent]
+    for place in places:
+        found = sorted(p for pattern in ("*.yml", "*.yaml") for p in place.glob(pattern))
+        if found:
+            return tuple(found)
+    return ()
+
+
+def read_configs(paths: Sequence[Path]) -> dict[str, Any]:
+    """All settings of the YAML files with `_` for `-`; a key given twice must have one value."""
+    import yaml
+
+    merged: dict[str, Any] = {}
+    home: dict[str, Path] = {}
+    for path in paths:
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
+        if not isinstance(settings, dict):
+            raise CheckpointError(
+                f"{path}: expected the settings of gpt-neox (key: value), found {type(settings).__name__}."
+            )
+        for key, value in ((str(key).replace("-", "_"), value) for key, value in settings.items()):
+            if merged.setdefault(key, value) != value:
+                raise CheckpointError(
+                    f"{path}: {key} is {value!r} but {merged[key]!r} in {home[key].name}; give the right file with --config."
+                )
+            home.setdefault(key, path)
+    return merged

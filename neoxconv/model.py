@@ -1,0 +1,223 @@
+"""The nouns that every part of neoxconv shares: what a model is, what a source holds, what a target will hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.dtypes import Array, DType, Floats
+from neoxconv.storage import Storage
+from neoxconv.tensor import LazyTensor
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The hyperparameters that change the function, in one spelling."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ff: int
+    rows: int  # of the embedding: the vocabulary with its padding
+    context: int
+    rotary_pct: float  # part of each head that is rotated
+    rotary_base: float
+    norm_eps: float
+    parallel_residual: bool  # attention and MLP read the same stream (gpt_j_residual)
+    activation: str  # "gelu" (erf) or "gelu_tanh"
+    tied: bool  # the head is the embedding
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the words in a weight's `shape` stand for."""
+        return {"rows": self.rows, "hidden": self.hidden, "qkv": 3 * self.hidden, "ff": self.ff}
+
+    @property
+    def rotary_dims(self) -> int:
+        """Numbers of each head that are rotated, as every implementation rounds them: down."""
+        return int(self.head_size * self.rotary_pct)
+
+
+Ranks = Sequence[LazyTensor]
+
+
+@dataclass(frozen=True)
+class Join:
+    """How the tensor-parallel ranks' parts become one tensor, and how one tensor becomes parts."""
+
+    name: str
+    join: Callable[[Ranks, ModelConfig], LazyTensor]
+    split: Callable[[LazyTensor, int, ModelConfig], list[LazyTensor]]
+
+
+Order = Callable[[ModelConfig], npt.NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of an architecture's table; `{i}` in a name stands for the layer."""
+
+    stage: str  # embed, layer, norm, head: which layer file holds it
+    source: tuple[str, ...]  # its name in a layer file, one per generation of gpt-neox
+    join: Join
+    unified: str  # its Hugging Face name, used in every message
+    gguf: str
+    role: str  # qkv, attn_out, mlp_in, mlp_out, embedding, head, norm, bias: what a mix asks for
+    shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
+    gguf_order: Order | None = None  # the order of rows in GGUF, as indices of unified rows
+    norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that tensors are read from, with the SHA-256 of what describes them (header, zip directory and pickle)."""
+
+    storage: Storage
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a reader finds in a source: names as the source spells them, nothing interpreted, no weight read.
+
+    `ranks` has one dictionary for each tensor-parallel rank (one for formats without ranks), in the stored order.
+    For gpt-neox the names are `N.name` with the layer index N, for pipeline and sequential files alike.
+    """
+
+    format: str  # neox, hf, safetensors, gguf
+    folder: Path
+    files: tuple[SourceFile, ...]
+    ranks: tuple[dict[str, LazyTensor], ...]
+    settings: dict[str, Any]  # merged YAML, config.json or GGUF keys, as found
+    states: dict[str, Any] = field(default_factory=dict)  # gpt-neox: mp_rank file name -> its bookkeeping
+    sequential: bool = False  # gpt-neox: the weights lie in the mp_rank files
+    ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
+    configs: tuple[Path, ...] = ()  # gpt-neox: the YAML files
+    set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows of float32 become stored bytes, and back.
+
+    `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.stored` (for block types [n, row bytes] of uint8);
+    `decode` is the way back. `wrong(rows, stored)` is a boolean [n, columns]: True where no correct encoder could have
+    stored that value for that weight.
+    """
+
+    name: str
+    dtype: DType
+    encode: Callable[[Floats], Array]
+    decode: Callable[[Array], Floats]
+    wrong: Callable[[Floats, Array], npt.NDArray[np.bool_]]
+
+    @property
+    def bits(self) -> float:
+        """Bits for each weight."""
+        return 8 * self.dtype.nbytes / self.dtype.block
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor on its way into a target: the target's name for it, where it comes from and how it is stored."""
+
+    name: str
+    unified: str
+    tensor: LazyTensor
+    encoding: Encoding
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.rows * self.encoding.dtype.size(self.tensor.columns)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an entry's bytes begin in its file."""
+
+    entry: Entry
+    offset: int
+
+
+@dataclass(frozen=True)
+class Late:
+    """A small range that needs the CRC-32s of the file's slots, given in the order of the slots."""
+
+    offset: int
+    size: int
+    make: Callable[[Sequence[int]], bytes]
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A file with every byte accounted for: constant pieces, slots, late ranges; the rest is zero."""
+
+    name: str
+    size: int
+    pieces: tuple[tuple[int, bytes], ...]
+    slots: tuple[Slot, ...]
+    late: tuple[Late, ...] = ()
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a target will hold: files of weights, small files as they are, and what is worth telling."""
+
+    files: tuple[FileLayout, ...]
+    sidecars: dict[str, bytes]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the shapes of a source's tensors tell of the model, over all ranks."""
+
+    layers: int
+    hidden: int
+    ff: int
+    rows: int
+    tied: bool  # there is no head
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family: the table of its weights, and its hyperparameters in every format's words.
+
+    `config_of[format](index, measured, preset)` gives the hyperparameters, and notes on what was guessed.
+    """
+
+    name: str
+    weights: tuple[Weight, ...]
+    dropped: tuple[str, ...]  # patterns of buffers that are recomputed, by any format's name
+    config_of: Mapping[str, Callable[[Index, Measured, str | None], tuple[ModelConfig, tuple[str, ...]]]]
+    to_hf: Callable[[ModelConfig, str], dict[str, Any]]
+    to_gguf: Callable[[ModelConfig], dict[str, Any]]
+
+    def names(self, config: ModelConfig) -> list[tuple[int | None, Weight]]:
+        """Every weight of a model with its layer (None outside the layers), in the order of the forward pass."""
+        before = [(None, w) for w in self.weights if w.stage == "embed"]
+        layers = [(i, w) for i in range(config.layers) for w in self.weights if w.stage == "layer"]
+        after = [(None, w) for w in self.weights if w.stage == "norm" or (w.stage == "head" and not config.tied)]
+        return [*before, *layers, *after]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model from any source under unified names: nothing is read until rows are asked for."""
+
+    index: Index
+    architecture: Architecture
+    config: ModelConfig
+    tensors: dict[str, LazyTensor]  # unified names, in the order of the forward pass
+    dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
+    notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
+    norms: str = "mean"  # how the ranks' norms were joined

@@ -1,0 +1,11 @@
+"""The names that the command line offers, as plain strings: `--help` must not load the tables that they belong to."""
+
+FORMATS = ("hf", "safetensors", "slim", "gguf")
+SINGLE_FILE = ("safetensors", "gguf")
+MIXES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+DTYPES = ("F16", "BF16", "F32")
+NORMS = ("mean", "fold", "rank0")
+PRESETS = (
+    "20B", "pythia-14m", "pythia-31m", "pythia-70m", "pythia-160m", "pythia-410m",
+    "pythia-1b", "pythia-1.4b", "pythia-2.8b", "pythia-6.9b", "pythia-12b",
+)  # fmt: skip
