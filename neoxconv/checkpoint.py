@@ -1,4 +1,4 @@
-"""Open any source as one model: find out what it is, give its tensors their unified names, join the ranks, check coverage.
+"""Open any source as one model: find out what it is, give its tensors their unified names, check coverage, join ranks.
 
 Every source tensor is used once or dropped by name; every unified tensor is made once, in the shape that the
 configuration gives it. Anything else is an error that lists what is missing, left over or of another shape.
@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,13 @@ import numpy as np
 
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.joins import NORMS, join
-from neoxconv.dtypes import FLOATS
-from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.coverage import FIRST_LAYER, check, home
+from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.fold import folded
 from neoxconv.formats import deepspeed, gguf, hf, safetensors
 from neoxconv.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Weight
 from neoxconv.tensor import LazyTensor, reordered
 
-FIRST_LAYER = 2  # of gpt-neox: 0 is the embedding, 1 a function without weights
-AFTER_LAYERS = {"norm": 3, "head": 4}  # of gpt-neox: counted from the number of layers
 NAMING = {"neox": "neox", "hf": "unified", "safetensors": "unified", "gguf": "gguf"}
 
 Named = list[dict[str, LazyTensor]]
@@ -35,8 +32,8 @@ Named = list[dict[str, LazyTensor]]
 def open_checkpoint(
     path: Path | str, *, config: Sequence[Path] = (), preset: str | None = None, norms: str = "mean"
 ) -> Checkpoint:
-    """The model at `path`: a gpt-neox checkpoint (its folder, its global_stepN, or a file in it), a Hugging Face folder,
-    a .safetensors or a .gguf file.
+    """The model at `path`: a gpt-neox checkpoint (its folder, its global_stepN, or a file in it), a Hugging Face
+    folder, a .safetensors or a .gguf file.
 
     `config` are gpt-neox YAML files, used instead of those beside the weights; `preset` names a released model;
     `norms` says how ranks' norms are joined: mean, fold (exact) or rank0. Raises CheckpointError.
@@ -73,8 +70,8 @@ def read_index(path: Path, config: Sequence[Path]) -> Index:
         if files:
             raise CheckpointError(f"{path}: holds {len(files)} {suffix} files; give the one you mean.")
     raise CheckpointError(
-        f"{path}: holds no model. Expected gpt-neox's layer_NN-model_MM-model_states.pt or mp_rank_MM_model_states.pt files "
-        "(or a folder with `latest`), Hugging Face's config.json, or a .gguf or .safetensors file."
+        f"{path}: holds no model. Expected gpt-neox's layer_NN-model_MM-model_states.pt or mp_rank_MM_model_states.pt "
+        "files (or a folder with `latest`), Hugging Face's config.json, or a .gguf or .safetensors file."
     )
 
 
@@ -140,15 +137,6 @@ def unified_name(name: str, spellings: Sequence[Pattern]) -> str | None:
     return None
 
 
-def home(index: Index, rank: int, name: str) -> Path:
-    """The file that holds (or should hold) a rank's tensor, as well as names tell."""
-    if index.format != "neox":
-        return index.files[0].storage.path if len(index.files) == 1 else index.folder
-    if index.sequential:
-        return index.folder / deepspeed.states_file(rank)
-    return index.folder / deepspeed.layer_file(int(name.split(".")[0]), rank)
-
-
 def measure(named: Named, architecture: Architecture) -> Measured:
     """What the shapes tell; zeros where a tensor is missing, which `check` reports."""
     layers = [int(m[1]) for m in (re.search(r"layers\.(\d+)\.", name) for name in named[0]) if m]
@@ -163,101 +151,6 @@ def measure(named: Named, architecture: Architecture) -> Measured:
     return Measured(
         max(layers, default=-1) + 1, hidden, rows("mlp_in"), rows("embedding"), by_role["head"] not in named[0]
     )
-
-
-def expected_neox_name(weight: Weight, layer: int | None, layers: int) -> str:
-    """`N.name` of a weight in gpt-neox, in the oldest spelling."""
-    number = (
-        0 if weight.stage == "embed" else layers + AFTER_LAYERS[weight.stage] if layer is None else layer + FIRST_LAYER
-    )
-    return f"{number}.{weight.source[0]}"
-
-
-def check(index: Index, named: Named, left: list[list[str]], architecture: Architecture, config: ModelConfig) -> None:
-    """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
-    problems = [*check_degree(index), *check_missing(index, named, architecture, config)]
-    names = {weight.unified.replace("{i}", str(layer)) for layer, weight in architecture.names(config)}
-    for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
-        problems += [
-            f"{index.folder}: {name} does not belong to a model of {config.layers} layers."
-            for name in known
-            if name not in names
-        ]
-        problems += [
-            f"{home(index, rank, name)}: {name} is not a tensor of {architecture.name}; "
-            "a model of another kind (a reward head, other norms) is not supported."
-            for name in unknown
-            if not any(fnmatchcase(name, pattern) for pattern in architecture.dropped)
-        ]
-    raise_all(CheckpointError, dict.fromkeys(problems))
-    raise_all(CheckpointError, check_shapes(index, named, architecture, config))
-
-
-def check_degree(index: Index) -> list[str]:
-    """The tensor-parallel degree as configured, against the ranks found."""
-    degree = index.settings.get("model_parallel_size", len(index.ranks)) if index.format == "neox" else len(index.ranks)
-    if degree == len(index.ranks):
-        return []
-    return [
-        f"{index.folder}: the configuration says model_parallel_size {degree} but the files are those of {len(index.ranks)} rank(s). "
-        "Download the missing ranks' files, or give the right YAML with --config."
-    ]
-
-
-def check_missing(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
-    """Whole layer files and single tensors that are not there."""
-    problems = []
-    for layer, weight in architecture.names(config):
-        unified = weight.unified.replace("{i}", str(layer))
-        for rank, known in enumerate(named):
-            if unified in known:
-                continue
-            if index.format != "neox" or index.sequential:
-                problems.append(f"{home(index, rank, '')}: {unified} is missing.")
-                continue
-            file = home(index, rank, expected_neox_name(weight, layer, config.layers))
-            problems.append(
-                f"{file}: {'lacks ' + weight.source[0] + ' (' + unified + ')' if file.exists() else 'is missing'}; download it again."
-            )
-    return problems
-
-
-def check_shapes(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
-    """Tensors whose ranks disagree, whose joined shape is not what the configuration makes it, or that hold no floats."""
-    problems = []
-    if config.hidden % config.heads:
-        problems.append(
-            f"{index.folder}: {config.heads} heads do not divide hidden size {config.hidden}; give the right configuration."
-        )
-    for layer, weight in architecture.names(config):
-        unified = weight.unified.replace("{i}", str(layer))
-        parts = [known[unified] for known in named]
-        shapes = [part.shape for part in parts]
-        source = expected_neox_name(weight, layer, config.layers)
-        for rank in range(1, len(parts)):
-            if shapes[rank] != shapes[0]:
-                problems.append(
-                    f"{home(index, rank, source)}: {unified} is {list(shapes[rank])} on rank {rank} but {list(shapes[0])} on rank 0. "
-                    "The shards come from different runs; download them again."
-                )
-        expected = tuple(config.sizes[size] for size in weight.shape)
-        if len(set(shapes)) == 1 and (found := joined_shape(weight, parts, config)) != expected:
-            problems.append(
-                f"{home(index, 0, source)}: {unified} is {list(found)} but the configuration makes it {list(expected)}. "
-                "Give the right configuration with --config."
-            )
-        if parts[0].dtype.block == 1 and parts[0].dtype.name not in FLOATS:
-            problems.append(
-                f"{home(index, 0, source)}: {unified} holds {parts[0].dtype.name}; expected {', '.join(FLOATS)}."
-            )
-    return problems
-
-
-def joined_shape(weight: Weight, parts: Sequence[LazyTensor], config: ModelConfig) -> tuple[int, ...]:
-    """The shape that the ranks' equal parts make together (without joining what cannot be joined)."""
-    if len(parts[0].shape) != len(weight.shape):
-        return parts[0].shape
-    return join(weight.join, parts, config).shape
 
 
 def unify(checkpoint: Checkpoint, named: Named) -> dict[str, LazyTensor]:

@@ -1,11 +1,11 @@
 """The exact merge: move the ranks' different norms into the weights that follow, so that one norm serves all ranks.
 
-With x the normalised stream (the same on every rank), rank r computes W_r (g_r x + b_r) + c_r. For any common g, b
+With x the normalised stream (the same on every rank), rank r computes W_r (g_r x + b_r) + c_r. For any common g and b
 
     W'_r = W_r diag(g_r / g),    c'_r = c_r + W_r (b_r - (g_r / g) b)
 
-computes the same. The head has no bias c_r; but x sums to zero, so adding u 1^T diag(1 / g) to its weight changes nothing
-of its product with g x and adds u sum(b / g) to its product with b:
+computes the same. The head has no bias c_r; but x sums to zero, so adding u 1^T diag(1 / g) to its weight changes
+nothing of its product with g x and adds u sum(b / g) to its product with b:
 
     E'_r = E_r diag(g_r / g) + u_r 1^T diag(1 / g),    u_r = E_r (b_r - (g_r / g) b) / sum(b / g)
 
@@ -85,7 +85,7 @@ def rank_norms(named: Named, norm: str, weight: Weight, config: ModelConfig) -> 
     gain = as_stored(away_from_zero(sum(gains) / len(gains)), like)  # type: ignore[arg-type]
     bias = sum(biases) / len(biases)  # type: ignore[assignment]
     if weight.role == "head":
-        bias = bias + gain * (SHIFT - (bias / gain).mean())
+        bias = bias + gain * (SHIFT - row_sums((bias / gain)[None])[0] / len(gain))
     return [Norm(g, b, gain, as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
 
 
@@ -136,7 +136,7 @@ def fold_bias(bias: LazyTensor, weight: LazyTensor, norm: Norm) -> LazyTensor:
 
 
 def fold_head(head: LazyTensor, norm: Norm) -> LazyTensor:
-    """The head's weight with the norms' biases spread over its columns; unchanged where its ranks see their own norm."""
+    """The head's weight with the norms' biases spread over its columns; unchanged where ranks see their own norm."""
     if head.columns != len(norm.gain) or (not norm.offset.any() and (norm.ratio == 1).all()):
         return head
     lever = row_sums((norm.common_bias / norm.common_gain)[None])[0]
@@ -150,7 +150,7 @@ def fold_head(head: LazyTensor, norm: Norm) -> LazyTensor:
 
 
 def row_sums(products: Doubles) -> Doubles:
-    """The sum of each row, [rows, n] -> [rows], by halving: the order is the same on every machine and for every slab."""
+    """The sum of each row, [rows, n] -> [rows], by halving: the same order on every machine and for every slab."""
     while products.shape[1] > 1:
         half = products.shape[1] // 2
         folded_half = products[:, :half] + products[:, half : 2 * half]

@@ -69,10 +69,10 @@ class Weight:
     stage: str  # embed, layer, norm, head: which layer file holds it
     source: tuple[str, ...]  # its name in a layer file, one per generation of gpt-neox
     join: Join
-    unified: str  # its Hugging Face name, used in every message
-    gguf: str
     role: str  # qkv, attn_out, mlp_in, mlp_out, embedding, head, norm, bias: what a mix asks for
     shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
+    unified: str  # its Hugging Face name, used in every message
+    gguf: str
     gguf_order: Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
 

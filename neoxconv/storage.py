@@ -31,7 +31,7 @@ class Storage:
                 "It is cut short or damaged; download it again."
             )
         data = np.empty(length, np.uint8)
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 while done < length:

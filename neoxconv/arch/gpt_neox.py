@@ -16,34 +16,46 @@ def qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
     return rows.transpose(1, 0, 2).reshape(-1)
 
 
-def each(*names: str) -> tuple[str, ...]:
-    """One source name per generation of gpt-neox: legacy, then since 2024-09, then TransformerEngine."""
-    return names
-
-
 L, B = "gpt_neox.layers.{i}.", "blk.{i}."
-QKV, DENSE = "attention.query_key_value.", "attention.dense."
+QKV, DENSE, UP, DOWN = "attention.query_key_value.", "attention.dense.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h."
 NORM1, NORM2, NORM = L + "input_layernorm", L + "post_attention_layernorm", "gpt_neox.final_layer_norm"
 
 # fmt: off
 WEIGHTS = (
-    #      stage    names in the layer file                                                       ranks join by    unified name                   GGUF name                role         shape
-    Weight("embed", each("word_embeddings.weight"),                                               vocab_parallel,  "gpt_neox.embed_in.weight",    "token_embd.weight",     "embedding", ("rows", "hidden")),
-    Weight("layer", each("input_layernorm.weight"),                                               norm_mean,       NORM1 + ".weight",             B + "attn_norm.weight",  "norm",      ("hidden",)),
-    Weight("layer", each("input_layernorm.bias"),                                                 norm_mean,       NORM1 + ".bias",               B + "attn_norm.bias",    "norm",      ("hidden",)),
-    Weight("layer", each(QKV + "weight", "attention.qkv.weight"),                                 column_parallel, L + QKV + "weight",            B + "attn_qkv.weight",   "qkv",       ("qkv", "hidden"), qkv_apart, NORM1),
-    Weight("layer", each(QKV + "bias", "attention.qkv.bias"),                                     column_parallel, L + QKV + "bias",              B + "attn_qkv.bias",     "bias",      ("qkv",), qkv_apart, NORM1),
-    Weight("layer", each(DENSE + "weight", "attention.proj.weight"),                              row_parallel,    L + DENSE + "weight",          B + "attn_output.weight", "attn_out", ("hidden", "hidden")),
-    Weight("layer", each(DENSE + "bias", "attention.proj.bias"),                                  row_bias,        L + DENSE + "bias",            B + "attn_output.bias",  "bias",      ("hidden",)),
-    Weight("layer", each("post_attention_layernorm.weight", "mlp.layer_norm_weight"),             norm_mean,       NORM2 + ".weight",             B + "ffn_norm.weight",   "norm",      ("hidden",)),
-    Weight("layer", each("post_attention_layernorm.bias", "mlp.layer_norm_bias"),                 norm_mean,       NORM2 + ".bias",               B + "ffn_norm.bias",     "norm",      ("hidden",)),
-    Weight("layer", each("mlp.dense_h_to_4h.weight", "mlp.linear1.weight", "mlp.fc1_weight"),     column_parallel, L + "mlp.dense_h_to_4h.weight", B + "ffn_up.weight",    "mlp_in",    ("ff", "hidden"), None, NORM2),
-    Weight("layer", each("mlp.dense_h_to_4h.bias", "mlp.linear1.bias", "mlp.fc1_bias"),           column_parallel, L + "mlp.dense_h_to_4h.bias",  B + "ffn_up.bias",      "bias",      ("ff",), None, NORM2),
-    Weight("layer", each("mlp.dense_4h_to_h.weight", "mlp.linear2.weight", "mlp.fc2_weight"),     row_parallel,    L + "mlp.dense_4h_to_h.weight", B + "ffn_down.weight",  "mlp_out",   ("hidden", "ff")),
-    Weight("layer", each("mlp.dense_4h_to_h.bias", "mlp.linear2.bias", "mlp.fc2_bias"),           row_bias,        L + "mlp.dense_4h_to_h.bias",  B + "ffn_down.bias",     "bias",      ("hidden",)),
-    Weight("norm",  each("norm.weight"),                                                          norm_mean,       NORM + ".weight",              "output_norm.weight",    "norm",      ("hidden",)),
-    Weight("norm",  each("norm.bias"),                                                            norm_mean,       NORM + ".bias",                "output_norm.bias",      "norm",      ("hidden",)),
-    Weight("head",  each("final_linear.weight"),                                                  head_parallel,   "embed_out.weight",            "output.weight",         "head",      ("rows", "hidden"), None, NORM),
+    #      stage    names in the layer file: legacy, since 2024-09, TransformerEngine        ranks join by
+    #               role, shape, unified name, GGUF name (GGUF's order of rows, the norm whose output it multiplies)
+    Weight("embed", ("word_embeddings.weight",),                                             vocab_parallel,
+                    "embedding", ("rows", "hidden"), "gpt_neox.embed_in.weight", "token_embd.weight"),
+    Weight("layer", ("input_layernorm.weight",),                                             norm_mean,
+                    "norm", ("hidden",), NORM1 + ".weight", B + "attn_norm.weight"),
+    Weight("layer", ("input_layernorm.bias",),                                               norm_mean,
+                    "norm", ("hidden",), NORM1 + ".bias", B + "attn_norm.bias"),
+    Weight("layer", (QKV + "weight", "attention.qkv.weight"),                                column_parallel,
+                    "qkv", ("qkv", "hidden"), L + QKV + "weight", B + "attn_qkv.weight", qkv_apart, NORM1),
+    Weight("layer", (QKV + "bias", "attention.qkv.bias"),                                    column_parallel,
+                    "bias", ("qkv",), L + QKV + "bias", B + "attn_qkv.bias", qkv_apart, NORM1),
+    Weight("layer", (DENSE + "weight", "attention.proj.weight"),                             row_parallel,
+                    "attn_out", ("hidden", "hidden"), L + DENSE + "weight", B + "attn_output.weight"),
+    Weight("layer", (DENSE + "bias", "attention.proj.bias"),                                 row_bias,
+                    "bias", ("hidden",), L + DENSE + "bias", B + "attn_output.bias"),
+    Weight("layer", ("post_attention_layernorm.weight", "mlp.layer_norm_weight"),            norm_mean,
+                    "norm", ("hidden",), NORM2 + ".weight", B + "ffn_norm.weight"),
+    Weight("layer", ("post_attention_layernorm.bias", "mlp.layer_norm_bias"),                norm_mean,
+                    "norm", ("hidden",), NORM2 + ".bias", B + "ffn_norm.bias"),
+    Weight("layer", (UP + "weight", "mlp.linear1.weight", "mlp.fc1_weight"),                 column_parallel,
+                    "mlp_in", ("ff", "hidden"), L + UP + "weight", B + "ffn_up.weight", None, NORM2),
+    Weight("layer", (UP + "bias", "mlp.linear1.bias", "mlp.fc1_bias"),                       column_parallel,
+                    "bias", ("ff",), L + UP + "bias", B + "ffn_up.bias", None, NORM2),
+    Weight("layer", (DOWN + "weight", "mlp.linear2.weight", "mlp.fc2_weight"),               row_parallel,
+                    "mlp_out", ("hidden", "ff"), L + DOWN + "weight", B + "ffn_down.weight"),
+    Weight("layer", (DOWN + "bias", "mlp.linear2.bias", "mlp.fc2_bias"),                     row_bias,
+                    "bias", ("hidden",), L + DOWN + "bias", B + "ffn_down.bias"),
+    Weight("norm",  ("norm.weight",),                                                        norm_mean,
+                    "norm", ("hidden",), NORM + ".weight", "output_norm.weight"),
+    Weight("norm",  ("norm.bias",),                                                          norm_mean,
+                    "norm", ("hidden",), NORM + ".bias", "output_norm.bias"),
+    Weight("head",  ("final_linear.weight",),                                                head_parallel,
+                    "head", ("rows", "hidden"), "embed_out.weight", "output.weight", None, NORM),
 )
 # fmt: on
 

@@ -15,7 +15,7 @@ from neoxconv.model import Index, Measured, ModelConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A released model. All of them: a quarter of each head rotated, parallel residual, tanh GELU, context 2048, untied."""
+    """A released model: a quarter of each head rotated, parallel residual, tanh GELU, context 2048, no tying."""
 
     name: str
     layers: int
@@ -25,9 +25,8 @@ class Preset:
 
     @property
     def config(self) -> ModelConfig:
-        return ModelConfig(
-            self.layers, self.hidden, self.heads, 4 * self.hidden, self.rows, 2048, 0.25, 1e4, 1e-5, True, "gelu_tanh", False
-        )  # fmt: skip
+        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, self.rows)
+        return ModelConfig(*sizes, 2048, 0.25, 1e4, 1e-5, True, "gelu_tanh", False)
 
 
 PRESETS: dict[str, Preset] = {
@@ -91,7 +90,8 @@ def refused(settings: Mapping[str, Any]) -> list[str]:
     heads = settings.get("num_attention_heads")
     if settings.get("num_kv_heads") not in (None, heads):
         found.append(
-            f"num_kv_heads: {settings['num_kv_heads']} differs from num_attention_heads: {heads}; grouped queries are not supported"
+            f"num_kv_heads: {settings['num_kv_heads']} is not num_attention_heads ({heads}); "
+            "grouped queries are not supported"
         )
     tuning = settings.get("soft_prompt_tuning")
     if isinstance(tuning, Mapping) and tuning.get("enabled"):
@@ -152,8 +152,9 @@ def from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[M
         )
     which = f"{' and '.join(p.name for p in fits)} have these shapes" if fits else "no released model has these shapes"
     raise CheckpointError(
-        f"{index.folder}: there is no configuration beside the weights, and {which} ({known}). Unknown: num_attention_heads, "
-        "max_position_embeddings, rotary_pct, rotary_emb_base, gpt_j_residual, bias_gelu_fusion, layernorm_epsilon. "
+        f"{index.folder}: there is no configuration beside the weights, and {which} ({known}). Unknown: "
+        "num_attention_heads, max_position_embeddings, rotary_pct, rotary_emb_base, gpt_j_residual, bias_gelu_fusion, "
+        "layernorm_epsilon. "
         "Give the training YAML with --config FILE, or --preset NAME."
     )
 

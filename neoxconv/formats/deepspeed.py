@@ -46,7 +46,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def tag_folder(path: Path) -> Path | None:
-    """The `global_stepN` that `path` means: itself, the one named by `latest`, or the only one; None if there is none."""
+    """The `global_stepN` that `path` means: itself, the one named by `latest`, or the only one; else None."""
     if is_checkpoint(path):
         return path
     latest = path / "latest"
@@ -111,7 +111,7 @@ def sequential_ranks(folder: Path, states: dict[int, str], files: dict[str, Any]
         module = files[name].value.get("module") if isinstance(files[name].value, dict) else None
         if not module:
             raise CheckpointError(
-                f"{folder / name}: holds no weights (`module` is empty), and there are no layer_NN-model_MM files beside it. "
+                f"{folder / name}: holds no weights (`module` is empty), and no layer_NN-model_MM files lie beside it. "
                 "Download the layer files too."
             )
         ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in tensors_of(folder / name, module).items()})
@@ -159,7 +159,8 @@ def read_configs(paths: Sequence[Path]) -> dict[str, Any]:
         for key, value in ((str(key).replace("-", "_"), value) for key, value in settings.items()):
             if merged.setdefault(key, value) != value:
                 raise CheckpointError(
-                    f"{path}: {key} is {value!r} but {merged[key]!r} in {home[key].name}; give the right file with --config."
+                    f"{path}: {key} is {value!r} but {merged[key]!r} in {home[key].name}; "
+                    "give the right file with --config."
                 )
             home.setdefault(key, path)
     return merged

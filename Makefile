@@ -1,0 +1,72 @@
+# Every stamp lies inside the environment it describes and is written only after its installation succeeded.
+PYTHON ?= python3
+VENV := .venv
+TF4 := .venv-tf4
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/neoxconv
+LLAMA := $(shell sed -n 's/^llama-cpp-python==//p' constraints.txt)
+SDIST := $(CACHE)/llama_cpp_python-$(LLAMA).tar.gz
+WHEEL := $(CACHE)/wheels/llama_cpp_python-$(LLAMA)
+CONVERTER := $(CACHE)/llama.cpp-$(LLAMA)
+PINS := pyproject.toml constraints.txt
+INSTALL := $(VENV)/bin/pip install -q -c constraints.txt
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint check bench oracles clean
+
+help:     ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile
+
+demo:     $(VENV)/.run ## make a small checkpoint, convert it to every format, verify each
+	$(VENV)/bin/neoxconv demo demo-out
+
+test:     $(VENV)/.test ## run the test suite (PYTEST_ARGS=... is passed on)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint:     $(VENV)/.dev ## check format, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy --strict neoxconv
+
+check:    lint test ## all that CI checks
+
+bench:    $(VENV)/.run ## measure speed and memory
+	@for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done
+
+oracles:  $(VENV)/.llama $(TF4)/.oracles $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
+
+clean:    ## remove the environments and all that was made here
+	rm -rf $(VENV) $(TF4) build dist demo-out *.egg-info .*_cache .hypothesis
+
+$(VENV)/bin/pip $(TF4)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "neoxconv needs Python 3.10 to 3.13, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(@:/bin/pip=)
+
+$(VENV)/.run: $(PINS) | $(VENV)/bin/pip
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/bin/pip
+	$(INSTALL) -e '.[$*]'
+	@touch $@
+
+$(VENV)/.llama: $(PINS) $(SDIST) | $(VENV)/.test
+	ls $(WHEEL)-*.whl >/dev/null 2>&1 || \
+	  CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(VENV)/bin/pip wheel --no-deps -w $(CACHE)/wheels $(SDIST)
+	$(INSTALL) $(WHEEL)-*.whl
+	@touch $@
+
+$(SDIST): | $(VENV)/bin/pip
+	$(VENV)/bin/pip download -q --no-deps --no-binary llama-cpp-python -d $(CACHE) llama-cpp-python==$(LLAMA)
+
+$(CONVERTER)/convert_hf_to_gguf.py: $(SDIST)
+	rm -rf $(CONVERTER) && mkdir $(CONVERTER)
+	tar -xmzf $(SDIST) -C $(CONVERTER) --strip-components=3 --wildcards \
+	  '*/vendor/llama.cpp/gguf-py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/convert_hf_to_gguf.py'
+
+# The last transformers before version 5, and what llama.cpp's converter imports.
+$(TF4)/.oracles: Makefile | $(TF4)/bin/pip
+	$(TF4)/bin/pip install -q transformers==4.57.6 torch==2.13.0 safetensors==0.8.0 gguf==0.19.0 'numpy<2.3' \
+	  accelerate==1.15.0 'sentencepiece<0.3' 'protobuf>=4.21,<5'
+	@touch $@

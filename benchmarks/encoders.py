@@ -1,0 +1,69 @@
+"""How fast the encoders are beside ggml's own, on one thread.
+
+    python -m benchmarks.encoders
+
+Both encode the same rows in turns, so that a busy machine slows both; the medians' ratio is what to compare between
+machines. ggml comes with llama-cpp-python (`make oracles`, or pip install llama-cpp-python); without it only our own
+speed is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from neoxconv.dtypes import Floats
+from neoxconv.quant import ENCODINGS
+from tests.golden.make_blocks import NAMES, ggml, ggml_encode
+
+ROUNDS = 15
+SHAPE = (341, 6144)  # a slab of 8 MiB
+
+
+def seconds(task: Callable[[], object]) -> float:
+    """Return the wall time of one call."""
+    start = time.perf_counter()
+    task()
+    return time.perf_counter() - start
+
+
+def in_turns(tasks: Sequence[Callable[[], object]]) -> list[float]:
+    """Return the median time of each task; every round runs all of them."""
+    rounds = [[seconds(task) for task in tasks] for _ in range(ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def compare(name: str, rows: Floats) -> str:
+    """Return one line of the table: million weights a second for us and for ggml, the ratio, and the compile time."""
+    encoding, library = ENCODINGS[name], ggml()
+    compiling = seconds(lambda: encoding.encode(rows[:1]))
+    tasks: list[Callable[[], object]] = [lambda: encoding.encode(rows), lambda: encoding.decode(stored)]
+    stored = encoding.encode(rows)
+    if library:
+        assert np.array_equal(stored, ggml_encode(library, name, rows)), f"{name}: the bytes differ from ggml's"
+        tasks.append(lambda: ggml_encode(library, name, rows))
+    ours, decoding, *theirs = (rows.size / time / 1e6 for time in in_turns(tasks))
+    other = f"{theirs[0]:8.0f} {ours / theirs[0]:8.1f}x" if theirs else f"{'absent':>8} {'':>9}"
+    return f"{name:6} {ours:8.0f} {other} {decoding:8.0f} {compiling:10.2f}"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["NUMBA_CACHE_DIR"] = cache  # read when numba is imported: every kernel is compiled anew
+        rows = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+        ENCODINGS["F16"].encode(rows[:1])
+        print("million weights a second, one thread; compiling in seconds, once per machine")
+        print(f"{'':6} {'encode':>8} {'ggml':>8} {'ratio':>9} {'decode':>8} {'compiling':>10}")
+        for name in NAMES:
+            print(compare(name, rows))
+        if not ggml():
+            print("ggml is absent: run `make oracles`, or pip install llama-cpp-python")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The levels of verification that a command asks for, and their outcome for people and for machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neoxconv.checkpoint import open_checkpoint, read_index
+from neoxconv.errors import CheckpointError
+from neoxconv.model import Checkpoint
+from neoxconv.request import Given, opened
+from neoxconv.terminal import progress_bar, table
+from neoxconv.verify import verify_bytes, verify_weights
+from neoxconv.verify.bytes import read_manifest
+from neoxconv.verify.report import Finding, Report, TensorError
+
+SHOWN = 20  # findings of a level
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What every level found; `basis` says how the source was read."""
+
+    basis: Mapping[str, str]
+    reports: tuple[Report, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(report.passed for report in self.reports)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The outcome as plain values."""
+        levels = [
+            {
+                "level": report.level,
+                "passed": report.passed,
+                "checked": report.checked,
+                "findings": [str(finding) for finding in report.findings],
+                "relative_error": report.relative,
+            }
+            for report in self.reports
+        ]
+        return {"passed": self.passed, "levels": levels, **self.basis}
+
+    @property
+    def listing(self) -> str:
+        """The outcome in lines, the last of which is the verdict."""
+        lines = [table("<<", [*self.basis.items()])] if self.basis else []
+        for report in self.reports:
+            lines += [f"  {report.level}: {report.checked}", *findings(report)]
+            lines += [errors(report)] if report.tensors else []
+        levels = ", ".join(f"{report.level} {'ok' if report.passed else 'differs'}" for report in self.reports)
+        return "\n".join([*lines, f"{'PASS' if self.passed else 'FAIL'}: {levels}"])
+
+
+def findings(report: Report) -> list[str]:
+    """What is wrong, up to twenty lines of it."""
+    more = [f"    ... and {len(report.findings) - SHOWN} more"] if len(report.findings) > SHOWN else []
+    return [f"    {finding}" for finding in report.findings[:SHOWN]] + more
+
+
+def errors(report: Report) -> str:
+    """The worst tensor of each encoding: relative and largest absolute error."""
+    worst: dict[str, TensorError] = {}
+    for tensor in sorted(report.tensors, key=lambda tensor: tensor.relative):
+        worst[tensor.encoding] = tensor
+    rows = [(name, f"{t.relative:.3g}", f"{t.largest:.3g}", t.name) for name, t in sorted(worst.items())]
+    return table("<>><", [("encoding", "relative error", "largest", "in the worst tensor"), *rows])
+
+
+def audit(paths: Sequence[Path], level: str, given: Given) -> Outcome:
+    """The levels up to `level` on the last path: bytes (where it has a manifest), then weights against the first."""
+    target = paths[-1]
+    if level == "bytes":
+        return Outcome({}, (check_bytes(target, given),))
+    manifest = read_manifest(target) if target.exists() else None
+    reports = (check_bytes(target, given),) if manifest else ()
+    norms, whence = policy(manifest, given)
+    source = opened(paths[0], given, norms)
+    settings = given["preset"] or ", ".join(path.name for path in source.index.configs) or "the source's own"
+    basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
+    try:
+        return Outcome(basis, (*reports, check_weights(source, target, given)))
+    except CheckpointError as error:
+        if all(report.passed for report in reports):
+            raise
+        return Outcome(basis, (*reports, Report("weights", "cannot be opened", (Finding(str(target), str(error)),))))
+
+
+def policy(manifest: Mapping[str, Any] | None, given: Given) -> tuple[str, str]:
+    """How the target's norms were joined, and who says so."""
+    if given["norms"]:
+        return given["norms"], "as asked"
+    if manifest and "norms" in manifest:
+        return str(manifest["norms"]), "from the manifest"
+    return "mean", "the default"
+
+
+def check_bytes(target: Path, given: Given) -> Report:
+    """The first level, with a bar."""
+    manifest = read_manifest(target) if target.exists() else None
+    total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
+    with progress_bar(total, "bytes", given["json"]) as progress:
+        return verify_bytes(target, progress=progress)
+
+
+def check_weights(source: Checkpoint, target: Path, given: Given) -> Report:
+    """The second level, with a bar. A target without settings of its own gets the source's preset."""
+    preset = None if read_index(target, ()).settings else given["preset"]
+    made = open_checkpoint(target, preset=preset)
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    with progress_bar(total, "weights", given["json"]) as progress:
+        return verify_weights(source, made, jobs=given["jobs"] or min(os.cpu_count() or 1, 8), progress=progress)

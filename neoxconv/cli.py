@@ -1,0 +1,244 @@
+"""The command line: options, one call into the library for each command, errors as messages and exit codes.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 something differs, 130 and 143 stopped by Ctrl-C and SIGTERM.
+Only click and plain names are imported at the top, so that `neoxconv --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from neoxconv import __version__
+from neoxconv.errors import NeoxconvError, VerifyError
+from neoxconv.names import DTYPES, FORMATS, MIXES, NORMS, PRESETS
+from neoxconv.terminal import parse_size, table
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FAILED, USAGE, DIFFERS, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+PATH = click.Path(path_type=Path)
+
+
+def byte_count(text: str) -> int:
+    """The bytes that an option's value means."""
+    count = parse_size(text)
+    if not count:
+        raise click.BadParameter(f"{text!r} is no size; write it as 5GB, 500MB, 2GiB or a number of bytes.")
+    return count
+
+
+def size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option that takes a number of bytes."""
+    return click.option(name, type=byte_count, metavar="SIZE", **settings)
+
+
+def choice_option(*names: str, choices: Sequence[str], **settings: Any) -> Callable[[Command], Command]:
+    """An option that takes one of `choices`, in any case."""
+    shown = {"metavar": "|".join(choices)} | settings
+    return click.option(*names, type=click.Choice(choices, case_sensitive=False), **shown)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which `--help` lists them."""
+
+    def apply(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Note in what `main` shares with every command whether tracebacks are wanted."""
+    if value and context.obj is not None:
+        context.obj["verbose"] = True
+
+
+verbose = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=remember, help="Show the traceback of an error."
+)
+as_json = click.option("--json", is_flag=True, help="Print one JSON object for machines.")
+configuration = options(
+    click.option("--config", type=PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
+    choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
+)
+norms = choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (default), exact fold, or rank 0's.")
+jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; the processors, 8 at most.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="neoxconv")
+@verbose
+def commands() -> None:
+    """Convert GPT-NeoX checkpoints in bounded memory, and verify the result."""
+
+
+@commands.command()
+@click.argument("source", type=PATH, metavar="SRC")
+@configuration
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@as_json
+@verbose
+def inspect(source: Path, **given: Any) -> None:
+    """Show what SRC is: its kind, configuration and tensors, and what its bytes are for."""
+    from neoxconv import inspection
+    from neoxconv.request import opened
+
+    facts = inspection.inspect(opened(source, given))
+    click.echo(json.dumps(facts) if given["json"] else inspection.render(facts, given["tensors"]))
+
+
+@commands.command()
+@click.argument("source", type=PATH, metavar="SRC")
+@click.argument("target", type=PATH, metavar="DST")
+@choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
+@choice_option("--type", choices=MIXES, help="gguf: the quantization.  [default: F16, or BF16 for a bf16 source]")
+@choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
+@norms
+@click.option("--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC]")
+@configuration
+@click.option("--tokenizer", type=PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]")
+@size_option("--shard-size", help="hf: bytes of a file at most.  [default: 5GB]")
+@size_option("--split-size", help="gguf: split into files of this size at most.")
+@jobs
+@size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within.")
+@click.option("--overwrite", is_flag=True, help="Replace DST where it exists.")
+@click.option("--allow-nonfinite", is_flag=True, help="Write infinities and NaN as they are.")
+@click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing.")
+@as_json
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@verbose
+def convert(source: Path, target: Path, **given: Any) -> None:
+    """Convert the checkpoint SRC into DST. Interrupted, the same command continues.
+
+    SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
+    or a .gguf file. DST is a folder, or the file itself for safetensors and gguf.
+    """
+    from neoxconv.request import prepare
+
+    request = prepare(source, target, given)
+    if given["dry_run"]:
+        click.echo(json.dumps(request.facts) if given["json"] else request.listing)
+        return
+    quiet = given["quiet"] or given["json"]
+    if not quiet:
+        click.echo(request.summary, err=True)
+    result = request.run(quiet)
+    if given["json"]:
+        click.echo(json.dumps(result))
+    elif not quiet:
+        click.echo(request.farewell(result))
+
+
+@commands.command()
+@as_json
+@verbose
+def formats(**given: Any) -> None:
+    """List every target and type with its bits per weight and the size of the 20B model in it."""
+    from dataclasses import asdict
+
+    from neoxconv.catalog import catalog
+
+    rows = catalog()
+    if given["json"]:
+        click.echo(json.dumps([asdict(row) for row in rows]))
+        return
+    sizes = [(f"{row.bits:.2f}", f"{row.nbytes / 1e9:.2f}", f"{row.nbytes / 2**30:.2f}") for row in rows]
+    lines = [(row.format, f"{row.option} {row.type}", *numbers) for row, numbers in zip(rows, sizes, strict=True)]
+    click.echo(table("<<>>>", [("format", "option", "bits/weight", "20B in GB", "in GiB"), *lines]))
+
+
+@commands.command()
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="[SRC] TARGET")
+@choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]")
+@norms
+@configuration
+@jobs
+@as_json
+@verbose
+def verify(paths: tuple[Path, ...], **given: Any) -> int:
+    """Check TARGET byte by byte against its manifest and, with SRC, weight by weight against the source.
+
+    The last line says which levels ran and whether they passed; the exit code is 3 where anything differs.
+    """
+    if len(paths) > 2:
+        raise click.UsageError(f"expected TARGET or SRC TARGET, found {len(paths)} paths.")
+    level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
+    if level == "logits":
+        return complain("--level logits is not available yet; --level weights compares every tensor.", USAGE)
+    if level == "weights" and len(paths) == 1:
+        raise click.UsageError("--level weights needs the source too: neoxconv verify SRC TARGET.")
+    from neoxconv.audit import audit
+
+    outcome = audit(paths, level, given)
+    click.echo(json.dumps(outcome.facts) if given["json"] else outcome.listing)
+    return 0 if outcome.passed else DIFFERS
+
+
+@commands.command()
+@click.argument("folder", type=PATH, default=Path("neoxconv-demo"), required=False)
+@verbose
+def demo(folder: Path) -> int:
+    """Make a small checkpoint in FOLDER, convert it to every format, and verify each. Needs no network."""
+    from neoxconv.demo import run_demo
+
+    return 0 if run_demo(folder, click.echo) else DIFFERS
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: stop as for Ctrl-C."""
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's own), print what goes wrong to stderr, and return the exit code."""
+    if not hasattr(os, "preadv"):
+        return complain("this system cannot read files at an offset (no os.preadv): Windows is not supported.", FAILED)
+    signal.signal(signal.SIGTERM, terminate)
+    session = {"verbose": False}
+    try:
+        return commands.main(arguments, "neoxconv", standalone_mode=False, obj=session) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as stop:
+        return stopped(stop)
+    except Exception as error:
+        if session["verbose"]:
+            traceback.print_exc()
+        return explain(error)
+
+
+def stopped(stop: BaseException) -> int:
+    """Say how to go on after Ctrl-C or SIGTERM, which click wraps."""
+    cause = stop.__cause__ or stop
+    return complain(str(cause) or "stopped.", TERMINATED if isinstance(cause, Terminated) else INTERRUPTED)
+
+
+def explain(error: Exception) -> int:
+    """Say what went wrong, and return the exit code for it."""
+    if isinstance(error, NeoxconvError):
+        return complain(str(error), DIFFERS if isinstance(error, VerifyError) else FAILED)
+    if isinstance(error, OSError) and error.strerror:
+        return complain(f"{error.filename or 'system'}: {error.strerror}.", FAILED)
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return complain(f"unexpected {what}; run again with -v to see where, and report it.", FAILED)
+
+
+def complain(message: str, code: int) -> int:
+    """Print a message to stderr, each line under our name, and return the exit code."""
+    for line in message.splitlines():
+        click.echo(f"neoxconv: {line}", err=True)
+    return code

@@ -1,0 +1,277 @@
+"""Carry a plan out: read, join, encode and write each tensor band by band, with nothing half-made ever visible.
+
+All work happens in TARGET.partial/, whose journal lists the plan's fingerprint and the finished steps. Run again, the
+journal is only a hint: the bytes are hashed, what matches is kept, the rest is redone. A rename publishes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from neoxconv.dtypes import Array, Bytes, nonfinite
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.journal import Journal
+from neoxconv.manifest import MANIFEST, Digest, manifest
+from neoxconv.model import Entry
+from neoxconv.plan import Memory, Plan, Step, memory_for
+from neoxconv.quant import floats
+from neoxconv.tensor import slabs
+
+Progress = Callable[[int], None]
+DEFAULT_MEMORY = 512 << 20
+
+
+class Stopped(Exception):
+    """Another step failed, or the user wants to stop; this one ends between two slabs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step of a run shares."""
+
+    folder: Path
+    journal: Journal
+    memory: Memory
+    stop: threading.Event
+    progress: Progress
+    allow_nonfinite: bool
+
+
+def partial_of(target: Path) -> Path:
+    """Where a target is made."""
+    return target.with_name(target.name + ".partial")
+
+
+def run(
+    plan: Plan,
+    target: Path | str,
+    *,
+    jobs: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda count: None,
+) -> Path:
+    """Make `target` as planned and return its path; after an interruption, continue.
+
+    `progress` is called with counts of bytes written (or found written already). Raises PlanError before anything is
+    written, NeoxconvError when the disk or a value stops the run; then `target` does not exist and TARGET.partial
+    holds what is done.
+    """
+    target = Path(target).absolute()
+    shares = memory_for(jobs, memory)
+    check_target(plan, target, overwrite)
+    work = partial_of(target)
+    try:
+        check_space(plan, target, work)
+        work.mkdir(parents=True, exist_ok=True)
+        with Journal(work, plan.fingerprint) as journal:
+            context = Run(work, journal, shares, threading.Event(), progress, allow_nonfinite)
+            prepare_files(plan, work)
+            with ThreadPoolExecutor(shares.jobs) as pool:
+                digests = run_steps(plan, context, pool)
+            finish(plan, work, digests)
+        publish(plan, work, target)
+    except OSError as error:
+        raise NeoxconvError(explain(error, target)) from error
+    return target
+
+
+def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
+    """Raise PlanError where the target exists (an empty folder does not count) or is of the wrong kind."""
+    if plan.single and target.is_dir():
+        raise PlanError(
+            f"{target}: is a folder; {plan.recipe.format} writes one file, "
+            f"so give its name, such as {target / 'model'}.{plan.recipe.format}."
+        )
+    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if occupied and not overwrite:
+        raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
+
+
+def check_space(plan: Plan, target: Path, work: Path) -> None:
+    """Raise PlanError where the disk cannot hold what is still to be written."""
+    place = next(folder for folder in target.parents if folder.exists())
+    present = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
+    needed, free = plan.total - present, shutil.disk_usage(place).free
+    if needed > free:
+        raise PlanError(
+            f"{place}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            f"free {(needed - free) / 1e9:.2f} GB or choose another disk."
+        )
+
+
+def explain(error: OSError, target: Path) -> str:
+    """An operating system's error in terms of the target."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{target}: the disk is full; free some space and run the same command again to continue."
+    return f"{error.filename or target}: {error.strerror}; what is done is kept in {partial_of(target).name}."
+
+
+def prepare_files(plan: Plan, work: Path) -> None:
+    """Every file at its full size (sparse), with the pieces that are known; sidecars whole."""
+    for file in plan.files:
+        path = work / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "r+b" if path.exists() else "w+b") as stream:
+            stream.truncate(file.size)
+            for offset, piece in file.pieces:
+                stream.seek(offset)
+                stream.write(piece)
+    for name, data in plan.sidecars.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(data)
+
+
+def run_steps(plan: Plan, context: Run, pool: Executor) -> dict[str, Digest]:
+    """The digests of all steps by key; the largest start first, so that no worker is left alone with one at the end."""
+    order = sorted(plan.steps, key=lambda step: -step.slot.entry.nbytes)
+    futures: dict[Future[Digest], Step] = {pool.submit(run_step, step, context): step for step in order}
+    try:
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        failed = [error for future in done if (error := future.exception())]
+        if failed:
+            raise next((e for e in failed if not isinstance(e, Stopped)), failed[0])
+    finally:
+        context.stop.set()
+        for future in futures:
+            future.cancel()
+    return {step.key: future.result() for future, step in futures.items()}
+
+
+def run_step(step: Step, context: Run) -> Digest:
+    """One tensor written, or found written already, and noted in the journal."""
+    path = context.folder / step.file.name
+    known = context.journal.known.get(step.key)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        digest = (
+            known
+            if known and known == written_digest(step, descriptor, context)
+            else write_step(step, descriptor, context)
+        )
+    finally:
+        os.close(descriptor)
+    context.journal.add(step.key, digest)
+    return digest
+
+
+def written_digest(step: Step, descriptor: int, context: Run) -> Digest:
+    """The digest of a step's bytes as they are on disk."""
+    tally, end, size = Tally(bool(step.file.late)), step.slot.offset + step.slot.entry.nbytes, context.memory.slab
+    for offset in range(step.slot.offset, end, size):
+        if context.stop.is_set():
+            raise Stopped
+        tally.add(np.frombuffer(os.pread(descriptor, min(size, end - offset), offset), np.uint8))
+    context.progress(tally.count)
+    return tally.digest
+
+
+def write_step(step: Step, descriptor: int, context: Run) -> Digest:
+    """Write one tensor at its planned place, slab by slab; return the digest of its bytes."""
+    entry, tally, bad = step.slot.entry, Tally(bool(step.file.late)), 0
+    for start, stop in slabs(entry.tensor, context.memory.slab):
+        if context.stop.is_set():
+            raise Stopped
+        rows = entry.tensor.read(start, stop)
+        data = encoded(entry, rows)
+        bad += 0 if context.allow_nonfinite else count_bad(entry, rows, data)
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        write_all(descriptor, flat, step.slot.offset + tally.count)
+        tally.add(flat)
+        context.progress(flat.size)
+    if bad:
+        raise NeoxconvError(
+            f"{step.file.name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
+            "Choose a wider type (--dtype bf16 or f32), or write them as they are with --allow-nonfinite."
+        )
+    return tally.digest
+
+
+def encoded(entry: Entry, rows: Array) -> Array:
+    """Stored rows in the target's encoding: as they are where it is the same, else by way of float32."""
+    if entry.tensor.dtype.name == entry.encoding.dtype.name:
+        return rows
+    return entry.encoding.encode(floats(rows, entry.tensor.dtype))
+
+
+def count_bad(entry: Entry, rows: Array, data: Array) -> int:
+    """How many values are infinite or not a number, in the source or after rounding to a plain type."""
+    result = (data, entry.encoding.dtype) if entry.encoding.dtype.block == 1 else (rows, entry.tensor.dtype)
+    return nonfinite(*result)
+
+
+def write_all(descriptor: int, data: Bytes, offset: int) -> None:
+    """Write all of `data` at `offset`; one pwrite may write less."""
+    view = data.data
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class Tally:
+    """Running SHA-256, CRC-32 (only where a zip wants it) and count of a tensor's bytes."""
+
+    def __init__(self, with_crc: bool) -> None:
+        self.sha256, self.with_crc, self.crc, self.count = hashlib.sha256(), with_crc, 0, 0
+
+    def add(self, data: Bytes) -> None:
+        self.sha256.update(data.data)
+        self.crc = zlib.crc32(data.data, self.crc) if self.with_crc else 0
+        self.count += data.size
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(self.sha256.hexdigest(), self.crc)
+
+
+def finish(plan: Plan, work: Path, digests: dict[str, Digest]) -> None:
+    """Fill the late ranges, write the manifest, and put everything on disk."""
+    for file in plan.files:
+        crcs = [digests[Step(file, slot).key].crc32 for slot in file.slots]
+        with open(work / file.name, "r+b") as stream:
+            for late in file.late:
+                stream.seek(late.offset)
+                stream.write(late.make(crcs))
+    (work / MANIFEST).write_bytes(manifest(plan, work, digests))
+    for path in sorted(work.rglob("*")):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to hold a file's or a folder's contents now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(plan: Plan, work: Path, target: Path) -> None:
+    """Give the finished work its name; what it replaces is set aside first and removed last."""
+    if plan.single:
+        os.replace(work / MANIFEST, target.with_name(f"{target.name}.manifest.json"))
+        os.replace(work / plan.files[0].name, target)
+        shutil.rmtree(work)
+    else:
+        (work / Journal.NAME).unlink()
+        aside = target.with_name(target.name + ".replaced")
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(work, target)
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+    sync(target.parent)

@@ -1,0 +1,123 @@
+"""Coverage: every source tensor is used once or dropped by name, every unified tensor is made once, in its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from neoxconv.arch.joins import join
+from neoxconv.dtypes import FLOATS
+from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.formats import deepspeed
+from neoxconv.model import Architecture, Index, ModelConfig, Weight
+from neoxconv.tensor import LazyTensor
+
+FIRST_LAYER = 2  # of gpt-neox: 0 is the embedding, 1 a function without weights
+AFTER_LAYERS = {"norm": 3, "head": 4}  # of gpt-neox: counted from the number of layers
+
+Named = list[dict[str, LazyTensor]]
+
+
+def check(index: Index, named: Named, left: list[list[str]], architecture: Architecture, config: ModelConfig) -> None:
+    """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
+    problems = [*check_degree(index), *check_missing(index, named, architecture, config)]
+    names = {weight.unified.replace("{i}", str(layer)) for layer, weight in architecture.names(config)}
+    for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
+        problems += [
+            f"{index.folder}: {name} does not belong to a model of {config.layers} layers."
+            for name in known
+            if name not in names
+        ]
+        problems += [
+            f"{home(index, rank, name)}: {name} is not a tensor of {architecture.name}; "
+            "a model of another kind (a reward head, other norms) is not supported."
+            for name in unknown
+            if not any(fnmatchcase(name, pattern) for pattern in architecture.dropped)
+        ]
+    raise_all(CheckpointError, dict.fromkeys(problems))
+    raise_all(CheckpointError, check_shapes(index, named, architecture, config))
+
+
+def check_degree(index: Index) -> list[str]:
+    """The tensor-parallel degree as configured, against the ranks found."""
+    degree = index.settings.get("model_parallel_size", len(index.ranks)) if index.format == "neox" else len(index.ranks)
+    if degree == len(index.ranks):
+        return []
+    return [
+        f"{index.folder}: the configuration says model_parallel_size {degree} but the files are those of "
+        f"{len(index.ranks)} rank(s). Download the missing ranks' files, or give the right YAML with --config."
+    ]
+
+
+def check_missing(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+    """Whole layer files and single tensors that are not there."""
+    problems = []
+    for layer, weight in architecture.names(config):
+        unified = weight.unified.replace("{i}", str(layer))
+        for rank, known in enumerate(named):
+            if unified in known:
+                continue
+            if index.format != "neox" or index.sequential:
+                problems.append(f"{home(index, rank, '')}: {unified} is missing.")
+                continue
+            file = home(index, rank, expected_neox_name(weight, layer, config.layers))
+            problem = f"lacks {weight.source[0]} ({unified})" if file.exists() else "is missing"
+            problems.append(f"{file}: {problem}; download it again.")
+    return problems
+
+
+def check_shapes(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+    """Tensors whose ranks disagree, whose joined shape is not the configuration's, or that hold no floats."""
+    problems = []
+    if config.hidden % config.heads:
+        problems.append(
+            f"{index.folder}: {config.heads} heads do not divide hidden size {config.hidden}; "
+            "give the right configuration."
+        )
+    for layer, weight in architecture.names(config):
+        unified = weight.unified.replace("{i}", str(layer))
+        parts = [known[unified] for known in named]
+        shapes = [part.shape for part in parts]
+        source = expected_neox_name(weight, layer, config.layers)
+        for rank in range(1, len(parts)):
+            if shapes[rank] != shapes[0]:
+                problems.append(
+                    f"{home(index, rank, source)}: {unified} is {list(shapes[rank])} on rank {rank} "
+                    f"but {list(shapes[0])} on rank 0. The shards come from different runs; download them again."
+                )
+        expected = tuple(config.sizes[size] for size in weight.shape)
+        if len(set(shapes)) == 1 and (found := joined_shape(weight, parts, config)) != expected:
+            problems.append(
+                f"{home(index, 0, source)}: {unified} is {list(found)} "
+                f"but the configuration makes it {list(expected)}. Give the right configuration with --config."
+            )
+        if parts[0].dtype.block == 1 and parts[0].dtype.name not in FLOATS:
+            problems.append(
+                f"{home(index, 0, source)}: {unified} holds {parts[0].dtype.name}; expected {', '.join(FLOATS)}."
+            )
+    return problems
+
+
+def joined_shape(weight: Weight, parts: Sequence[LazyTensor], config: ModelConfig) -> tuple[int, ...]:
+    """The shape that the ranks' equal parts make together (without joining what cannot be joined)."""
+    if len(parts[0].shape) != len(weight.shape):
+        return parts[0].shape
+    return join(weight.join, parts, config).shape
+
+
+def home(index: Index, rank: int, name: str) -> Path:
+    """The file that holds (or should hold) a rank's tensor, as well as names tell."""
+    if index.format != "neox":
+        return index.files[0].storage.path if len(index.files) == 1 else index.folder
+    if index.sequential:
+        return index.folder / deepspeed.states_file(rank)
+    return index.folder / deepspeed.layer_file(int(name.split(".")[0]), rank)
+
+
+def expected_neox_name(weight: Weight, layer: int | None, layers: int) -> str:
+    """`N.name` of a weight in gpt-neox, in the oldest spelling."""
+    number = (
+        0 if weight.stage == "embed" else layers + AFTER_LAYERS[weight.stage] if layer is None else layer + FIRST_LAYER
+    )
+    return f"{number}.{weight.source[0]}"

@@ -1,0 +1,1 @@
+"""Byte formats: one file each, reader and layout together. They know names and bytes, not models."""

@@ -1,0 +1,119 @@
+"""Hugging Face folders: config.json, tensors in one file or in shards with an index, and the small files beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.formats import safetensors
+from neoxconv.formats.safetensors import read_object
+from neoxconv.formats.torch_zip import read_pt
+from neoxconv.model import Entry, FileLayout, Index, SourceFile
+from neoxconv.storage import Storage, open_storage
+from neoxconv.tensor import LazyTensor
+
+# The first that exists is read: (one file, its index when there are shards).
+FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+Header = tuple[dict[str, LazyTensor], str]
+
+
+def index(folder: Path) -> Index:
+    """Index the folder's safetensors, or else its .bin files; raises CheckpointError naming what is missing."""
+    settings = read_object(open_storage(folder / "config.json").text(), folder / "config.json")
+    for single, shards in FILES:
+        if (folder / shards).is_file():
+            return sharded(folder, folder / shards, settings)
+        if (folder / single).is_file():
+            file = open_storage(folder / single)
+            tensors, checksum = read_header(file)
+            return Index("hf", folder, (SourceFile(file, checksum),), (tensors,), settings)
+    raise CheckpointError(f"{folder}: has a config.json but no weights; expected {' or '.join(f for f, _ in FILES)}.")
+
+
+def read_header(file: Storage) -> Header:
+    """The tensors of a safetensors or .bin file, and its checksum."""
+    if file.path.suffix == ".safetensors":
+        header = safetensors.read_header(file)
+        return header.tensors, header.checksum
+    found = read_pt(file)
+    if not isinstance(found.value, dict):
+        raise CheckpointError(f"{file.path}: holds a {type(found.value).__name__}, expected a dictionary of tensors.")
+    return {name: t for name, t in found.value.items() if isinstance(t, LazyTensor)}, found.checksum
+
+
+def sharded(folder: Path, path: Path, settings: dict[str, Any]) -> Index:
+    """Index the shards that an index file lists: every tensor where it says, and no other."""
+    places = read_object(open_storage(path).text(), path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{path}: has no weight_map of file names; download it again.")
+    names = sorted(set(places.values()))
+    raise_all(
+        CheckpointError, (f"{path}: names the file {n}, which is not in its folder." for n in names if not plain(n))
+    )
+    missing = (n for n in names if not (folder / n).is_file())
+    raise_all(CheckpointError, (f"{folder / n}: is missing; download it again." for n in missing))
+    files = {name: open_storage(folder / name) for name in names}
+    headers = {name: read_header(file) for name, file in files.items()}
+    absent = (
+        f"{folder / n}: lacks {t}, which {path.name} places there." for t, n in places.items() if t not in headers[n][0]
+    )
+    raise_all(CheckpointError, absent)
+    stray = (
+        f"{folder / n}: holds {t}, which {path.name} places elsewhere."
+        for n in names
+        for t in headers[n][0]
+        if places.get(t) != n
+    )
+    raise_all(CheckpointError, stray)
+    tensors = {name: tensor for file in names for name, tensor in headers[file][0].items()}
+    sources = tuple(SourceFile(file, headers[name][1]) for name, file in files.items())
+    return Index("hf", folder, sources, (tensors,), settings)
+
+
+def plain(name: str) -> bool:
+    """Whether a file name stays in its folder."""
+    return bool(name) and not {"/", "\\", "\0"} & set(name) and name not in (".", "..")
+
+
+def layout(entries: Sequence[Entry], shard_size: int) -> tuple[FileLayout, ...]:
+    """Files of at most `shard_size` bytes of tensors, filled in order; a larger tensor has one to itself."""
+    groups: list[list[Entry]] = [[]]
+    for entry in entries:
+        if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > shard_size:
+            groups.append([])
+        groups[-1].append(entry)
+    count = len(groups)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [FILES[0][0]]
+    return tuple(safetensors.layout(n, group, {"format": "pt"}) for n, group in zip(names, groups, strict=True))
+
+
+def weight_index(files: Sequence[FileLayout]) -> bytes:
+    """model.safetensors.index.json: which file holds each tensor."""
+    slots = [(slot.entry, file.name) for file in files for slot in file.slots]
+    value = {
+        "metadata": {
+            "total_parameters": sum(math.prod(entry.tensor.shape) for entry, _ in slots),
+            "total_size": sum(entry.nbytes for entry, _ in slots),
+        },
+        "weight_map": {entry.name: name for entry, name in sorted(slots, key=lambda slot: slot[0].name)},
+    }
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def generation_config(config: Mapping[str, Any]) -> bytes:
+    """generation_config.json: the tokens at which text begins and ends."""
+    value = {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id")}}
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def model_card(title: str, facts: Sequence[tuple[str, str]]) -> bytes:
+    """README.md: what the model is and where it comes from."""
+    head = ["---", "library_name: transformers", "tags: [gpt_neox]", "---", "", f"# {title}", ""]
+    return "\n".join([*head, *(f"- {name}: {value}" for name, value in facts), ""]).encode()

@@ -1,0 +1,107 @@
+"""The manifest: what a target holds, where it came from, and a SHA-256 for every byte range.
+
+A file's ranges cover it without gaps: the tensors by name, and between them the container (headers, padding) without
+one. A file's own digest is the SHA-256 of its ranges' digests, as text, in the order of their offsets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neoxconv import __version__
+
+if TYPE_CHECKING:
+    from neoxconv.model import FileLayout
+    from neoxconv.plan import Plan
+
+MANIFEST = "manifest.json"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The SHA-256 of a tensor's bytes; their CRC-32 where the container holds one, else 0."""
+
+    sha256: str
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Range:
+    """`length` bytes of a file from `offset` on; `name` is the tensor's, or empty for the container."""
+
+    name: str
+    offset: int
+    length: int
+
+
+def manifest(plan: Plan, folder: Path, digests: Mapping[str, Digest]) -> bytes:
+    """The manifest of the finished files in `folder`, as JSON with a fixed order of keys."""
+    value = {
+        "neoxconv": __version__,
+        "format": plan.recipe.format,
+        "fingerprint": plan.fingerprint,
+        "recipe": plan.recipe.facts,
+        "norms": plan.checkpoint.norms,
+        "config": plan.facts["config"],
+        "notes": list(plan.notes),
+        "sources": plan.sources,
+        "dropped": list(plan.checkpoint.dropped),
+        "files": [describe_file(file, folder, digests) for file in plan.files]
+        + [describe_sidecar(name, data) for name, data in plan.sidecars.items()],
+    }
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> dict[str, Any]:
+    """A file of tensors: their digests are known, the container's are read."""
+    ranges = []
+    with open(folder / file.name, "rb") as stream:
+        for part in tiles(file):
+            known = digests.get(f"{file.name}@{part.offset}") if part.name else None
+            sha256 = known.sha256 if known else hash_range(stream, part)
+            ranges.append({"name": part.name, "offset": part.offset, "bytes": part.length, "sha256": sha256})
+    return {"name": file.name, "bytes": file.size, "sha256": combined(r["sha256"] for r in ranges), "ranges": ranges}
+
+
+def describe_sidecar(name: str, data: bytes) -> dict[str, Any]:
+    """A small file: one range."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {
+        "name": name,
+        "bytes": len(data),
+        "sha256": combined([sha256]),
+        "ranges": [{"name": "", "offset": 0, "bytes": len(data), "sha256": sha256}],
+    }
+
+
+def tiles(file: FileLayout) -> Iterator[Range]:
+    """The file's ranges in order, without gaps."""
+    position = 0
+    for slot in sorted(file.slots, key=lambda slot: (slot.offset, slot.entry.nbytes)):
+        if slot.offset > position:
+            yield Range("", position, slot.offset - position)
+        yield Range(slot.entry.name, slot.offset, slot.entry.nbytes)
+        position = slot.offset + slot.entry.nbytes
+    if position < file.size:
+        yield Range("", position, file.size - position)
+
+
+def hash_range(stream: Any, part: Range) -> str:
+    """The SHA-256 of a range of an open file; of what is there, where the file ends before the range does."""
+    digest, left = hashlib.sha256(), part.length
+    stream.seek(part.offset)
+    while left and (data := stream.read(min(CHUNK, left))):
+        digest.update(data)
+        left -= len(data)
+    return digest.hexdigest()
+
+
+def combined(digests: Any) -> str:
+    """A file's digest from its ranges' digests in order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

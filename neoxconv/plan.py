@@ -1,0 +1,143 @@
+"""Everything is decided before anything is written: the target's files, every size, offset and encoding.
+
+A plan is made from an open checkpoint and a recipe. It can be printed, priced, compared and resumed: its fingerprint
+covers the sources' names, sizes and headers, the configuration, the recipe, this version and every byte range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from neoxconv import __version__
+from neoxconv.checkpoint import describe
+from neoxconv.errors import PlanError
+from neoxconv.model import Checkpoint, FileLayout, Slot
+from neoxconv.recipe import Recipe
+from neoxconv.targets import TARGETS
+
+__all__ = ["Memory", "Plan", "Recipe", "Step", "make_plan", "memory_for"]
+
+MIB = 1 << 20
+BASE = 120 * MIB  # what Python, numpy, the compiled kernels and a tokenizer take before the first weight
+COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
+SLAB = 8 * MIB
+SMALLEST_SLAB = MIB
+
+
+@dataclass(frozen=True)
+class Step:
+    """A tensor to be written at its place in a file of the plan."""
+
+    file: FileLayout
+    slot: Slot
+
+    @property
+    def key(self) -> str:
+        return f"{self.file.name}@{self.slot.offset}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written. `sidecars` are whole small files; `single` means that the target is one file."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    files: tuple[FileLayout, ...]
+    sidecars: dict[str, bytes]
+    notes: tuple[str, ...]
+    single: bool
+
+    @property
+    def steps(self) -> list[Step]:
+        return [Step(file, slot) for file in self.files for slot in file.slots]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file by name (the manifest, which is written last, is not among them)."""
+        return {file.name: file.size for file in self.files} | {name: len(data) for name, data in self.sidecars.items()}
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def encodings(self) -> dict[str, int]:
+        """How many tensors each encoding gets."""
+        return dict(Counter(step.slot.entry.encoding.name for step in self.steps))
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The source files by name, size and the SHA-256 of what describes their contents."""
+        return [
+            {"name": file.storage.name, "bytes": file.storage.size, "checksum": file.checksum}
+            for file in self.checkpoint.index.files
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that decides the target's bytes."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the fingerprint covers."""
+        return {
+            "version": __version__,
+            "sources": self.sources,
+            "config": describe(self.checkpoint.config),
+            "norms": self.checkpoint.norms,
+            "recipe": self.recipe.facts,
+            "files": [
+                [file.name, file.size, [[s.entry.name, s.offset, s.entry.encoding.name] for s in file.slots]]
+                for file in self.files
+            ],
+            "sidecars": {name: hashlib.sha256(data).hexdigest() for name, data in self.sidecars.items()},
+        }
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """The plan for `recipe`; raises PlanError where the target cannot express the model."""
+    if recipe.format not in TARGETS:
+        raise PlanError(f"--to {recipe.format}: expected one of {', '.join(TARGETS)}.")
+    target = TARGETS[recipe.format]
+    content = target.make(checkpoint, recipe)
+    return Plan(
+        checkpoint,
+        recipe,
+        content.files,
+        content.sidecars,
+        (*checkpoint.notes, *content.notes),
+        target.single and len(content.files) == 1 and not recipe.split_size,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a run keeps within its memory: workers, and bytes of float32 that each handles at a time."""
+
+    jobs: int
+    slab: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes expected at most."""
+        return BASE + COPIES * self.jobs * self.slab
+
+
+def memory_for(jobs: int | None, memory: int) -> Memory:
+    """As many jobs as wanted (default: processors, 8 at most) and slabs of 8 MiB at most, within `memory` bytes.
+
+    Jobs fall before a slab gets under 1 MiB. Raises PlanError where not even one fits.
+    """
+    wanted = jobs or min(os.cpu_count() or 1, 8)
+    room = (memory - BASE) // COPIES
+    if room < SMALLEST_SLAB:
+        least = (BASE + COPIES * SMALLEST_SLAB) // MIB
+        raise PlanError(f"--memory {memory // MIB} MiB is too little; at least {least} MiB are needed.")
+    workers = min(wanted, room // SMALLEST_SLAB)
+    return Memory(workers, min(SLAB, room // workers))

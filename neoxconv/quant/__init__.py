@@ -1,0 +1,47 @@
+"""How rows of weights become stored bytes: one row of `ENCODINGS` for each type that neoxconv writes."""
+
+from __future__ import annotations
+
+from neoxconv.dtypes import PLAIN, Array, Bytes, DType, Floats, widen
+from neoxconv.errors import CheckpointError
+from neoxconv.model import Encoding
+from neoxconv.quant.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from neoxconv.quant.plain import BF16, F16, F32
+
+ENCODINGS: dict[str, Encoding] = {
+    "F32": F32,
+    "F16": F16,
+    "BF16": BF16,
+    "Q8_0": Q8_0,
+    "Q4_0": Q4_0,
+    "Q4_1": Q4_1,
+    "Q5_0": Q5_0,
+    "Q5_1": Q5_1,
+}
+
+
+def floats(rows: Array, dtype: DType) -> Floats:
+    """The float32 values [n, columns] of rows stored as `dtype`, be it plain or one of ggml's block types."""
+    if dtype.name in ENCODINGS:
+        return ENCODINGS[dtype.name].decode(rows)
+    if dtype.name in PLAIN:
+        return widen(rows, dtype)
+    return decode_any(dtype.name, rows)
+
+
+def decode_any(name: str, rows: Bytes) -> Floats:
+    """The float32 values [n, columns] of rows [n, row bytes] of the ggml type `name`, written here or only read.
+
+    Raises CheckpointError for a type that gguf cannot read, and for rows that are no whole number of its blocks.
+    """
+    if name in ENCODINGS:
+        return ENCODINGS[name].decode(rows.view(ENCODINGS[name].dtype.stored))
+    from gguf import GGMLQuantizationType, quants
+
+    try:
+        values: Floats = quants.dequantize(rows, GGMLQuantizationType[name])
+    except (KeyError, NotImplementedError) as error:
+        raise CheckpointError(f"{name}: neoxconv cannot read weights of this type. Convert another file.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{name}: rows of {rows.shape[1]} bytes are damaged or not {name} ({error}).") from error
+    return values

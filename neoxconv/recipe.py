@@ -1,0 +1,25 @@
+"""A recipe: what the user asks of a conversion, apart from source and target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`type` is a mix of a quantized format, `dtype` a number type of a plain one; sizes are bytes."""
+
+    format: str
+    type: str | None = None
+    dtype: str | None = None
+    tp: int | None = None  # slim: tensor-parallel degree, the source's by default
+    shard_size: int = 5_000_000_000  # hf
+    split_size: int | None = None  # gguf
+    tokenizer: Path | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the target's bytes; the tokenizer acts through the bytes it becomes."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}

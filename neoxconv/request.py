@@ -1,0 +1,176 @@
+"""What a command's options ask for: a checkpoint opened as they say; a conversion checked, shown and carried out."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from neoxconv import convert
+from neoxconv.checkpoint import open_checkpoint, rank_difference
+from neoxconv.errors import PlanError
+from neoxconv.inspection import FORMATS
+from neoxconv.model import Checkpoint
+from neoxconv.plan import Memory, Plan, make_plan, memory_for
+from neoxconv.recipe import Recipe
+from neoxconv.terminal import progress_bar, size, table
+
+Given = Mapping[str, Any]  # the options by name; None where one was not given
+
+PLAIN_TARGETS = ("hf", "safetensors", "slim")
+ONLY_FOR = {
+    "type": ("gguf",),
+    "dtype": PLAIN_TARGETS,
+    "tp": ("slim",),
+    "shard_size": ("hf",),
+    "split_size": ("gguf",),
+}
+
+
+def opened(source: Path, given: Given, norms: str = "mean") -> Checkpoint:
+    """The checkpoint at `source` with the configuration that the options give."""
+    if given["config"] and given["preset"]:
+        raise click.UsageError("--config and --preset exclude each other; give one of them.")
+    return open_checkpoint(source, config=given["config"], preset=given["preset"], norms=norms)
+
+
+def check_options(given: Given) -> None:
+    """Raise UsageError where an option is for another format than the one asked for."""
+    name = given["format"]
+    wrong = [option for option, formats in ONLY_FOR.items() if given[option] is not None and name not in formats]
+    for option in wrong:
+        takes = " and ".join(f"--{o.replace('_', '-')}" for o, formats in ONLY_FOR.items() if name in formats)
+        raise click.UsageError(
+            f"--{option.replace('_', '-')} is for {', '.join(ONLY_FOR[option])}, not for {name}, which takes {takes}."
+        )
+    if name == "slim" and given["dtype"] == "F32":
+        raise click.UsageError("--dtype F32 is for hf and safetensors; slim takes F16 or BF16.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion that is planned and allowed; nothing is written yet."""
+
+    source: Path
+    target: Path
+    plan: Plan
+    memory: Memory
+    given: Given
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The plan's notes, and options that have no effect."""
+        idle = self.idle_norms
+        return (*self.plan.notes, *([f"--norms {self.given['norms']} does nothing here: {idle}"] if idle else []))
+
+    @property
+    def idle_norms(self) -> str | None:
+        """Why --norms, if it was given, has no effect; None where it has."""
+        ranks = len(self.plan.checkpoint.index.ranks)
+        if not self.given["norms"]:
+            return None
+        if ranks == 1:
+            return "the source has no ranks to merge"
+        recipe = self.plan.recipe
+        same = recipe.format == "slim" and (recipe.tp or ranks) == ranks
+        return "slim at the source's own degree keeps each rank's norms" if same else None
+
+    @property
+    def free(self) -> int:
+        """Bytes free on the target's disk."""
+        return shutil.disk_usage(next(folder for folder in self.target.parents if folder.exists())).free
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The whole plan as plain values."""
+        return {
+            "bytes_total": self.plan.total,
+            "files": [{"name": name, "bytes": count} for name, count in self.plan.sizes.items()],
+            "peak_memory": self.memory.peak,
+            "disk_free": self.free,
+            "notes": list(self.notes),
+        }
+
+    @property
+    def summary(self) -> str:
+        """The plan in a few lines."""
+        plan, index = self.plan, self.plan.checkpoint.index
+        ranks = len(index.ranks)
+        rows = [
+            ("source", f"{FORMATS[index.format]} {index.folder}, {len(index.files)} files, TP {ranks}"),
+            ("target", f"{plan.recipe.format} {self.target}"),
+            ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
+            ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {len(plan.sizes)} files"),
+            ("memory", f"{size(self.memory.peak)} at most with {self.memory.jobs} threads"),
+        ]
+        if ranks > 1:
+            difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
+            rows.append(("norms", f"{plan.checkpoint.norms}; {difference}"))
+        return table("<<", rows + [("note", note) for note in self.notes])
+
+    @property
+    def listing(self) -> str:
+        """The whole plan: its summary, every file, and the disk."""
+        files = table("<>", [(name, f"{count:,}") for name, count in self.plan.sizes.items()])
+        disk = f"  disk     {self.plan.total:,} bytes needed, {self.free:,} free"
+        return f"{self.summary}\n\n{files}\n\n{disk}"
+
+    def run(self, quiet: bool) -> dict[str, Any]:
+        """Carry the request out; what came of it as plain values."""
+        begin, given = time.monotonic(), self.given
+        total = sum(step.slot.entry.nbytes for step in self.plan.steps)
+        with progress_bar(total, "converting", quiet) as progress:
+            try:
+                convert.run(
+                    self.plan,
+                    self.target,
+                    jobs=given["jobs"],
+                    memory=given["memory"],
+                    overwrite=given["overwrite"],
+                    allow_nonfinite=given["allow_nonfinite"],
+                    progress=progress,
+                )
+            except KeyboardInterrupt as stop:
+                raise type(stop)(f"{self.target}: not finished; run the same command again to continue.") from stop
+        seconds = round(time.monotonic() - begin, 3)
+        return {"target": str(self.target), "bytes_total": self.plan.total, "seconds": seconds, "notes": [*self.notes]}
+
+    def farewell(self, result: Mapping[str, Any]) -> str:
+        """What was made, and what to do next."""
+        settings = [word for path in self.given["config"] for word in ("--config", str(path))]
+        settings += ["--preset", self.given["preset"]] if self.given["preset"] else []
+        check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *settings])
+        return f"{self.target}: {size(self.plan.total)} in {result['seconds']:.1f} s; next: {check}"
+
+
+def prepare(source: Path, target: Path, given: Given) -> Request:
+    """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
+    check_options(given)
+    recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
+    memory = memory_for(given["jobs"], given["memory"])
+    checkpoint = opened(source, given, given["norms"] or "mean")
+    target = target.absolute()
+    check_apart(checkpoint, source, target)
+    plan = make_plan(checkpoint, recipe)
+    convert.check_target(plan, target, given["overwrite"])
+    return Request(source, target, plan, memory, given)
+
+
+def check_apart(checkpoint: Checkpoint, source: Path, target: Path) -> None:
+    """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
+    index = checkpoint.index
+    folders = [source] if source.is_dir() else []
+    folders += [index.folder] if index.format in ("neox", "hf") else []
+    files = {file.storage.path.resolve() for file in index.files}
+    for made in (target.resolve(), convert.partial_of(target).resolve()):
+        for folder in (folder.resolve() for folder in folders):
+            if made == folder or folder in made.parents:
+                raise PlanError(f"{target}: lies in the source {folder}; give a target outside of it.")
+        if any(made == file or made in file.parents for file in files):
+            raise PlanError(f"{target}: holds the source {source}; give a target outside of it.")

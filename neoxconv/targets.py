@@ -1,0 +1,190 @@
+"""The targets: how a checkpoint becomes the files of each format. One row each in TARGETS."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neoxconv import __version__, slim, tokenizer
+from neoxconv.checkpoint import parameters
+from neoxconv.errors import PlanError
+from neoxconv.formats import gguf_layout, hf, safetensors
+from neoxconv.model import Checkpoint, Content, Encoding, Entry
+from neoxconv.quant import ENCODINGS
+from neoxconv.quant.mixes import BLOCK_FALLBACK, HEAD_STANDS_IN, MIXES, choose
+from neoxconv.recipe import Recipe
+from neoxconv.tensor import LazyTensor, reordered
+
+GGUF_ALIASES = {"embed_out.weight": "gpt_neox.embed_in.weight"}  # what a tied model's head is
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format that can be written; `single` where the target is a file and not a folder."""
+
+    name: str
+    single: bool
+    make: Callable[[Checkpoint, Recipe], Content]
+
+
+def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:
+    """The plain encoding for `dtype`, by default the type that the source holds (float64 becomes float32)."""
+    name = dtype or tensor.native.name
+    return ENCODINGS[name if name in ENCODINGS else "F32"]
+
+
+def unified_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
+    """Every tensor under its unified name."""
+    return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in checkpoint.tensors.items()]
+
+
+TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+def main_dtype(entries: Sequence[Entry]) -> str:
+    """torch's name of the type that most bytes have."""
+    sizes = {name: sum(e.nbytes for e in entries if e.encoding.name == name) for name in TORCH_NAMES}
+    return TORCH_NAMES[max(sizes, key=lambda name: sizes[name])]
+
+
+def as_json(value: Any) -> bytes:
+    """Readable JSON with a final newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def find_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> tokenizer.Tokenizer | None:
+    """The one that was asked for, else the one in or near the source."""
+    index = checkpoint.index
+    places = [path.parent for path in index.configs]
+    path = tokenizer.find(recipe.tokenizer, index.folder, index.settings, places)
+    if path:
+        return tokenizer.load(path)
+    return tokenizer.from_gguf(index.settings) if "tokenizer.ggml.tokens" in index.settings else None
+
+
+def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """A Hugging Face folder: sharded safetensors, configuration, tokenizer, model card."""
+    entries = unified_entries(checkpoint, recipe)
+    files = hf.layout(entries, recipe.shard_size)
+    config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries))
+    words = find_tokenizer(checkpoint, recipe)
+    sidecars = {
+        "config.json": as_json(config),
+        "generation_config.json": hf.generation_config(config),
+        "README.md": hf.model_card(title(checkpoint), provenance(checkpoint)),
+        **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
+        **(tokenizer.hf_files(words, checkpoint.config.context) if words else {}),
+    }
+    return Content(
+        files, sidecars, () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
+    )
+
+
+def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """One .safetensors file, which holds the configuration in its metadata."""
+    entries = unified_entries(checkpoint, recipe)
+    config = json.dumps(checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)), separators=(",", ":"))
+    return Content((safetensors.layout("model.safetensors", entries, {"format": "pt", "config": config}),), {})
+
+
+def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """A GGUF file (or several, with --split-size), with the tokenizer that llama.cpp needs."""
+    mix = recipe.type or default_mix(checkpoint)
+    words = find_tokenizer(checkpoint, recipe)
+    if words is None:
+        raise PlanError(
+            f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
+            "give its tokenizer.json with --tokenizer FILE."
+        )
+    entries = gguf_entries(checkpoint, mix)
+    keys = {
+        "general.architecture": "gptneox",
+        "general.type": "model",
+        "general.name": title(checkpoint),
+        "general.size_label": size_label(parameters(checkpoint)),
+        **checkpoint.architecture.to_gguf(checkpoint.config),
+        "general.file_type": MIXES[mix][0],
+        "general.quantization_version": 2,
+        **tokenizer.gguf_keys(words, checkpoint.config.rows),
+    }
+    return Content(
+        gguf_layout.layout("model", keys, entries, recipe.split_size), {}, tuple(gguf_notes(checkpoint, mix, entries))
+    )
+
+
+def default_mix(checkpoint: Checkpoint) -> str:
+    """BF16 for a bf16 source, else F16."""
+    native = [tensor.native.name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    return "BF16" if native.count("BF16") * 2 > len(native) else "F16"
+
+
+def gguf_entries(checkpoint: Checkpoint, mix: str) -> list[Entry]:
+    """Every tensor under its GGUF name, in GGUF's order of rows, with the encoding that the mix gives it."""
+    entries = []
+    untied = replace(checkpoint.config, tied=False)
+    for layer, weight in checkpoint.architecture.names(untied):
+        unified = weight.unified.replace("{i}", str(layer))
+        tensor = checkpoint.tensors[unified if unified in checkpoint.tensors else GGUF_ALIASES[unified]]
+        if weight.gguf_order:
+            tensor = reordered(tensor, weight.gguf_order(checkpoint.config))
+        encoding = choose(mix, weight.role, tensor.columns)
+        entries.append(Entry(weight.gguf.replace("{i}", str(layer)), unified, tensor, encoding))
+    return entries
+
+
+def gguf_notes(checkpoint: Checkpoint, mix: str, entries: Sequence[Entry]) -> list[str]:
+    """What differs from what the mix's name promises, and what llama.cpp will compute differently."""
+    notes = []
+    if mix in HEAD_STANDS_IN:
+        notes.append(f"output.weight is Q8_0: llama.cpp's {mix} has Q6_K there, which this version does not write yet")
+    odd = [e.name for e in entries if len(e.tensor.shape) == 2 and e.encoding.name == BLOCK_FALLBACK != mix]
+    if odd:
+        shown = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
+        notes.append(f"{len(odd)} tensors are {BLOCK_FALLBACK} because 32 does not divide their rows: {shown}")
+    if checkpoint.config.activation == "gelu":
+        notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")
+    return notes
+
+
+def title(checkpoint: Checkpoint) -> str:
+    """A name that depends on the model alone."""
+    return f"GPT-NeoX {size_label(parameters(checkpoint))}"
+
+
+def size_label(count: int) -> str:
+    """A count of parameters as llama.cpp rounds it: 20554567680 -> 21B, 10500000 -> 10M, 1400000000 -> 1.4B."""
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count > scale or suffix == "K":
+            value = count / scale
+            return f"{value:.{max(0, 2 - len(str(round(value)).lstrip('0')))}f}{suffix}"
+    raise AssertionError(count)
+
+
+def provenance(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Where a model comes from, in lines for its card."""
+    index, config = checkpoint.index, checkpoint.config
+    lines = [
+        ("Source", f"{index.format} checkpoint, {len(index.files)} files, tensor parallelism {len(index.ranks)}"),
+        ("Parameters", f"{parameters(checkpoint):,}"),
+        (
+            "Shape",
+            f"{config.layers} layers, hidden {config.hidden}, {config.heads} heads, {config.rows} vocabulary rows",
+        ),
+        ("Norms of the ranks", checkpoint.norms if len(index.ranks) > 1 else "one rank"),
+        ("Converted by", f"neoxconv {__version__}"),
+    ]
+    return lines + [("Note", note) for note in checkpoint.notes]
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        #      name           one file  content
+        Target("hf",          False,    to_hf),
+        Target("safetensors", True,     to_safetensors),
+        Target("slim",        False,    slim.content),
+        Target("gguf",        True,     to_gguf),
+    )
+}  # fmt: skip

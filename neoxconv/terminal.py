@@ -1,0 +1,56 @@
+"""What people see and type: sizes, tables, progress bars."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+BINARY = ("bytes", "KiB", "MiB", "GiB")
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes that `text` means (5GB, 500MB, 2GiB, 1.5G, a plain count), or None where it is no size above zero."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in UNITS:
+        return None
+    return int(float(match[1]) * UNITS[match[2].upper()]) or None
+
+
+def size(count: int) -> str:
+    """A count of bytes for people: 41112854242 -> 38.29 GiB."""
+    power = min(max(count.bit_length() - 1, 0) // 10, len(BINARY) - 1)
+    return f"{count / 1024**power:.2f} {BINARY[power]}" if power else f"{count} {BINARY[0]}"
+
+
+def table(align: str, rows: Sequence[Sequence[object]]) -> str:
+    """Rows as lines with columns of equal width; `align` has `<` or `>` for each column."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(align, widths, strict=True))
+    return "\n".join("  " + line.format(*row).rstrip() for row in cells)
+
+
+@contextmanager
+def progress_bar(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with bytes, rate and time left, moved on by calls from any thread; none where nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr) as bar:
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield advance

@@ -1,0 +1,86 @@
+"""The first level: every byte of a target is the one that the manifest says was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from neoxconv.errors import CheckpointError
+from neoxconv.manifest import MANIFEST, Range, combined, hash_range
+from neoxconv.verify.report import Finding, Report
+
+Progress = Callable[[int], None]
+
+
+def manifest_path(target: Path) -> Path:
+    """Where a target's manifest lies: inside a folder, beside a file."""
+    return target / MANIFEST if target.is_dir() else target.with_name(f"{target.name}.{MANIFEST}")
+
+
+def read_manifest(target: Path) -> dict[str, Any] | None:
+    """The manifest of a target, or None where there is none; raises CheckpointError where it cannot be understood."""
+    path = manifest_path(target)
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+        for file in value["files"]:
+            file["name"], file["bytes"], file["sha256"], [part_of(entry) for entry in file["ranges"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not a manifest of neoxconv ({type(error).__name__}: {error}).") from error
+    return dict(value)
+
+
+def part_of(entry: Any) -> Range:
+    """A range as the manifest describes it."""
+    return Range(str(entry["name"]), int(entry["offset"]), int(entry["bytes"]))
+
+
+def verify_bytes(target: Path | str, *, progress: Progress = lambda count: None) -> Report:
+    """Whether the files of `target` are byte for byte those that its manifest describes.
+
+    Raises CheckpointError where the target or its manifest is missing. `progress` gets counts of bytes read.
+    """
+    target = Path(target)
+    if not target.exists():
+        raise CheckpointError(f"{target}: does not exist.")
+    manifest = read_manifest(target)
+    if manifest is None:
+        raise CheckpointError(
+            f"{manifest_path(target)}: does not exist, so there is nothing to check the bytes against. "
+            "Compare with the source instead: neoxconv verify SOURCE TARGET."
+        )
+    files = manifest["files"]
+    findings = [finding for file in files for finding in check_file(target, file, progress)]
+    if target.is_dir():
+        known = {file["name"] for file in files} | {MANIFEST}
+        present = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+        findings += [Finding(name, "is not in the manifest") for name in present if name not in known]
+    return Report("bytes", f"{len(files)} files, {sum(file['bytes'] for file in files):,} bytes", tuple(findings))
+
+
+def check_file(target: Path, file: dict[str, Any], progress: Progress) -> Iterator[Finding]:
+    """What is wrong with one file."""
+    name = file["name"]
+    path = target / name if target.is_dir() else target
+    if target.is_dir() and not path.resolve().is_relative_to(target.resolve()):
+        yield Finding(name, "lies outside the target")
+        return
+    if not path.is_file():
+        yield Finding(name, "is missing")
+        return
+    if path.stat().st_size != file["bytes"]:
+        yield Finding(name, f"has {path.stat().st_size} bytes; {file['bytes']} were written")
+    if combined(entry["sha256"] for entry in file["ranges"]) != file["sha256"]:
+        yield Finding(name, "the manifest's digest of the file does not fit those of its ranges")
+    with open(path, "rb") as stream:
+        for entry in file["ranges"]:
+            part = part_of(entry)
+            if hash_range(stream, part) != entry["sha256"]:
+                what = part.name or "header or padding"
+                yield Finding(
+                    name, f"{what} (bytes {part.offset} to {part.offset + part.length}) differs from what was written"
+                )
+            progress(part.length)

@@ -1,0 +1,48 @@
+"""What a verification found, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: in which file or tensor, and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How a target's tensor differs from the source's, with the source's values as they are before rounding.
+
+    `largest` is absolute; `relative` is the root mean square error over the root mean square of the weights.
+    """
+
+    name: str
+    encoding: str
+    largest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one level of verification; it passed when there are no findings."""
+
+    level: str
+    checked: str
+    findings: tuple[Finding, ...]
+    tensors: tuple[TensorError, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+    @property
+    def relative(self) -> float:
+        """The largest relative error of any tensor."""
+        return max((tensor.relative for tensor in self.tensors), default=0.0)

@@ -1,0 +1,114 @@
+"""The second level: every tensor of the target is the source's, exactly or within what its encoding's scales imply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from neoxconv.checkpoint import name_tensors
+from neoxconv.model import Checkpoint
+from neoxconv.quant import ENCODINGS, floats
+from neoxconv.tensor import LazyTensor, slabs
+from neoxconv.verify.report import Finding, Report, TensorError
+
+Progress = Callable[[int], None]
+SLAB = 4 << 20
+# What must agree for the two to be one function; GGUF does not say which GELU, llama.cpp computes the tanh form.
+COMPARED = (
+    "layers",
+    "hidden",
+    "heads",
+    "ff",
+    "rows",
+    "context",
+    "rotary_dims",
+    "rotary_base",
+    "norm_eps",
+    "parallel_residual",
+    "activation",
+    "tied",
+)
+UNSAID = {"gguf": ("activation", "tied")}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of the source and the target's of the same name."""
+
+    name: str
+    source: LazyTensor
+    target: LazyTensor
+
+
+def verify_weights(
+    source: Checkpoint, target: Checkpoint, *, jobs: int = 2, progress: Progress = lambda count: None
+) -> Report:
+    """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
+
+    `source` must have been opened with the target's norms policy. `progress` gets counts of source bytes compared.
+    """
+    pairs, findings = pair_up(source, target)
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda pair: compare(pair, progress), pairs))
+    findings += [finding for _, finding in results if finding]
+    findings += compare_configs(source, target)
+    tensors = tuple(error for error, _ in results)
+    return Report("weights", f"{len(pairs)} tensors", tuple(findings), tensors)
+
+
+def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Finding]]:
+    """Tensors by name; for two gpt-neox checkpoints of one degree also each rank's own, buffers included."""
+    ours, theirs = dict(source.tensors), dict(target.tensors)
+    if "embed_out.weight" in theirs and source.config.tied:
+        ours["embed_out.weight"] = ours["gpt_neox.embed_in.weight"]
+    if target.index.format == "neox" and len(source.index.ranks) == len(target.index.ranks) > 1:
+        ours, theirs = by_rank(source), by_rank(target)
+    findings = [Finding(name, "is in the source but not in the target") for name in ours if name not in theirs]
+    findings += [Finding(name, "is in the target but not in the source") for name in theirs if name not in ours]
+    return [Pair(name, ours[name], theirs[name]) for name in ours if name in theirs], findings
+
+
+def by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """Every rank's tensors, unified names first and then what only this format has."""
+    named, _ = name_tensors(checkpoint.index, checkpoint.architecture)
+    return {f"{name} of rank {rank}": tensor for rank, tensors in enumerate(named) for name, tensor in tensors.items()}
+
+
+def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None]:
+    """The error of one tensor, and what is wrong with it if anything is."""
+    encoding = pair.target.dtype.name
+    if pair.source.shape != pair.target.shape:
+        found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
+        return TensorError(pair.name, encoding, float("inf"), float("inf")), found
+    wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
+    for start, stop in slabs(pair.source, SLAB):
+        weights = floats(pair.source.read(start, stop), pair.source.dtype)
+        stored = pair.target.read(start, stop)
+        error = np.abs(weights - floats(stored, pair.target.dtype))
+        bad = ENCODINGS[encoding].wrong(weights, stored) if encoding in ENCODINGS else ~np.isfinite(error)
+        if bad.any() and first < 0:
+            first = start * pair.source.columns + int(np.flatnonzero(bad)[0])
+        wrong += int(bad.sum())
+        largest = max(largest, float(error.max(initial=0)))
+        squares += float(np.square(error, dtype=np.float64).sum())
+        power += float(np.square(weights, dtype=np.float64).sum())
+        progress((stop - start) * pair.source.dtype.size(pair.source.columns))
+    result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
+    if not wrong:
+        return result, None
+    at = list(map(int, np.unravel_index(first, pair.source.shape)))
+    return result, Finding(
+        pair.name,
+        f"{wrong} of {pair.source.rows * pair.source.columns} weights are not the source's as {encoding}, the first at {at}",
+    )
+
+
+def compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
+    """Hyperparameters that differ."""
+    for name in COMPARED:
+        ours, theirs = getattr(source.config, name), getattr(target.config, name)
+        if ours != theirs and name not in UNSAID.get(target.index.format, ()):
+            yield Finding("configuration", f"{name} is {theirs} in the target and {ours} in the source")

@@ -1,0 +1,10 @@
+"""Settings that hold for every test: no network, and the same random examples on every machine."""
+
+import os
+
+from hypothesis import settings
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")

@@ -1,0 +1,197 @@
+"""Programs and files that this project did not write, to compare with; each test skips where its oracle is absent.
+
+`make oracles` installs the programs. `.venv-tf4` is a second environment with transformers 4: its Python runs
+functions of this very module, so nothing but the standard library and numpy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import subprocess
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).parents[1]
+TF4 = ROOT / ".venv-tf4"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neoxconv"
+PACKAGES = ("torch", "transformers", "gguf", "safetensors", "tokenizers", "llama-cpp-python", "bitsandbytes")
+
+Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
+Logits = npt.NDArray[np.float32]  # [batch, time, vocab]
+
+
+def fixtures() -> Path:
+    """Return the folder of real checkpoints: $NEOXCONV_FIXTURES, or ../shared/fixtures beside the repository."""
+    return require(Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures"), "the fixtures")
+
+
+def require(path: Path, what: str) -> Path:
+    """Return the path, or skip the test that asked for it."""
+    if not path.exists():
+        skip(f"{what} not found at {path}")
+    return path
+
+
+def program(name: str) -> ModuleType:
+    """Import a module, or skip the test that asked for it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        skip(f"{name} is not installed; run `make oracles`")
+        raise
+
+
+def skip(reason: str) -> None:
+    import pytest
+
+    pytest.skip(reason)
+
+
+def oracle_versions() -> dict[str, str]:
+    """Return the version of every oracle that is present, by the name of its package and of its environment."""
+    places = {"": sys.path, " in .venv-tf4": [str(path) for path in TF4.glob("lib/*/site-packages")]}
+    return {
+        f"{name}{place}": found.version
+        for place, folders in places.items()
+        for name in PACKAGES
+        for found in metadata.distributions(name=name, path=folders)
+    }
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+
+def transformers_logits(folder: Path, tokens: Tokens, dtype: str = "float32") -> Logits:
+    """Load a Hugging Face folder strictly with transformers 5 and return its logits in fp32."""
+    program("transformers")
+    return causal_logits(folder, tokens, dtype)
+
+
+def transformers4_load(folder: Path, tokens: Tokens, out_npy: Path) -> Logits:
+    """Do the same with transformers 4 in a child process, loading the tokenizer too; the logits stay in `out_npy`."""
+    source = out_npy.with_suffix(".tokens.npy")
+    np.save(source, tokens)
+    run_in_tf4("transformers4_main", folder, source, out_npy)
+    return np.asarray(np.load(out_npy), np.float32)
+
+
+def transformers4_main(folder: str, tokens_npy: str, out_npy: str) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder)
+    np.save(out_npy, causal_logits(Path(folder), np.load(tokens_npy), "float32"))
+
+
+def causal_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
+    """Run the model in `folder`; every key of the file has found its place in the model and the reverse."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, keys = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+    assert not any(keys.values()), f"{folder}: { ({kind: names for kind, names in keys.items() if names}) }"
+    with torch.inference_mode():
+        logits = model.eval()(torch.from_numpy(np.asarray(tokens, np.int64)), use_cache=False).logits
+    return np.asarray(logits.float().numpy())
+
+
+# --- llama.cpp ------------------------------------------------------------------------------------------------------
+
+
+def llama_logits(gguf: Path, tokens: Tokens) -> Logits:
+    """Run a GGUF file through llama.cpp on the CPU, one sequence at a time, and return the logits of every position."""
+    llama = program("llama_cpp")
+    settings = llama.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    model = llama.llama_model_load_from_file(os.fsencode(gguf), settings)
+    assert model, f"llama.cpp cannot load {gguf}; its reason is on stderr"
+    try:
+        return np.stack([sequence_logits(llama, model, sequence) for sequence in tokens])
+    finally:
+        llama.llama_model_free(model)
+
+
+def sequence_logits(llama: ModuleType, model: Any, tokens: Tokens) -> Logits:
+    """Return [time, vocab] for one sequence in a fresh context."""
+    size = llama.llama_context_default_params()
+    size.n_ctx = size.n_batch = size.n_ubatch = len(tokens)
+    size.n_threads = size.n_threads_batch = os.cpu_count() or 1
+    context = llama.llama_init_from_model(model, size)
+    batch = llama.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
+                int(token),
+                i,
+                1,
+                0,
+                1,
+            )
+        assert llama.llama_decode(context, batch) == 0
+        vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+        return np.ctypeslib.as_array(llama.llama_get_logits(context), (len(tokens), vocab)).copy()
+    finally:
+        llama.llama_batch_free(batch)
+        llama.llama_free(context)
+
+
+def llama_quantize(src_gguf: Path, dst_gguf: Path, ftype: str | int, threads: int = 2) -> None:
+    """Write `dst_gguf` as llama-quantize does; `ftype` is a name such as Q4_K_M or its number."""
+    llama = program("llama_cpp")
+    wanted = llama.llama_model_quantize_default_params()
+    wanted.ftype = ftype if isinstance(ftype, int) else llama_ftype(llama, ftype)
+    wanted.nthread = threads
+    code = llama.llama_model_quantize(os.fsencode(src_gguf), os.fsencode(dst_gguf), ctypes.byref(wanted))
+    assert code == 0, f"llama-quantize {src_gguf} to {ftype} gave {code}; its reason is on stderr"
+
+
+def llama_ftype(llama: ModuleType, name: str) -> int:
+    return int(getattr(llama, "LLAMA_FTYPE_ALL_F32" if name == "F32" else f"LLAMA_FTYPE_MOSTLY_{name}"))
+
+
+def llama_convert(hf_folder: Path, out_gguf: Path, outtype: str = "f16", pre: str | None = "olmo") -> None:
+    """Write `out_gguf` by llama.cpp's convert_hf_to_gguf.py; `pre` replaces its list of tokenizers, None keeps it."""
+    script = CACHE / f"llama.cpp-{pinned('llama-cpp-python')}" / "convert_hf_to_gguf.py"
+    require(script, "llama.cpp's converter (run `make oracles`)")
+    run_in_tf4("llama_convert_main", script, hf_folder, out_gguf, outtype, pre or "")
+
+
+def llama_convert_main(script: str, hf_folder: str, out_gguf: str, outtype: str, pre: str) -> None:
+    folder = str(Path(script).parent)
+    sys.path[:0] = [folder, f"{folder}/gguf-py"]
+    if pre:  # the script refuses every tokenizer whose hash it does not know, so ours as well
+        text_model = import_module("conversion.base").TextModel
+        text_model.get_vocab_base_pre = lambda self, tokenizer: pre
+    sys.argv = [script, hf_folder, "--outfile", out_gguf, "--outtype", outtype]
+    runpy.run_path(script, run_name="__main__")
+
+
+def pinned(package: str) -> str:
+    """Return the version of a package that constraints.txt asks for."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return next(line.removeprefix(f"{package}==") for line in lines if line.startswith(f"{package}=="))
+
+
+# --- the environment with transformers 4 ----------------------------------------------------------------------------
+
+
+def run_in_tf4(function: str, *arguments: object) -> None:
+    """Call a function of this module, with strings, in the Python of .venv-tf4."""
+    require(TF4 / ".oracles", "transformers 4 (run `make oracles`)")
+    call = f"import sys; from tests import oracles; oracles.{function}(*sys.argv[1:])"
+    command = [TF4 / "bin" / "python", "-c", call, *arguments]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{function} in {TF4.name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+if __name__ == "__main__":
+    for name, version in oracle_versions().items():
+        print(f"{name:32} {version}")

@@ -1,0 +1,115 @@
+"""`inspect`: what a source is, from names and headers only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.cli import main
+from neoxconv.inspection import inspect, render
+from neoxconv.terminal import parse_size, size, table
+from tests.oracles import fixtures
+
+# What the READMEs of the fixtures say of them.
+KINDS: dict[str, dict[str, Any]] = {
+    "neox_2022_tp2_pp4": {"tensor_parallel": 2, "pipeline_parallel": 4, "layout": "pipeline", "names": "legacy"},
+    "neox_2022_sequential_tp2": {"tensor_parallel": 2, "pipeline_parallel": 1, "layout": "sequential"},
+    "neox_2026_bf16_tp2_pp2": {"pipeline_parallel": 2, "names": "gpt-neox since 2024-09"},
+    "trained_tp2_pp4": {"tensor_parallel": 2, "pipeline_parallel": 4, "layout": "pipeline"},
+}
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    return inspect(open_checkpoint(path))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_says_what_a_checkpoint_is(name: str) -> None:
+    assert facts_of(fixtures() / name / "checkpoints")["source"].items() >= KINDS[name].items()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_file_and_every_byte_is_of_one_kind(name: str) -> None:
+    folder = fixtures() / name / "checkpoints"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    facts = facts_of(folder)["files"]
+    found = {kind["kind"]: kind for kind in facts}
+    assert sum(kind["count"] for kind in facts) == len(files)
+    assert sum(kind["bytes"] for kind in facts) == sum(path.stat().st_size for path in files)
+    optimizer = [path.stat().st_size for path in files if "optim_states" in path.name]
+    expected = {"kind": "optimizer states", "count": len(optimizer), "bytes": sum(optimizer)}
+    assert found.get("optimizer states", expected) == expected and ("optimizer states" in found) == bool(optimizer)
+
+
+def test_optimizer_files_are_never_opened(tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(fixtures() / "neox_2022_tp2_pp4" / "checkpoints", copy)
+    for path in copy.rglob("*optim_states*"):
+        path.unlink()
+        path.symlink_to("/dev/null")  # not a file: opening it as one fails
+    assert main(["inspect", str(copy)]) == 0
+
+
+def test_groups_and_tensors_count_the_same_bytes() -> None:
+    facts = facts_of(fixtures() / "neox_2022_tp2_pp4" / "checkpoints")
+    assert sum(group["bytes"] for group in facts["groups"]) == sum(tensor["bytes"] for tensor in facts["tensors"])
+    assert sum(group["count"] for group in facts["groups"]) == len(facts["tensors"])
+    assert 0 < facts["rank_difference"] < 0.1
+
+
+@pytest.mark.parametrize("format", ["hf", "safetensors", "gguf"])
+def test_every_readable_format_can_be_inspected(format: str, tmp_path: Path) -> None:
+    source = open_checkpoint(fixtures() / "neox_2022_tp2_pp4" / "checkpoints")
+    target = run(make_plan(source, Recipe(format)), tmp_path / f"model.{format}")
+    facts = facts_of(target)
+    assert facts["source"]["format"] == format and facts["parameters"] == inspect(source)["parameters"]
+    assert render(facts, every_tensor=True)
+
+
+def test_json_and_tables_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(fixtures() / "neox_2026_bf16_tp2_pp2" / "checkpoints")
+    assert main(["inspect", folder, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert main(["inspect", folder, "--tensors"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{facts['parameters']:,}" in shown and "TP 2, PP 2 (pipeline)" in shown
+    assert all(tensor["name"] in shown for tensor in facts["tensors"])
+    assert all(kind["kind"] in shown for kind in facts["files"])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500mb", 500 * 10**6),
+        ("2GiB", 2 << 30),
+        ("1.5 G", 15 * 10**8),
+        ("41112854242", 41112854242),
+        ("10b", 10),
+        ("0", None),
+        ("-5GB", None),
+        ("5 apples", None),
+        ("", None),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, count: int | None) -> None:
+    assert parse_size(text) == count
+
+
+def test_sizes_as_people_read_them() -> None:
+    assert [size(count) for count in (0, 1023, 1024, 41_112_854_242)] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.00 KiB",
+        "38.29 GiB",
+    ]
+    assert size(308_033_580_802) == "286.88 GiB"
+
+
+def test_a_table_has_straight_columns() -> None:
+    assert table("<>", [("name", 1), ("n", 1000)]) == "  name     1\n  n     1000"
