@@ -22,6 +22,7 @@ from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.fold import folded
 from neoxconv.formats import deepspeed, gguf, hf, safetensors
 from neoxconv.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Weight
+from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor, reordered
 
 NAMING = {"neox": "neox", "hf": "unified", "safetensors": "unified", "gguf": "gguf"}
@@ -50,13 +51,14 @@ def open_checkpoint(
 
 
 def read_index(path: Path, config: Sequence[Path]) -> Index:
-    """Index whatever is at `path`, told by its files' names."""
+    """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist.")
     if path.is_file():
-        if path.suffix == ".gguf":
+        start = open_storage(path).text(0, min(9, path.stat().st_size))
+        if start[:4] == gguf.MAGIC:
             return gguf.index(path)
-        if path.suffix == ".safetensors" and not (path.parent / "model.safetensors.index.json").is_file():
+        if start[8:] == b"{" and not (path.parent / "model.safetensors.index.json").is_file():
             return safetensors.index(path)
         path = path.parent
     if folder := deepspeed.tag_folder(path):

@@ -30,7 +30,7 @@ STEP_16 = f32(2.0**-14)  # the smallest normal float16
 
 
 def kernel(function: F) -> F:
-    """`function`, compiled: releases the GIL, is cached on disk, and divides by zero as IEEE 754 says."""
+    """`function`, compiled: releases the GIL, is cached on disk, divides by zero as IEEE 754 says, costs no call."""
     return cast(F, njit(nogil=True, cache=True, error_model="numpy", forceinline=True)(function))
 
 
@@ -153,10 +153,9 @@ def code(weight: np.float32, ruler: Ruler) -> np.int32:
 @kernel
 def put_codes(block: Bytes, weights: Floats, ruler: Ruler) -> None:
     """Store the codes of 32 weights at the end of `block`: nibbles j | (j + 16) << 4, before them any fifth bits."""
-    half = weights.size // 2
-    at = block.size - half
-    for j in range(half):
-        block[at + j] = u8((code(weights[j], ruler) & i32(15)) | (code(weights[j + half], ruler) & i32(15)) << i32(4))
+    at = block.size - 16
+    for j in range(16):
+        block[at + j] = u8((code(weights[j], ruler) & i32(15)) | (code(weights[j + 16], ruler) & i32(15)) << i32(4))
     if ruler[3] == 31:
         fifth = u32(0)
         for j in range(weights.size):
@@ -238,7 +237,7 @@ def unpack(blocks: Bytes, zero: int, fifth: bool) -> Floats:
             bits = u32(0)
             for j in range(4):
                 bits |= u32(u32(blocks[b, at - 4 + j]) << u32(8 * j))
-            for j in range(32):
+            for j in range(codes.shape[1]):
                 codes[b, j] += f32(i32(u32(bits >> u32(j)) & u32(1)) << i32(4))
     return codes
 
