@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,8 @@ def progress_bar(total: int, what: str, quiet: bool) -> Iterator[Callable[[int],
     from tqdm import tqdm
 
     lock = threading.Lock()
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr) as bar:
+    columns = shutil.get_terminal_size().columns  # tqdm shows nothing where a terminal says that it has none
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, ncols=columns) as bar:
 
         def advance(count: int) -> None:
             with lock:

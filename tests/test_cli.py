@@ -1,203 +1,29 @@
-"""The command line as a user meets it: what it prints, its exit codes, and one clear message for each bad input."""
+"""The command line as a user meets it: what it prints, what it asks for, and its exit codes."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from neoxconv import __version__, convert
-from neoxconv.cli import main
 from neoxconv.names import FORMATS
 from neoxconv.request import ONLY_FOR
-from tests.oracles import fixtures
+from tests.test_bad_input import cli, digests, writable_copy
 
-NAME, STEP = "neox_2022_tp2_pp4", "global_step10"
 ROOT = Path(__file__).parents[1]
 VALUES = {"type": "q8_0", "dtype": "f32", "tp": "1", "shard_size": "1MB", "split_size": "1MB"}
-
-Damage = Callable[[Path], Any]
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A writable copy of a real checkpoint without optimizer states, its tokenizer beside it."""
-    shutil.copytree(
-        fixtures() / NAME / "checkpoints", tmp_path / "checkpoints", ignore=shutil.ignore_patterns("*zero*")
-    )
-    shutil.copy(fixtures() / NAME / "tiny_tokenizer.json", tmp_path)
-    for path in (tmp_path / "checkpoints").rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return tmp_path / "checkpoints"
-
-
-def cli(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def digests(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-def layer(number: int, rank: int) -> str:
-    return f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
-
-
-def edited(number: int, rank: int, change: Callable[[dict[str, Any]], Any]) -> Damage:
-    """A layer file with other tensors in it."""
-
-    def damage(step: Path) -> None:
-        tensors = torch.load(step / layer(number, rank), weights_only=True)
-        change(tensors)
-        torch.save(tensors, step / layer(number, rank))
-
-    return damage
-
-
-def with_setting(key: str, value: Any) -> Damage:
-    """The YAML with another value; a later key of the same name wins in YAML."""
-
-    def damage(step: Path) -> None:
-        [path] = (step / "configs").glob("*.yml")
-        head, tail = path.read_text().rsplit("}", 1)
-        path.write_text(f'{head.rstrip()}\n  "{key}": {json.dumps(value)},\n}}{tail}')
-
-    return damage
-
-
-def without_layer(step: Path) -> None:
-    for path in step.glob("layer_05-*"):
-        path.unlink()
-
-
-def narrower(tensors: dict[str, Any]) -> None:
-    tensors["mlp.dense_h_to_4h.weight"] = tensors["mlp.dense_h_to_4h.weight"][:-8].clone()
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(step: Path) -> None:
-    shutil.rmtree(step.parent)
-    step.parent.mkdir()
-
-
-BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
-    "missing path": (lambda step: shutil.rmtree(step.parent), ("checkpoints: does not exist",)),
-    "empty folder": (empty, ("checkpoints: holds no model",)),
-    "missing rank file": (lambda step: (step / layer(3, 1)).unlink(), (f"{layer(3, 1)}: is missing",)),
-    "missing layer": (without_layer, (f"{layer(5, 0)}: is missing",)),
-    "truncated": (lambda step: truncate(step / layer(4, 0)), (layer(4, 0),)),
-    "not a zip": (lambda step: (step / layer(4, 1)).write_text("<html>404</html>" * 9), (layer(4, 1),)),
-    "ranks disagree": (edited(4, 1, narrower), (layer(4, 1), "layers.2.mlp.dense_h_to_4h.weight", "on rank 1")),
-    "hidden size": (with_setting("hidden-size", 128), ("embed_in.weight", "[512, 64]", "[512, 128]")),
-    "layers": (with_setting("num-layers", 8), ("layers.7.", "missing")),
-    "degree": (with_setting("model-parallel-size", 4), ("model_parallel_size 4", "2 rank")),
-    "unknown tensor": (edited(4, 0, lambda t: t.update(gate=torch.ones(3))), (layer(4, 0), "4.gate")),
-    "reward head": (edited(10, 0, lambda t: t.update({"rm_linear.weight": torch.ones(3)})), ("rm_linear.weight",)),
-    "alibi": (with_setting("pos-emb", "alibi"), ("pos_emb: alibi",)),
-    "rmsnorm": (with_setting("norm", "rmsnorm"), ("norm: rmsnorm",)),
-    "gpt_j_tied": (with_setting("gpt_j_tied", True), ("gpt_j_tied: True",)),
-    "relu": (with_setting("activation", "relu"), ("activation: relu",)),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_named_in_one_message(case: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damage, expected = BAD_INPUT[case]
-    damage(source / STEP)
-    target = source.parent / "out"
-    assert cli("convert", source, target, "--to", "hf") == 1
-    message = capsys.readouterr().err
-    assert message.startswith("neoxconv: ") and "Traceback" not in message and len(message.splitlines()) <= 11
-    assert all(words in message for words in expected), message
-    assert not target.exists() and not convert.partial_of(target).exists()
-
-
-def test_erf_gelu_becomes_gguf_with_a_warning(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with_setting("bias-gelu-fusion", False)(source / STEP)
-    assert cli("convert", source, source.parent / "x.gguf", "--to", "gguf") == 0
-    assert "erf GELU" in capsys.readouterr().err
-
-
-# --- bad targets -----------------------------------------------------------------------------------------------------
-
-
-def test_a_target_that_exists_is_left_alone_unless_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = source.parent / "out"
-    target.mkdir()
-    assert cli("convert", source, target, "--to", "hf", "--quiet") == 0  # an empty folder counts as absent
-    (target / "note.txt").write_text("mine")
-    assert cli("convert", source, target, "--to", "hf") == 1
-    assert "out: exists already" in capsys.readouterr().err
-    assert (target / "note.txt").exists()
-    assert cli("convert", source, target, "--to", "hf", "--overwrite", "--quiet") == 0
-    assert not (target / "note.txt").exists()
-
-
-@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
-def test_a_target_that_cannot_be_written_is_named(place: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (source.parent / "file").touch()
-    assert cli("convert", source, source.parent / place, "--to", "hf", "--quiet") == 1
-    message = capsys.readouterr().err
-    assert "Traceback" not in message and Path(place).parts[-2] in message
-
-
-def test_a_disk_too_small_is_told_before_anything_is_written(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = shutil.disk_usage(source)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
-    before = digests(source.parent)
-    assert cli("convert", source, source.parent / "out", "--to", "hf", "--quiet") == 1
-    assert "GB are needed" in capsys.readouterr().err
-    assert digests(source.parent) == before
-
-
-def test_a_disk_that_fills_up_stops_the_run_and_the_same_command_finishes(
-    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target, command = source.parent / "out", ("--to", "hf", "--quiet")
-
-    def full(*arguments: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
-        assert cli("convert", source, target, *command) == 1
-    message = capsys.readouterr().err
-    assert "out: the disk is full" in message and len(message.splitlines()) == 1
-    assert not target.exists()
-    assert cli("convert", source, target, *command) == 0
-
-
-@pytest.mark.parametrize(
-    "target", ["checkpoints", f"checkpoints/{STEP}", "checkpoints/out", f"checkpoints/{STEP}/x", "."]
-)
-def test_a_target_in_or_around_the_source_is_refused(
-    target: str, source: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = digests(source)
-    assert cli("convert", source, source.parent / target, "--to", "hf", "--overwrite") == 1
-    assert "outside of it" in capsys.readouterr().err
-    assert digests(source) == before
-
-
-# --- usage -----------------------------------------------------------------------------------------------------------
+    return writable_copy(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +111,17 @@ def test_convert_tells_what_it_does_and_what_comes_next(source: Path, capsys: py
     assert len(done.out.splitlines()) == 1 and f"neoxconv verify {source} {source.parent / 'out'}" in done.out
     assert cli("convert", source, source.parent / "quiet", "--to", "hf", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_and_nothing_else_does(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli("convert", source, source.parent / "seen", "--to", "hf") == 0
+    assert "converting: 100%" in capsys.readouterr().err
+    for silent in ("--quiet", "--json"):
+        assert cli("convert", source, source.parent / silent, "--to", "hf", silent) == 0
+        assert not capsys.readouterr().err
 
 
 def test_norms_without_effect_are_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

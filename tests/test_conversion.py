@@ -39,9 +39,12 @@ def test_hf_equals_the_official_converter(name: str, tmp_path: Path) -> None:
     ours = load_file(folder / "model.safetensors")
     theirs = load_file(fixtures() / name / "hf_official_converter" / "model.safetensors")
     assert set(ours) == {key for key in theirs if not key.endswith(("inv_freq", "attention.bias", "masked_bias"))}
-    # With a serial residual the official converter doubles the row-parallel biases; see the fixture's README.
-    compared = [key for key in ours if not (bf16 and key.endswith(ROW_BIASES))]
-    assert compared and all(torch.equal(ours[key], theirs[key]) for key in compared)
+    for key in ours:
+        if bf16 and key.endswith(ROW_BIASES):
+            continue  # with a serial residual the official converter doubles them; see the fixture's README
+        # It averages norms in bf16 and then widens them; our mean is rounded once, to the target's type.
+        found = ours[key].bfloat16().float() if bf16 and "norm" in key else ours[key]
+        assert torch.equal(found, theirs[key]), key
 
 
 def test_hf_of_the_trained_model_equals_a_plain_merge(tmp_path: Path) -> None:
@@ -100,7 +103,8 @@ def test_llama_cpp_loads_every_mix(mix: str, tmp_path: Path) -> None:
 def test_llama_cpps_converter_accepts_hf_and_gives_our_tensors(name: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     folder = convert(shards(name), tmp_path / "hf", format="hf")
-    theirs = gguf.GGUFReader(llama_convert(folder, tmp_path / "theirs.gguf"))
+    llama_convert(folder, tmp_path / "theirs.gguf")
+    theirs = gguf.GGUFReader(tmp_path / "theirs.gguf")
     ours = gguf.GGUFReader(convert(shards(name), tmp_path / "ours.gguf", format="gguf", type="F16"))
     tensors = {t.name: t for t in ours.tensors}
     assert tensors.keys() == {t.name for t in theirs.tensors}
@@ -155,7 +159,7 @@ def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def permissive_load(path: Path) -> Any:
     """torch.load of a file with random-number states in it: only for our own fixtures."""
-    return torch.load(path, weights_only=False)
+    return torch.load(path, weights_only=False, map_location="cpu")
 
 
 @pytest.mark.parametrize("degree", [1, 4])

@@ -16,7 +16,7 @@ import pytest
 from neoxconv.dtypes import BF16, F16, F32, F64, DType, Floats, narrow
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.model import Encoding
-from neoxconv.quant import ENCODINGS, decode_any, floats, kernels
+from neoxconv.quant import ENCODINGS, decode_any, floats
 from tests.golden.make_blocks import BLOCKS, ggml, ggml_encode
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
@@ -203,11 +203,6 @@ def test_rounding_is_that_of_torch(dtype: DType) -> None:
 def test_nan_stays_nan(dtype: DType) -> None:
     rows = (random_bits(10**5) | 0x7F800001).view(np.float32)
     assert np.isnan(floats(ENCODINGS[dtype.name].encode(rows), dtype)).all()
-
-
-def test_numbers_that_are_not_finite_are_counted() -> None:
-    bits = random_bits(10**6)
-    assert kernels.count_special(bits, np.uint32(0x7F800000)) == (~np.isfinite(bits.view(np.float32))).sum()
 
 
 # --- machines -------------------------------------------------------------------------------------------------------

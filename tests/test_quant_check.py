@@ -101,6 +101,7 @@ def test_weights_that_cannot_be_stored_are_flagged(encoding: Encoding, bad: floa
     found = encoding.wrong(weights, stored)
     assert found[1, 32:].all() and found.sum() == 32
     assert not np.isfinite(encoding.decode(stored)[1, 32:]).all()
+    assert encoding.wrong(weights, encoding.encode(noise(3, 64)))[1, 40]  # finite bytes do not hide them
 
 
 @pytest.mark.parametrize("encoding", [e for e in ENCODINGS.values() if e.dtype.block == 1], ids=lambda e: e.name)

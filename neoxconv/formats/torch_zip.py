@@ -253,6 +253,9 @@ class Stream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def tell(self) -> int:
+        return self.position
+
     def readinto(self, buffer: Any) -> int:
         count = min(len(buffer), self.file.size - self.position)
         buffer[:count] = self.file.text(self.position, count)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from neoxconv.dtypes import Array, Bytes, Floats
+from neoxconv.dtypes import Bytes, Floats
 
 F = TypeVar("F", bound=Callable[..., object])
 Halves = npt.NDArray[np.uint16]
@@ -88,15 +88,6 @@ def widen_f16(halves: Halves, bits: npt.NDArray[np.uint32]) -> None:
         if size >= u32(0x0F800000):
             wide = u32(size + u32(224 << 23))
         bits[i] = u32(wide | u32(u32(halves[i] & u16(0x8000)) << u32(16)))
-
-
-@kernel
-def count_special(bits: Array, exponent: np.unsignedinteger[npt.NBitBase]) -> int:
-    """How many numbers are infinite or NaN: all bits of `exponent` (0x7C00, 0x7F80, 0x7F800000) are set (1-D)."""
-    count = 0
-    for i in range(bits.size):
-        count += (bits[i] & exponent) == exponent
-    return count
 
 
 @kernel

@@ -101,7 +101,8 @@ def wrong(form: Form, rows: Floats, stored: Bytes) -> npt.NDArray[np.bool_]:
     with np.errstate(invalid="ignore", over="ignore"):
         step, least = needed(form, kernels.spans(weights))
         slope, slack = half_ulp(step), half_ulp(least)
-        fits = (np.abs(np.abs(parts.step) - step) <= slope) & (np.abs(parts.least - least) <= slack)
+        fits = np.isfinite(step) & (np.abs(np.abs(parts.step) - step) <= slope)
+        fits &= np.abs(parts.least - least) <= slack
         limits = np.stack([parts.step, parts.least, slope, step / 2 + slope + slack], axis=1)
     result = kernels.outside(weights, parts.codes, limits, (form.lowest, form.highest))
     result |= ~fits[:, None]

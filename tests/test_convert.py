@@ -1,0 +1,218 @@
+"""The engine: same bytes whatever the jobs, slabs and interruptions; nothing half-made is ever visible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.oracles import fixtures
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
+from neoxconv.convert import partial_of
+from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
+from neoxconv.journal import Journal
+from neoxconv.plan import Plan, memory_for
+
+MIB = 1 << 20
+RECIPES = (
+    Recipe("hf", shard_size=200_000),
+    Recipe("safetensors"),
+    Recipe("slim"),
+    Recipe("slim", tp=1),
+    Recipe("gguf", type="Q8_0"),
+    Recipe("gguf", type="F16", split_size=200_000),
+)
+
+
+class PowerCut(BaseException):
+    """Stands for whatever ends a process in the middle."""
+
+
+def source() -> Path:
+    return fixtures() / "neox_2022_tp2_pp4" / "checkpoints"
+
+
+def plan(recipe: Recipe, norms: str = "mean") -> Plan:
+    return make_plan(open_checkpoint(source(), norms=norms), recipe)
+
+
+def digests(target: Path) -> dict[str, str]:
+    files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
+    return {str(p.relative_to(target)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def cut_after(count: int) -> Callable[[int], None]:
+    calls = []
+
+    def progress(_: int) -> None:
+        calls.append(1)
+        if len(calls) > count:
+            raise PowerCut
+
+    return progress
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: "-".join(map(str, (r.format, r.type, r.tp))))
+def test_an_interrupted_run_resumes_to_the_same_bytes(recipe: Recipe, tmp_path: Path) -> None:
+    whole, cut = run(plan(recipe), tmp_path / "whole"), tmp_path / "cut"
+    for count in (0, 3, 20):
+        with pytest.raises(PowerCut):
+            run(plan(recipe), cut, progress=cut_after(count), jobs=2)
+        assert not cut.exists()
+    written: list[int] = []
+    run(plan(recipe), cut, progress=written.append)
+    assert digests(cut) == digests(whole)
+    assert not partial_of(cut).exists()
+
+
+@pytest.mark.parametrize("norms", ["mean", "fold", "rank0"])
+@pytest.mark.parametrize("recipe", RECIPES[3:5], ids=lambda r: r.format)
+def test_jobs_and_slabs_never_change_a_byte(recipe: Recipe, norms: str, tmp_path: Path) -> None:
+    one = run(plan(recipe, norms), tmp_path / "one", jobs=1)
+    many = run(plan(recipe, norms), tmp_path / "many", jobs=4, memory=160 * MIB)
+    assert digests(one) == digests(many)
+
+
+def test_a_slab_of_few_rows_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(plan(Recipe("gguf", type="Q4_0"), "fold"), tmp_path / "whole")
+    monkeypatch.setattr("neoxconv.plan.SLAB", 1000)
+    assert digests(run(plan(Recipe("gguf", type="Q4_0"), "fold"), tmp_path / "small")) == digests(whole)
+
+
+def test_what_the_journal_claims_is_hashed_again(tmp_path: Path) -> None:
+    whole, cut = run(plan(Recipe("hf")), tmp_path / "whole"), tmp_path / "cut"
+    with pytest.raises(PowerCut):
+        run(plan(Recipe("hf")), cut, progress=cut_after(30), jobs=1)
+    file = partial_of(cut) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    file.write_bytes(data)
+    journal = partial_of(cut) / Journal.NAME
+    journal.write_text(journal.read_text() + '{"step": "half a li')
+    assert digests(run(plan(Recipe("hf")), cut)) == digests(whole)
+
+
+def test_another_plan_over_unfinished_work_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PowerCut):
+        run(plan(Recipe("hf")), tmp_path / "x", progress=cut_after(3))
+    with pytest.raises(PlanError, match="another conversion"):
+        run(plan(Recipe("hf", dtype="F32")), tmp_path / "x")
+    with pytest.raises(PlanError, match="another conversion"):
+        run(plan(Recipe("hf"), norms="rank0"), tmp_path / "x")
+
+
+def test_an_existing_target_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "x.safetensors"
+    target.write_text("mine")
+    with pytest.raises(PlanError, match="--overwrite"):
+        run(plan(Recipe("safetensors")), target)
+    assert target.read_text() == "mine"
+    run(plan(Recipe("safetensors")), target, overwrite=True)
+    assert verify_bytes(target).passed
+    folder = run(plan(Recipe("hf")), tmp_path / "hf")
+    (folder / "note").write_text("mine")
+    with pytest.raises(PlanError, match="--overwrite"):
+        run(plan(Recipe("hf")), folder)
+    run(plan(Recipe("hf")), folder, overwrite=True)
+    assert not (folder / "note").exists() and verify_bytes(folder).passed
+
+
+def test_an_empty_folder_counts_as_absent_for_a_folder_target(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    run(plan(Recipe("hf")), tmp_path / "hf")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(PlanError, match="writes one file"):
+        run(plan(Recipe("gguf")), tmp_path / "folder")
+
+
+def test_the_plan_knows_every_byte_before_it_writes(tmp_path: Path) -> None:
+    for number, recipe in enumerate(RECIPES):
+        made = plan(recipe)
+        target = run(made, tmp_path / str(number))
+        found = {str(p.relative_to(target)): p.stat().st_size for p in target.rglob("*") if p.is_file()} if target.is_dir() else {made.files[0].name: target.stat().st_size}  # fmt: skip
+        found.pop("manifest.json", None)
+        assert found == made.sizes
+
+
+@pytest.mark.parametrize("flip", [10, 5_000, 300_000])
+def test_any_flipped_byte_of_a_target_is_found_and_named(flip: int, tmp_path: Path) -> None:
+    target = run(plan(Recipe("safetensors")), tmp_path / "x.safetensors")
+    data = bytearray(target.read_bytes())
+    data[flip] ^= 1
+    target.write_bytes(data)
+    report = verify_bytes(target)
+    assert len(report.findings) == 1
+    assert ("gpt_neox" in str(report.findings[0])) == (flip > 10_000)
+
+
+def test_the_manifests_ranges_cover_every_file(tmp_path: Path) -> None:
+    target = run(plan(Recipe("slim")), tmp_path / "slim")
+    for file in json.loads((target / "manifest.json").read_text())["files"]:
+        position = 0
+        for part in file["ranges"]:
+            assert part["offset"] == position
+            position += part["bytes"]
+        assert position == file["bytes"] == (target / file["name"]).stat().st_size
+
+
+def poisoned(tmp_path: Path, value: float, count: int = 3) -> Path:
+    """A copy of the checkpoint with values that are not finite (or too large for fp16, in a bf16 one)."""
+    import shutil
+
+    step = tmp_path / "source" / "global_step10"
+    shutil.copytree(source() / "global_step10", step, ignore=shutil.ignore_patterns("*optim*"))
+    shutil.copy(source().parent / "tiny_tokenizer.json", step / "tokenizer.json")
+    for file in step.glob("layer_03-model_01*"):
+        state = torch.load(file, weights_only=True)
+        kind = torch.float16 if not np.isfinite(value) else torch.bfloat16
+        state["mlp.dense_h_to_4h.weight"] = state["mlp.dense_h_to_4h.weight"].to(kind)
+        state["mlp.dense_h_to_4h.weight"].view(-1)[:count] = value
+        torch.save(state, file)
+    if np.isfinite(value):
+        other = step / "layer_03-model_00-model_states.pt"
+        state = torch.load(other, weights_only=True)
+        state["mlp.dense_h_to_4h.weight"] = state["mlp.dense_h_to_4h.weight"].bfloat16()
+        torch.save(state, other)
+    return step
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+@pytest.mark.parametrize("recipe", [Recipe("hf", dtype="F16"), Recipe("gguf", type="F16")], ids=lambda r: r.format)
+def test_values_that_are_not_finite_stop_the_run(value: float, recipe: Recipe, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(poisoned(tmp_path, value))
+    with pytest.raises(NeoxconvError, match=r"gpt_neox.layers.1.mlp.dense_h_to_4h.weight has 3 values"):
+        run(make_plan(checkpoint, recipe), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    run(make_plan(checkpoint, recipe), tmp_path / "x", allow_nonfinite=True)
+    assert verify_bytes(tmp_path / "x").passed
+
+
+def test_nan_is_found_before_it_is_quantized(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(poisoned(tmp_path, float("nan")))
+    with pytest.raises(NeoxconvError, match="3 values"):
+        run(make_plan(checkpoint, Recipe("gguf", type="Q8_0")), tmp_path / "x")
+
+
+def test_memory_lowers_the_jobs_before_slabs_get_small() -> None:
+    assert memory_for(2, 512 * MIB).jobs == 2
+    few = memory_for(64, 200 * MIB)
+    assert few.jobs < 64 and few.slab >= MIB and few.peak <= 200 * MIB
+    with pytest.raises(PlanError, match="at least"):
+        memory_for(1, 50 * MIB)
+
+
+def test_a_source_cut_short_during_the_run_is_named(tmp_path: Path) -> None:
+    import shutil
+
+    step = tmp_path / "global_step10"
+    shutil.copytree(source() / "global_step10", step, ignore=shutil.ignore_patterns("*optim*"))
+    made = make_plan(open_checkpoint(step, config=[source() / "global_step10/configs/tiny20B.yml"]), Recipe("hf"))
+    with open(step / "layer_04-model_01-model_states.pt", "r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(CheckpointError, match="layer_04-model_01"):
+        run(made, tmp_path / "x")
