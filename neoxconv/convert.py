@@ -27,6 +27,7 @@ from neoxconv.model import Entry
 from neoxconv.plan import Memory, Plan, Step, memory_for
 from neoxconv.quant import floats
 from neoxconv.tensor import slabs
+from neoxconv.terminal import size
 
 Progress = Callable[[int], None]
 DEFAULT_MEMORY = 512 << 20
@@ -107,8 +108,8 @@ def check_space(plan: Plan, target: Path, work: Path) -> None:
     needed, free = plan.total - present, shutil.disk_usage(place).free
     if needed > free:
         raise PlanError(
-            f"{place}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
-            f"free {(needed - free) / 1e9:.2f} GB or choose another disk."
+            f"{place}: {size(needed)} are needed and {size(free)} are free; "
+            f"free {size(needed - free)} or choose another disk."
         )
 
 

@@ -21,7 +21,11 @@ Named = list[dict[str, LazyTensor]]
 
 def check(index: Index, named: Named, left: list[list[str]], architecture: Architecture, config: ModelConfig) -> None:
     """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
-    problems = [*check_degree(index), *check_missing(index, named, architecture, config)]
+    problems = [
+        *check_degree(index),
+        *check_layers(index, named, architecture, config),
+        *check_missing(index, named, architecture, config),
+    ]
     names = {weight.unified.replace("{i}", str(layer)) for layer, weight in architecture.names(config)}
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         problems += [
@@ -48,6 +52,17 @@ def check_degree(index: Index) -> list[str]:
         f"{index.folder}: the configuration says model_parallel_size {degree} but the files are those of "
         f"{len(index.ranks)} rank(s). Download the missing ranks' files, or give the right YAML with --config."
     ]
+
+
+def check_layers(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+    """The number of layers as configured, against the layers found."""
+    weight = next(weight for weight in architecture.weights if weight.stage == "layer")
+    pattern = weight.unified.replace("{i}", "*")
+    found = sum(fnmatchcase(name, pattern) for name in named[0])
+    if found == config.layers:
+        return []
+    where = ", ".join(map(str, index.configs)) or str(index.folder)
+    return [f"{where}: the configuration says {config.layers} layers but the files hold {found}."]
 
 
 def check_missing(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:

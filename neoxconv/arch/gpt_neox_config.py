@@ -111,14 +111,12 @@ def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
     """The hyperparameters from --preset, else the YAML, else a released model of the same shapes."""
     if preset or not index.settings:
         return from_preset(index, measured, preset)
-    settings = index.settings
+    settings, where = index.settings, ", ".join(map(str, index.configs))
     needed = ("num_layers", "hidden_size", "num_attention_heads")
-    missing = [
-        f"{key} is missing from the YAML; add it, or give --config FILE or --preset NAME."
-        for key in needed
-        if key not in settings
+    problems = [
+        f"{key} is missing; add it, or give --config FILE or --preset NAME" for key in needed if key not in settings
     ]
-    raise_all(CheckpointError, missing + [f"{index.folder}: {problem}." for problem in refused(settings)])
+    raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems + refused(settings)))
     context = settings.get("max_position_embeddings", settings.get("seq_length"))
     config = ModelConfig(
         layers=int(settings["num_layers"]),
