@@ -1,0 +1,278 @@
+"""Checkpoints made here, of any size, in gpt-neox's and DeepSpeed's layout: for the demo, tests and benchmarks.
+
+Every tensor can be made a band of rows at a time: a row is a stretch of one long block of random numbers, chosen by the
+tensor's name and the row's number. So 20B widths take seconds and little memory; the same seed gives the same bytes.
+As in real training, ranks disagree: each has its own noise on the norms and its own part of the row-parallel biases.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neoxconv import tokenizer
+from neoxconv.arch.gpt_neox import GPT_NEOX
+from neoxconv.arch.joins import by_columns
+from neoxconv.dtypes import PLAIN, Array, DType, narrow
+from neoxconv.formats import deepspeed
+from neoxconv.formats.torch_zip import layout_pt
+from neoxconv.model import Entry, FileLayout, ModelConfig, Weight
+from neoxconv.slim import number_name, unchanged
+from neoxconv.tensor import LazyTensor, slabs
+from neoxconv.tokenizer import Tokenizer
+
+BLOCK = 1 << 20
+STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin
+SLAB = 8 << 20
+SPREAD = {"norm": 0.1, "bias": 0.05}  # of the values; matrices have 0.02
+STEP = 10
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """What to make. `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09; `rows` counts all ranks'."""
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    rows: int = 512
+    tp: int = 2
+    pp: int = 1
+    dtype: str = "F16"
+    generation: int = 0
+    sequential: bool = False
+    parallel_residual: bool = True
+    tanh_gelu: bool = True
+    head_by_columns: bool = False
+    context: int = 128
+    rotary_pct: float = 0.25
+    norm_noise: float = 0.002
+    seed: int = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        """The hyperparameters of the model."""
+        activation = "gelu_tanh" if self.tanh_gelu else "gelu"
+        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, self.rows, self.context)
+        return ModelConfig(*sizes, self.rotary_pct, 1e4, 1e-5, self.parallel_residual, activation, False)
+
+    @property
+    def stored(self) -> DType:
+        return PLAIN[self.dtype]
+
+
+Write = Callable[[Path, FileLayout], None]
+
+
+def write_checkpoint(
+    folder: Path, model: Synthetic, *, words: Tokenizer | None = None, sparse: bool = False, optimizer_bytes: int = 0
+) -> Path:
+    """Make the checkpoint in `folder` and return its global_step10.
+
+    `words` is the tokenizer to put beside it (default: a tiny one). `sparse` leaves holes where weights would be.
+    `optimizer_bytes` are shared out over optimizer files without contents, one for each rank and 12 data-parallel ones.
+    """
+    step = folder / f"global_step{STEP}"
+    (step / "configs").mkdir(parents=True)
+    (folder / "latest").write_text(step.name)
+    (folder / "tokenizer.json").write_bytes((words or tokenizer.tiny()).data)
+    (step / "configs" / "model.yml").write_text(json.dumps(yaml_settings(model), indent=2))
+    write: Write = write_holes if sparse else write_file
+    for name, value in contents(model).items():
+        write(step, layout_pt(name, value))
+    stages = [
+        f"zero_pp_rank_{d}_mp_rank_{m:02d}_optim_states.pt" for m in range(model.tp * model.pp) for d in range(12)
+    ]
+    for number, name in enumerate(stages if optimizer_bytes else ()):
+        with open(step / name, "wb") as file:
+            file.truncate(optimizer_bytes // len(stages) + (number < optimizer_bytes % len(stages)))
+    return step
+
+
+def contents(model: Synthetic) -> dict[str, Any]:
+    """What each .pt file of the checkpoint holds."""
+    ranks = [dict(rank_entries(model, rank)) for rank in range(model.tp)]
+    if model.sequential:
+        names = [{deepspeed.SEQUENTIAL + key: entry for key, entry in rank.items()} for rank in ranks]
+        return {deepspeed.states_file(r): states(model, OrderedDict(names[r])) for r in range(model.tp)}
+    container = OrderedDict if model.generation else dict
+    files: dict[str, Any] = {}
+    for number in dict.fromkeys(name.split(".")[0] for name in ranks[0]):
+        for rank, entries in enumerate(ranks):
+            inside = ((name.split(".", 1), entry) for name, entry in entries.items())
+            files[deepspeed.layer_file(int(number), rank)] = container(
+                (key, e) for (n, key), e in inside if n == number
+            )
+    return files | {deepspeed.states_file(rank): states(model, None) for rank in range(model.tp * model.pp)}
+
+
+def rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
+    """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
+    for layer, weight in GPT_NEOX.names(model.config):
+        spelled = weight.source[min(model.generation, len(weight.source) - 1)]
+        if spelled.startswith("attention.") and model.generation and len(weight.source) == 2:
+            spelled = weight.source[0]  # the second spelling of attention's weights is TransformerEngine's
+        name = number_name(weight, layer, spelled, model.layers)
+        yield name, entry_of(name, rank_tensor(model, weight, name, rank))
+        if spelled == "attention.query_key_value.bias" and not model.generation:
+            name = number_name(weight, layer, "attention.rotary_emb.inv_freq", model.layers)
+            yield name, entry_of(name, frequencies(model))
+
+
+def entry_of(name: str, tensor: LazyTensor) -> Entry:
+    """A tensor that is written as it is."""
+    return Entry(name, name, tensor, unchanged(tensor.dtype))
+
+
+def rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyTensor:
+    """What one rank holds of a weight."""
+    shape = tuple(model.config.sizes[size] for size in weight.shape)
+    centre = 1.0 if weight.role == "norm" and weight.unified.endswith("weight") else 0.0
+    whole = random_tensor(model, f"{name}/{model.seed}", shape, (centre, SPREAD.get(weight.role, 0.02)))
+    if weight.role == "norm":
+        return with_noise(model, whole, f"{name}/{model.seed}/{rank}")
+    if weight.join.name == "row-parallel bias":
+        own = f"{name}/{model.seed}/{rank if model.parallel_residual else 0}"
+        return random_tensor(model, own, shape, (0.0, SPREAD["bias"]))
+    split = by_columns if weight.role == "head" and model.head_by_columns else weight.join.split
+    return split(whole, model.tp, model.config)[rank]
+
+
+@lru_cache(maxsize=16)
+def block(seed: int, centre: float, spread: float, dtype: DType) -> Array:
+    """A long stretch of normal numbers, stored as `dtype`."""
+    values = np.random.default_rng(seed).standard_normal(2 * BLOCK, np.float32)
+    return narrow(np.float32(centre) + np.float32(spread) * values, dtype)
+
+
+def random_tensor(model: Synthetic, name: str, shape: tuple[int, ...], values: tuple[float, float]) -> LazyTensor:
+    """A tensor of normal numbers with the centre and spread in `values`."""
+    columns = int(np.prod(shape[1:]))
+    first = zlib.crc32(name.encode())
+
+    def read(start: int, stop: int) -> Array:
+        numbers = block(model.seed, *values, model.stored)
+        if len(shape) == 1:
+            return numbers[(first + np.arange(start, stop)) % BLOCK]
+        places = (first + np.arange(start, stop) * STRIDE) % BLOCK
+        return np.lib.stride_tricks.sliding_window_view(numbers, columns)[places].reshape(stop - start, *shape[1:])
+
+    return LazyTensor(shape, model.stored, read, model.stored)
+
+
+def with_noise(model: Synthetic, tensor: LazyTensor, name: str) -> LazyTensor:
+    """A rank's own version of a norm."""
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.rows, np.float32) * model.norm_noise
+    values = narrow(tensor.floats(0, tensor.rows) + noise.astype(np.float32), model.stored)
+    return LazyTensor(tensor.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
+
+
+def frequencies(model: Synthetic) -> LazyTensor:
+    """The rotary frequencies, which 2022's gpt-neox stored in every layer."""
+    dims = model.config.rotary_dims
+    values = narrow((1 / 1e4 ** (np.arange(0, dims, 2) / dims)).astype(np.float32), model.stored)
+    return LazyTensor(values.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
+
+
+def states(model: Synthetic, module: Any) -> dict[str, Any]:
+    """An mp_rank file's contents, random-number states included."""
+    degree = model.tp * (1 if model.sequential else model.pp)
+    args = {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "num_attention_heads": model.heads,
+        "max_position_embeddings": model.context,
+        "make_vocab_size_divisible_by": model.rows // model.tp,
+        "padded_vocab_size": model.rows,
+        "tokenizer_type": "HFTokenizer",
+        "model_parallel_size": model.tp,
+    }
+    counts = dict.fromkeys(("skipped_steps", "global_steps", "global_samples"), STEP)
+    return {
+        "module": module,
+        "optimizer": None,
+        "lr_scheduler": {
+            "start_lr": 1e-4,
+            "warmup_iter": 1,
+            "num_iters": STEP,
+            "decay_style": "cosine",
+            "min_lr": 1e-5,
+        },
+        "csr_tensor_module_names": set(),
+        **counts,
+        "dp_world_size": 1,
+        "mp_world_size": degree,
+        "iteration": STEP,
+        "args": args,
+        "random_rng_state": (3, tuple(range(625)), None),
+    }
+
+
+def yaml_settings(model: Synthetic) -> dict[str, Any]:
+    """The training configuration in the spelling of 20B.yml."""
+    return {
+        "pipe-parallel-size": 0 if model.sequential else model.pp,
+        "model-parallel-size": model.tp,
+        "num-layers": model.layers,
+        "hidden-size": model.hidden,
+        "num-attention-heads": model.heads,
+        "seq-length": model.context,
+        "max-position-embeddings": model.context,
+        "norm": "layernorm",
+        "pos-emb": "rotary",
+        "rotary_pct": model.rotary_pct,
+        "no-weight-tying": True,
+        "gpt_j_residual": model.parallel_residual,
+        "output_layer_parallelism": "row" if model.head_by_columns else "column",
+        "bias-gelu-fusion": model.tanh_gelu,
+        "make_vocab_size_divisible_by": model.rows // model.tp,
+        "tokenizer_type": "HFTokenizer",
+        "vocab-file": "./tokenizer.json",
+    }
+
+
+def write_file(folder: Path, file: FileLayout) -> None:
+    """Write a file with its tensors."""
+    with open(folder / file.name, "w+b") as stream:
+        crcs = []
+        for slot in file.slots:
+            stream.seek(slot.offset)
+            crc = 0
+            for start, stop in slabs(slot.entry.tensor, SLAB):
+                data = np.ascontiguousarray(slot.entry.tensor.read(start, stop)).reshape(-1).view(np.uint8).data
+                stream.write(data)
+                crc = zlib.crc32(data, crc)
+            crcs.append(crc)
+        write_container(stream, file, crcs)
+
+
+def write_holes(folder: Path, file: FileLayout) -> None:
+    """Write a file whose tensors are zeros that take no room on disk."""
+    with open(folder / file.name, "w+b") as stream:
+        write_container(stream, file, [crc_of_zeros(slot.entry.nbytes) for slot in file.slots])
+
+
+@lru_cache
+def crc_of_zeros(count: int) -> int:
+    """The CRC-32 of `count` zero bytes."""
+    crc, chunk = 0, bytes(1 << 20)
+    for done in range(0, count, len(chunk)):
+        crc = zlib.crc32(chunk[: count - done], crc)
+    return crc
+
+
+def write_container(stream: Any, file: FileLayout, crcs: list[int]) -> None:
+    """Everything in a file but its tensors."""
+    stream.truncate(file.size)
+    late = ((late.offset, late.make(crcs)) for late in file.late)
+    for offset, data in (*file.pieces, *late):
+        stream.seek(offset)
+        stream.write(data)
