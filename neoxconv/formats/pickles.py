@@ -7,13 +7,13 @@ larger, with every reference followed, than any checkpoint.
 
 from __future__ import annotations
 
-import io
+import math
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
 
 from neoxconv.dtypes import BF16, BOOL, F16, F32, F64, I8, I16, I32, I64, U8, DType
 from neoxconv.errors import CheckpointError, PlanError
@@ -37,6 +37,7 @@ TORCH_DTYPES: dict[str, DType] = {
 }  # fmt: skip
 MAX_DEPTH = 64
 MAX_NODES = 2_000_000
+MAX_STEPS = 4_000_000
 MAX_READ = 64 << 20
 KEYS = (str, int, float, bool, bytes, type(None))
 UNPICKLING_ERRORS = (
@@ -49,17 +50,17 @@ class Size(tuple[int, ...]):
     """A torch.Size, told apart from other tuples so that it can be written again."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Placeholder:
     """What stands for an object of a class that is not admitted; it takes any treatment and does nothing."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
     def __repr__(self) -> str:
         return f"<{self.name}, not loaded>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
-        return self
+        return Placeholder(self.name)
 
     def append(self, item: Any) -> None:
         """Ignore what a pickle adds."""
@@ -71,9 +72,12 @@ class Placeholder:
         """Ignore what a pickle adds."""
 
 
-@dataclass(frozen=True)
-class StorageRef:
-    """A storage that a pickle refers to: `numel` numbers of `dtype` under `key`, from its number `start` on."""
+@dataclass(frozen=True, eq=False, repr=False)
+class StorageRef(Placeholder):
+    """A storage that a pickle refers to: `numel` numbers of `dtype` under `key`, from its number `start` on.
+
+    Left in a tree on its own it is a placeholder like any other.
+    """
 
     key: str
     dtype: DType
@@ -98,12 +102,19 @@ def load_pickle(stream: Any, make_tensor: MakeTensor, name: str) -> Any:
 
 
 class Bounded:
-    """A stream of which nobody reads more than 64 MiB at once, nor less than asked."""
+    """A stream of which nobody reads more than 64 MiB at once, nor less than asked, nor without end."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream
+        self.stream, self.steps = stream, 0
+
+    def spend(self, steps: int) -> None:
+        """Count work; raises ValueError where it is more than any checkpoint asks for."""
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise ValueError("it asks for more work than any checkpoint")
 
     def read(self, count: int) -> bytes:
+        self.spend(1)
         if not 0 <= count <= MAX_READ:
             raise ValueError(f"an item claims {count} bytes")
         data: bytes = self.stream.read(count)
@@ -112,11 +123,12 @@ class Bounded:
         return data
 
     def readline(self) -> bytes:
+        self.spend(1)
         line: bytes = self.stream.readline(1 << 16)
         return line
 
 
-def refuse(unpickler: Any) -> None:
+def refuse(unpickler: Any) -> NoReturn:
     """Stop at an opcode that no checkpoint needs."""
     raise ValueError("it uses an operation that no checkpoint needs")
 
@@ -126,21 +138,20 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # Python
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
-    def __init__(self, stream: Any, make_tensor: MakeTensor) -> None:
+    def __init__(self, stream: Bounded, make_tensor: MakeTensor) -> None:
         super().__init__(stream, encoding="utf-8", errors="replace")
-        self.make_tensor = make_tensor
+        self.make_tensor, self.spend = make_tensor, stream.spend
 
     def find_class(self, module: str, name: str) -> Any:
         where = f"{module}.{name}"
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch" and name in TORCH_DTYPES:
-            return TORCH_DTYPES[name]
         admitted: dict[str, Any] = {
-            "collections.OrderedDict": make_ordered,
+            "collections.OrderedDict": self.ordered,
             "torch.Size": make_size,
-            "__builtin__.set": make_set,
-            "builtins.set": make_set,
+            "__builtin__.set": self.set_of,
+            "builtins.set": self.set_of,
+            "__builtin__.bytes": self.encoded,
+            "builtins.bytes": self.encoded,
+            "_codecs.encode": self.encoded,
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_tensor_v3": self.typed_tensor,
@@ -149,23 +160,51 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # Python
         }
         return admitted.get(where) or Placeholder(where)
 
+    def ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        self.spend(len(items))
+        return OrderedDict((plain_key(key), value) for key, value in items)
+
+    def set_of(self, items: Any = ()) -> set[Any]:
+        self.spend(len(items))
+        return set(map(plain_key, items))
+
+    def encoded(self, text: str = "", encoding: str = "latin1") -> Any:
+        """Bytes, as protocol 2 spells them."""
+        if not isinstance(text, str) or encoding != "latin1":
+            return Placeholder("_codecs.encode")
+        self.spend(len(text) // 64)
+        return text.encode("latin1")
+
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-        if not isinstance(storage, StorageRef):
-            raise TypeError(f"a tensor lies on {storage!r}, not on a storage")
+        lazy_negation = rest[2] if len(rest) > 2 else None
+        if not isinstance(storage, StorageRef) or lazy_negation:
+            return Placeholder("torch.Tensor")
         return self.make_tensor(storage, natural(offset), naturals(size), naturals(stride))
 
     def typed_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-        dtype = rest[2] if len(rest) > 2 else None
-        if not isinstance(dtype, DType) or not isinstance(storage, StorageRef):
-            return Placeholder(f"tensor of {dtype!r}")
-        return self.tensor(StorageRef(storage.key, dtype, storage.numel // dtype.nbytes), offset, size, stride)
+        """A tensor on a storage of bytes, its type given after requires_grad and hooks."""
+        dtype = TORCH_DTYPES.get(rest[2].name) if len(rest) > 2 and isinstance(rest[2], Placeholder) else None
+        if dtype is None or not isinstance(storage, StorageRef):
+            return Placeholder("torch.Tensor")
+        typed = StorageRef(storage.name, storage.key, dtype, storage.numel // dtype.nbytes)
+        return self.tensor(typed, offset, size, stride, *rest[:2], *rest[3:])
 
-    def persistent_load(self, pid: Any) -> StorageRef:
-        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or not isinstance(pid[1], DType):
-            raise ValueError(f"it refers to {str(pid)[:60]}, not to a storage")
+    def persistent_load(self, pid: Any) -> Placeholder:
+        """The storage that `('storage', class, key, location, numel)` names; a placeholder for types not known here."""
+        named = (
+            isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Placeholder)
+        )
+        if not named:
+            raise ValueError("it refers to something that is not a storage")
+        kind = pid[1].name
+        dtype = STORAGES.get(kind.removeprefix("torch.").removeprefix("storage."))
         view = pid[5] if len(pid) == 6 else None  # files older than the zip: (key, first number, count)
         start = natural(view[1]) if isinstance(view, tuple) and len(view) == 3 else 0
-        return StorageRef(str(pid[2]), pid[1], natural(pid[4]), start)
+        return StorageRef(kind, str(pid[2]), dtype, natural(pid[4]), start) if dtype else Placeholder(kind)
+
+    def load_frame(self) -> None:
+        """Pass over a frame's length: what it holds is read through `Bounded` like everything else."""
+        self.read(8)
 
     def load_build(self) -> None:
         """Drop the state: an OrderedDict's is `_metadata`, a placeholder's is nobody's business."""
@@ -176,6 +215,21 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # Python
     def load_newobj(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
         self.stack.append(cls(*args))
+
+    def load_newobj_ex(self) -> None:
+        _, _, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self.stack.append(cls if isinstance(cls, Placeholder) else Placeholder("object"))
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Placeholder("builtins.frozenset"))
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if isinstance(self.stack[-1], set):
+            self.stack[-1].update(map(plain_key, items))
+        elif not isinstance(self.stack[-1], Placeholder):
+            raise TypeError(f"it adds to a {type(self.stack[-1]).__name__} as to a set")
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -191,16 +245,20 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # Python
         self.append({plain_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
 
 
-Unpickler.dispatch[pickle.BUILD[0]] = Unpickler.load_build
-Unpickler.dispatch[pickle.NEWOBJ[0]] = Unpickler.load_newobj
-Unpickler.dispatch[pickle.SETITEM[0]] = Unpickler.load_setitem
-Unpickler.dispatch[pickle.SETITEMS[0]] = Unpickler.load_setitems
-Unpickler.dispatch[pickle.DICT[0]] = Unpickler.load_dict
-for opcode in (
-    pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4,
-    pickle.NEWOBJ_EX, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.PERSID, pickle.INST, pickle.OBJ,
-):  # fmt: skip
-    Unpickler.dispatch[opcode[0]] = refuse
+for opcode, load in {
+    pickle.FRAME: Unpickler.load_frame,
+    pickle.BUILD: Unpickler.load_build,
+    pickle.NEWOBJ: Unpickler.load_newobj,
+    pickle.NEWOBJ_EX: Unpickler.load_newobj_ex,
+    pickle.FROZENSET: Unpickler.load_frozenset,
+    pickle.ADDITEMS: Unpickler.load_additems,
+    pickle.SETITEM: Unpickler.load_setitem,
+    pickle.SETITEMS: Unpickler.load_setitems,
+    pickle.DICT: Unpickler.load_dict,
+    **dict.fromkeys((pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2,
+                     pickle.EXT4, pickle.PERSID, pickle.INST, pickle.OBJ), refuse),
+}.items():  # fmt: skip
+    Unpickler.dispatch[opcode[0]] = load
 
 
 def plain_key(key: Any) -> Any:
@@ -208,14 +266,6 @@ def plain_key(key: Any) -> Any:
     if not isinstance(key, KEYS):
         raise TypeError(f"a dictionary has a key of type {type(key).__name__}")
     return key
-
-
-def make_ordered(items: Any = ()) -> OrderedDict[Any, Any]:
-    return OrderedDict((plain_key(key), value) for key, value in items)
-
-
-def make_set(items: Any = ()) -> set[Any]:
-    return {plain_key(item) for item in items}
 
 
 def make_size(items: Any = ()) -> Size:
@@ -240,21 +290,15 @@ def naturals(values: Any) -> tuple[int, ...]:
     return tuple(map(natural, values))
 
 
-def children(value: Any) -> list[Any]:
-    """What a container holds."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple | set) else []
-
-
 def check_tree(value: Any) -> None:
     """Raise ValueError where a value is deeper or larger, every reference followed, than any checkpoint's."""
     level, nodes = [value], 0
     for _ in range(MAX_DEPTH):
-        nodes += len(level)
+        containers = [node for node in level if isinstance(node, dict | list | tuple | set)]
+        nodes += sum(map(len, containers))
         if nodes > MAX_NODES:
             raise ValueError("it holds more values than any checkpoint")
-        level = [child for node in level for child in children(node)][: MAX_NODES + 1]
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
         if not level:
             return
     raise ValueError("it is nested deeper than any checkpoint")
@@ -272,76 +316,93 @@ class TensorRef:
 def dump_pickle(value: Any, refer: Callable[[Any], TensorRef | None], name: str) -> bytes:
     """`value` in pickle protocol 2, as torch.save writes it; `refer` tells which leaves are tensors.
 
-    Raises PlanError for a value of any other kind.
+    Raises PlanError, naming the path inside `value`, for a value of any other kind.
     """
-    out = io.BytesIO()
-    out.write(b"\x80\x02")
-    emit(value, refer, out, name)
-    out.write(b".")
-    return out.getvalue()
+    return b"\x80\x02" + Emitter(refer).code(value, name) + b"."
 
 
-def emit(value: Any, refer: Callable[[Any], TensorRef | None], out: io.BytesIO, path: str) -> None:
-    """Write the opcodes that build `value`."""
+@dataclass(frozen=True)
+class Emitter:
+    """Values as opcodes; names and strings that come again are fetched from the memo."""
 
-    def each(items: Any, before: bytes, after: bytes) -> None:
-        out.write(before)
-        for number, item in enumerate(items):
-            emit(item, refer, out, f"{path}[{number}]")
-        out.write(after)
+    refer: Callable[[Any], TensorRef | None]
+    memo: dict[bytes, int] = field(default_factory=dict)
 
-    if tensor := refer(value):
-        emit_tensor(tensor, out)
-    elif isinstance(value, dict):
-        ordered = isinstance(value, OrderedDict)
-        out.write(b"ccollections\nOrderedDict\n)R" if ordered else b"}")
-        each((item for pair in value.items() for item in pair), b"(", b"u")
-    elif isinstance(value, list):
-        each(value, b"](", b"e")
-    elif isinstance(value, set):
-        each(sorted(value, key=repr), b"c__builtin__\nset\n](", b"e\x85R")
-    elif isinstance(value, Size):
-        each(tuple(value), b"ctorch\nSize\n(", b"t\x85R")
-    elif isinstance(value, tuple):
-        each(value, b"(", b"t")
-    else:
-        out.write(scalar(value, path))
+    def code(self, value: Any, path: str) -> bytes:
+        """The opcodes that build `value`."""
+        if tensor := self.refer(value):
+            return self.tensor(tensor)
+        if type(value) not in EMIT:
+            raise PlanError(f"{path}: a {type(value).__name__} cannot be written into a checkpoint.")
+        return EMIT[type(value)](self, value, path)
+
+    def once(self, code: bytes) -> bytes:
+        """`code` the first time, a reference to its result from then on."""
+        known = code in self.memo
+        number = self.memo.setdefault(code, len(self.memo))
+        short = number < 256
+        index = bytes([number]) if short else struct.pack("<I", number)
+        return (b"h" if short else b"j") + index if known else code + (b"q" if short else b"r") + index
+
+    def name(self, module: str, name: str) -> bytes:
+        return self.once(f"c{module}\n{name}\n".encode())
+
+    def text(self, text: str, path: str = "") -> bytes:
+        data = text.encode("utf-8", "surrogatepass")
+        return self.once(b"X" + struct.pack("<I", len(data)) + data)
+
+    def data(self, data: bytes, path: str) -> bytes:
+        return self.name("_codecs", "encode") + self.text(data.decode("latin1")) + self.text("latin1") + b"\x86R"
+
+    def items(self, values: Any, path: str) -> bytes:
+        """The values, one after the other, behind a mark."""
+        return b"(" + b"".join(self.code(value, f"{path}[{i}]") for i, value in enumerate(values))
+
+    def mapping(self, value: dict[Any, Any], path: str) -> bytes:
+        pairs = (self.code(key, path) + self.code(item, f"{path}[{key!r}]") for key, item in value.items())
+        return b"}(" + b"".join(pairs) + b"u"
+
+    def ordered(self, value: dict[Any, Any], path: str) -> bytes:
+        return self.name("collections", "OrderedDict") + b")R" + self.mapping(value, path)[1:]
+
+    def list(self, value: Any, path: str) -> bytes:
+        return b"]" + self.items(value, path) + b"e"
+
+    def tuple(self, value: Any, path: str) -> bytes:
+        return self.items(value, path) + b"t"
+
+    def set(self, value: Any, path: str) -> bytes:
+        return self.name("__builtin__", "set") + self.list(sorted(value, key=repr), path) + b"\x85R"
+
+    def size(self, value: Size, path: str) -> bytes:
+        return self.name("torch", "Size") + self.tuple(value, path) + b"\x85R"
+
+    def tensor(self, tensor: TensorRef) -> bytes:
+        """`torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
+        shape = tensor.shape
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        pid = (
+            b"(", self.text("storage"), self.name("torch", tensor.storage), self.text(tensor.key), self.text("cpu"),
+            scalar(math.prod(shape)), b"tQ",
+        )  # fmt: skip
+        rebuild = self.name("torch._utils", "_rebuild_tensor_v2") + b"(" + b"".join(pid)
+        place = scalar(0) + self.tuple(shape, "") + self.tuple(strides, "")
+        return rebuild + place + b"\x89" + self.name("collections", "OrderedDict") + b")RtR"
 
 
-def scalar(value: Any, path: str) -> bytes:
-    """The opcodes of a number, a string, a truth value or None."""
-    if value is None:
-        return b"N"
-    if isinstance(value, bool):
-        return b"\x88" if value else b"\x89"
-    if isinstance(value, int):
-        return b"J" + struct.pack("<i", value) if -(1 << 31) <= value < 1 << 31 else long_integer(value)
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    if isinstance(value, str):
-        text = value.encode("utf-8", "surrogatepass")
-        return b"X" + struct.pack("<I", len(text)) + text
-    raise PlanError(f"{path}: a {type(value).__name__} cannot be written into a checkpoint.")
+def scalar(value: Any) -> bytes:
+    """The opcodes of a number, a truth value or None: a whole pickle without its frame."""
+    return pickle.dumps(value, 2)[2:-1]
 
 
-def long_integer(value: int) -> bytes:
-    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def emit_tensor(tensor: TensorRef, out: io.BytesIO) -> None:
-    """`torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
-    strides = [1]
-    for extent in reversed(tensor.shape[1:]):
-        strides.insert(0, strides[0] * extent)
-    numel = strides[0] * tensor.shape[0] if tensor.shape else 1
-
-    def ints(values: Any) -> bytes:
-        return b"(" + b"".join(scalar(value, "") for value in values) + b"t"
-
-    storage = f"ctorch\n{tensor.storage}\n".encode()
-    pid = (
-        b"(" + scalar("storage", "") + storage + scalar(tensor.key, "") + scalar("cpu", "") + scalar(numel, "") + b"tQ"
-    )
-    place = scalar(0, "") + ints(tensor.shape) + ints(strides[: len(tensor.shape)])
-    out.write(b"ctorch._utils\n_rebuild_tensor_v2\n(" + pid + place + b"\x89ccollections\nOrderedDict\n)RtR")
+EMIT: dict[type, Callable[[Emitter, Any, str], bytes]] = {
+    **dict.fromkeys((int, float, bool, type(None)), lambda emitter, value, path: scalar(value)),
+    str: Emitter.text,
+    bytes: Emitter.data,
+    dict: Emitter.mapping,
+    OrderedDict: Emitter.ordered,
+    list: Emitter.list,
+    tuple: Emitter.tuple,
+    set: Emitter.set,
+    Size: Emitter.size,
+}

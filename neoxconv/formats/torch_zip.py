@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -27,10 +28,14 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.pickles import STORAGES, StorageRef, TensorRef, dump_pickle, load_pickle
 from neoxconv.model import Entry, FileLayout, Late, Slot
 from neoxconv.storage import Storage
-from neoxconv.tensor import LazyTensor, stored
+from neoxconv.tensor import LazyTensor, Read, stored
 
 MAX_PICKLE = 64 << 20
 MAX_DIRECTORY = 64 << 20
+MAX_MEMBERS = 200_000
+MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
+MAX_AXES = 16
+NEAR = 64 << 10  # bytes that are read at once, wanted or not
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 ALIGNMENT = 64
@@ -45,7 +50,7 @@ FULL = 0xFFFFFFFF  # a field whose value stands in the zip64 extra
 
 @dataclass(frozen=True)
 class Record:
-    """Where a member of the zip has its bytes, and their CRC-32."""
+    """Where a member of the zip has its bytes, and their CRC-32; 0 where the writer computed none."""
 
     offset: int
     size: int
@@ -63,14 +68,16 @@ class PtFile:
 
 def read_pt(file: Storage) -> PtFile:
     """Index a file that torch.save wrote, zip or older; raises CheckpointError where it is neither, or is damaged."""
-    start = file.text(0, min(16, file.size))
+    start = file.text(0, min(64, file.size))
     if start[:2] == b"PK":
         return read_zip(file)
     if start[:1] == b"\x80":
         return read_legacy(file)
-    if start.startswith(b"version https://g"):
+    if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file.path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
-    raise CheckpointError(f"{file.path}: is not a PyTorch file (it begins with {start[:8]!r}); download it again.")
+    raise CheckpointError(
+        f"{file.path}: is not a PyTorch checkpoint: it begins with {start[:8]!r}, expected a zip (PK); download it again."
+    )
 
 
 def read_zip(file: Storage) -> PtFile:
@@ -85,7 +92,7 @@ def read_zip(file: Storage) -> PtFile:
     if found.size > MAX_PICKLE:
         raise CheckpointError(f"{file.path}: its data.pkl has {found.size} bytes; at most {MAX_PICKLE} are read.")
     text = file.text(found.offset, found.size)
-    if zlib.crc32(text) != found.crc32:
+    if found.crc32 and zlib.crc32(text) != found.crc32:
         raise CheckpointError(
             f"{file.path}: its data.pkl does not have the CRC-32 that the zip holds; download it again."
         )
@@ -104,31 +111,33 @@ def read_zip(file: Storage) -> PtFile:
 
 
 def read_directory(file: Storage) -> tuple[dict[str, Record], bytes]:
-    """The members by name, every one stored, whole, inside the file and apart from the others; and the directory's bytes."""
+    """The members by name, each stored, whole, inside the file, apart from the others; and the directory's bytes."""
     cut = f"{file.path}: is cut short or damaged"
     tail_size = min(file.size, END.size + 0xFFFF)
     tail = file.text(file.size - tail_size, tail_size)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < END.size:
         raise CheckpointError(f"{cut}: it has no zip directory at its end; download it again.")
-    _, _, _, _, count, size, offset, _ = END.unpack_from(tail, at)
+    _, _, _, _, count, size, offset, comment = END.unpack_from(tail, at)
+    end = file.size - tail_size + at
+    if end + END.size + comment != file.size:
+        raise CheckpointError(f"{cut}: its zip does not end where the file does; download it again.")
     if at >= LOCATOR64.size and tail[at - LOCATOR64.size :][:4] == b"PK\x06\x07":
-        position = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)[2]
-        end = file.text(position, END64.size)
-        if end[:4] != b"PK\x06\x06":
+        end = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)[2]
+        wide_end = file.text(end, END64.size)
+        if wide_end[:4] != b"PK\x06\x06":
             raise CheckpointError(f"{cut}: its zip64 directory is not where it should be; download it again.")
-        count, size, offset = END64.unpack(end)[7:]
-    if size > MAX_DIRECTORY or count * CENTRAL.size > size or offset + size > file.size:
+        count, size, offset = END64.unpack(wide_end)[7:]
+    if size > MAX_DIRECTORY or count > MAX_MEMBERS or count * CENTRAL.size > size or offset + size != end:
         raise CheckpointError(
             f"{cut}: its zip directory claims {count} members in {size} bytes at {offset}; download it again."
         )
     directory = file.text(offset, size)
-    members: dict[str, Record] = {}
-    for name, header in central_entries(file, directory, count):
-        if name in members:
-            raise CheckpointError(f"{file.path}: holds {name} twice; download it again.")
-        members[name] = locate(file, name, header, offset)
-    check_apart(file, members)
+    headers = list(central_entries(file, directory, count))
+    members = {header.name: locate(file, header, offset) for header in headers}
+    if len(members) < count:
+        raise CheckpointError(f"{file.path}: holds a member twice; download it again.")
+    check_apart(file, headers, members)
     return members, directory
 
 
@@ -136,12 +145,13 @@ def read_directory(file: Storage) -> tuple[dict[str, Record], bytes]:
 class Central:
     """What the directory says of a member."""
 
+    name: str
     crc32: int
     size: int
     offset: int
 
 
-def central_entries(file: Storage, directory: bytes, count: int) -> Iterator[tuple[str, Central]]:
+def central_entries(file: Storage, directory: bytes, count: int) -> Iterator[Central]:
     """The directory's entries; raises CheckpointError for compressed, encrypted or malformed ones."""
     at = 0
     for _ in range(count):
@@ -154,11 +164,13 @@ def central_entries(file: Storage, directory: bytes, count: int) -> Iterator[tup
         at += CENTRAL.size
         name = directory[at : at + name_length].decode("utf-8", "replace")
         extra = directory[at + name_length : at + name_length + extra_length]
-        size, packed, offset = (value for value in wide(extra, (size, packed, offset)))
+        size, packed, offset = wide(extra, (size, packed, offset))
         if method or flags & 1 or packed != size:
             raise CheckpointError(f"{file.path}: {name} is compressed or encrypted, which torch.save never does.")
-        yield name, Central(crc, size, offset)
+        yield Central(name, crc, size, offset)
         at += name_length + extra_length + comment_length
+    if at != len(directory):
+        raise CheckpointError(f"{file.path}: its zip directory is damaged; download it again.")
 
 
 def wide(extra: bytes, values: tuple[int, ...]) -> list[int]:
@@ -174,22 +186,25 @@ def wide(extra: bytes, values: tuple[int, ...]) -> list[int]:
     return [numbers.pop(0) if value == FULL and numbers else value for value in values]
 
 
-def locate(file: Storage, name: str, header: Central, limit: int) -> Record:
+def locate(file: Storage, header: Central, limit: int) -> Record:
     """Where a member's bytes begin, as its local header says; they must end before the directory."""
-    lies = f"{file.path}: {name} does not lie where the zip directory says"
+    lies = f"{file.path}: {header.name} does not lie where the zip directory says"
     if header.offset + LOCAL.size > limit:
         raise CheckpointError(f"{lies}; the file is cut short or damaged, download it again.")
-    fields = LOCAL.unpack(file.text(header.offset, LOCAL.size))
+    local = file.text(header.offset, min(LOCAL.size + len(header.name.encode()), limit - header.offset))
+    fields, name = LOCAL.unpack_from(local), local[LOCAL.size :]
     start = header.offset + LOCAL.size + fields[9] + fields[10]
-    if fields[0] != b"PK\x03\x04" or start + header.size > limit:
+    whole = fields[0] == b"PK\x03\x04" and name.decode("utf-8", "replace") == header.name and fields[9] == len(name)
+    if not whole or start + header.size > limit:
         raise CheckpointError(f"{lies}; the file is cut short or damaged, download it again.")
     return Record(start, header.size, header.crc32)
 
 
-def check_apart(file: Storage, members: dict[str, Record]) -> None:
-    """Raise CheckpointError where two members share bytes."""
-    spans = sorted((record.offset, record.offset + record.size, name) for name, record in members.items())
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+def check_apart(file: Storage, headers: Sequence[Central], members: dict[str, Record]) -> None:
+    """Raise CheckpointError where two members, local headers included, share bytes."""
+    ends = {name: record.offset + record.size for name, record in members.items()}
+    spans = sorted((header.offset, ends[header.name], header.name) for header in headers)
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
             raise CheckpointError(f"{file.path}: {first} and {second} overlap; download it again.")
 
@@ -213,11 +228,12 @@ def tensor_in(file: Storage, record: Record, place: Place) -> LazyTensor:
     last = first + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
     if 0 not in shape and (last >= place.ref.numel + place.ref.start or (last + 1) * dtype.nbytes > record.size):
         raise ValueError(f"a tensor of shape {list(shape)} reaches beyond its storage {place.ref.key}")
+    if math.prod(shape) > max(place.ref.numel, MAX_REPEATED) or len(shape) > MAX_AXES:
+        raise ValueError(f"a tensor of shape {list(shape)} is far larger than its storage {place.ref.key}")
+    tensor = stored(file, record.offset + first * dtype.nbytes, shape, dtype)
     if 0 in shape or is_contiguous(shape, stride):
-        return stored(file, record.offset + first * dtype.nbytes, shape, dtype)
-    if len(shape) > 2:
-        raise ValueError(f"a tensor of shape {list(shape)} is not contiguous")
-    return strided(file, record.offset + first * dtype.nbytes, place)
+        return tensor
+    return replace(tensor, read=strided(file, record.offset + first * dtype.nbytes, place))
 
 
 def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -226,22 +242,32 @@ def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return all(extent == 1 or step == want for extent, step, want in zip(shape, stride, wanted, strict=True))
 
 
-def strided(file: Storage, base: int, place: Place) -> LazyTensor:
-    """A vector or matrix with other strides, such as a transposed one: read along the axis that lies closer."""
-    dtype, (rows, columns), (down, across) = place.ref.dtype, (*place.shape, 1)[:2], (*place.stride, 1)[:2]
-
-    def line(start: int, count: int, step: int) -> Array:
-        data = file.read(base + start * dtype.nbytes, ((count - 1) * step + 1) * dtype.nbytes)
-        return data.view(dtype.stored)[:: step or 1] if step else np.repeat(data.view(dtype.stored), count)
+def strided(file: Storage, base: int, place: Place) -> Read:
+    """Rows of a tensor whose first number is byte `base`, whatever its strides: transposed, cut, repeated."""
+    dtype = place.ref.dtype
+    steps = tuple(step * dtype.nbytes for step in place.stride)
 
     def read(start: int, stop: int) -> Array:
-        if across <= down:
-            lines = np.stack([line(row * down, columns, across) for row in range(start, stop)])
-        else:
-            lines = np.stack([line(start * down + c * across, stop - start, down) for c in range(columns)], axis=1)
-        return np.ascontiguousarray(lines).reshape(stop - start, *place.shape[1:])
+        rows = np.empty((stop - start, *place.shape[1:]), dtype.stored)
+        if rows.size:
+            fill(rows, file, base + start * steps[0], steps)
+        return rows
 
-    return LazyTensor(place.shape, dtype, read, dtype)
+    return read
+
+
+def fill(out: Array, file: Storage, offset: int, steps: tuple[int, ...]) -> None:
+    """Copy numbers that lie `steps` bytes apart into `out`; where they lie far apart, one half after the other."""
+    reach = [(extent - 1) * step for extent, step in zip(out.shape, steps, strict=True)]
+    span = sum(reach) + out.itemsize
+    if span <= max(NEAR, 2 * out.nbytes):
+        out[...] = np.ndarray(out.shape, out.dtype, file.read(offset, span), 0, steps)
+        return
+    axis = reach.index(max(reach))
+    middle = out.shape[axis] // 2
+    first, second = np.split(out, [middle], axis)
+    fill(first, file, offset, steps)
+    fill(second, file, offset + middle * steps[axis], steps)
 
 
 class Stream(io.RawIOBase):
@@ -288,8 +314,10 @@ def read_legacy(file: Storage) -> PtFile:
     widths = {place.ref.key: place.ref.dtype.nbytes for place in places}
     position = described
     for key in keys if isinstance(keys, list) else []:
+        if str(key) not in widths:
+            raise CheckpointError(f"{file.path}: storage {key} holds numbers of a type that is not supported.")
         count = int.from_bytes(file.text(position, 8), "little")
-        size = count * widths.get(str(key), 1)
+        size = count * widths[str(key)]
         if position + 8 + size > file.size:
             raise CheckpointError(
                 f"{file.path}: storage {key} claims {count} numbers beyond the file's end; download it again."

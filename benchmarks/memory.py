@@ -1,0 +1,61 @@
+"""Peak memory of converting shards of 20B widths to each format, at N and at 2N layers, with the default options.
+
+    python -m benchmarks.memory [--layers 2] [--tokenizer FILE]
+
+The checkpoints are sparse (zeros that take no room), which changes nothing of what a conversion holds in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from benchmarks.children import measure, neoxconv
+from neoxconv import tokenizer
+from neoxconv.synthetic import Synthetic, write_checkpoint
+
+TARGETS = (
+    ("hf", ["--to", "hf"]),
+    ("hf, folded", ["--to", "hf", "--norms", "fold"]),
+    ("safetensors f32", ["--to", "safetensors", "--dtype", "F32"]),
+    ("slim", ["--to", "slim"]),
+    ("slim, TP 1", ["--to", "slim", "--tp", "1"]),
+    ("gguf F16", ["--to", "gguf", "--type", "F16"]),
+    ("gguf Q8_0", ["--to", "gguf", "--type", "Q8_0"]),
+    ("gguf Q4_0", ["--to", "gguf", "--type", "Q4_0"]),
+    ("gguf Q5_1, folded", ["--to", "gguf", "--type", "Q5_1", "--norms", "fold"]),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokenizer", type=Path)
+    given = parser.parse_args()
+    words = tokenizer.load(given.tokenizer) if given.tokenizer else None
+    folder = Path(tempfile.mkdtemp(prefix="neoxconv-bench-"))
+    layers = (given.layers, 2 * given.layers)
+    try:
+        for count in layers:
+            model = Synthetic(layers=count, hidden=6144, heads=64, rows=50432, tp=2, pp=1, context=2048)
+            write_checkpoint(folder / str(count), model, words=words, sparse=True)
+        print(f"peak memory in MB        {layers[0]:4} layers {layers[1]:4} layers   (goal: 600 at most, equal)")
+        for name, options in TARGETS:
+            peaks = [peak(folder, count, options) / 1e6 for count in layers]
+            print(f"{name:22} {peaks[0]:10.0f} {peaks[1]:11.0f}")
+    finally:
+        shutil.rmtree(folder)
+
+
+def peak(folder: Path, layers: int, options: list[str]) -> int:
+    """Peak resident bytes of one conversion."""
+    target = folder / "target"
+    cost = measure(neoxconv("convert", str(folder / str(layers)), str(target), *options, "--quiet", "--overwrite"))
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    return cost.peak
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Every example runs as a reader would run it, and does what its first line says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.oracles import transformers_logits
+from tests.toy import toy
+
+ROOT = Path(__file__).parents[1]
+
+
+def example(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run an example in a process of its own."""
+    command = [sys.executable, f"examples/{name}.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"to_hf", "to_gguf", "check"}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_to_hf_makes_a_folder_that_transformers_loads_and_check_accepts(tp: int, tmp_path: Path) -> None:
+    source, target = toy(tmp_path, tp=tp), tmp_path / "hf"
+    done = example("to_hf", source, target)
+    assert done.returncode == 0 and "bytes in" in done.stdout, done.stderr
+    assert np.isfinite(transformers_logits(target, np.arange(32).reshape(1, 32))).all()
+    checked = example("check", source, target, "fold")
+    assert checked.returncode == 0 and checked.stdout.count(": ok") == 2, checked.stdout + checked.stderr
+
+
+def test_to_gguf_tells_how_far_it_is_and_check_accepts_it(tmp_path: Path) -> None:
+    source, target = toy(tmp_path), tmp_path / "x.gguf"
+    done = example("to_gguf", source, target, "Q8_0")
+    assert done.returncode == 0 and done.stderr.split()[-4] == "100%", done.stderr
+    assert example("check", source, target).returncode == 0
+
+
+def test_check_names_what_differs(tmp_path: Path) -> None:
+    source, target = toy(tmp_path), tmp_path / "hf"
+    assert example("to_hf", source, target).returncode == 0
+    wrong_norms = example("check", source, target, "rank0")
+    assert wrong_norms.returncode == 3 and "bytes" in wrong_norms.stdout and "layernorm" in wrong_norms.stdout
+    file = target / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-200] ^= 0x40
+    file.write_bytes(data)
+    flipped = example("check", source, target, "fold")
+    assert flipped.returncode == 3 and flipped.stdout.count("differs") >= 2
