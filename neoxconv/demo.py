@@ -57,9 +57,9 @@ class Outcome:
 def run_demo(folder: Path, report: Callable[[str], None]) -> bool:
     """Make everything in `folder`, tell of it through `report`, and return whether all of it verified.
 
-    Raises PlanError where the folder exists already.
+    Raises PlanError where the folder exists already and is not empty.
     """
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise PlanError(f"{folder}: exists already; remove it, or name another folder.")
     source = folder / "checkpoint"
     write_checkpoint(source, MODEL)

@@ -23,9 +23,9 @@ from neoxconv.targets import TARGETS
 __all__ = ["Memory", "Plan", "Recipe", "Step", "make_plan", "memory_for"]
 
 MIB = 1 << 20
-BASE = 120 * MIB  # what Python, numpy, the compiled kernels and a tokenizer take before the first weight
+BASE = 200 * MIB  # what Python, numpy, the compiled kernels and a tokenizer take before the first weight (measured: 170)
 COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
-SLAB = 8 * MIB
+SLAB = 2 * MIB  # larger ones leave the processor's caches, and malloc gives their pages back each time: half the speed
 SMALLEST_SLAB = MIB
 
 
@@ -130,7 +130,7 @@ class Memory:
 
 
 def memory_for(jobs: int | None, memory: int) -> Memory:
-    """As many jobs as wanted (default: processors, 8 at most) and slabs of 8 MiB at most, within `memory` bytes.
+    """As many jobs as wanted (default: processors, 8 at most) and slabs of 2 MiB at most, within `memory` bytes.
 
     Jobs fall before a slab gets under 1 MiB. Raises PlanError where not even one fits.
     """

@@ -38,7 +38,10 @@ STEP = 10
 
 @dataclass(frozen=True)
 class Synthetic:
-    """What to make. `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09; `rows` counts all ranks'."""
+    """What to make; `rows` counts all ranks'.
+
+    `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09, 2 TransformerEngine's.
+    """
 
     layers: int = 2
     hidden: int = 64
@@ -117,14 +120,18 @@ def contents(model: Synthetic) -> dict[str, Any]:
 def rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
     """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
     for layer, weight in GPT_NEOX.names(model.config):
-        spelled = weight.source[min(model.generation, len(weight.source) - 1)]
-        if spelled.startswith("attention.") and model.generation and len(weight.source) == 2:
-            spelled = weight.source[0]  # the second spelling of attention's weights is TransformerEngine's
+        spelled = spellings(weight)[model.generation]
         name = number_name(weight, layer, spelled, model.layers)
         yield name, entry_of(name, rank_tensor(model, weight, name, rank))
         if spelled == "attention.query_key_value.bias" and not model.generation:
             name = number_name(weight, layer, "attention.rotary_emb.inv_freq", model.layers)
             yield name, entry_of(name, frequencies(model))
+
+
+def spellings(weight: Weight) -> tuple[str, str, str]:
+    """A weight's name in each generation; of two names the table has, the second is TransformerEngine's."""
+    names = weight.source
+    return (names[0], names[1] if len(names) == 3 else names[0], names[-1])
 
 
 def entry_of(name: str, tensor: LazyTensor) -> Entry:
@@ -204,6 +211,7 @@ def states(model: Synthetic, module: Any) -> dict[str, Any]:
             "warmup_iter": 1,
             "num_iters": STEP,
             "decay_style": "cosine",
+            "end_iter": STEP,
             "min_lr": 1e-5,
         },
         "csr_tensor_module_names": set(),
@@ -213,6 +221,9 @@ def states(model: Synthetic, module: Any) -> dict[str, Any]:
         "iteration": STEP,
         "args": args,
         "random_rng_state": (3, tuple(range(625)), None),
+        # Arrays and tensors in real files; their names are what matters here.
+        **dict.fromkeys(("np_rng_state", "torch_rng_state", "cuda_rng_state"), (STEP,)),
+        "rng_tracker_states": {"model-parallel-rng": (STEP,)},
     }
 
 

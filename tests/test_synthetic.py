@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.oracles import transformers_logits
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.checkpoint import parameters
 from neoxconv.cli import main
+from neoxconv.slim import RANDOM_STATES
 from neoxconv.synthetic import Synthetic, write_checkpoint
+from tests.oracles import transformers_logits
 
 MODEL = Synthetic()
 LARGE = Synthetic(layers=44, hidden=6144, heads=64, rows=50432, tp=2, pp=4, context=2048)
@@ -34,6 +35,17 @@ KINDS = {
     "odd width": replace(MODEL, hidden=56),
 }
 
+SPELLINGS = (  # the table of names by generation in gpt-neox's own converter, apart from the first norm
+    "attention.query_key_value.weight attention.query_key_value.bias attention.dense.weight attention.dense.bias "
+    "post_attention_layernorm.weight post_attention_layernorm.bias mlp.dense_h_to_4h.weight mlp.dense_h_to_4h.bias "
+    "mlp.dense_4h_to_h.weight mlp.dense_4h_to_h.bias",
+    "attention.query_key_value.weight attention.query_key_value.bias attention.dense.weight attention.dense.bias "
+    "post_attention_layernorm.weight post_attention_layernorm.bias mlp.linear1.weight mlp.linear1.bias "
+    "mlp.linear2.weight mlp.linear2.bias",
+    "attention.qkv.weight attention.qkv.bias attention.proj.weight attention.proj.bias "
+    "mlp.layer_norm_weight mlp.layer_norm_bias mlp.fc1_weight mlp.fc1_bias mlp.fc2_weight mlp.fc2_bias",
+)
+
 
 def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.pt")}
@@ -50,7 +62,25 @@ def test_layer_files_hold_what_the_2022_software_wrote(tmp_path: Path) -> None:
     assert state["attention.dense.weight"].shape == (64, 32)
     assert state["mlp.dense_h_to_4h.weight"].shape == (128, 64)
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
-    assert torch.load(step / "mp_rank_00_model_states.pt", weights_only=True)["args"]["model_parallel_size"] == 2
+    states = torch.load(step / "mp_rank_00_model_states.pt", weights_only=True)
+    assert states["args"]["model_parallel_size"] == 2 and set(RANDOM_STATES) < set(states)
+
+
+@pytest.mark.parametrize("generation", [0, 1, 2])
+def test_every_generation_spells_its_weights_as_gpt_neox_did(generation: int, tmp_path: Path) -> None:
+    step = write_checkpoint(tmp_path / "x", replace(MODEL, generation=generation))
+    state = torch.load(step / "layer_02-model_00-model_states.pt", weights_only=True)
+    kept = {"input_layernorm.weight", "input_layernorm.bias"} | (
+        {"attention.rotary_emb.inv_freq"} if generation == 0 else set()
+    )
+    assert set(state) == kept | set(SPELLINGS[generation].split())
+
+
+def test_optimizer_files_share_out_their_bytes_and_are_never_opened(tmp_path: Path) -> None:
+    step = write_checkpoint(tmp_path / "x", replace(MODEL, pp=2), optimizer_bytes=1001)
+    files = sorted(step.glob("*optim_states.pt"))
+    assert len(files) == 48 and sum(path.stat().st_size for path in files) == 1001
+    assert set(open_checkpoint(step).index.set_aside) == {path.name for path in files}
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -103,7 +133,9 @@ def test_a_full_size_20b_set_opens_in_seconds_with_the_published_sizes(tmp_path:
 
 
 def test_without_a_yaml_a_released_model_is_recognised_and_said_so(tmp_path: Path) -> None:
-    step = write_checkpoint(tmp_path / "x", replace(LARGE, layers=12, hidden=768, heads=12, rows=50304, tp=1), sparse=True)
+    step = write_checkpoint(
+        tmp_path / "x", replace(LARGE, layers=12, hidden=768, heads=12, rows=50304, tp=1), sparse=True
+    )
     (step / "configs" / "model.yml").unlink()
     checkpoint = open_checkpoint(tmp_path / "x")
     assert checkpoint.config.heads == 12 and "pythia-160m" in checkpoint.notes[0]

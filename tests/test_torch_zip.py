@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from neoxconv.dtypes import PLAIN
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.formats import torch_zip
 from neoxconv.formats.pickles import Placeholder, Size
 from neoxconv.formats.torch_zip import layout_pt, read_pt
 from neoxconv.model import Encoding, Entry, FileLayout
@@ -33,7 +32,7 @@ from tests.oracles import ROOT
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures")
 FILES = sorted(FIXTURES.rglob("*.pt"))
 FORMATS = {"zip": True, "legacy": False}
-settings.register_profile("files", parent=settings.get_profile("repeatable"), suppress_health_check=list(HealthCheck))
+
 BASE = torch.arange(2 * 3 * 40, dtype=torch.float32).reshape(6, 40)
 
 # --- comparing with torch --------------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def assert_same(ours: Any, theirs: Any) -> None:
     """Two trees are equal, the tensors bit for bit, whatever the bands in which ours is read."""
     if isinstance(ours, Placeholder):
-        assert not isinstance(theirs, dict | list | str | int | float | set | torch.Tensor | torch.Size)
+        assert not isinstance(theirs, dict | list | str | bytes | int | float | set | torch.Tensor | torch.Size)
     elif isinstance(theirs, torch.Tensor):
         expected = array(theirs)
         assert isinstance(ours, LazyTensor) and ours.shape == tuple(theirs.shape)
@@ -130,14 +129,41 @@ def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
     assert_same(read_pt(file).value, [BASE])
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_no_plain_tensor_is_a_placeholder_and_harms_nothing_else(kind: str, tmp_path: Path) -> None:
-    odd = [torch.float16, torch.zeros(2, dtype=torch.complex64), torch.zeros(3, dtype=torch.uint16), np.arange(3),
-           torch.zeros(2, dtype=torch.complex64).conj().imag, BASE.to_sparse(), torch.zeros(5).untyped_storage()]  # fmt: skip
-    file = saved(tmp_path, {"odd": odd, "tensor": BASE}, _use_new_zipfile_serialization=FORMATS[kind])
-    value = read_pt(file).value
-    assert [type(item).__name__ for item in value["odd"]] == ["Placeholder"] * len(odd)
+def test_what_is_no_plain_tensor_is_a_placeholder_and_harms_nothing_else(tmp_path: Path) -> None:
+    complexes = torch.zeros(2, dtype=torch.complex64)
+    odd = [
+        torch.float16,
+        complexes,
+        torch.ones(2, dtype=torch.complex64).conj().imag,
+        torch.zeros(3, dtype=torch.uint16),
+        BASE.to_sparse(),
+    ]
+    odd += [torch.zeros(5).untyped_storage(), np.arange(3)]
+    value = read_pt(saved(tmp_path, {"odd": odd, "tensor": BASE})).value
+    assert all(isinstance(item, Placeholder) for item in value["odd"])
     assert_same(value["tensor"], BASE)
+
+
+def test_a_typed_tensor_on_a_storage_of_bytes_is_read(tmp_path: Path) -> None:
+    untyped = built("K\x01", "K\x01\x85K\x01\x85", b"torch.storage\nUntypedStorage")
+    typed = untyped.replace(b"_v2", b"_v3").replace(b"\x89NtR", b"\x89Nctorch\nfloat16\ntR")
+    assert_same(read_pt(wrapped(tmp_path, typed)).value, torch.zeros(1, dtype=torch.float16))
+    beyond = typed.replace(b"K\x01K\x01\x85", b"K\x02K\x01\x85")
+    with pytest.raises(CheckpointError, match="beyond its storage"):
+        read_pt(wrapped(tmp_path, beyond))
+
+
+def test_a_view_of_a_storage_in_an_old_file_is_read(tmp_path: Path) -> None:
+    file = saved(tmp_path, BASE[0, :12].clone(), _use_new_zipfile_serialization=False)
+    view = file.text().replace(b"K\x0cN", b"K\x0c(X\x01\x00\x00\x00vK\x03K\x04t").replace(b"K\x0c\x85", b"K\x04\x85")
+    file.path.write_bytes(view)
+    assert_same(read_pt(open_storage(file.path)).value, BASE[0, 3:7])
+
+
+def test_an_old_file_with_numbers_of_another_kind_is_refused(tmp_path: Path) -> None:
+    tree = [torch.zeros(2, dtype=torch.complex64), BASE]
+    with pytest.raises(CheckpointError, match="type that is not supported"):
+        read_pt(saved(tmp_path, tree, _use_new_zipfile_serialization=False))
 
 
 def test_a_transposed_matrix_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,14 +216,12 @@ REFUSED: dict[str, bytes] = {
     "wider than the record": built("K\x00", "(K\x04tK\x01\x85", b"torch\nDoubleStorage"),
     "memo": b"\x80\x02Nr\xff\xff\xff\x7fj\xff\xff\xff\x7e.",
     "long item": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b".",
-    "long frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.",
     "deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "deep key": b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.",
     "a cycle": b"\x80\x02]q\x00h\x00a.",
     "doubling": b"\x80\x02)" + b"2\x86" * 60 + b".",
     "a square": MILLION + b"0](" + b"h\x00" * 500_000 + b"e.",
     "copies": MILLION + b"c__builtin__\nset\nq\x01](" + b"h\x01(h\x00tR" * 2000 + b"e.",
-    "copied sizes": MILLION.replace(b"]", b"", 1).replace(b"e", b"t") + b"ctorch\nSize\nq\x01](" + b"h\x01(h\x00tR" * 2000 + b"e.",
     "many values": b"\x80\x02(" + b"}" * 6_000_000 + b"l.",
     "many values in a frame": b"\x80\x04\x95" + struct.pack("<Q", 6_000_003) + b"(" + b"}" * 6_000_000 + b"l.",
     "unknown operation": b"\x80\x02\xff.",
@@ -217,9 +241,9 @@ def test_a_hostile_pickle_is_refused_naming_the_file(case: str, tmp_path: Path) 
 def test_nothing_is_called_on_a_file_s_word(protocol: int, tmp_path: Path) -> None:
     mark = tmp_path / "called"
     touch = Call(os.mkdir, str(mark))
-    calls = [touch, Call(eval, f"__import__('os').mkdir({str(mark)!r})"), Call(getattr, touch, "x"),
-             Call(torch.load, str(mark)), Call(pickle.loads, pickle.dumps(touch)), Call(open, str(mark), "w")]  # fmt: skip
-    stateful = b"\x80\x02cos\nmkdir\n)\x81}X\x08\x00\x00\x00__dict__N\x86b(K\x01K\x02e(K\x01K\x02uK\x01K\x02s."
+    calls = [touch, Call(getattr, touch, "x"), Call(eval, f"__import__('os').mkdir({str(mark)!r})")]
+    calls += [Call(torch.load, str(mark)), Call(pickle.loads, pickle.dumps(touch)), Call(open, str(mark), "w")]
+    stateful = b"\x80\x02cos\nmkdir\n)\x81X\x08\x00\x00\x00__dict__N\x86b(K\x01K\x02e(K\x01K\x02uK\x01K\x02s."
     assert isinstance(read_pt(wrapped(tmp_path, stateful)).value, Placeholder)
     value = read_pt(wrapped(tmp_path, pickle.dumps(calls, protocol))).value
     assert all(isinstance(item, Placeholder) for item in value) and not mark.exists()
@@ -242,7 +266,7 @@ def test_a_file_that_is_cut_short_is_refused(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@settings(settings.get_profile("files"), max_examples=300)
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(kind: str, tmp_path: Path, data: st.DataObject) -> None:
     damaged = bytearray(sample(kind))
@@ -260,7 +284,7 @@ def test_a_damaged_file_is_read_or_refused(kind: str, tmp_path: Path, data: st.D
                 tensor.read(0, tensor.rows)
 
 
-@settings(settings.get_profile("files"), max_examples=300)
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_damaged_pickle_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     damaged = bytearray(zipfile.ZipFile(io.BytesIO(sample("zip"))).read("archive/data.pkl"))
@@ -291,7 +315,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "begins with b''"),
     "pickle": (lambda data: pickle.dumps({"a": 1}), "not a PyTorch"),
     "big-endian": (patched(b"little", b"big\0\0\0"), "little-endian"),
-    "another name": (lambda data: patched(b"archive/data/0", b"archive/data/9")(data), "data/0"),
+    "another name": (patched(b"archive/data/0", b"archive/data/9"), "data/0"),
     "overlap": (overlapping, "data/1"),
 }
 
@@ -300,7 +324,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_damage_is_told_in_words(case: str, tmp_path: Path) -> None:
     damage, words = DAMAGE[case]
     (tmp_path / "file.pt").write_bytes(damage(sample("zip")))
-    with pytest.raises(CheckpointError, match="file.pt: ") as error:
+    with pytest.raises(CheckpointError, match=r"file\.pt: ") as error:
         read_pt(open_storage(tmp_path / "file.pt"))
     assert words in str(error.value)
 
@@ -320,7 +344,9 @@ def entry(tensor: torch.Tensor) -> Entry:
     numbers = array(tensor)
     dtype = {torch.bfloat16: PLAIN["BF16"], torch.bool: PLAIN["BOOL"]}.get(tensor.dtype)
     dtype = dtype or next(d for d in PLAIN.values() if d.stored == numbers.dtype)
-    lazy = LazyTensor(tuple(tensor.shape), dtype, lambda start, stop: numbers.reshape(-1, *tensor.shape[1:])[start:stop], dtype)
+    lazy = LazyTensor(
+        tuple(tensor.shape), dtype, lambda start, stop: numbers.reshape(-1, *tensor.shape[1:])[start:stop], dtype
+    )
     return Entry("", "", lazy, Encoding(dtype.name, dtype, lambda r: r, lambda r: r, lambda r, s: r != s))
 
 
@@ -361,23 +387,23 @@ def laid(value: Any) -> Any:
     return type(value)(map(laid, value)) if isinstance(value, list | tuple) else value
 
 
-@settings(settings.get_profile("files"), max_examples=150)
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(value=VALUES)
 def test_what_is_laid_out_loads_with_torch_and_here(value: Any, tmp_path: Path) -> None:
     path = write(layout_pt("step/layer_00.pt", laid(value)), tmp_path)
     assert zipfile.ZipFile(path).testzip() is None
     assert_same(read_pt(open_storage(path)).value, value)
     for mmap in (False, True):
-        assert_same(laid_back(torch.load(path, weights_only=True, mmap=mmap)), laid_back(value))
+        assert comparable(torch.load(path, weights_only=True, mmap=mmap)) == comparable(value)
 
 
-def laid_back(value: Any) -> Any:
-    """A tree of torch's with lazy tensors, for comparing two of them."""
+def comparable(value: Any) -> Any:
+    """A tree of torch's with its tensors as bytes, so that == compares it."""
     if isinstance(value, torch.Tensor):
         return array(value).tobytes(), tuple(value.shape), str(value.dtype)
     if isinstance(value, dict):
-        return type(value)((key, laid_back(item)) for key, item in value.items())
-    return type(value)(map(laid_back, value)) if type(value) in (list, tuple) else value
+        return type(value)((key, comparable(item)) for key, item in value.items())
+    return type(value)(map(comparable, value)) if type(value) in (list, tuple) else value
 
 
 def test_storages_are_aligned_and_the_container_is_small(tmp_path: Path) -> None:
@@ -386,14 +412,6 @@ def test_storages_are_aligned_and_the_container_is_small(tmp_path: Path) -> None
     assert layout.size - sum(slot.entry.nbytes for slot in layout.slots) < 5400
     names = zipfile.ZipFile(write(layout, tmp_path)).namelist()
     assert names[0] == "layer_02-model_00-model_states/data.pkl" and "layer_02-model_00-model_states/version" in names
-
-
-def test_sizes_beyond_32_bits_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = {"large": entry(BASE), "small": entry(BASE[0])}
-    monkeypatch.setattr(torch_zip, "FULL", 900)  # so that zip64 fields appear in a file of kilobytes
-    layout = layout_pt("a.pt", tree)
-    entries = layout.late[-1].make([zlib.crc32(array(BASE).tobytes()), zlib.crc32(array(BASE[0]).tobytes())])
-    assert entries.count(b"PK\x06\x06") == 1
 
 
 def test_a_sparse_file_beyond_4_gib_is_read_by_torch_and_here(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats import safetensors
-from neoxconv.formats.safetensors import read_object
+from neoxconv.formats.safetensors import read_json
 from neoxconv.formats.torch_zip import read_pt
 from neoxconv.model import Entry, FileLayout, Index, SourceFile
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor
 
-# The first that exists is read: (one file, its index when there are shards).
+# The first that exists is read, as transformers does: (one file, its index when there are shards).
 FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -26,14 +26,16 @@ Header = tuple[dict[str, LazyTensor], str]
 
 def index(folder: Path) -> Index:
     """Index the folder's safetensors, or else its .bin files; raises CheckpointError naming what is missing."""
-    settings = read_object(open_storage(folder / "config.json").text(), folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json; download it into this folder.")
+    settings = read_json(folder / "config.json")
     for single, shards in FILES:
-        if (folder / shards).is_file():
-            return sharded(folder, folder / shards, settings)
         if (folder / single).is_file():
             file = open_storage(folder / single)
             tensors, checksum = read_header(file)
             return Index("hf", folder, (SourceFile(file, checksum),), (tensors,), settings)
+        if (folder / shards).is_file():
+            return sharded(folder, folder / shards, settings)
     raise CheckpointError(f"{folder}: has a config.json but no weights; expected {' or '.join(f for f, _ in FILES)}.")
 
 
@@ -45,28 +47,32 @@ def read_header(file: Storage) -> Header:
     found = read_pt(file)
     if not isinstance(found.value, dict):
         raise CheckpointError(f"{file.path}: holds a {type(found.value).__name__}, expected a dictionary of tensors.")
-    return {name: t for name, t in found.value.items() if isinstance(t, LazyTensor)}, found.checksum
+    odd = (name for name, t in found.value.items() if not isinstance(name, str) or not isinstance(t, LazyTensor))
+    raise_all(CheckpointError, (f"{file.path}: {name!r:.80} is not a named tensor that can be read." for name in odd))
+    return found.value, found.checksum
 
 
 def sharded(folder: Path, path: Path, settings: dict[str, Any]) -> Index:
     """Index the shards that an index file lists: every tensor where it says, and no other."""
-    places = read_object(open_storage(path).text(), path).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError(f"{path}: has no weight_map of file names; download it again.")
     names = sorted(set(places.values()))
-    raise_all(
-        CheckpointError, (f"{path}: names the file {n}, which is not in its folder." for n in names if not plain(n))
-    )
-    missing = (n for n in names if not (folder / n).is_file())
-    raise_all(CheckpointError, (f"{folder / n}: is missing; download it again." for n in missing))
+    climbing = (n for n in names if not plain(n))
+    raise_all(CheckpointError, (f"{path}: names the file {n!r:.80}, which is not in its folder." for n in climbing))
+    present = {file.name for file in folder.iterdir() if file.is_file()}
+    missing = (n for n in names if n not in present)
+    raise_all(CheckpointError, (f"{folder}: lacks {n!r:.300}, which {path.name} names; download it." for n in missing))
     files = {name: open_storage(folder / name) for name in names}
     headers = {name: read_header(file) for name, file in files.items()}
     absent = (
-        f"{folder / n}: lacks {t}, which {path.name} places there." for t, n in places.items() if t not in headers[n][0]
+        f"{folder / n}: lacks {t:.200}, which {path.name} places there; download both again."
+        for t, n in places.items()
+        if t not in headers[n][0]
     )
     raise_all(CheckpointError, absent)
     stray = (
-        f"{folder / n}: holds {t}, which {path.name} places elsewhere."
+        f"{folder / n}: holds {t}, which {path.name} does not place there; download both again."
         for n in names
         for t in headers[n][0]
         if places.get(t) != n

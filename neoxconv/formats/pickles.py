@@ -133,10 +133,14 @@ def refuse(unpickler: Any) -> NoReturn:
     raise ValueError("it uses an operation that no checkpoint needs")
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # Python's own in Python: its memo is a dict
+class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dict
     """Loads numbers, strings, containers and tensors; everything else becomes a placeholder."""
 
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, stream: Bounded, make_tensor: MakeTensor) -> None:
         super().__init__(stream, encoding="utf-8", errors="replace")
@@ -183,7 +187,8 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # Python
 
     def typed_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
         """A tensor on a storage of bytes, its type given after requires_grad and hooks."""
-        dtype = TORCH_DTYPES.get(rest[2].name) if len(rest) > 2 and isinstance(rest[2], Placeholder) else None
+        named = len(rest) > 2 and isinstance(rest[2], Placeholder)
+        dtype = TORCH_DTYPES.get(rest[2].name.removeprefix("torch.")) if named else None
         if dtype is None or not isinstance(storage, StorageRef):
             return Placeholder("torch.Tensor")
         typed = StorageRef(storage.name, storage.key, dtype, storage.numel // dtype.nbytes)

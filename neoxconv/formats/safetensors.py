@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor, stored
 
 MAX_HEADER = 100 << 20
+MAX_NAME = 1024  # characters: what a message can show
 METADATA = "__metadata__"
 ALIGNMENT = 8
 
@@ -44,40 +46,65 @@ def read_header(file: Storage) -> Header:
             f"the file has {file.size}; download it again."
         )
     text = file.text(8, length)
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.path}: its header is damaged ({error}); download it again.") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file.path}: its header is a {type(header).__name__}, expected an object.")
-    metadata = header.pop(METADATA, {})
-    entries = {name: checked_range(file, name, entry) for name, entry in header.items()}
-    check_coverage(file, entries, 8 + length)
+    header = read_object(text, file.path, "its header")
+    metadata = checked_metadata(file, header.pop(METADATA, None))
+    ranges = {name: checked_range(file, name, entry) for name, entry in header.items()}
+    check_coverage(file, ranges, 8 + length)
     tensors = {
         name: stored(file, 8 + length + start, header[name]["shape"], PLAIN[header[name]["dtype"]])
-        for name, (start, _) in entries.items()
+        for name, (start, _) in ranges.items()
     }
-    texts = metadata.items() if isinstance(metadata, dict) else ()
-    return Header(tensors, {str(k): str(v) for k, v in texts}, hashlib.sha256(text).hexdigest())
+    return Header(tensors, metadata, hashlib.sha256(text).hexdigest())
+
+
+def read_object(text: bytes | str, path: Path, what: str = "the file") -> dict[str, Any]:
+    """The JSON object in `text`, which `what` names in messages: UTF-8, and no name twice; else CheckpointError."""
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {what} is not JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: {what} is a {type(value).__name__}, expected an object; download it again.")
+    return value
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, if no name stands in it twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
+    """A JSON object; raises ValueError where a name stands in it twice or has half a character (a lone surrogate)."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r:.80} stands in it twice")
+        name.encode()
+        found[name] = value
+    return found
+
+
+def checked_metadata(file: Storage, found: Any) -> dict[str, str]:
+    """The free text of a header, if it is text."""
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{file.path}: {METADATA} is {reprlib.repr(found)}, expected texts; download it again.")
     return found
 
 
 def checked_range(file: Storage, name: str, entry: Any) -> tuple[int, int]:
     """A tensor's byte range, if its type is known and its shape fills it exactly."""
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"{file.path}: {name[:80]}... is a name of {len(name)} characters; download it again.")
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
     if not isinstance(dtype, str) or dtype not in PLAIN:
-        raise CheckpointError(f"{file.path}: {name} is of type {dtype}; expected one of {', '.join(PLAIN)}.")
+        raise CheckpointError(
+            f"{file.path}: {name} is of type {reprlib.repr(dtype)}, which cannot be read yet; "
+            f"expected one of {', '.join(PLAIN)}. Convert it to one of them first."
+        )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
     if any(type(n) is not int or not 0 <= n < 1 << 60 for n in numbers) or len(offsets) != 2 or len(shape) > 16:
-        raise CheckpointError(f"{file.path}: {name} has shape {shape} and byte range {offsets}; download it again.")
+        raise CheckpointError(
+            f"{file.path}: {name} has shape {reprlib.repr(shape)} and byte range {reprlib.repr(offsets)}; "
+            "expected up to 16 sizes and 2 offsets. Download it again."
+        )
     start, stop = offsets
     if stop - start != math.prod(shape) * PLAIN[dtype].nbytes:
         raise CheckpointError(
@@ -107,20 +134,19 @@ def index(path: Path) -> Index:
     file = open_storage(path)
     header = read_header(file)
     beside = path.parent / "config.json"
-    text = open_storage(beside).text() if beside.is_file() else header.metadata.get("config", "{}")
-    settings = read_object(text, beside if beside.is_file() else path)
+    if beside.is_file():
+        settings = read_json(beside)
+    else:
+        settings = read_object(header.metadata.get("config", "{}"), path, "the config in its metadata")
     return Index("safetensors", path.parent, (SourceFile(file, header.checksum),), (header.tensors,), settings)
 
 
-def read_object(text: bytes | str, path: Path) -> dict[str, Any]:
-    """A JSON object from a small file; raises CheckpointError where it is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object.")
-    return value
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file."""
+    file = open_storage(path)
+    if file.size > MAX_HEADER:
+        raise CheckpointError(f"{path}: has {file.size} bytes, expected at most {MAX_HEADER}; download it again.")
+    return read_object(file.text(), path)
 
 
 def layout(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayout:

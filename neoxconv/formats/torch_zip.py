@@ -76,7 +76,8 @@ def read_pt(file: Storage) -> PtFile:
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file.path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
     raise CheckpointError(
-        f"{file.path}: is not a PyTorch checkpoint: it begins with {start[:8]!r}, expected a zip (PK); download it again."
+        f"{file.path}: is not a PyTorch checkpoint: it begins with {start[:8]!r}, expected a zip (PK); "
+        "download it again."
     )
 
 
@@ -226,7 +227,7 @@ def tensor_in(file: Storage, record: Record, place: Place) -> LazyTensor:
         raise ValueError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")
     first = place.ref.start + place.offset
     last = first + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
-    if 0 not in shape and (last >= place.ref.numel + place.ref.start or (last + 1) * dtype.nbytes > record.size):
+    if 0 not in shape and (last >= place.ref.numel or (last + 1) * dtype.nbytes > record.size):
         raise ValueError(f"a tensor of shape {list(shape)} reaches beyond its storage {place.ref.key}")
     if math.prod(shape) > max(place.ref.numel, MAX_REPEATED) or len(shape) > MAX_AXES:
         raise ValueError(f"a tensor of shape {list(shape)} is far larger than its storage {place.ref.key}")

@@ -12,13 +12,18 @@ from neoxconv.dtypes import Array, DType, Floats, narrow, widen
 from neoxconv.model import Encoding
 
 
+WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
+
+
 def unchanged(rows: Floats) -> Floats:
     """The rows themselves: float32 is stored as it is."""
     return np.asarray(rows, np.float32)
 
 
 def encode_f16(rows: Floats) -> Array:
-    """float16 as numpy rounds it, too large becomes infinite; ten times faster than astype."""
+    """float16 as numpy rounds it, too large becomes infinite; ten times faster than astype where there is much to do."""
+    if rows.size < WORTH_A_KERNEL:
+        return narrow(rows, dtypes.F16)
     from neoxconv.quant import kernels
 
     halves = np.empty(rows.size, np.uint16)

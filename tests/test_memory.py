@@ -1,0 +1,41 @@
+"""Memory: a conversion of 20B widths stays within what its plan announces, whatever the threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neoxconv.synthetic import Synthetic, write_checkpoint
+
+WIDE = Synthetic(layers=1, hidden=6144, heads=64, rows=50432, tp=2, pp=1, context=2048)
+COMMAND = (sys.executable, "-m", "neoxconv", "convert")
+UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("wide") / "source", WIDE, sparse=True)
+
+
+def peak(command: list[str]) -> int:
+    """Peak resident bytes of a child process that must succeed."""
+    child = subprocess.Popen(command)
+    _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * UNIT
+
+
+@pytest.mark.parametrize("norms", ["mean", "fold"])
+@pytest.mark.parametrize("limits", [(), ("--jobs", "8", "--memory", "240MiB")], ids=["default", "8 jobs in 240 MiB"])
+def test_a_conversion_keeps_what_its_plan_announces(
+    source: Path, norms: str, limits: tuple[str, ...], tmp_path: Path
+) -> None:
+    options = [str(source), str(tmp_path / "x.gguf"), "--to", "gguf", "--type", "Q4_0", "--norms", norms, *limits]
+    plan = json.loads(subprocess.check_output([*COMMAND, *options, "--dry-run", "--json"]))
+    used = peak([*COMMAND, *options, "--quiet"])
+    assert used <= plan["peak_memory"] <= 600e6
