@@ -31,7 +31,7 @@ lint:     $(VENV)/.dev ## check format, lint and types
 check:    lint test ## all that CI checks
 
 bench:    $(VENV)/.run ## measure speed and memory
-	@for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done
+	@for name in encoders conversion memory; do echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
 
 oracles:  $(VENV)/.llama $(TF4)/.oracles $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
 

@@ -144,7 +144,8 @@ def fold_head(head: LazyTensor, norm: Norm) -> LazyTensor:
     def read(start: int, stop: int) -> Floats:
         rows = head.floats(start, stop)
         u = row_sums(rows * norm.offset) / lever
-        return (rows * norm.ratio + u[:, None] / norm.common_gain).astype(np.float32)
+        folded_rows: Doubles = rows * norm.ratio + u[:, None] / norm.common_gain
+        return folded_rows.astype(np.float32)
 
     return computed(head, read)
 

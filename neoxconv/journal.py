@@ -20,7 +20,7 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path, self.lock = folder / self.NAME, threading.Lock()
         self.known = read_journal(self.path, fingerprint)
-        self.stream = open(self.path, "w", encoding="utf-8")
+        self.stream = self.path.open("w", encoding="utf-8")
         self.write({"fingerprint": fingerprint})
         for key, digest in self.known.items():
             self.add(key, digest)

@@ -23,9 +23,9 @@ from neoxconv.targets import TARGETS
 __all__ = ["Memory", "Plan", "Recipe", "Step", "make_plan", "memory_for"]
 
 MIB = 1 << 20
-BASE = 200 * MIB  # what Python, numpy, the compiled kernels and a tokenizer take before the first weight (measured: 170)
+BASE = 200 * MIB  # what Python, numpy, the kernels and a tokenizer take before the first weight (measured: 170)
 COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
-SLAB = 2 * MIB  # larger ones leave the processor's caches, and malloc gives their pages back each time: half the speed
+SLAB = 2 * MIB  # larger ones leave the caches, and malloc gives their pages back each time: half the speed
 SMALLEST_SLAB = MIB
 
 

@@ -178,7 +178,7 @@ def minimal(checkpoint: Checkpoint, degree: int) -> dict[str, Any]:
         "model_parallel_size": degree,
     }
     zeros = dict.fromkeys(("iteration", "skipped_steps", "global_steps", "global_samples"), 0)
-    nothing = {"optimizer": None, "lr_scheduler": None, "csr_tensor_module_names": set()}
+    nothing: dict[str, Any] = {"optimizer": None, "lr_scheduler": None, "csr_tensor_module_names": set()}
     return {**nothing, **zeros, "dp_world_size": 1, "mp_world_size": degree, "args": args}
 
 

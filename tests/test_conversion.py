@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.oracles import fixtures, llama_convert, llama_logits, transformers4_load, transformers_logits
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
+from tests.oracles import fixtures, llama_convert, llama_logits, transformers4_load, transformers_logits
 
 NAMES = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
 OFFICIAL = NAMES[:3]
+ROW_WEIGHTS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 ROW_BIASES = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")
 
 
@@ -51,7 +52,8 @@ def test_hf_of_the_trained_model_equals_a_plain_merge(tmp_path: Path) -> None:
     step = shards("trained_tp2_pp4") / "global_step1300"
     ours = load_file(convert(step, tmp_path / "hf", format="hf") / "model.safetensors")
     for layer in range(8):
-        ranks = [torch.load(step / f"layer_{layer + 2:02d}-model_{rank:02d}-model_states.pt", weights_only=True) for rank in (0, 1)]  # fmt: skip
+        names = [f"layer_{layer + 2:02d}-model_{rank:02d}-model_states.pt" for rank in (0, 1)]
+        ranks = [torch.load(step / file, weights_only=True) for file in names]
         for name in (key for key in ranks[0] if not key.endswith("inv_freq")):
             parts = [rank[name] for rank in ranks]
             if "layernorm" in name:
@@ -59,7 +61,7 @@ def test_hf_of_the_trained_model_equals_a_plain_merge(tmp_path: Path) -> None:
             elif name in ROW_BIASES:
                 merged = parts[0].float() + parts[1].float()
             else:
-                merged = torch.cat(parts, dim=1 if name in ("attention.dense.weight", "mlp.dense_4h_to_h.weight") else 0)  # fmt: skip
+                merged = torch.cat(parts, dim=1 if name in ROW_WEIGHTS else 0)
             assert torch.equal(ours[f"gpt_neox.layers.{layer}.{name}"], merged.half()), name
 
 
@@ -210,9 +212,9 @@ def test_gguf_from_hf_equals_gguf_from_shards(tmp_path: Path) -> None:
         assert direct.read_bytes() == around.read_bytes()
 
 
-@pytest.mark.parametrize("source", ["checkpoints", "checkpoints/global_step10", "checkpoints/global_step10/layer_05-model_01-model_states.pt"])  # fmt: skip
+@pytest.mark.parametrize("source", ["", "global_step10", "global_step10/layer_05-model_01-model_states.pt"])
 def test_a_checkpoint_is_found_from_its_folder_its_step_or_a_file(source: str) -> None:
-    checkpoint = open_checkpoint(fixtures() / "neox_2022_tp2_pp4" / source)
+    checkpoint = open_checkpoint(shards("neox_2022_tp2_pp4") / source)
     assert checkpoint.config.layers == 6 and len(checkpoint.index.ranks) == 2
     assert len(checkpoint.index.set_aside) == 16
 

@@ -191,11 +191,12 @@ class Call:
         return self.call
 
 
-def wrapped(folder: Path, data: bytes) -> Storage:
-    """A zip with any bytes as its pickle, and one storage of 16 bytes."""
+def wrapped(folder: Path, data: bytes, size: int = 16) -> Storage:
+    """A zip with any bytes as its pickle, and two storages of `size` bytes."""
     with zipfile.ZipFile(folder / "file.pt", "w") as target:
         target.writestr("file/data.pkl", data)
-        target.writestr("file/data/0", bytes(16))
+        target.writestr("file/data/0", bytes(size))
+        target.writestr("file/data/1", bytes(size))
     return open_storage(folder / "file.pt")
 
 
@@ -291,7 +292,7 @@ def test_a_damaged_pickle_is_read_or_refused(tmp_path: Path, data: st.DataObject
     for at, byte in data.draw(st.lists(st.tuples(st.integers(0, len(damaged) - 1), st.integers(0, 255)), min_size=1)):
         damaged[at] = byte
     try:
-        read_pt(wrapped(tmp_path, bytes(damaged)))
+        read_pt(wrapped(tmp_path, bytes(damaged), 960))
     except CheckpointError as error:
         assert "file.pt" in str(error)
 

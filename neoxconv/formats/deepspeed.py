@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neoxconv.formats.torch_zip import read_pt
-
 from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.formats.torch_zip import read_pt
 from neoxconv.model import Index, SourceFile
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor

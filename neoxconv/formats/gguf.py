@@ -37,11 +37,10 @@ MAX_COUNT, MAX_ITEMS, CHUNK = 1 << 16, 1 << 22, 1 << 20  # keys or tensors; item
 # ggml's number of a type, its name, the weights of a block and their bytes. Source: ggml.h and ggml-common.h.
 BLOCKS = (
     (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24), (8, "Q8_0", 32, 34),
-    (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176),
-    (14, "Q6_K", 256, 210), (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98),
-    (19, "IQ1_S", 256, 50), (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82),
-    (23, "IQ4_XS", 256, 136), (29, "IQ1_M", 256, 56), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66),
-    (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
+    (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176), (14, "Q6_K", 256, 210),
+    (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98), (19, "IQ1_S", 256, 50),
+    (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82), (23, "IQ4_XS", 256, 136),
+    (29, "IQ1_M", 256, 56), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
 )  # fmt: skip
 NUMBERED = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 TYPES = {number: PLAIN[name] for number, name in NUMBERED.items()} | {
@@ -159,10 +158,9 @@ class Cursor:
 
     def fetch(self, end: int) -> None:
         """Have the file's bytes up to `end` in the buffer, which doubles so that few bytes are copied often."""
-        if end > min(self.file.size, MAX_HEADER):
-            raise self.damaged(
-                f"claims bytes {self.position} to {end} of {self.file.size}, at most {MAX_HEADER} are read"
-            )
+        limit = min(self.file.size, MAX_HEADER)
+        if end > limit:
+            raise self.damaged(f"claims bytes {self.position} to {end} of {limit}")
         stop = min(max(end, 2 * len(self.buffer), CHUNK), self.file.size)
         self.buffer += self.file.text(len(self.buffer), stop - len(self.buffer))
 
@@ -191,6 +189,8 @@ class Cursor:
         """The next string as a new name of a `what`; messages name it from here on."""
         self.subject = f"the name of {what} {len(taken)}"
         name = self.string(MAX_NAME)
+        if not name:
+            raise self.damaged("is empty")
         self.subject = f"{what} {name!r:.100}"
         if name in taken:
             raise self.damaged("is there twice")

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, tensors in one file or in shards with an index, and the small files beside them."""
+"""Hugging Face folders: config.json, tensors in one file or in shards with an index, and the files beside them."""
 
 from __future__ import annotations
 

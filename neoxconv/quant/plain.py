@@ -11,7 +11,6 @@ from neoxconv import dtypes
 from neoxconv.dtypes import Array, DType, Floats, narrow, widen
 from neoxconv.model import Encoding
 
-
 WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
 
 
@@ -21,7 +20,7 @@ def unchanged(rows: Floats) -> Floats:
 
 
 def encode_f16(rows: Floats) -> Array:
-    """float16 as numpy rounds it, too large becomes infinite; ten times faster than astype where there is much to do."""
+    """float16 as numpy rounds it, too large becomes infinite; ten times faster than astype where it is much."""
     if rows.size < WORTH_A_KERNEL:
         return narrow(rows, dtypes.F16)
     from neoxconv.quant import kernels

@@ -100,10 +100,9 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
     if not wrong:
         return result, None
     at = list(map(int, np.unravel_index(first, pair.source.shape)))
-    return result, Finding(
-        pair.name,
-        f"{wrong} of {pair.source.rows * pair.source.columns} weights are not the source's as {encoding}, the first at {at}",
-    )
+    count = pair.source.rows * pair.source.columns
+    what = f"{wrong} of {count} weights are not the source's as {encoding}, the first at {at}"
+    return result, Finding(pair.name, what)
 
 
 def compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
