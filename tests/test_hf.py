@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from neoxconv.dtypes import BF16, F16, F32, DType
 from neoxconv.errors import CheckpointError
-from neoxconv.formats import hf
+from neoxconv.formats import hf, safetensors
 from neoxconv.model import Entry
 from tests.test_safetensors import FIXTURES, OFFICIAL, TORCH, assert_same, entry, write
 
@@ -135,8 +135,7 @@ def test_transformers_loads_what_we_write(
     found = load_file(tmp_path / "again" / "model.safetensors")
     assert found.keys() == expected.keys()
     assert_indexed(tmp_path, expected, "*.safetensors")
-    loaded = {tensor.dtype for tensor in found.values()}
-    assert all(torch.equal(found[name], expected[name].to(*loaded)) for name in expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_index_is_the_one_that_transformers_writes(saved: Path, weights: Tensors, tmp_path: Path) -> None:
@@ -184,6 +183,11 @@ def test_the_model_card_begins_with_yaml_and_tells_every_fact() -> None:
 # --- bad folders -----------------------------------------------------------------------------------------------------
 
 
+def folder_as_shard(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    place("sub")(folder)
+
+
 def place(name: Any) -> Callable[[Path], None]:
     return lambda folder: write_index(folder / INDEX, {"a": name, "b": "s.safetensors"})
 
@@ -220,7 +224,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (place("gone.safetensors"), "lacks 'gone.safetensors'"),
     "overlong name": (place("é" * 200), "lacks 'éé"),
     "lone surrogate": (place("\ud800"), r"lacks '\ud800'"),
-    "folder as shard": (lambda folder: ((folder / "sub").mkdir(), place("sub")(folder)), "lacks 'sub'"),
+    "folder as shard": (folder_as_shard, "lacks 'sub'"),
     "absent tensor": (place("s.safetensors"), "s.safetensors: lacks a, which"),
     "stray tensor": (lambda folder: write_index(folder / INDEX, {"b": "s.safetensors"}), "s.safetensors: holds c"),
     **{f"outside: {name!r}": (place(name), f"names the file {name!r}, which is not in its folder") for name in OUTSIDE},
@@ -247,3 +251,36 @@ def test_missing_shards_are_named_at_once_up_to_ten(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 11 and all(f"'{i:02d}.safetensors'" in lines[i] for i in range(10))
     assert lines[-1] == "... and 2 more"
+
+
+# --- a single file as a source ---------------------------------------------------------------------------------------
+
+INSIDE, BESIDE = {"model_type": "gpt_neox", "here": "inside"}, {"model_type": "gpt_neox", "here": "beside"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "beside", "expected"),
+    [({"config": json.dumps(INSIDE)}, BESIDE, BESIDE), ({"config": json.dumps(INSIDE)}, None, INSIDE), ({}, None, {})],
+    ids=["beside comes first", "inside", "none"],
+)
+def test_settings_come_from_beside_the_file_or_from_within(
+    metadata: dict[str, str], beside: dict[str, str] | None, expected: dict[str, str], tmp_path: Path
+) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata)
+    if beside:
+        (tmp_path / "config.json").write_text(json.dumps(beside))
+    index = safetensors.index(tmp_path / "x.safetensors")
+    assert (index.format, index.folder, index.settings) == ("safetensors", tmp_path, expected)
+    assert [source.storage.path for source in index.files] == [tmp_path / "x.safetensors"]
+    assert list(index.ranks[0]) == ["a"]
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "[" * 100_000])
+def test_a_damaged_configuration_is_named(config: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(2)}, path, {"config": config})
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: the config in its metadata is"):
+        safetensors.index(path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=r"config\.json: the file is"):
+        safetensors.index(path)

@@ -119,8 +119,7 @@ def test_the_library_reads_what_we_write(
     tmp_path: Path, names: list[str], data: st.DataObject, metadata: dict[str, str]
 ) -> None:
     random = np.random.default_rng(0)
-    values = {name: random.standard_normal(data.draw(SHAPE)).astype(np.float32) for name in names}
-    values = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    values = {name: np.asarray(random.standard_normal(data.draw(SHAPE)), np.float32) for name in names}
     types = {name: data.draw(st.sampled_from(list(TORCH))) for name in names}
     file = safetensors.layout("x.safetensors", [entry(n, v, types[n]) for n, v in values.items()], metadata)
     path = write(tmp_path, file)
@@ -244,7 +243,7 @@ VALID = save({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.float16), "c
 @pytest.mark.parametrize("length", range(len(VALID)))
 def test_every_truncation_is_refused(length: int, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(VALID[:length])
-    with pytest.raises(CheckpointError, match="cut short|end at byte"):
+    with pytest.raises(CheckpointError, match=r"cut short|end at byte"):
         read(tmp_path / "x")
 
 
@@ -277,7 +276,9 @@ def test_changed_bytes_are_refused_or_read_as_the_library_does(
     assert_refused_or_read_alike(data, tmp_path)
 
 
-NUMBER = st.integers(-2, 40) | st.sampled_from([2**31, 2**63, 2**64, 10**30, 1.0, 1.5, True, None, "1", []])
+NUMBER: st.SearchStrategy[Any] = st.integers(-2, 40) | st.sampled_from(
+    [2**31, 2**63, 2**64, 10**30, 1.0, 1.5, True, None, "1", []]
+)
 FIELD = st.one_of(
     st.tuples(st.just("dtype"), st.sampled_from(["F64", "F32", "F16", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "", 1])),
     st.tuples(st.just("shape"), st.lists(NUMBER, max_size=3) | NUMBER),
@@ -295,36 +296,3 @@ def test_changed_fields_are_refused_or_read_as_the_library_does(
     for name, (field, value) in changes:
         header.setdefault(name, tensor("U8", [0], [0, 0]))[field] = value
     assert_refused_or_read_alike(file(header, VALID[8 + length :]), tmp_path)
-
-
-# --- a single file as a source ---------------------------------------------------------------------------------------
-
-INSIDE, BESIDE = {"model_type": "gpt_neox", "here": "inside"}, {"model_type": "gpt_neox", "here": "beside"}
-
-
-@pytest.mark.parametrize(
-    ("metadata", "beside", "expected"),
-    [({"config": json.dumps(INSIDE)}, BESIDE, BESIDE), ({"config": json.dumps(INSIDE)}, None, INSIDE), ({}, None, {})],
-    ids=["beside comes first", "inside", "none"],
-)
-def test_settings_come_from_beside_the_file_or_from_within(
-    metadata: dict[str, str], beside: dict[str, str] | None, expected: dict[str, str], tmp_path: Path
-) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", metadata)
-    if beside:
-        (tmp_path / "config.json").write_text(json.dumps(beside))
-    index = safetensors.index(tmp_path / "x.safetensors")
-    assert (index.format, index.folder, index.settings) == ("safetensors", tmp_path, expected)
-    assert [source.storage.path for source in index.files] == [tmp_path / "x.safetensors"]
-    assert list(index.ranks[0]) == ["a"]
-
-
-@pytest.mark.parametrize("config", ["{", "[]", "[" * DEEP])
-def test_a_damaged_configuration_is_named(config: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"a": torch.ones(2)}, path, {"config": config})
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: the config in its metadata is"):
-        safetensors.index(path)
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(CheckpointError, match=r"config\.json: the file is"):
-        safetensors.index(path)

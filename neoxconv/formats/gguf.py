@@ -37,10 +37,11 @@ MAX_COUNT, MAX_ITEMS, CHUNK = 1 << 16, 1 << 22, 1 << 20  # keys or tensors; item
 # ggml's number of a type, its name, the weights of a block and their bytes. Source: ggml.h and ggml-common.h.
 BLOCKS = (
     (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24), (8, "Q8_0", 32, 34),
-    (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176), (14, "Q6_K", 256, 210),
-    (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98), (19, "IQ1_S", 256, 50),
-    (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82), (23, "IQ4_XS", 256, 136),
-    (29, "IQ1_M", 256, 56), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
+    (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176),
+    (14, "Q6_K", 256, 210), (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98),
+    (19, "IQ1_S", 256, 50), (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82),
+    (23, "IQ4_XS", 256, 136), (29, "IQ1_M", 256, 56), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66),
+    (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
 )  # fmt: skip
 NUMBERED = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 TYPES = {number: PLAIN[name] for number, name in NUMBERED.items()} | {
@@ -117,10 +118,7 @@ def check_parts(headers: Sequence[Header]) -> None:
 
 
 def with_native_types(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors with the type that a plain target keeps: F16 for blocks, their own for other matrices.
-
-    GGUF stores vectors as F32 whatever the model was; theirs is the type that most bytes of the matrices stand for.
-    """
+    """Tensors with the type a plain target keeps: blocks F16, vectors (always F32 here) what most matrix bytes are."""
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         if len(tensor.shape) > 1 and native(tensor.dtype).name in FLOATS:

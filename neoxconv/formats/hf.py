@@ -72,7 +72,7 @@ def sharded(folder: Path, path: Path, settings: dict[str, Any]) -> Index:
     )
     raise_all(CheckpointError, absent)
     stray = (
-        f"{folder / n}: holds {t}, which {path.name} does not place there; download both again."
+        f"{folder / n}: holds {t:.200}, which {path.name} does not place there; download both again."
         for n in names
         for t in headers[n][0]
         if places.get(t) != n
