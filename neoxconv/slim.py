@@ -17,8 +17,8 @@ from neoxconv.coverage import AFTER_LAYERS, FIRST_LAYER
 from neoxconv.dtypes import FLOATS, DType
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import deepspeed
-from neoxconv.formats.pickles import Placeholder
-from neoxconv.formats.torch_zip import layout_pt
+from neoxconv.formats.pt import layout_pt
+from neoxconv.formats.pt.unpickle import Placeholder
 from neoxconv.model import Checkpoint, Content, Encoding, Entry, Weight
 from neoxconv.quant import ENCODINGS
 from neoxconv.recipe import Recipe

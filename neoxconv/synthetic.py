@@ -23,7 +23,7 @@ from neoxconv.arch.gpt_neox import GPT_NEOX
 from neoxconv.arch.joins import by_columns
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats import deepspeed
-from neoxconv.formats.torch_zip import layout_pt
+from neoxconv.formats.pt import layout_pt
 from neoxconv.model import Entry, FileLayout, ModelConfig, Weight
 from neoxconv.slim import number_name, unchanged
 from neoxconv.tensor import LazyTensor, slabs

@@ -81,6 +81,6 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
 
 def slabs(tensor: LazyTensor, slab: int) -> Iterator[tuple[int, int]]:
     """Borders of bands of rows that take at most `slab` bytes each as float32 (one row at least)."""
-    step = max(1, slab // (4 * tensor.columns))
+    step = max(1, slab // (4 * max(1, tensor.columns)))
     for start in range(0, tensor.rows, step):
         yield start, min(start + step, tensor.rows)

@@ -74,7 +74,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(recipe: Recipe, tmp_path: 
 @pytest.mark.parametrize("recipe", RECIPES[3:5], ids=lambda r: r.format)
 def test_jobs_and_slabs_never_change_a_byte(recipe: Recipe, norms: str, tmp_path: Path) -> None:
     one = run(plan(recipe, norms), tmp_path / "one", jobs=1)
-    many = run(plan(recipe, norms), tmp_path / "many", jobs=4, memory=160 * MIB)
+    many = run(plan(recipe, norms), tmp_path / "many", jobs=4, memory=220 * MIB)
     assert digests(one) == digests(many)
 
 
@@ -202,8 +202,8 @@ def test_nan_is_found_before_it_is_quantized(tmp_path: Path) -> None:
 
 def test_memory_lowers_the_jobs_before_slabs_get_small() -> None:
     assert memory_for(2, 512 * MIB).jobs == 2
-    few = memory_for(64, 200 * MIB)
-    assert few.jobs < 64 and few.slab >= MIB and few.peak <= 200 * MIB
+    few = memory_for(64, 300 * MIB)
+    assert few.jobs < 64 and few.slab >= MIB and few.peak <= 300 * MIB
     with pytest.raises(PlanError, match="at least"):
         memory_for(1, 50 * MIB)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
-from neoxconv.formats.torch_zip import read_pt
+from neoxconv.formats.pt import read_pt
 from neoxconv.model import Index, SourceFile
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor

@@ -10,8 +10,8 @@ from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats import safetensors
+from neoxconv.formats.pt import read_pt
 from neoxconv.formats.safetensors import read_json
-from neoxconv.formats.torch_zip import read_pt
 from neoxconv.model import Entry, FileLayout, Index, SourceFile
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from neoxconv.dtypes import PLAIN
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.formats.pickles import Placeholder, Size
-from neoxconv.formats.torch_zip import layout_pt, read_pt
+from neoxconv.formats.pt import layout_pt, read_pt
+from neoxconv.formats.pt.unpickle import Placeholder, Size
 from neoxconv.model import Encoding, Entry, FileLayout
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor

@@ -1,0 +1,97 @@
+"""Tensors on the storages of a .pt file: contiguous ones as they lie, others gathered by their strides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from neoxconv.dtypes import Array
+from neoxconv.formats.pt.unpickle import StorageRef
+from neoxconv.storage import Storage
+from neoxconv.tensor import LazyTensor, Read, stored
+
+MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
+MAX_AXES = 16
+NEAR = 64 << 10  # bytes that are read at once, wanted or not
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a member of the zip has its bytes, and their CRC-32; 0 where the writer computed none."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class PtFile:
+    """A .pt file's value with tensors unread, a SHA-256 of what describes it, and its storages by key."""
+
+    value: Any
+    checksum: str
+    records: dict[str, Record]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a storage a tensor lies: `offset` and `stride` count numbers."""
+
+    ref: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def tensor_in(file: Storage, record: Record, place: Place) -> LazyTensor:
+    """The tensor at a place in a storage; raises ValueError where it would reach beyond it."""
+    dtype, shape, stride = place.ref.dtype, place.shape, place.stride
+    if len(shape) != len(stride):
+        raise ValueError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")
+    first = place.ref.start + place.offset
+    last = first + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
+    if 0 not in shape and (last >= place.ref.numel or (last + 1) * dtype.nbytes > record.size):
+        raise ValueError(f"a tensor of shape {list(shape)} reaches beyond its storage {place.ref.key}")
+    if math.prod(shape) > max(place.ref.numel, MAX_REPEATED) or len(shape) > MAX_AXES:
+        raise ValueError(f"a tensor of shape {list(shape)} is far larger than its storage {place.ref.key}")
+    tensor = stored(file, record.offset + first * dtype.nbytes, shape, dtype)
+    if 0 in shape or is_contiguous(shape, stride):
+        return tensor
+    return replace(tensor, read=strided(file, record.offset + first * dtype.nbytes, place))
+
+
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether rows follow each other without gaps."""
+    wanted = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return all(extent == 1 or step == want for extent, step, want in zip(shape, stride, wanted, strict=True))
+
+
+def strided(file: Storage, base: int, place: Place) -> Read:
+    """Rows of a tensor whose first number is byte `base`, whatever its strides: transposed, cut, repeated."""
+    dtype = place.ref.dtype
+    steps = tuple(step * dtype.nbytes for step in place.stride)
+
+    def read(start: int, stop: int) -> Array:
+        rows = np.empty((stop - start, *place.shape[1:]), dtype.stored)
+        if rows.size:
+            fill(rows, file, base + start * steps[0], steps)
+        return rows
+
+    return read
+
+
+def fill(out: Array, file: Storage, offset: int, steps: tuple[int, ...]) -> None:
+    """Copy numbers that lie `steps` bytes apart into `out`; where they lie far apart, one half after the other."""
+    reach = [(extent - 1) * step for extent, step in zip(out.shape, steps, strict=True)]
+    span = sum(reach) + out.itemsize
+    if span <= max(NEAR, 2 * out.nbytes):
+        out[...] = np.ndarray(out.shape, out.dtype, file.read(offset, span), 0, steps)
+        return
+    axis = reach.index(max(reach))
+    middle = out.shape[axis] // 2
+    first, second = np.split(out, [middle], axis)
+    fill(first, file, offset, steps)
+    fill(second, file, offset + middle * steps[axis], steps)
