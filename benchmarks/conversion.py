@@ -1,6 +1,6 @@
 """Shards of 20B widths to Hugging Face against `cp`, and to GGUF against llama.cpp's quantizer: ratios from one run.
 
-    python -m benchmarks.conversion [--layers 2] [--runs 3] [--threads 2] [--folder /tmp/...] [--tokenizer FILE]
+    python -m benchmarks.conversion [--layers 4] [--runs 3] [--threads 2] [--folder /tmp/...] [--tokenizer FILE]
 
 Both sides of each pair run in turns as child processes, with their output on disk (synced) at the end of the clock.
 """
@@ -34,7 +34,7 @@ FTYPES = {"Q8_0": 7}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,23 @@ class Tokenizer:
         """How messages call it."""
         return str(self.path or "tokenizer")
 
+    @cached_property
+    def parsed(self) -> dict[str, Any]:
+        """What `data` says. Raises CheckpointError where that is not a byte-level BPE tokenizer.json."""
+        try:
+            parsed = json.loads(self.data)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.name}: is not JSON ({error}). {WANTED}") from error
+        found = _misfit(parsed)
+        if found:
+            raise CheckpointError(f"{self.name}: {found}. {WANTED}")
+        return {**parsed, "added_tokens": parsed.get("added_tokens") or []}
+
 
 def load(path: Path) -> Tokenizer:
     """The tokenizer in the file `path`. Raises CheckpointError where that is not a byte-level BPE tokenizer.json."""
     tokenizer = Tokenizer(_read(path), path)
-    _parse(tokenizer)
+    _ = tokenizer.parsed  # raises for what is no tokenizer
     return tokenizer
 
 
@@ -86,7 +99,7 @@ def gguf_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     bos_token_id, eos_token_id and unknown_token_id uint32; add_bos_token and add_eos_token bool.
     Raises CheckpointError where the tokenizer does what GGUF cannot say, or has an id beyond `rows`.
     """
-    parsed = _parse(tokenizer)
+    parsed = tokenizer.parsed
     raise_all(CheckpointError, (f"{tokenizer.name}: {problem}" for problem in _beyond_gguf(parsed)))
     ids = _ids(tokenizer, parsed)
     last = max(ids.values())
@@ -110,7 +123,7 @@ def hf_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     """The files of a Hugging Face tokenizer for a model of `context` positions; tokenizer.json is the source's own."""
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
     exact = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
-    config = {**exact, **special, "model_max_length": context, "tokenizer_class": _hf_class(_parse(tokenizer))}
+    config = {**exact, **special, "model_max_length": context, "tokenizer_class": _hf_class(tokenizer.parsed)}
     made = {"tokenizer_config.json": _pretty(config), "special_tokens_map.json": _pretty(special)}
     return {"tokenizer.json": tokenizer.data, **made}
 
@@ -135,7 +148,7 @@ def from_gguf(keys: Mapping[str, Any]) -> Tokenizer:
         raise CheckpointError(f"GGUF: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {WANTED}")
     added = [_added(i, text, kind == CONTROL) for i, text, kind in kept if kind != NORMAL]
     tokenizer = Tokenizer(_tokenizer_json(vocab, merges, added, NORMALIZERS[pre]))
-    _parse(tokenizer)
+    _ = tokenizer.parsed  # raises for what is no tokenizer
     return tokenizer
 
 
@@ -184,17 +197,6 @@ def _read(path: Path) -> bytes:
     if file.size > MAX_BYTES:
         raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {MAX_BYTES}. {WANTED}")
     return file.text()
-
-
-def _parse(tokenizer: Tokenizer) -> dict[str, Any]:
-    try:
-        parsed = json.loads(tokenizer.data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{tokenizer.name}: is not JSON ({error}). {WANTED}") from error
-    found = _misfit(parsed)
-    if found:
-        raise CheckpointError(f"{tokenizer.name}: {found}. {WANTED}")
-    return {**parsed, "added_tokens": parsed.get("added_tokens") or []}
 
 
 def _misfit(parsed: Any) -> str | None:
