@@ -53,8 +53,13 @@ class Outcome:
         for report in self.reports:
             lines += [f"  {report.level}: {report.checked}", *findings(report)]
             lines += [errors(report)] if report.tensors else []
-        levels = ", ".join(f"{report.level} {'ok' if report.passed else 'differs'}" for report in self.reports)
-        return "\n".join([*lines, f"{'PASS' if self.passed else 'FAIL'}: {levels}"])
+        return "\n".join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """Which levels ran, and whether they passed."""
+        levels = ", ".join(f"{report.level} {'ok' if report.passed else 'differ'}" for report in self.reports)
+        return f"{'PASS' if self.passed else 'FAIL'}: {levels}"
 
 
 def findings(report: Report) -> list[str]:
@@ -104,7 +109,7 @@ def check_bytes(target: Path, given: Given) -> Report:
     """The first level, with a bar."""
     manifest = read_manifest(target) if target.exists() else None
     total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
-    with progress_bar(total, "bytes", given["json"]) as progress:
+    with progress_bar(total, "bytes", given["json"] or given["quiet"]) as progress:
         return verify_bytes(target, progress=progress)
 
 
@@ -113,5 +118,5 @@ def check_weights(source: Checkpoint, target: Path, given: Given) -> Report:
     preset = None if read_index(target, ()).settings else given["preset"]
     made = open_checkpoint(target, preset=preset)
     total = sum(tensor.nbytes for tensor in source.tensors.values())
-    with progress_bar(total, "weights", given["json"]) as progress:
+    with progress_bar(total, "weights", given["json"] or given["quiet"]) as progress:
         return verify_weights(source, made, jobs=given["jobs"] or min(os.cpu_count() or 1, 8), progress=progress)

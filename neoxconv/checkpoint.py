@@ -54,13 +54,28 @@ def read_index(path: Path, config: Sequence[Path]) -> Index:
     """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist.")
-    if path.is_file():
-        start = open_storage(path).text(0, min(9, path.stat().st_size))
-        if start[:4] == gguf.MAGIC:
-            return gguf.index(path)
-        if start[8:] == b"{" and not (path.parent / "model.safetensors.index.json").is_file():
-            return safetensors.index(path)
-        path = path.parent
+    return read_file(path, config) if path.is_file() else read_folder(path, config)
+
+
+def read_file(path: Path, config: Sequence[Path]) -> Index:
+    """Index a single file, or the whole that it is a part of."""
+    start = open_storage(path).text(0, min(9, path.stat().st_size))
+    if start[:4] == gguf.MAGIC:
+        return gguf.index(path)
+    if any(part.fullmatch(path.name) for part in deepspeed.PARTS):
+        return read_folder(path.parent, config)
+    if hf.PART.fullmatch(path.name) and (path.parent / "config.json").is_file():
+        return hf.index(path.parent)
+    if start[8:] == b"{":
+        return safetensors.index(path)
+    raise CheckpointError(
+        f"{path}: is no model; it begins with {start[:8]!r}. Expected a .gguf or .safetensors file, "
+        "or a file of a gpt-neox checkpoint or of a Hugging Face folder."
+    )
+
+
+def read_folder(path: Path, config: Sequence[Path]) -> Index:
+    """Index what a folder holds."""
     if folder := deepspeed.tag_folder(path):
         return deepspeed.index(folder, config)
     if (path / "config.json").is_file():

@@ -75,7 +75,7 @@ norms = choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (defaul
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; the processors, 8 at most.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="neoxconv")
 @verbose
 def commands() -> None:
@@ -89,7 +89,7 @@ def commands() -> None:
 @as_json
 @verbose
 def inspect(source: Path, **given: Any) -> None:
-    """Show what SRC is: its kind, configuration and tensors, and what its bytes are for."""
+    """Show what SRC is, its configuration, and what its bytes are for."""
     from neoxconv import inspection
     from neoxconv.request import opened
 
@@ -108,7 +108,7 @@ def inspect(source: Path, **given: Any) -> None:
 @configuration
 @click.option("--tokenizer", type=PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]")
 @size_option("--shard-size", help="hf: bytes of a file at most.  [default: 5GB]")
-@size_option("--split-size", help="gguf: split into files of this size at most.")
+@size_option("--split-size", help="gguf: DST is a folder of files of this size at most.")
 @jobs
 @size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within.")
 @click.option("--overwrite", is_flag=True, help="Replace DST where it exists.")
@@ -118,7 +118,7 @@ def inspect(source: Path, **given: Any) -> None:
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @verbose
 def convert(source: Path, target: Path, **given: Any) -> None:
-    """Convert the checkpoint SRC into DST. Interrupted, the same command continues.
+    """Convert SRC into DST. Interrupted, the same command continues.
 
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
     or a .gguf file. DST is a folder, or the file itself for safetensors and gguf.
@@ -127,7 +127,8 @@ def convert(source: Path, target: Path, **given: Any) -> None:
 
     request = prepare(source, target, given)
     if given["dry_run"]:
-        click.echo(json.dumps(request.facts) if given["json"] else request.listing)
+        if given["json"] or not given["quiet"]:
+            click.echo(json.dumps(request.facts) if given["json"] else request.listing)
         return
     quiet = given["quiet"] or given["json"]
     if not quiet:
@@ -143,7 +144,7 @@ def convert(source: Path, target: Path, **given: Any) -> None:
 @as_json
 @verbose
 def formats(**given: Any) -> None:
-    """List every target and type with its bits per weight and the size of the 20B model in it."""
+    """List every target and type, bits per weight, and the size of 20B."""
     from dataclasses import asdict
 
     from neoxconv.catalog import catalog
@@ -159,28 +160,28 @@ def formats(**given: Any) -> None:
 
 @commands.command()
 @click.argument("paths", type=PATH, nargs=-1, required=True, metavar="[SRC] TARGET")
-@choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]")
+@choice_option("--level", choices=("bytes", "weights"), help="[default: weights, or bytes without SRC]")
 @norms
 @configuration
 @jobs
 @as_json
+@click.option("--quiet", is_flag=True, help="Print the verdict only.")
 @verbose
 def verify(paths: tuple[Path, ...], **given: Any) -> int:
-    """Check TARGET byte by byte against its manifest and, with SRC, weight by weight against the source.
+    """Check TARGET: its bytes and, with SRC, every weight.
 
     The last line says which levels ran and whether they passed; the exit code is 3 where anything differs.
     """
     if len(paths) > 2:
         raise click.UsageError(f"expected TARGET or SRC TARGET, found {len(paths)} paths.")
     level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
-    if level == "logits":
-        return complain("--level logits is not available yet; --level weights compares every tensor.", USAGE)
     if level == "weights" and len(paths) == 1:
         raise click.UsageError("--level weights needs the source too: neoxconv verify SRC TARGET.")
     from neoxconv.audit import audit
 
     outcome = audit(paths, level, given)
-    click.echo(json.dumps(outcome.facts) if given["json"] else outcome.listing)
+    shown = outcome.verdict if given["quiet"] else outcome.listing
+    click.echo(json.dumps(outcome.facts) if given["json"] else shown)
     return 0 if outcome.passed else DIFFERS
 
 
@@ -188,7 +189,10 @@ def verify(paths: tuple[Path, ...], **given: Any) -> int:
 @click.argument("folder", type=PATH, default=Path("neoxconv-demo"), required=False)
 @verbose
 def demo(folder: Path) -> int:
-    """Make a small checkpoint in FOLDER, convert it to every format, and verify each. Needs no network."""
+    """Make a small checkpoint, convert it to every format, verify each.
+
+    All of it lies in FOLDER (neoxconv-demo by default). Needs no network.
+    """
     from neoxconv.demo import run_demo
 
     return 0 if run_demo(folder, click.echo) else DIFFERS
@@ -232,7 +236,7 @@ def explain(error: Exception) -> int:
     if isinstance(error, NeoxconvError):
         return complain(str(error), DIFFERS if isinstance(error, VerifyError) else FAILED)
     if isinstance(error, OSError) and error.strerror:
-        return complain(f"{error.filename or 'system'}: {error.strerror}.", FAILED)
+        return complain(f"{error.filename or 'standard output'}: {error.strerror}.", FAILED)
     what = " ".join(f"{type(error).__name__}: {error}".split())
     return complain(f"unexpected {what}; run again with -v to see where, and report it.", FAILED)
 

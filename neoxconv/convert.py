@@ -22,7 +22,7 @@ import numpy as np
 from neoxconv.dtypes import Array, Bytes, nonfinite
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.journal import Journal
-from neoxconv.manifest import MANIFEST, Digest, manifest
+from neoxconv.manifest import MANIFEST, Digest, beside, manifest
 from neoxconv.model import Entry, Slot
 from neoxconv.plan import Memory, Plan, Step, memory_for
 from neoxconv.quant import floats
@@ -70,7 +70,7 @@ def run(
     written, NeoxconvError when the disk or a value stops the run; then `target` does not exist and TARGET.partial
     holds what is done.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     shares = memory_for(jobs, memory)
     check_target(plan, target, overwrite)
     work = partial_of(target)
@@ -96,9 +96,19 @@ def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
             f"{target}: is a folder; {plan.recipe.format} writes one file, "
             f"so give its name, such as {target / 'model'}.{plan.recipe.format}."
         )
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir():
+        raise PlanError(f"{target}: cannot be made, because {parent} is a file; give another place.")
+    if not os.access(parent, os.W_OK):
+        raise PlanError(f"{target}: cannot be made, because {parent} may not be written to; give another place.")
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if occupied and not overwrite:
         raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
+    if occupied and target.is_dir() and not (target / MANIFEST).is_file():
+        raise PlanError(
+            f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
+            "--overwrite replaces only what neoxconv made. Remove it yourself, or give another name."
+        )
 
 
 def check_space(plan: Plan, target: Path, work: Path) -> None:
@@ -117,7 +127,8 @@ def explain(error: OSError, target: Path) -> str:
     """An operating system's error in terms of the target."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{target}: the disk is full; free some space and run the same command again to continue."
-    return f"{error.filename or target}: {error.strerror}; what is done is kept in {partial_of(target).name}."
+    kept = f"; what is done is kept in {partial_of(target).name}" if partial_of(target).is_dir() else ""
+    return f"{error.filename or target}: {error.strerror or error}{kept}."
 
 
 def prepare_files(plan: Plan, work: Path) -> None:
@@ -272,7 +283,7 @@ def sync(path: Path) -> None:
 def publish(plan: Plan, work: Path, target: Path) -> None:
     """Give the finished work its name; what it replaces is set aside first and removed last."""
     if plan.single:
-        os.replace(work / MANIFEST, target.with_name(f"{target.name}.manifest.json"))
+        os.replace(work / MANIFEST, beside(target))
         os.replace(work / plan.files[0].name, target)
         shutil.rmtree(work)
     else:
@@ -283,6 +294,7 @@ def publish(plan: Plan, work: Path, target: Path) -> None:
         os.replace(work, target)
         if aside.is_dir():
             shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        elif aside.exists():
+            aside.unlink()
+            beside(target).unlink(missing_ok=True)
     sync(target.parent)

@@ -29,7 +29,8 @@ def check(index: Index, named: Named, left: list[list[str]], architecture: Archi
     names = {weight.unified.replace("{i}", str(layer)) for layer, weight in architecture.names(config)}
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         problems += [
-            f"{index.folder}: {name} does not belong to a model of {config.layers} layers."
+            f"{index.folder}: {name} does not belong to a model of {config.layers} layers"
+            f"{' whose head is its embedding (tied)' * config.tied}."
             for name in known
             if name not in names
         ]
@@ -62,7 +63,10 @@ def check_layers(index: Index, named: Named, architecture: Architecture, config:
     if found == config.layers:
         return []
     where = ", ".join(map(str, index.configs)) or str(index.folder)
-    return [f"{where}: the configuration says {config.layers} layers but the files hold {found}."]
+    return [
+        f"{where}: the configuration says {config.layers} layers but the files hold {found}; "
+        "download what is missing, or give the right one with --config or --preset."
+    ]
 
 
 def check_missing(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:

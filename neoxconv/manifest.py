@@ -40,6 +40,11 @@ class Range:
     length: int
 
 
+def beside(target: Path) -> Path:
+    """Where the manifest of a single file lies."""
+    return target.with_name(f"{target.name}.{MANIFEST}")
+
+
 def manifest(plan: Plan, folder: Path, digests: Mapping[str, Digest]) -> bytes:
     """The manifest of the finished files in `folder`, as JSON with a fixed order of keys."""
     value = {

@@ -19,6 +19,7 @@ from neoxconv.errors import PlanError
 from neoxconv.model import Checkpoint, FileLayout, Slot
 from neoxconv.recipe import Recipe
 from neoxconv.targets import TARGETS
+from neoxconv.terminal import size
 
 __all__ = ["Memory", "Plan", "Recipe", "Step", "make_plan", "memory_for"]
 
@@ -138,6 +139,6 @@ def memory_for(jobs: int | None, memory: int) -> Memory:
     room = (memory - BASE) // COPIES
     if room < SMALLEST_SLAB:
         least = (BASE + COPIES * SMALLEST_SLAB) // MIB
-        raise PlanError(f"--memory {memory // MIB} MiB is too little; at least {least} MiB are needed.")
+        raise PlanError(f"--memory {size(memory)} is too little; at least {least} MiB are needed.")
     workers = min(wanted, room // SMALLEST_SLAB)
     return Memory(workers, min(SLAB, room // workers))

@@ -19,7 +19,7 @@ from neoxconv.inspection import FORMATS
 from neoxconv.model import Checkpoint
 from neoxconv.plan import Memory, Plan, make_plan, memory_for
 from neoxconv.recipe import Recipe
-from neoxconv.terminal import progress_bar, size, table
+from neoxconv.terminal import plural, progress_bar, size, table
 
 Given = Mapping[str, Any]  # the options by name; None where one was not given
 
@@ -103,11 +103,11 @@ class Request:
         plan, index = self.plan, self.plan.checkpoint.index
         ranks = len(index.ranks)
         rows = [
-            ("source", f"{FORMATS[index.format]} {index.folder}, {len(index.files)} files, TP {ranks}"),
+            ("source", f"{FORMATS[index.format]} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
             ("target", f"{plan.recipe.format} {self.target}"),
             ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
-            ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {len(plan.sizes)} files"),
-            ("memory", f"{size(self.memory.peak)} at most with {self.memory.jobs} threads"),
+            ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
+            ("memory", f"{size(self.memory.peak)} at most with {plural(self.memory.jobs, 'thread')}"),
         ]
         if ranks > 1:
             difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
@@ -155,7 +155,7 @@ def prepare(source: Path, target: Path, given: Given) -> Request:
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
     memory = memory_for(given["jobs"], given["memory"])
     checkpoint = opened(source, given, given["norms"] or "mean")
-    target = target.absolute()
+    target = target.resolve()
     check_apart(checkpoint, source, target)
     plan = make_plan(checkpoint, recipe)
     convert.check_target(plan, target, given["overwrite"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from neoxconv import tokenizer_find
 from neoxconv.coverage import AFTER_LAYERS, FIRST_LAYER
 from neoxconv.dtypes import FLOATS, DType
 from neoxconv.errors import PlanError, raise_all
@@ -208,8 +209,7 @@ def configs(checkpoint: Checkpoint, degree: int, tag: str) -> dict[str, bytes]:
 
 def tokenizers(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
     """The tokenizer file, under its own name beside `latest`."""
-    from neoxconv import tokenizer
-
     index = checkpoint.index
-    path = tokenizer.find(recipe.tokenizer, index.folder, index.settings, [config.parent for config in index.configs])
+    places = [config.parent for config in index.configs]
+    path = tokenizer_find.find(recipe.tokenizer, index.folder, index.settings, places)
     return {path.name: path.read_bytes()} if path else {}

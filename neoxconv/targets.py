@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from neoxconv import __version__, slim, tokenizer
+from neoxconv import __version__, slim, tokenizer, tokenizer_find
 from neoxconv.checkpoint import parameters
 from neoxconv.errors import PlanError
 from neoxconv.formats import gguf_layout, hf, safetensors
@@ -58,7 +58,7 @@ def find_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> tokenizer.Tokenize
     """The one that was asked for, else the one in or near the source."""
     index = checkpoint.index
     places = [path.parent for path in index.configs]
-    path = tokenizer.find(recipe.tokenizer, index.folder, index.settings, places)
+    path = tokenizer_find.find(recipe.tokenizer, index.folder, index.settings, places)
     if path:
         return tokenizer.load(path)
     return tokenizer.from_gguf(index.settings) if "tokenizer.ggml.tokens" in index.settings else None
@@ -70,6 +70,8 @@ def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     files = hf.layout(entries, recipe.shard_size)
     config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries))
     words = find_tokenizer(checkpoint, recipe)
+    if words:
+        tokenizer.check_rows(words, checkpoint.config.rows)
     sidecars = {
         "config.json": as_json(config),
         "generation_config.json": hf.generation_config(config),

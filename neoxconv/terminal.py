@@ -31,6 +31,11 @@ def size(count: int) -> str:
     return f"{count / 1024**power:.2f} {BINARY[power]}" if power else f"{count} {BINARY[0]}"
 
 
+def plural(count: int, noun: str) -> str:
+    """A count and its noun: 1 file, 2 files."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def table(align: str, rows: Sequence[Sequence[object]]) -> str:
     """Rows as lines with columns of equal width; `align` has `<` or `>` for each column."""
     cells = [[str(cell) for cell in row] for row in rows]

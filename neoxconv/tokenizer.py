@@ -8,9 +8,8 @@ tokens, such as the 20B tokenizer's runs of spaces, stand as they are.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,6 @@ END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these
 WANTED = f"A byte-level BPE tokenizer.json with a token {END} is wanted; name one with --tokenizer."
 OTHER = "It belongs to another model; name the right one with --tokenizer."
 MAX_BYTES = 1 << 28
-USUAL = ("tokenizer.json", "20B_tokenizer.json")
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, no other format can
 
 TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokens in GGUF
@@ -65,31 +63,18 @@ class Tokenizer:
 
 def load(path: Path) -> Tokenizer:
     """The tokenizer in the file `path`. Raises CheckpointError where that is not a byte-level BPE tokenizer.json."""
-    tokenizer = Tokenizer(_read(path), path)
+    tokenizer = Tokenizer(read_bytes(path), path)
     _ = tokenizer.parsed  # raises for what is no tokenizer
     return tokenizer
 
 
-def find(explicit: Path | None, folder: Path, configs: Mapping[str, Any], config_dirs: Sequence[Path]) -> Path | None:
-    """The tokenizer file of the source in `folder`, or None where there is none.
-
-    `explicit` (a file, or a folder that holds one) wins. Else what lies in `folder`, in the checkpoint's folder (the
-    one with `latest`) or in the one above that; the nearest wins, and in it the file that the YAML `configs` name.
-    Else where the YAML points, from `config_dirs` or the working folder. Raises CheckpointError where `explicit` holds
-    nothing, or where two candidates differ.
-    """
-    if explicit is not None:
-        chosen = _only([explicit] if os.path.isfile(explicit) else _inside(explicit, None))
-        if chosen is None:
-            raise CheckpointError(f"{explicit}: is no file, and no folder with a tokenizer.json. Correct --tokenizer.")
-        return chosen
-    named = _named(configs)
-    near = next(filter(None, (_inside(place, named) for place in _places(folder))), [])
-    pointed = [directory / named for directory in config_dirs] if named else []
-    found = [path for path in (*near, *pointed) if os.path.isfile(path)]
-    if not found and named and os.path.isfile(named):
-        return Path(named)
-    return _only(found)
+def check_rows(tokenizer: Tokenizer, rows: int) -> dict[str, int]:
+    """The ids by text. Raises CheckpointError where one is beyond an embedding of `rows` rows."""
+    ids = _ids(tokenizer, tokenizer.parsed)
+    last = max(ids.values())
+    if last >= rows:
+        raise CheckpointError(f"{tokenizer.name}: its last id is {last} but the embedding has {rows} rows. {OTHER}")
+    return ids
 
 
 def gguf_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
@@ -101,10 +86,7 @@ def gguf_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """
     parsed = tokenizer.parsed
     raise_all(CheckpointError, (f"{tokenizer.name}: {problem}" for problem in _beyond_gguf(parsed)))
-    ids = _ids(tokenizer, parsed)
-    last = max(ids.values())
-    if last >= rows:
-        raise CheckpointError(f"{tokenizer.name}: its last id is {last} but the embedding has {rows} rows. {OTHER}")
+    ids = check_rows(tokenizer, rows)
     texts = {index: text for text, index in ids.items()}
     types = dict.fromkeys(texts, NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
     keys = {
@@ -161,38 +143,8 @@ def tiny() -> Tokenizer:
     return Tokenizer(_tokenizer_json(vocab, TINY_PAIRS, special + spaces, NORMALIZERS["olmo"]))
 
 
-def _named(configs: Mapping[str, Any]) -> str | None:
-    """The vocabulary file that the YAML names, where that is a tokenizer.json (other types read other files)."""
-    settings = {key.replace("-", "_"): value for key, value in configs.items()}
-    named, kind = settings.get("vocab_file"), settings.get("tokenizer_type", "HFTokenizer")
-    return named if isinstance(named, str) and kind == "HFTokenizer" else None
-
-
-def _places(folder: Path) -> list[Path]:
-    """Where to look, nearest first: never further up than one above the folder that holds `latest`."""
-    folder = Path(os.path.abspath(folder))
-    saved = [path for path in (folder, folder.parent) if os.path.isfile(path / "latest")]
-    return list(dict.fromkeys([folder, *(place for path in saved for place in (path, path.parent))]))
-
-
-def _inside(folder: Path, named: str | None) -> list[Path]:
-    """The candidates in one folder: the named file, else those of usual names, else every tokenizer-like one."""
-    first = [folder / Path(named).name] if named else []
-    usual = [folder / name for name in USUAL]
-    others = sorted(path for path in folder.glob("*tokenizer*.json") if path.name != "tokenizer_config.json")
-    present = ([path for path in tier if os.path.isfile(path)] for tier in (first, usual, others))
-    return next(filter(None, present), [])
-
-
-def _only(candidates: Sequence[Path]) -> Path | None:
-    """The first candidate, or None; all must hold the same bytes."""
-    for other in candidates[1:]:
-        if _read(candidates[0]) != _read(other):
-            raise CheckpointError(f"{candidates[0]} and {other} differ. Say with --tokenizer which one is the model's.")
-    return candidates[0] if candidates else None
-
-
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file that may be a tokenizer. Raises CheckpointError for one that is far too large."""
     file = open_storage(path)
     if file.size > MAX_BYTES:
         raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {MAX_BYTES}. {WANTED}")

@@ -109,6 +109,14 @@ BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "rmsnorm": (with_setting("norm", "rmsnorm"), ("norm: rmsnorm",)),
     "gpt_j_tied": (with_setting("gpt_j_tied", True), ("gpt_j_tied: True",)),
     "relu": (with_setting("activation", "relu"), ("activation: relu",)),
+    "no heads": (with_setting("num-attention-heads", 0), (".yml: num_attention_heads is '0'", "whole number")),
+    "null heads": (with_setting("num-attention-heads", None), (".yml: num_attention_heads is missing",)),
+    "layers in words": (with_setting("num-layers", "six"), (".yml: num_layers is 'six'", "whole number")),
+    "half a layer": (with_setting("num-layers", 6.5), ("num_layers is '6.5'",)),
+    "no context": (with_setting("max-position-embeddings", -5), ("max_position_embeddings is '-5'",)),
+    "more than all": (with_setting("rotary_pct", 7), ("rotary_pct is '7'", "1 at most")),
+    "maybe": (with_setting("gpt_j_residual", "maybe"), ("gpt_j_residual is 'maybe'", "true or false")),
+    "empty latest": (lambda step: (step.parent / "latest").write_text(""), ("latest: names ''",)),
 }
 
 
@@ -143,6 +151,54 @@ def test_a_target_that_exists_is_left_alone_unless_told(source: Path, capsys: py
     assert (target / "note.txt").exists()
     assert cli("convert", source, target, "--to", "hf", "--overwrite", "--quiet") == 0
     assert not (target / "note.txt").exists()
+
+
+def test_overwrite_replaces_no_folder_that_is_not_ours(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = source.parent / "thesis"
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    assert cli("convert", source, target, "--to", "hf", "--overwrite") == 1
+    assert "may hold other things" in capsys.readouterr().err
+    assert (target / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_over_a_file_takes_the_files_manifest_along(source: Path) -> None:
+    target = source.parent / "x"
+    assert cli("convert", source, target, "--to", "safetensors", "--quiet") == 0
+    assert cli("convert", source, target, "--to", "hf", "--overwrite", "--quiet") == 0
+    assert target.is_dir() and not target.with_name("x.manifest.json").exists()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_leads_to_the_target(exists: bool, source: Path) -> None:
+    real, link = source.parent / "real", source.parent / "link"
+    link.symlink_to(real)
+    if exists:
+        assert cli("convert", source, real, "--to", "hf", "--quiet") == 0
+    assert cli("convert", source, link, "--to", "hf", "--quiet", "--overwrite") == 0
+    assert link.is_symlink() and (real / "config.json").is_file()
+    assert sorted(p.name for p in source.parent.iterdir()) == ["checkpoints", "link", "real", "tiny_tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "bad.safetensors", "bad.gguf", "bad.pt", "empty.pt"])
+def test_a_file_that_is_no_model_never_stands_for_its_neighbour(
+    name: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("convert", source, source.parent / "good.gguf", "--to", "gguf", "--quiet") == 0
+    stranger = source.parent / name
+    stranger.write_bytes(b"" if name.startswith("empty") else b"hello, I am no model")
+    assert cli("inspect", stranger) == 1
+    assert f"{name}: is no model" in capsys.readouterr().err
+    assert cli("verify", source, stranger) != 0
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused_by_every_target(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = fixtures() / "trained_tp2_pp4" / "tokenizer.json"
+    for target in ("hf", "gguf"):
+        assert cli("convert", source, source.parent / "out", "--to", target, "--tokenizer", other) == 1
+        assert "the embedding has 512 rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["file/out", "/proc/out"])

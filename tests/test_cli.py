@@ -49,7 +49,7 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("convert a b --to hf --config a.yml --preset 20B", "exclude each other"),
         ("verify a b c", "3 paths"),
         ("verify a --level weights", "verify SRC TARGET"),
-        ("verify a b --level logits", "not available yet"),
+        ("verify a b --level logits", "is not one of"),
         ("invent", "invent"),
     ],
 )
@@ -168,13 +168,13 @@ def test_verify_finds_a_flipped_byte(format: str, source: Path, capsys: pytest.C
     data[-200] ^= 0x40
     file.write_bytes(data)
     assert cli("verify", target) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == "FAIL: bytes differs"
+    assert capsys.readouterr().out.splitlines()[-1] == "FAIL: bytes differ"
     assert cli("verify", source, target, "--json") == 3
     outcome = json.loads(capsys.readouterr().out)
     assert [level["passed"] for level in outcome["levels"]] == [False, False] and not outcome["passed"]
     next(target.parent.rglob("*manifest.json")).unlink()
     assert cli("verify", source, target) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == "FAIL: weights differs"
+    assert capsys.readouterr().out.splitlines()[-1] == "FAIL: weights differ"
 
 
 def test_verify_without_a_manifest_says_what_to_do(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,7 @@ def test_slim_at_another_degree_is_the_same_model(name: str, degree: int, tmp_pa
     slim = convert(shards(name), tmp_path / "slim", format="slim", tp=degree)
     again = open_checkpoint(slim)
     assert len(again.index.ranks) == degree
+    assert verify_weights(open_checkpoint(shards(name)), again).passed
     before = load_file(convert(shards(name), tmp_path / "a", format="hf") / "model.safetensors")
     after = load_file(convert(slim, tmp_path / "b", format="hf") / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

@@ -11,7 +11,7 @@ LAYERS = (
     "errors dtypes names recipe terminal __version__",
     "storage",
     "tensor tokenizer",
-    "model",
+    "model tokenizer_find",
     "arch formats quant fold",
     "coverage",
     "checkpoint",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neoxconv.arch.settings import Settings
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 from neoxconv.model import Index, Measured, ModelConfig
 
@@ -99,14 +100,6 @@ def refused(settings: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def number(settings: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """The number under `key`; an error that names the key where there is none."""
-    value = settings.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"{key}: expected a number, found {value!r}.")
-    return value
-
-
 def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
     """The hyperparameters from --preset, else the YAML, else a released model of the same shapes."""
     if preset or not index.settings:
@@ -117,20 +110,20 @@ def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
         f"{key} is missing; add it, or give --config FILE or --preset NAME" for key in needed if key not in settings
     ]
     raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems + refused(settings)))
-    context = settings.get("max_position_embeddings", settings.get("seq_length"))
+    read = Settings(where, settings)
     config = ModelConfig(
-        layers=int(settings["num_layers"]),
-        hidden=int(settings["hidden_size"]),
-        heads=int(settings["num_attention_heads"]),
+        layers=read.count("num_layers"),
+        hidden=read.count("hidden_size"),
+        heads=read.count("num_attention_heads"),
         ff=measured.ff,
         rows=measured.rows,
-        context=int(number({"max_position_embeddings": context}, "max_position_embeddings")),
-        rotary_pct=float(number(settings, "rotary_pct", 1.0)),
-        rotary_base=float(number(settings, "rotary_emb_base", 10000)),
-        norm_eps=float(number(settings, "layernorm_epsilon", 1e-5)),
-        parallel_residual=bool(settings.get("gpt_j_residual", False)),
-        activation="gelu_tanh" if settings.get("bias_gelu_fusion", False) else "gelu",
-        tied=not settings.get("no_weight_tying", False),
+        context=read.count("max_position_embeddings", settings.get("seq_length")),
+        rotary_pct=read.number("rotary_pct", 1.0, most=1),
+        rotary_base=read.number("rotary_emb_base", 10000),
+        norm_eps=read.number("layernorm_epsilon", 1e-5),
+        parallel_residual=read.truth("gpt_j_residual", False),
+        activation="gelu_tanh" if read.truth("bias_gelu_fusion", False) else "gelu",
+        tied=not read.truth("no_weight_tying", False),
     )
     return config, ()
 
@@ -180,19 +173,20 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
         if found not in ((*ACTIVATIONS,) if key == "hidden_act" else (expected,))
     ]
     raise_all(CheckpointError, problems)
+    read = Settings(str(index.folder / "config.json"), settings)
     config = ModelConfig(
-        layers=int(number(settings, "num_hidden_layers")),
-        hidden=int(number(settings, "hidden_size")),
-        heads=int(number(settings, "num_attention_heads")),
-        ff=int(number(settings, "intermediate_size")),
-        rows=int(number(settings, "vocab_size")),
-        context=int(number(settings, "max_position_embeddings", 2048)),
-        rotary_pct=float(number(settings, "rotary_pct", rope.get("partial_rotary_factor", 0.25))),
-        rotary_base=float(number(settings, "rotary_emb_base", rope.get("rope_theta", 10000))),
-        norm_eps=float(number(settings, "layer_norm_eps", 1e-5)),
-        parallel_residual=bool(settings.get("use_parallel_residual", True)),
+        layers=read.count("num_hidden_layers"),
+        hidden=read.count("hidden_size"),
+        heads=read.count("num_attention_heads"),
+        ff=read.count("intermediate_size"),
+        rows=read.count("vocab_size"),
+        context=read.count("max_position_embeddings", 2048),
+        rotary_pct=read.number("rotary_pct", rope.get("partial_rotary_factor", 0.25), most=1),
+        rotary_base=read.number("rotary_emb_base", rope.get("rope_theta", 10000)),
+        norm_eps=read.number("layer_norm_eps", 1e-5),
+        parallel_residual=read.truth("use_parallel_residual", True),
         activation=ACTIVATIONS[activation],
-        tied=bool(settings.get("tie_word_embeddings", False)),
+        tied=read.truth("tie_word_embeddings", False),
     )
     return config, ()
 
@@ -236,20 +230,19 @@ def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
     if preset:
         return from_preset(index, measured, preset)
     keys = {key.removeprefix("gptneox."): value for key, value in index.settings.items()}
-    heads, hidden = int(number(keys, "attention.head_count")), int(number(keys, "embedding_length"))
+    read = Settings(", ".join(str(file.storage.path) for file in index.files[:1]), keys)
+    heads, hidden = read.count("attention.head_count"), read.count("embedding_length")
     config = ModelConfig(
-        layers=int(number(keys, "block_count")),
+        layers=read.count("block_count"),
         hidden=hidden,
         heads=heads,
-        ff=int(number(keys, "feed_forward_length")),
+        ff=read.count("feed_forward_length"),
         rows=measured.rows,
-        context=int(number(keys, "context_length")),
-        rotary_pct=number(keys, "rope.dimension_count") / (hidden // heads),
-        rotary_base=float(number(keys, "rope.freq_base", 10000)),
-        norm_eps=float(
-            f"{number(keys, 'attention.layer_norm_epsilon'):.6g}"
-        ),  # stored in float32: 1e-5 comes back long
-        parallel_residual=bool(keys.get("use_parallel_residual", True)),
+        context=read.count("context_length"),
+        rotary_pct=read.count("rope.dimension_count") / max(1, hidden // heads),
+        rotary_base=read.number("rope.freq_base", 10000),
+        norm_eps=float(f"{read.number('attention.layer_norm_epsilon'):.6g}"),  # float32: 1e-5 comes back long
+        parallel_residual=read.truth("use_parallel_residual", True),
         activation="gelu_tanh",
         tied=measured.tied,
     )

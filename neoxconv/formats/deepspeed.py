@@ -26,6 +26,7 @@ from neoxconv.tensor import LazyTensor
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt")
+PARTS = (re.compile("latest"), LAYER, STATES, OPTIMIZER)
 SEQUENTIAL = "sequential."
 
 
@@ -50,12 +51,12 @@ def tag_folder(path: Path) -> Path | None:
         return path
     latest = path / "latest"
     if latest.is_file():
-        folder = path / latest.read_text(errors="replace").strip()
-        if folder.parent != path or not folder.is_dir():
+        tag = latest.read_text(errors="replace").strip()
+        if not tag or "/" in tag or not (path / tag).is_dir():
             raise CheckpointError(
-                f"{latest}: names {folder.name}, which is not a folder beside it; give the global_stepN folder itself."
+                f"{latest}: names {tag!r:.80}, which is not a folder beside it; give the global_stepN folder itself."
             )
-        return folder
+        return path / tag
     steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and is_checkpoint(p))
     if len(steps) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(p.name for p in steps)} and no `latest`; give one of them.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError
-from neoxconv.manifest import MANIFEST, Range, combined, hash_range
+from neoxconv.manifest import MANIFEST, Range, beside, combined, hash_range
 from neoxconv.verify.report import Finding, Report
 
 Progress = Callable[[int], None]
@@ -16,7 +16,7 @@ Progress = Callable[[int], None]
 
 def manifest_path(target: Path) -> Path:
     """Where a target's manifest lies: inside a folder, beside a file."""
-    return target / MANIFEST if target.is_dir() else target.with_name(f"{target.name}.{MANIFEST}")
+    return target / MANIFEST if target.is_dir() else beside(target)
 
 
 def read_manifest(target: Path) -> dict[str, Any] | None:
@@ -29,7 +29,9 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
         for file in value["files"]:
             file["name"], file["bytes"], file["sha256"], [part_of(entry) for entry in file["ranges"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not a manifest of neoxconv ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(
+            f"{path}: is damaged, or not a manifest of neoxconv. Remove it to compare weights alone."
+        ) from error
     return dict(value)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neoxconv.checkpoint import name_tensors
+from neoxconv.dtypes import F32, narrow
 from neoxconv.model import Checkpoint
 from neoxconv.quant import ENCODINGS, floats
 from neoxconv.tensor import LazyTensor, slabs
@@ -79,7 +80,8 @@ def by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
 
 def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None]:
     """The error of one tensor, and what is wrong with it if anything is."""
-    encoding = pair.target.dtype.name
+    joined = pair.target.dtype is F32  # by arithmetic, perhaps: then each rank holds the `native` type
+    encoding = (pair.target.native if joined else pair.target.dtype).name
     if pair.source.shape != pair.target.shape:
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
@@ -87,7 +89,10 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
     for start, stop in slabs(pair.source, SLAB):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
-        error = np.abs(weights - floats(stored, pair.target.dtype))
+        values = floats(stored, pair.target.dtype)
+        error = np.abs(weights - values)
+        if joined:
+            stored = narrow(values, pair.target.native)
         bad = ENCODINGS[encoding].wrong(weights, stored) if encoding in ENCODINGS else ~np.isfinite(error)
         if bad.any() and first < 0:
             first = start * pair.source.columns + int(np.flatnonzero(bad)[0])
