@@ -16,6 +16,7 @@ from neoxconv import convert
 from neoxconv.checkpoint import open_checkpoint, rank_difference
 from neoxconv.errors import PlanError
 from neoxconv.inspection import FORMATS
+from neoxconv.journal import Journal, read_journal
 from neoxconv.model import Checkpoint
 from neoxconv.plan import Memory, Plan, make_plan, memory_for
 from neoxconv.recipe import Recipe
@@ -55,19 +56,28 @@ def check_options(given: Given) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversion that is planned and allowed; nothing is written yet."""
+    """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
 
     source: Path
     target: Path
     plan: Plan
     memory: Memory
     given: Given
+    done: int
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The plan's notes, and options that have no effect."""
         idle = self.idle_norms
-        return (*self.plan.notes, *([f"--norms {self.given['norms']} does nothing here: {idle}"] if idle else []))
+        notes = [f"--norms {self.given['norms']} does nothing here: {idle}"] if idle else []
+        if self.done:
+            notes.append(f"continues: {self.done} of {len(self.plan.steps)} tensors are done and are hashed again")
+        return (*self.plan.notes, *notes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file by the name that it will have."""
+        return {self.target.name: self.plan.total} if self.plan.single else self.plan.sizes
 
     @property
     def idle_norms(self) -> str | None:
@@ -91,7 +101,7 @@ class Request:
         """The whole plan as plain values."""
         return {
             "bytes_total": self.plan.total,
-            "files": [{"name": name, "bytes": count} for name, count in self.plan.sizes.items()],
+            "files": [{"name": name, "bytes": count} for name, count in self.sizes.items()],
             "peak_memory": self.memory.peak,
             "disk_free": self.free,
             "notes": list(self.notes),
@@ -117,7 +127,7 @@ class Request:
     @property
     def listing(self) -> str:
         """The whole plan: its summary, every file, and the disk."""
-        files = table("<>", [(name, f"{count:,}") for name, count in self.plan.sizes.items()])
+        files = table("<>", [(name, f"{count:,}") for name, count in self.sizes.items()])
         disk = f"  disk     {self.plan.total:,} bytes needed, {self.free:,} free"
         return f"{self.summary}\n\n{files}\n\n{disk}"
 
@@ -159,7 +169,8 @@ def prepare(source: Path, target: Path, given: Given) -> Request:
     check_apart(checkpoint, source, target)
     plan = make_plan(checkpoint, recipe)
     convert.check_target(plan, target, given["overwrite"])
-    return Request(source, target, plan, memory, given)
+    done = read_journal(convert.partial_of(target) / Journal.NAME, plan.fingerprint)
+    return Request(source, target, plan, memory, given, len(done))
 
 
 def check_apart(checkpoint: Checkpoint, source: Path, target: Path) -> None:

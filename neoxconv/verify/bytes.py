@@ -65,8 +65,8 @@ def verify_bytes(target: Path | str, *, progress: Progress = lambda count: None)
 
 def check_file(target: Path, file: dict[str, Any], progress: Progress) -> Iterator[Finding]:
     """What is wrong with one file."""
-    name = file["name"]
-    path = target / name if target.is_dir() else target
+    path = target / file["name"] if target.is_dir() else target
+    name = file["name"] if target.is_dir() else target.name
     if target.is_dir() and not path.resolve().is_relative_to(target.resolve()):
         yield Finding(name, "lies outside the target")
         return
