@@ -53,8 +53,8 @@ def progress_bar(total: int, what: str, quiet: bool) -> Iterator[Callable[[int],
     from tqdm import tqdm
 
     lock = threading.Lock()
-    columns = shutil.get_terminal_size().columns  # tqdm shows nothing where a terminal says that it has none
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, ncols=columns) as bar:
+    width, height = shutil.get_terminal_size()  # tqdm shows nothing where a terminal says that it has none
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, ncols=width, nrows=height) as bar:
 
         def advance(count: int) -> None:
             with lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -124,6 +125,19 @@ def test_a_terminal_gets_a_bar_and_nothing_else_does(
     for silent in ("--quiet", "--json"):
         assert cli("convert", source, source.parent / silent, "--to", "hf", silent) == 0
         assert not capsys.readouterr().err
+
+
+def test_a_terminal_that_does_not_know_its_size_gets_a_bar_too(source: Path) -> None:
+    reader, terminal = os.openpty()
+    command = [sys.executable, "-m", "neoxconv", "convert", str(source), str(source.parent / "out"), "--to", "hf"]
+    subprocess.run(command, stderr=terminal, stdout=subprocess.DEVNULL, check=True)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal's output with EIO
+        while data := os.read(reader, 1 << 16):
+            shown += data
+    os.close(reader)
+    assert b"converting" in shown
 
 
 def test_norms_without_effect_are_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
