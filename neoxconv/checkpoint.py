@@ -96,7 +96,7 @@ def find_architecture(index: Index) -> Architecture:
     """The family that a source says it is; gpt-neox shards can only be one."""
     key = {"hf": "model_type", "safetensors": "model_type", "gguf": "general.architecture"}.get(index.format)
     name = index.settings.get(key, "gpt_neox") if key else "gpt_neox"
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise CheckpointError(f"{index.folder}: is a {name} model; expected {' or '.join(ARCHITECTURES)}.")
     return ARCHITECTURES[name]
 

@@ -6,10 +6,8 @@ journal is only a hint: the bytes are hashed, what matches is kept, the rest is 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
 import threading
 import zlib
 from collections.abc import Callable
@@ -19,18 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
-from neoxconv.dtypes import Array, Bytes, nonfinite
-from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.dtypes import F16, F32, Array, Bytes, nonfinite
+from neoxconv.errors import NeoxconvError
 from neoxconv.journal import Journal
-from neoxconv.manifest import MANIFEST, Digest, beside, manifest
+from neoxconv.manifest import Digest
 from neoxconv.model import Entry, Slot
 from neoxconv.plan import Memory, Plan, Step, memory_for
+from neoxconv.publish import check_space, check_target, explain, finish, partial_of, publish
 from neoxconv.quant import floats
 from neoxconv.tensor import slabs
-from neoxconv.terminal import size
 
 Progress = Callable[[int], None]
 DEFAULT_MEMORY = 512 << 20
+LARGEST_HALF = 65504
 
 
 class Stopped(Exception):
@@ -47,11 +46,6 @@ class Run:
     stop: threading.Event
     progress: Progress
     allow_nonfinite: bool
-
-
-def partial_of(target: Path) -> Path:
-    """Where a target is made."""
-    return target.with_name(target.name + ".partial")
 
 
 def run(
@@ -77,7 +71,7 @@ def run(
     try:
         check_space(plan, target, work)
         work.mkdir(parents=True, exist_ok=True)
-        with Journal(work, plan.fingerprint) as journal:
+        with Journal(work, resume_key(plan), checked=not allow_nonfinite) as journal:
             context = Run(work, journal, shares, threading.Event(), progress, allow_nonfinite)
             prepare_files(plan, work)
             with ThreadPoolExecutor(shares.jobs) as pool:
@@ -89,46 +83,10 @@ def run(
     return target
 
 
-def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
-    """Raise PlanError where the target exists (an empty folder does not count) or is of the wrong kind."""
-    if plan.single and target.is_dir():
-        raise PlanError(
-            f"{target}: is a folder; {plan.recipe.format} writes one file, "
-            f"so give its name, such as {target / 'model'}.{plan.recipe.format}."
-        )
-    parent = next(folder for folder in target.parents if folder.exists())
-    if not parent.is_dir():
-        raise PlanError(f"{target}: cannot be made, because {parent} is a file; give another place.")
-    if not os.access(parent, os.W_OK):
-        raise PlanError(f"{target}: cannot be made, because {parent} may not be written to; give another place.")
-    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    if occupied and not overwrite:
-        raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
-    if occupied and target.is_dir() and not (target / MANIFEST).is_file():
-        raise PlanError(
-            f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
-            "--overwrite replaces only what neoxconv made. Remove it yourself, or give another name."
-        )
-
-
-def check_space(plan: Plan, target: Path, work: Path) -> None:
-    """Raise PlanError where the disk cannot hold what is still to be written."""
-    place = next(folder for folder in target.parents if folder.exists())
-    present = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
-    needed, free = plan.total - present, shutil.disk_usage(place).free
-    if needed > free:
-        raise PlanError(
-            f"{place}: {size(needed)} are needed and {size(free)} are free; "
-            f"free {size(needed - free)} or choose another disk."
-        )
-
-
-def explain(error: OSError, target: Path) -> str:
-    """An operating system's error in terms of the target."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{target}: the disk is full; free some space and run the same command again to continue."
-    kept = f"; what is done is kept in {partial_of(target).name}" if partial_of(target).is_dir() else ""
-    return f"{error.filename or target}: {error.strerror or error}{kept}."
+def resume_key(plan: Plan) -> str:
+    """What unfinished work must agree in: the plan, and sources unchanged since; headers say nothing of the weights."""
+    times = [os.stat(file.storage.path).st_mtime_ns for file in plan.checkpoint.index.files]
+    return hashlib.sha256(f"{plan.fingerprint} {times}".encode()).hexdigest()
 
 
 def prepare_files(plan: Plan, work: Path) -> None:
@@ -168,11 +126,11 @@ def run_step(step: Step, context: Run) -> Digest:
     known = context.journal.known.get(step.key)
     descriptor = os.open(path, os.O_RDWR)
     try:
-        digest = (
-            known
-            if known and known == written_digest(step, descriptor, context)
-            else write_step(step, descriptor, context)
-        )
+        if known and known == written_digest(step, descriptor, context):
+            context.progress(step.slot.entry.nbytes)
+            digest = known
+        else:
+            digest = write_step(step, descriptor, context)
     finally:
         os.close(descriptor)
     context.journal.add(step.key, digest)
@@ -186,7 +144,6 @@ def written_digest(step: Step, descriptor: int, context: Run) -> Digest:
         if context.stop.is_set():
             raise Stopped
         tally.add(np.frombuffer(os.pread(descriptor, min(size, end - offset), offset), np.uint8))
-    context.progress(tally.count)
     return tally.digest
 
 
@@ -208,6 +165,8 @@ def write_step(step: Step, descriptor: int, context: Run) -> Digest:
             f"{step.file.name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
             "Choose a wider type (--dtype bf16 or f32), or write them as they are with --allow-nonfinite."
         )
+    if tally.count != entry.nbytes:
+        raise NeoxconvError(f"{step.file.name}: {entry.unified} came to {tally.count} bytes, not {entry.nbytes}.")
     start_writeback(descriptor, step.slot)
     return tally.digest
 
@@ -220,9 +179,16 @@ def encoded(entry: Entry, rows: Array) -> Array:
 
 
 def count_bad(entry: Entry, rows: Array, data: Array) -> int:
-    """How many values are infinite or not a number, in the source or after rounding to a plain type."""
-    result = (data, entry.encoding.dtype) if entry.encoding.dtype.block == 1 else (rows, entry.tensor.dtype)
-    return nonfinite(*result)
+    """How many values are infinite or not a number: as they are stored, or for blocks before and after.
+
+    What float16 holds cannot overflow the float16 of a block's step; of wider types a large weight can.
+    """
+    if entry.encoding.dtype.block == 1:
+        return nonfinite(data, entry.encoding.dtype)
+    bad = nonfinite(rows, entry.tensor.dtype)
+    if bad or entry.tensor.dtype is F16 or np.abs(floats(rows, entry.tensor.dtype)).max(initial=0) <= LARGEST_HALF:
+        return bad
+    return nonfinite(entry.encoding.decode(data), F32)
 
 
 def write_all(descriptor: int, data: Bytes, offset: int) -> None:
@@ -256,45 +222,3 @@ class Tally:
     @property
     def digest(self) -> Digest:
         return Digest(self.sha256.hexdigest(), self.crc)
-
-
-def finish(plan: Plan, work: Path, digests: dict[str, Digest]) -> None:
-    """Fill the late ranges, write the manifest, and put everything on disk."""
-    for file in plan.files:
-        crcs = [digests[Step(file, slot).key].crc32 for slot in file.slots]
-        with open(work / file.name, "r+b") as stream:
-            for late in file.late:
-                stream.seek(late.offset)
-                stream.write(late.make(crcs))
-    (work / MANIFEST).write_bytes(manifest(plan, work, digests))
-    for path in sorted(work.rglob("*")):
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Ask the disk to hold a file's or a folder's contents now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(plan: Plan, work: Path, target: Path) -> None:
-    """Give the finished work its name; what it replaces is set aside first and removed last."""
-    if plan.single:
-        os.replace(work / MANIFEST, beside(target))
-        os.replace(work / plan.files[0].name, target)
-        shutil.rmtree(work)
-    else:
-        (work / Journal.NAME).unlink()
-        aside = target.with_name(target.name + ".replaced")
-        if target.exists():
-            os.replace(target, aside)
-        os.replace(work, target)
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        elif aside.exists():
-            aside.unlink()
-            beside(target).unlink(missing_ok=True)
-    sync(target.parent)

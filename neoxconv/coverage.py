@@ -21,9 +21,12 @@ Named = list[dict[str, LazyTensor]]
 
 def check(index: Index, named: Named, left: list[list[str]], architecture: Architecture, config: ModelConfig) -> None:
     """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
+    layers = check_layers(index, named, architecture, config)
+    if config.layers > 2 * len(named[0]):  # another model's configuration: no need to list what it would have
+        raise_all(CheckpointError, layers)
     problems = [
         *check_degree(index),
-        *check_layers(index, named, architecture, config),
+        *layers,
         *check_missing(index, named, architecture, config),
     ]
     names = {weight.unified.replace("{i}", str(layer)) for layer, weight in architecture.names(config)}
@@ -111,9 +114,13 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
                 f"{home(index, 0, source)}: {unified} is {list(found)} "
                 f"but the configuration makes it {list(expected)}. Give the right configuration with --config."
             )
-        if parts[0].dtype.block == 1 and parts[0].dtype.name not in FLOATS:
+        types = [part.dtype.name for part in parts]
+        if parts[0].dtype.block == 1 and types[0] not in FLOATS:
+            problems.append(f"{home(index, 0, source)}: {unified} holds {types[0]}; expected {', '.join(FLOATS)}.")
+        if len(set(types)) > 1:
             problems.append(
-                f"{home(index, 0, source)}: {unified} holds {parts[0].dtype.name}; expected {', '.join(FLOATS)}."
+                f"{home(index, 0, source)}: {unified} is {' and '.join(sorted(set(types)))} on different ranks. "
+                "The shards come from different runs; download them again."
             )
     return problems
 

@@ -94,11 +94,24 @@ class Plan:
             "norms": self.checkpoint.norms,
             "recipe": self.recipe.facts,
             "files": [
-                [file.name, file.size, [[s.entry.name, s.offset, s.entry.encoding.name] for s in file.slots]]
+                [
+                    file.name,
+                    file.size,
+                    pieces_digest(file),
+                    [[s.entry.name, s.offset, s.entry.encoding.name] for s in file.slots],
+                ]
                 for file in self.files
             ],
             "sidecars": {name: hashlib.sha256(data).hexdigest() for name, data in self.sidecars.items()},
         }
+
+
+def pieces_digest(file: FileLayout) -> str:
+    """SHA-256 of the bytes of a file that are known before any tensor: headers with all that they say."""
+    digest = hashlib.sha256()
+    for offset, piece in file.pieces:
+        digest.update(f"{offset} {len(piece)} ".encode() + piece)
+    return digest.hexdigest()
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:

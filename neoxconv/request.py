@@ -19,6 +19,7 @@ from neoxconv.inspection import FORMATS
 from neoxconv.journal import Journal, read_journal
 from neoxconv.model import Checkpoint
 from neoxconv.plan import Memory, Plan, make_plan, memory_for
+from neoxconv.publish import check_target, partial_of
 from neoxconv.recipe import Recipe
 from neoxconv.terminal import plural, progress_bar, size, table
 
@@ -168,8 +169,8 @@ def prepare(source: Path, target: Path, given: Given) -> Request:
     target = target.resolve()
     check_apart(checkpoint, source, target)
     plan = make_plan(checkpoint, recipe)
-    convert.check_target(plan, target, given["overwrite"])
-    done = read_journal(convert.partial_of(target) / Journal.NAME, plan.fingerprint)
+    check_target(plan, target, given["overwrite"])
+    done = read_journal(partial_of(target) / Journal.NAME, convert.resume_key(plan), not given["allow_nonfinite"])
     return Request(source, target, plan, memory, given, len(done))
 
 
@@ -179,7 +180,7 @@ def check_apart(checkpoint: Checkpoint, source: Path, target: Path) -> None:
     folders = [source] if source.is_dir() else []
     folders += [index.folder] if index.format in ("neox", "hf") else []
     files = {file.storage.path.resolve() for file in index.files}
-    for made in (target.resolve(), convert.partial_of(target).resolve()):
+    for made in (target.resolve(), partial_of(target).resolve()):
         for folder in (folder.resolve() for folder in folders):
             if made == folder or folder in made.parents:
                 raise PlanError(f"{target}: lies in the source {folder}; give a target outside of it.")

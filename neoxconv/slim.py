@@ -52,7 +52,7 @@ def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
     """The type asked for, else the stored one; buffers that hold no floats stay as they are."""
     if tensor.native.name not in FLOATS:
         return unchanged(tensor.native)
-    return ENCODINGS.get(dtype or tensor.native.name) or unchanged(tensor.native)
+    return ENCODINGS.get(dtype or tensor.native.name) or unchanged(tensor.dtype)
 
 
 def unchanged(dtype: DType) -> Encoding:
@@ -132,8 +132,14 @@ def bookkeeping(checkpoint: Checkpoint, degree: int) -> dict[str, dict[str, Any]
     """The mp_rank files without `module`, optimizer and random states; one for each stage and new rank."""
     index = checkpoint.index
     change = Degree(len(index.ranks), degree)
-    stages = max(1, len(index.states) // change.source)
-    found = [stripped(value, change) for value in index.states.values()] or [
+    stages = -(-len(index.states) // change.source) or 1
+    present = {number_of(name): value for name, value in index.states.items()}
+    if index.states and sorted(present) != list(range(stages * change.source)):
+        raise PlanError(
+            f"{index.folder}: has mp_rank files {sorted(present)}, but ranks 0 to {stages * change.source - 1} are "
+            "needed. Download the missing ones, or move them all away to have minimal ones written."
+        )
+    found = [stripped(present[number], change) for number in sorted(present)] or [
         minimal(checkpoint, degree)
     ] * change.source
     sources = [
@@ -142,6 +148,12 @@ def bookkeeping(checkpoint: Checkpoint, degree: int) -> dict[str, dict[str, Any]
     if change.source != degree:
         sources = [resized(state, stages, degree) for state in sources]
     return {deepspeed.states_file(rank): state for rank, state in enumerate(sources)}
+
+
+def number_of(name: str) -> int:
+    """The rank of an mp_rank file."""
+    match = deepspeed.STATES.fullmatch(name)
+    return int(match[1]) if match else 0
 
 
 def stripped(state: Mapping[str, Any], change: Degree) -> dict[str, Any]:
@@ -195,14 +207,22 @@ def configs(checkpoint: Checkpoint, degree: int, tag: str) -> dict[str, bytes]:
     import yaml
 
     index = checkpoint.index
-    files = {f"{tag}/configs/{path.name}": path.read_bytes() for path in index.configs}
+    names = [
+        path.stem + (path.suffix if path.suffix in (".yml", ".yaml") else path.suffix + ".yml")
+        for path in index.configs
+    ]
+    if len(set(names)) < len(names):
+        raise PlanError(
+            f"{', '.join(map(str, index.configs))}: two have one name, but they go to one folder; rename one."
+        )
+    files = {f"{tag}/configs/{name}": path.read_bytes() for name, path in zip(names, index.configs, strict=True)}
     if degree == len(index.ranks):
         return files
     changes = {"model_parallel_size": degree, "make_vocab_size_divisible_by": checkpoint.config.rows // degree,
                "output_layer_parallelism": "column"}  # fmt: skip
     result = {}
     for number, (name, data) in enumerate(files.items()):
-        settings = {k: v for k, v in yaml.safe_load(data).items() if k.replace("-", "_") not in changes}
+        settings = {k: v for k, v in yaml.safe_load(data).items() if str(k).replace("-", "_") not in changes}
         result[name] = yaml.safe_dump(settings | (changes if number == 0 else {}), sort_keys=False).encode()
     return result
 

@@ -68,10 +68,8 @@ def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A Hugging Face folder: sharded safetensors, configuration, tokenizer, model card."""
     entries = unified_entries(checkpoint, recipe)
     files = hf.layout(entries, recipe.shard_size)
-    config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries))
     words = find_tokenizer(checkpoint, recipe)
-    if words:
-        tokenizer.check_rows(words, checkpoint.config.rows)
+    config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)) | token_ids(checkpoint, words)
     sidecars = {
         "config.json": as_json(config),
         "generation_config.json": hf.generation_config(config),
@@ -84,10 +82,20 @@ def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     )
 
 
+def token_ids(checkpoint: Checkpoint, words: tokenizer.Tokenizer | None) -> dict[str, int]:
+    """The tokens at which text begins and ends: as the source says, else the tokenizer's, else 0."""
+    end = tokenizer.check_rows(words, checkpoint.config.rows)[tokenizer.END] if words else 0
+    settings = checkpoint.index.settings
+    names = ("bos_token_id", "eos_token_id")
+    found = {name: settings.get(name, settings.get(f"tokenizer.ggml.{name}")) for name in names}
+    return {name: value if type(value) is int else end for name, value in found.items()}
+
+
 def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """One .safetensors file, which holds the configuration in its metadata."""
     entries = unified_entries(checkpoint, recipe)
-    config = json.dumps(checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)), separators=(",", ":"))
+    facts = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries))
+    config = json.dumps(facts | token_ids(checkpoint, None), separators=(",", ":"))
     return Content((safetensors.layout("model.safetensors", entries, {"format": "pt", "config": config}),), {})
 
 
@@ -110,6 +118,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         "general.file_type": MIXES[mix][0],
         "general.quantization_version": 2,
         **tokenizer.gguf_keys(words, checkpoint.config.rows),
+        **{f"tokenizer.ggml.{name}": value for name, value in token_ids(checkpoint, words).items()},
     }
     return Content(
         gguf_layout.layout("model", keys, entries, recipe.split_size), {}, tuple(gguf_notes(checkpoint, mix, entries))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from neoxconv import convert
+from neoxconv import publish
 from neoxconv.cli import main
 from tests.oracles import fixtures
 
@@ -129,7 +129,7 @@ def test_bad_input_is_named_in_one_message(case: str, source: Path, capsys: pyte
     message = capsys.readouterr().err
     assert message.startswith("neoxconv: ") and "Traceback" not in message and len(message.splitlines()) <= 11
     assert all(words in message for words in expected), message
-    assert not target.exists() and not convert.partial_of(target).exists()
+    assert not target.exists() and not publish.partial_of(target).exists()
 
 
 def test_erf_gelu_becomes_gguf_with_a_warning(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from neoxconv import __version__, convert
+from neoxconv import __version__, convert, publish
 from neoxconv.names import FORMATS
 from neoxconv.request import ONLY_FOR
 from tests.oracles import fixtures
@@ -228,10 +228,10 @@ def test_stopped_in_the_middle_the_same_command_finishes(
         patch.setattr(convert, "write_all", interrupted)
         assert cli("convert", source, target, *command) == code
     assert "run the same command again to continue" in capsys.readouterr().err
-    assert not target.exists() and convert.partial_of(target).is_dir()
+    assert not target.exists() and publish.partial_of(target).is_dir()
     assert cli("convert", source, target, *command[:-1]) == 0
     assert re.search(r"continues: [1-9]\d* of 76 tensors are done", capsys.readouterr().err)
-    assert digests(target) == digests(whole) and not convert.partial_of(target).exists()
+    assert digests(target) == digests(whole) and not publish.partial_of(target).exists()
 
 
 def test_a_surprise_is_one_line_unless_asked(

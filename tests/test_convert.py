@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
-from neoxconv.convert import partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
 from neoxconv.journal import Journal
 from neoxconv.plan import Plan, memory_for
+from neoxconv.publish import partial_of
 from tests.oracles import fixtures
 
 MIB = 1 << 20

@@ -20,6 +20,7 @@ LAYERS = (
     "plan",
     "manifest",
     "journal",
+    "publish",
     "convert verify catalog inspection",
     "synthetic request",
     "audit demo",

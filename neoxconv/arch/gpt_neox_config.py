@@ -5,6 +5,7 @@ A setting that changes the function is either implemented or refused by name: AL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,13 +68,15 @@ ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "train_impl": ("normal", ("normal", "dpo", "kto", "reinforce")),
 }
 ATTENTION = ("global", "flash")
+DEEPEST = 4  # lists in one another in an `attention_config`
 
 
-def attention_types(value: Any) -> set[str]:
-    """The names in an `attention_config`, such as [[["global"], 44]]."""
+def attention_types(value: Any, depth: int = 0) -> set[str]:
+    """The names in an `attention_config`, such as [[["global"], 44]]; a YAML may nest it without end."""
     if isinstance(value, str):
         return {value}
-    return set().union(*map(attention_types, value)) if isinstance(value, list | tuple) else set()
+    inside = value if isinstance(value, list | tuple) and depth < DEEPEST else ()
+    return set().union(*(attention_types(item, depth + 1) for item in inside))
 
 
 def refused(settings: Mapping[str, Any]) -> list[str]:
@@ -160,8 +163,8 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
     settings = index.settings
     if preset or not settings:
         return from_preset(index, measured, preset)
-    rope = settings.get("rope_parameters") or {}
-    rope_type = (settings.get("rope_scaling") or rope).get("rope_type", "default")
+    rope, scaling = (as_table(settings.get(key)) for key in ("rope_parameters", "rope_scaling"))
+    rope_type = next((t[key] for t in (scaling, rope) for key in ("rope_type", "type") if key in t), "default")
     activation = settings.get("hidden_act", "gelu")
     problems = [
         f"config.json: {key} is {found!r}, which is not supported; expected {expected}."
@@ -189,6 +192,11 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
         tied=read.truth("tie_word_embeddings", False),
     )
     return config, ()
+
+
+def as_table(value: Any) -> Mapping[str, Any]:
+    """A section of a configuration; nothing where it is none."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -232,6 +240,8 @@ def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
     keys = {key.removeprefix("gptneox."): value for key, value in index.settings.items()}
     read = Settings(", ".join(str(file.storage.path) for file in index.files[:1]), keys)
     heads, hidden = read.count("attention.head_count"), read.count("embedding_length")
+    if keys.get("rope.scaling.type", "none") != "none":
+        read.refuse("gptneox.rope.scaling.type", keys["rope.scaling.type"], "none")
     config = ModelConfig(
         layers=read.count("block_count"),
         hidden=hidden,
@@ -239,7 +249,7 @@ def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
         ff=read.count("feed_forward_length"),
         rows=measured.rows,
         context=read.count("context_length"),
-        rotary_pct=read.count("rope.dimension_count") / max(1, hidden // heads),
+        rotary_pct=share(read.count("rope.dimension_count"), max(1, hidden // heads)),
         rotary_base=read.number("rope.freq_base", 10000),
         norm_eps=float(f"{read.number('attention.layer_norm_epsilon'):.6g}"),  # float32: 1e-5 comes back long
         parallel_residual=read.truth("use_parallel_residual", True),
@@ -247,6 +257,12 @@ def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
         tied=measured.tied,
     )
     return config, ()
+
+
+def share(part: int, whole: int) -> float:
+    """part / whole, or the next number above where `whole` times it would round down to less than `part`."""
+    ratio = part / whole
+    return ratio if int(whole * ratio) == part else math.nextafter(ratio, 2)
 
 
 def to_gguf(config: ModelConfig) -> dict[str, Any]:

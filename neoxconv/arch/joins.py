@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from neoxconv.dtypes import Array, Floats
+from neoxconv.dtypes import Array, Floats, narrow
 from neoxconv.model import Join, ModelConfig, Ranks
 from neoxconv.tensor import LazyTensor, computed
 
@@ -61,8 +61,14 @@ def summed(ranks: Ranks, config: ModelConfig) -> LazyTensor:
 
 
 def averaged(ranks: Ranks, config: ModelConfig) -> LazyTensor:
-    """The ranks' mean."""
-    return computed(ranks[0], lambda start, stop: total(ranks, start, stop) / np.float32(len(ranks)))
+    """The ranks' mean; equal copies stay as they are, which (x + x + x) / 3 does not."""
+
+    def read(start: int, stop: int) -> Floats:
+        mean = total(ranks, start, stop) / np.float32(len(ranks))
+        parts = [rank.floats(start, stop) for rank in ranks]
+        return np.where(np.all([part == parts[0] for part in parts], axis=0), parts[0], mean)
+
+    return computed(ranks[0], read)
 
 
 def first(ranks: Ranks, config: ModelConfig) -> LazyTensor:
@@ -109,10 +115,13 @@ def copies(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTens
 
 
 def row_bias_split(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTensor]:
-    """Whole for rank 0 and zero for the others where the ranks' biases are summed, else copies."""
+    """Whole for rank 0 and zero for the others where the ranks' biases are summed, else copies.
+
+    The zero is -0, which leaves every number as it is when added, -0 included.
+    """
     if not config.parallel_residual:
         return [tensor] * ranks
-    zeros = replace(tensor, read=lambda start, stop: np.zeros_like(tensor.read(start, stop)))
+    zeros = replace(tensor, read=lambda start, stop: narrow(np.full(stop - start, -0.0, np.float32), tensor.dtype))
     return [tensor, *[zeros] * (ranks - 1)]
 
 

@@ -66,8 +66,19 @@ def tag_folder(path: Path) -> Path | None:
 def index(folder: Path, config: Sequence[Path] = ()) -> Index:
     """Index the checkpoint in `folder` (a `global_stepN`), reading zip directories and pickles only."""
     names = sorted(p.name for p in folder.iterdir())
-    layers = {(int(m[1]), int(m[2])): m[0] for name in names if (m := LAYER.fullmatch(name))}
-    states = {int(m[1]): m[0] for name in names if (m := STATES.fullmatch(name))}
+    found = [((int(m[1]), int(m[2])), name) for name in names if (m := LAYER.fullmatch(name))]
+    states = dict(sorted((int(m[1]), name) for name in names if (m := STATES.fullmatch(name))))
+    layers = dict(sorted(found))
+    twice = (
+        f"{folder / name}: is layer {at[0]} of rank {at[1]}, as {layers[at]} is; remove one of them."
+        for at, name in found
+        if layers[at] != name
+    )
+    raise_all(CheckpointError, twice)
+    if not layers and not states:
+        raise CheckpointError(
+            f"{folder}: holds neither layer_NN-model_MM-model_states.pt nor mp_rank_MM_model_states.pt files."
+        )
     files = {name: read_pt(open_storage(folder / name)) for name in [*layers.values(), *states.values()]}
     configs = tuple(config) or find_configs(folder)
     ranks = pipeline_ranks(folder, layers, files) if layers else sequential_ranks(folder, states, files)
@@ -90,6 +101,8 @@ def pipeline_ranks(
 ) -> tuple[dict[str, LazyTensor], ...]:
     """Each rank's tensors from its layer files, in the order of the layers."""
     numbers, degree = sorted({layer for layer, _ in layers}), 1 + max(rank for _, rank in layers)
+    if degree > len(layers):
+        raise CheckpointError(f"{folder}: holds files of rank {degree - 1} but only {len(layers)} files of layers.")
     missing = [(layer, rank) for layer in numbers for rank in range(degree) if (layer, rank) not in layers]
     raise_all(CheckpointError, (f"{folder / layer_file(*at)}: is missing; download it again." for at in missing))
     return tuple(

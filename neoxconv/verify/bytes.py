@@ -27,12 +27,21 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_bytes())
         for file in value["files"]:
-            file["name"], file["bytes"], file["sha256"], [part_of(entry) for entry in file["ranges"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+            check_entry(file)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is damaged, or not a manifest of neoxconv. Remove it to compare weights alone."
         ) from error
     return dict(value)
+
+
+def check_entry(file: Any) -> None:
+    """Raise ValueError unless a file's entry is complete and its ranges cover it without gaps."""
+    parts = [part_of(entry) for entry in file["ranges"]]
+    ends = [0, *(part.offset + part.length for part in parts)]
+    texts = [file["name"], file["sha256"], *(entry["sha256"] for entry in file["ranges"])]
+    if [*(part.offset for part in parts), file["bytes"]] != ends or not all(isinstance(text, str) for text in texts):
+        raise ValueError("ranges with gaps")
 
 
 def part_of(entry: Any) -> Range:

@@ -1,0 +1,113 @@
+"""Where a target is made and how it gets its name: what must hold before, what is put on disk, and the rename.
+
+All work is in TARGET.partial; TARGET itself is absent or whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from neoxconv.errors import PlanError
+from neoxconv.journal import Journal
+from neoxconv.manifest import MANIFEST, Digest, beside, manifest
+from neoxconv.plan import Plan, Step
+from neoxconv.terminal import size
+
+
+def partial_of(target: Path) -> Path:
+    """Where a target is made."""
+    return target.with_name(target.name + ".partial")
+
+
+def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
+    """Raise PlanError where the target exists (an empty folder does not count) or is of the wrong kind."""
+    if plan.single and target.is_dir():
+        raise PlanError(
+            f"{target}: is a folder; {plan.recipe.format} writes one file, "
+            f"so give its name, such as {target / 'model'}.{plan.recipe.format}."
+        )
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir():
+        raise PlanError(f"{target}: cannot be made, because {parent} is a file; give another place.")
+    if not os.access(parent, os.W_OK):
+        raise PlanError(f"{target}: cannot be made, because {parent} may not be written to; give another place.")
+    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if occupied and not overwrite:
+        raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
+    if occupied and target.is_dir() and not (target / MANIFEST).is_file():
+        raise PlanError(
+            f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
+            "--overwrite replaces only what neoxconv made. Remove it yourself, or give another name."
+        )
+
+
+def check_space(plan: Plan, target: Path, work: Path) -> None:
+    """Raise PlanError where the disk cannot hold what is still to be written."""
+    place = next(folder for folder in target.parents if folder.exists())
+    present = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
+    needed, free = plan.total - present, shutil.disk_usage(place).free
+    if needed > free:
+        raise PlanError(
+            f"{place}: {size(needed)} are needed and {size(free)} are free; "
+            f"free {size(needed - free)} or choose another disk."
+        )
+
+
+def explain(error: OSError, target: Path) -> str:
+    """An operating system's error in terms of the target."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{target}: the disk is full; free some space and run the same command again to continue."
+    kept = f"; what is done is kept in {partial_of(target).name}" if partial_of(target).is_dir() else ""
+    return f"{error.filename or target}: {error.strerror or error}{kept}."
+
+
+def finish(plan: Plan, work: Path, digests: dict[str, Digest]) -> None:
+    """Fill the late ranges, write the manifest, and put everything on disk."""
+    for file in plan.files:
+        crcs = [digests[Step(file, slot).key].crc32 for slot in file.slots]
+        with open(work / file.name, "r+b") as stream:
+            for late in file.late:
+                stream.seek(late.offset)
+                stream.write(late.make(crcs))
+    (work / MANIFEST).write_bytes(manifest(plan, work, digests))
+    for path in (*sorted(work.rglob("*")), work):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to hold a file's or a folder's contents now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(plan: Plan, work: Path, target: Path) -> None:
+    """Give the finished work its name; what it replaces is set aside first and removed last."""
+    if plan.single:
+        os.replace(work / MANIFEST, beside(target))
+        os.replace(work / plan.files[0].name, target)
+        shutil.rmtree(work)
+    else:
+        aside = target.with_name(f".{target.name}.replaced-by-neoxconv")
+        if target.exists():
+            remove(aside)
+            os.replace(target, aside)
+        (work / Journal.NAME).unlink(missing_ok=True)
+        os.replace(work, target)
+        if aside.is_file():
+            beside(target).unlink(missing_ok=True)
+        remove(aside)
+    sync(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
