@@ -207,14 +207,9 @@ def configs(checkpoint: Checkpoint, degree: int, tag: str) -> dict[str, bytes]:
     import yaml
 
     index = checkpoint.index
-    names = [
-        path.stem + (path.suffix if path.suffix in (".yml", ".yaml") else path.suffix + ".yml")
-        for path in index.configs
-    ]
+    names = [path.name + ".yml" * (path.suffix not in (".yml", ".yaml")) for path in index.configs]
     if len(set(names)) < len(names):
-        raise PlanError(
-            f"{', '.join(map(str, index.configs))}: two have one name, but they go to one folder; rename one."
-        )
+        raise PlanError(f"{', '.join(map(str, index.configs))}: two have one name but go to one folder; rename one.")
     files = {f"{tag}/configs/{name}": path.read_bytes() for name, path in zip(names, index.configs, strict=True)}
     if degree == len(index.ranks):
         return files

@@ -92,6 +92,12 @@ def empty(step: Path) -> None:
     step.parent.mkdir()
 
 
+def empty_step(step: Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+ENDLESS = "attention-config: &a [*a]\npos-emb: rotary\n"
 BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "missing path": (lambda step: shutil.rmtree(step.parent), ("checkpoints: does not exist",)),
     "empty folder": (empty, ("checkpoints: holds no model",)),
@@ -116,6 +122,16 @@ BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "no context": (with_setting("max-position-embeddings", -5), ("max_position_embeddings is '-5'",)),
     "more than all": (with_setting("rotary_pct", 7), ("rotary_pct is '7'", "1 at most")),
     "maybe": (with_setting("gpt_j_residual", "maybe"), ("gpt_j_residual is 'maybe'", "true or false")),
+    "ranks of two types": (
+        edited(4, 1, lambda t: t.update({"mlp.dense_h_to_4h.weight": t["mlp.dense_h_to_4h.weight"].float()})),
+        ("layers.2.mlp.dense_h_to_4h.weight is F16 and F32",),
+    ),
+    "a million layers": (with_setting("num-layers", 3_000_000), ("says 3000000 layers but the files hold 6",)),
+    "latest of nothing": (empty_step, ("global_step10: holds no layer_NN",)),
+    "lists without end": (
+        lambda step: next((step / "configs").glob("*")).write_text(ENDLESS),
+        ("num_layers is missing",),
+    ),
     "empty latest": (lambda step: (step.parent / "latest").write_text(""), ("latest: names ''",)),
 }
 
@@ -136,6 +152,48 @@ def test_erf_gelu_becomes_gguf_with_a_warning(source: Path, capsys: pytest.Captu
     with_setting("bias-gelu-fusion", False)(source / STEP)
     assert cli("convert", source, source.parent / "x.gguf", "--to", "gguf") == 0
     assert "erf GELU" in capsys.readouterr().err
+
+
+CONFIG_JSON: dict[str, tuple[dict[str, Any], str]] = {
+    "model type": ({"model_type": []}, "is a [] model"),
+    "linear rope": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type is 'linear'"),
+    "long rope": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+    "huge": ({"num_hidden_layers": 10**400}, "num_hidden_layers is '1000"),
+    "no layers": ({"num_hidden_layers": None}, "config.json: num_hidden_layers is missing"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_JSON)
+def test_a_bad_config_json_is_named(case: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, expected = CONFIG_JSON[case]
+    folder = source.parent / "hf"
+    assert cli("convert", source, folder, "--to", "hf", "--quiet") == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    assert cli("inspect", folder) == 1
+    message = capsys.readouterr().err
+    assert expected in message and "unexpected" not in message
+
+
+@pytest.mark.parametrize("scaling", ["x", [1], {}])
+def test_a_rope_section_that_says_nothing_is_none(scaling: Any, source: Path) -> None:
+    folder = source.parent / "hf"
+    assert cli("convert", source, folder, "--to", "hf", "--quiet") == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    assert cli("inspect", folder) == 0
+
+
+def test_the_ends_of_text_survive(source: Path) -> None:
+    folder, again, file = (source.parent / name for name in ("hf", "again", "x.gguf"))
+    assert cli("convert", source, folder, "--to", "hf", "--quiet") == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 5, "eos_token_id": 77}))
+    assert cli("convert", folder, file, "--to", "gguf", "--quiet") == 0
+    assert cli("convert", file, again, "--to", "hf", "--quiet") == 0
+    for name in ("config.json", "generation_config.json"):
+        made = json.loads((again / name).read_text())
+        assert (made["bos_token_id"], made["eos_token_id"]) == (5, 77)
 
 
 # --- bad targets -----------------------------------------------------------------------------------------------------

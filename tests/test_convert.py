@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from neoxconv.journal import Journal
 from neoxconv.plan import Plan, memory_for
 from neoxconv.publish import partial_of
 from tests.oracles import fixtures
+from tests.toy import toy
 
 MIB = 1 << 20
 RECIPES = (
@@ -106,6 +108,81 @@ def test_another_plan_over_unfinished_work_is_refused(tmp_path: Path) -> None:
         run(plan(Recipe("hf"), norms="rank0"), tmp_path / "x")
 
 
+def test_a_source_changed_since_is_not_continued(tmp_path: Path) -> None:
+    """Headers are equal, and say nothing of the weights: the time of the last change does."""
+    models = [toy(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    file = tmp_path / "model.safetensors"
+    for model in models:
+        shutil.rmtree(partial_of(tmp_path / "x"), ignore_errors=True)
+        file.unlink(missing_ok=True)
+        run(make_plan(open_checkpoint(model), Recipe("safetensors")), file, overwrite=True)
+        if model is models[0]:
+            with pytest.raises(PowerCut):
+                run(make_plan(open_checkpoint(file), Recipe("hf")), tmp_path / "x", progress=cut_after(9))
+            kept = tmp_path / "kept"
+            shutil.move(partial_of(tmp_path / "x"), kept)
+    shutil.move(kept, partial_of(tmp_path / "x"))
+    with pytest.raises(PlanError, match="a changed one"):
+        run(make_plan(open_checkpoint(file), Recipe("hf")), tmp_path / "x")
+
+
+def test_another_header_is_another_plan(tmp_path: Path) -> None:
+    """A tokenizer whose header is a few bytes shorter would leave the old one's tail in the padding."""
+    source = toy(tmp_path)
+    words = source / "tokenizer.json"
+    first = make_plan(open_checkpoint(source), Recipe("gguf")).fingerprint
+    text = words.read_text()
+    parsed = json.loads(text)
+    parsed["model"]["merges"][0], parsed["model"]["merges"][1] = (
+        parsed["model"]["merges"][1],
+        parsed["model"]["merges"][0],
+    )
+    words.write_text(json.dumps(parsed))
+    assert make_plan(open_checkpoint(source), Recipe("gguf")).fingerprint != first
+
+
+@pytest.mark.parametrize("recipe", [Recipe("hf"), Recipe("safetensors")], ids=lambda r: r.format)
+def test_a_folder_in_the_way_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    for name in ("x.partial", "x.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    with pytest.raises(PlanError, match=r"x.partial: is in the way"):
+        run(plan(recipe), target)
+    shutil.rmtree(tmp_path / "x.partial")
+    run(plan(recipe), target)
+    run(plan(recipe), target, overwrite=True)
+    assert (tmp_path / "x.replaced" / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir() if "manifest" not in path.name) == ["x", "x.replaced"]
+
+
+def test_what_an_interrupted_overwrite_left_is_cleared_away(tmp_path: Path) -> None:
+    target = run(plan(Recipe("hf")), tmp_path / "x")
+    shutil.copytree(target, tmp_path / ".x.replaced-by-neoxconv")
+    run(plan(Recipe("hf")), target, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_values_that_were_allowed_are_checked_again_when_they_are_not(tmp_path: Path) -> None:
+    made = make_plan(open_checkpoint(poisoned(tmp_path, float("inf"))), Recipe("hf"))
+    with pytest.raises(PowerCut):
+        run(made, tmp_path / "x", allow_nonfinite=True, progress=cut_after(70), jobs=1)
+    with pytest.raises(NeoxconvError, match="3 values"):
+        run(made, tmp_path / "x")
+    run(made, tmp_path / "x", allow_nonfinite=True)
+
+
+def test_a_step_beyond_float16_is_found(tmp_path: Path) -> None:
+    source = toy(tmp_path, dtype="BF16")
+    for file in source.glob("*/layer_02*"):
+        state = torch.load(file, weights_only=True)
+        state["mlp.dense_h_to_4h.weight"][0, 0] = -1e5
+        torch.save(state, file)
+    with pytest.raises(NeoxconvError, match="dense_h_to_4h.weight has .* not finite as Q4_1"):
+        run(make_plan(open_checkpoint(source), Recipe("gguf", type="Q4_1")), tmp_path / "x.gguf")
+    run(make_plan(open_checkpoint(source), Recipe("gguf", type="Q8_0")), tmp_path / "x.gguf")
+
+
 def test_an_existing_target_is_replaced_only_when_asked(tmp_path: Path) -> None:
     target = tmp_path / "x.safetensors"
     target.write_text("mine")
@@ -164,8 +241,6 @@ def test_the_manifests_ranges_cover_every_file(tmp_path: Path) -> None:
 
 def poisoned(tmp_path: Path, value: float, count: int = 3) -> Path:
     """A copy of the checkpoint with values that are not finite (or too large for fp16, in a bf16 one)."""
-    import shutil
-
     step = tmp_path / "source" / "global_step10"
     shutil.copytree(source() / "global_step10", step, ignore=shutil.ignore_patterns("*optim*"))
     shutil.copy(source().parent / "tiny_tokenizer.json", step / "tokenizer.json")
@@ -209,8 +284,6 @@ def test_memory_lowers_the_jobs_before_slabs_get_small() -> None:
 
 
 def test_a_source_cut_short_during_the_run_is_named(tmp_path: Path) -> None:
-    import shutil
-
     step = tmp_path / "global_step10"
     shutil.copytree(source() / "global_step10", step, ignore=shutil.ignore_patterns("*optim*"))
     made = make_plan(open_checkpoint(step, config=[source() / "global_step10/configs/tiny20B.yml"]), Recipe("hf"))

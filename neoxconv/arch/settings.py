@@ -52,5 +52,5 @@ def as_number(value: Any) -> float:
     """The number that a setting is, NaN for none; YAML reads 1e-5, which has no point, as text."""
     try:
         return float("nan") if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return float("nan")

@@ -91,7 +91,7 @@ def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Fi
 def by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Every rank's tensors by their unified names, and its buffers by their own."""
     named, left = name_tensors(checkpoint.index, checkpoint.architecture)
-    tensors = {}
+    tensors: dict[str, LazyTensor] = {}
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         buffers = {name: checkpoint.index.ranks[rank][name] for name in unknown}
         tensors |= {f"{name} of rank {rank}": tensor for name, tensor in (known | buffers).items()}
