@@ -127,7 +127,7 @@ BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("layers.2.mlp.dense_h_to_4h.weight is F16 and F32",),
     ),
     "a million layers": (with_setting("num-layers", 3_000_000), ("says 3000000 layers but the files hold 6",)),
-    "latest of nothing": (empty_step, ("global_step10: holds no layer_NN",)),
+    "latest of nothing": (empty_step, ("global_step10: holds neither layer_NN",)),
     "lists without end": (
         lambda step: next((step / "configs").glob("*")).write_text(ENDLESS),
         ("num_layers is missing",),

@@ -133,10 +133,7 @@ def test_another_header_is_another_plan(tmp_path: Path) -> None:
     first = make_plan(open_checkpoint(source), Recipe("gguf")).fingerprint
     text = words.read_text()
     parsed = json.loads(text)
-    parsed["model"]["merges"][0], parsed["model"]["merges"][1] = (
-        parsed["model"]["merges"][1],
-        parsed["model"]["merges"][0],
-    )
+    parsed["model"]["merges"].reverse()
     words.write_text(json.dumps(parsed))
     assert make_plan(open_checkpoint(source), Recipe("gguf")).fingerprint != first
 
@@ -178,9 +175,9 @@ def test_a_step_beyond_float16_is_found(tmp_path: Path) -> None:
         state = torch.load(file, weights_only=True)
         state["mlp.dense_h_to_4h.weight"][0, 0] = -1e5
         torch.save(state, file)
-    with pytest.raises(NeoxconvError, match="dense_h_to_4h.weight has .* not finite as Q4_1"):
+    with pytest.raises(NeoxconvError, match=r"dense_h_to_4h.weight has .* not finite as Q4_1"):
         run(make_plan(open_checkpoint(source), Recipe("gguf", type="Q4_1")), tmp_path / "x.gguf")
-    run(make_plan(open_checkpoint(source), Recipe("gguf", type="Q8_0")), tmp_path / "x.gguf")
+    run(make_plan(open_checkpoint(source), Recipe("gguf", type="Q8_0")), tmp_path / "y.gguf")
 
 
 def test_an_existing_target_is_replaced_only_when_asked(tmp_path: Path) -> None:
