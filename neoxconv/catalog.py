@@ -18,7 +18,7 @@ from neoxconv.checkpoint import parameters
 from neoxconv.dtypes import F16, Array
 from neoxconv.model import Checkpoint, Entry, Index
 from neoxconv.names import FORMATS
-from neoxconv.quant.mixes import MIXES
+from neoxconv.quant.mixes import MIXES, Choice
 from neoxconv.recipe import Recipe
 from neoxconv.targets import gguf_entries, unified_entries
 from neoxconv.tensor import LazyTensor
@@ -70,7 +70,7 @@ def hollow(shape: tuple[int, ...]) -> LazyTensor:
 def entries(model: Checkpoint, name: str, type_: str) -> Sequence[Entry]:
     """What the target `name` would hold of `model` in the mix or number type `type_`."""
     if name == "gguf":
-        return gguf_entries(model, type_)
+        return gguf_entries(model, Choice(type_))
     if name == "slim":
         return [entry for rank in slim.as_stored(model, Recipe(name, dtype=type_)) for entry in rank.values()]
     return unified_entries(model, Recipe(name, dtype=type_))

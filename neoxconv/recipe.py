@@ -17,6 +17,11 @@ class Recipe:
     tp: int | None = None  # slim: tensor-parallel degree, the source's by default
     shard_size: int = 5_000_000_000  # hf
     split_size: int | None = None  # gguf
+    mix: str = "current"  # gguf: or classic, the older recipe for attn_qkv
+    pure: bool = False  # gguf: one type for every matrix
+    output_type: str | None = None  # gguf
+    embedding_type: str | None = None  # gguf
+    tensor_type: tuple[tuple[str, str], ...] = ()  # gguf: (pattern of names, type)
     tokenizer: Path | None = None
 
     @property

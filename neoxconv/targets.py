@@ -13,7 +13,7 @@ from neoxconv.errors import PlanError
 from neoxconv.formats import gguf_layout, hf, safetensors
 from neoxconv.model import Checkpoint, Content, Encoding, Entry
 from neoxconv.quant import ENCODINGS
-from neoxconv.quant.mixes import BLOCK_FALLBACK, HEAD_STANDS_IN, MIXES, choose
+from neoxconv.quant.mixes import MIXES, Choice, Place, choose, wanted
 from neoxconv.recipe import Recipe
 from neoxconv.tensor import LazyTensor, reordered
 
@@ -101,59 +101,70 @@ def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 
 def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A GGUF file (or several, with --split-size), with the tokenizer that llama.cpp needs."""
-    mix = recipe.type or default_mix(checkpoint)
+    choice = choice_of(checkpoint, recipe)
     words = find_tokenizer(checkpoint, recipe)
     if words is None:
         raise PlanError(
             f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
             "give its tokenizer.json with --tokenizer FILE."
         )
-    entries = gguf_entries(checkpoint, mix)
+    entries = gguf_entries(checkpoint, choice)
     keys = {
         "general.architecture": "gptneox",
         "general.type": "model",
         "general.name": title(checkpoint),
         "general.size_label": size_label(parameters(checkpoint)),
         **checkpoint.architecture.to_gguf(checkpoint.config),
-        "general.file_type": MIXES[mix][0],
+        "general.file_type": MIXES[choice.mix].file_type,
         "general.quantization_version": 2,
         **tokenizer.gguf_keys(words, checkpoint.config.rows),
         **{f"tokenizer.ggml.{name}": value for name, value in token_ids(checkpoint, words).items()},
     }
     return Content(
-        gguf_layout.layout("model", keys, entries, recipe.split_size), {}, tuple(gguf_notes(checkpoint, mix, entries))
+        gguf_layout.layout("model", keys, entries, recipe.split_size),
+        {},
+        tuple(gguf_notes(checkpoint, choice, entries)),
     )
 
 
-def default_mix(checkpoint: Checkpoint) -> str:
-    """BF16 for a bf16 source, else F16."""
+def choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
+    """The mix that the recipe asks for, with its overrides; by default BF16 for a bf16 source, else F16."""
     native = [tensor.native.name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
-    return "BF16" if native.count("BF16") * 2 > len(native) else "F16"
+    mix = recipe.type or ("BF16" if native.count("BF16") * 2 > len(native) else "F16")
+    classic = recipe.mix == "classic"
+    return Choice(mix, classic, recipe.pure, recipe.output_type, recipe.embedding_type, recipe.tensor_type)
 
 
-def gguf_entries(checkpoint: Checkpoint, mix: str) -> list[Entry]:
+def gguf_entries(checkpoint: Checkpoint, choice: Choice) -> list[Entry]:
     """Every tensor under its GGUF name, in GGUF's order of rows, with the encoding that the mix gives it."""
     entries = []
-    untied = replace(checkpoint.config, tied=False)
-    for layer, weight in checkpoint.architecture.names(untied):
-        unified = weight.unified.replace("{i}", str(layer))
+    config = replace(checkpoint.config, tied=False)
+    for layer, weight in checkpoint.architecture.names(config):
+        unified, name = (text.replace("{i}", str(layer)) for text in (weight.unified, weight.gguf))
         tensor = checkpoint.tensors[unified if unified in checkpoint.tensors else GGUF_ALIASES[unified]]
         if weight.gguf_order:
             tensor = reordered(tensor, weight.gguf_order(checkpoint.config))
-        encoding = choose(mix, weight.role, tensor.columns)
-        entries.append(Entry(weight.gguf.replace("{i}", str(layer)), unified, tensor, encoding))
+        place = Place(name, weight.role, -1 if layer is None else layer, config.layers, tensor.columns)
+        entries.append(Entry(name, unified, tensor, choose(choice, place)))
     return entries
 
 
-def gguf_notes(checkpoint: Checkpoint, mix: str, entries: Sequence[Entry]) -> list[str]:
+def gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> list[str]:
     """What differs from what the mix's name promises, and what llama.cpp will compute differently."""
     notes = []
-    if mix in HEAD_STANDS_IN:
-        notes.append(f"output.weight is Q8_0: llama.cpp's {mix} has Q6_K there, which this version does not write yet")
-    odd = [e.name for e in entries if len(e.tensor.shape) == 2 and e.encoding.name == BLOCK_FALLBACK != mix]
-    if odd:
-        shown = ", ".join(odd[:3]) + (", ..." if len(odd) > 3 else "")
-        notes.append(f"{len(odd)} tensors are {BLOCK_FALLBACK} because 32 does not divide their rows: {shown}")
+    config = replace(checkpoint.config, tied=False)
+    odd: dict[tuple[str, str], list[str]] = {}
+    for entry, (layer, weight) in zip(entries, checkpoint.architecture.names(config), strict=True):
+        if len(entry.tensor.shape) == 2:
+            place = Place(entry.name, weight.role, -1 if layer is None else layer, config.layers, entry.tensor.columns)
+            if (name := wanted(choice, place)) != entry.encoding.name:
+                odd.setdefault((name, entry.encoding.name), []).append(entry.name)
+    for (name, instead), tensors in odd.items():
+        shown = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+        block = ENCODINGS[name].dtype.block
+        notes.append(
+            f"{len(tensors)} tensors are {instead} because {block}, {name}'s block, does not divide their rows: {shown}"
+        )
     if checkpoint.config.activation == "gelu":
         notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")
     return notes

@@ -7,6 +7,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.model import Encoding
 from neoxconv.quant.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from neoxconv.quant.plain import BF16, F16, F32
+from neoxconv.quant.superblocks import IQ4_NL, IQ4_XS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 
 ENCODINGS: dict[str, Encoding] = {
     "F32": F32,
@@ -17,6 +18,7 @@ ENCODINGS: dict[str, Encoding] = {
     "Q4_1": Q4_1,
     "Q5_0": Q5_0,
     "Q5_1": Q5_1,
+    **{row.name: row for row in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL)},
 }
 
 

@@ -1,6 +1,14 @@
-"""Mixes: which encoding each weight of a GGUF file gets, by its role. The first row that fits decides."""
+"""Mixes: which encoding each weight of a GGUF file gets, by its role and layer. The first row that fits decides.
+
+CURRENT is what llama-quantize does without an importance matrix; it treats the fused attn_qkv like attn_v. CLASSIC has
+the rows for attn_qkv as they were until early 2025, better known and a little smaller or larger.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from neoxconv.errors import PlanError
 from neoxconv.model import Encoding
@@ -8,31 +16,141 @@ from neoxconv.quant import ENCODINGS
 
 ANY = "*"
 VECTORS = ("norm", "bias")  # always F32 in GGUF
-BLOCK_FALLBACK = "F16"  # for rows that the block does not divide
+PLAIN = ("F32", "F16", "BF16")
 
-Rows = tuple[tuple[str, str], ...]  # (role, encoding)
-
-# The number is llama.cpp's general.file_type.
-MIXES: dict[str, tuple[int, Rows]] = {
-    "F32": (0, ((ANY, "F32"),)),
-    "F16": (1, ((ANY, "F16"),)),
-    "BF16": (32, ((ANY, "BF16"),)),
-    "Q8_0": (7, ((ANY, "Q8_0"),)),
-    "Q5_1": (9, (("head", "Q8_0"), (ANY, "Q5_1"))),
-    "Q5_0": (8, (("head", "Q8_0"), (ANY, "Q5_0"))),
-    "Q4_1": (3, (("head", "Q8_0"), (ANY, "Q4_1"))),
-    "Q4_0": (2, (("head", "Q8_0"), (ANY, "Q4_0"))),
-}
-# llama.cpp gives these mixes a Q6_K head, which has no encoder here yet.
-HEAD_STANDS_IN = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
+When = Callable[[int, int], bool]  # of a layer and the number of layers
 
 
-def choose(mix: str, role: str, columns: int) -> Encoding:
-    """The encoding of a weight with rows of `columns` numbers."""
-    if mix not in MIXES:
-        raise PlanError(f"--type {mix}: expected one of {', '.join(MIXES)}.")
-    if role in VECTORS:
+@dataclass(frozen=True)
+class Row:
+    """A weight of this role gets this encoding, in the layers that `when` says."""
+
+    role: str
+    encoding: str
+    when: When = lambda i, n: True
+
+
+def more(i: int, n: int) -> bool:
+    """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third between."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
+def first(count: int) -> When:
+    """The first `count` layers."""
+    return lambda i, n: i < count
+
+
+def part(share: int) -> When:
+    """The first n / share layers."""
+    return lambda i, n: i < n // share
+
+
+HEAD = Row("head", "Q6_K")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """llama.cpp's general.file_type, and the rows: `classic` ones, if any, stand before the others."""
+
+    file_type: int
+    rows: tuple[Row, ...]
+    classic: tuple[Row, ...] = ()
+
+
+def simple(file_type: int, name: str, *rows: Row, classic: tuple[Row, ...] = ()) -> Mix:
+    """The rows, and `name` for all else."""
+    return Mix(file_type, (*rows, Row(ANY, name)), classic)
+
+
+MIXES: dict[str, Mix] = {
+    "F32": simple(0, "F32"),
+    "F16": simple(1, "F16"),
+    "BF16": simple(32, "BF16"),
+    "Q8_0": simple(7, "Q8_0"),
+    "Q6_K": simple(18, "Q6_K"),
+    "Q5_K_M": simple(17, "Q5_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
+                     classic=(Row("qkv", "Q6_K"),)),
+    "Q5_K_S": simple(16, "Q5_K", HEAD),
+    "Q5_1": simple(9, "Q5_1", HEAD),
+    "Q5_0": simple(8, "Q5_0", HEAD),
+    "Q4_K_M": simple(15, "Q4_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
+                     classic=(Row("qkv", "Q5_K"),)),
+    "Q4_K_S": simple(14, "Q4_K", HEAD, Row("qkv", "Q5_K", first(4)), Row("mlp_out", "Q5_K", part(8)),
+                     classic=(Row("qkv", "Q4_K"),)),
+    "Q4_1": simple(3, "Q4_1", HEAD),
+    "Q4_0": simple(2, "Q4_0", HEAD),
+    "IQ4_NL": simple(25, "IQ4_NL", HEAD, Row("mlp_out", "Q5_K", part(8))),
+    "IQ4_XS": simple(30, "IQ4_XS", HEAD, Row("mlp_out", "Q5_K", part(8))),
+    "Q3_K_L": simple(13, "Q3_K", HEAD, Row("qkv", "Q5_K"), Row("attn_out", "Q5_K"), Row("mlp_out", "Q5_K"),
+                     classic=(Row("qkv", "Q4_K"),)),
+    "Q3_K_M": simple(12, "Q3_K", HEAD, Row("qkv", "Q5_K", first(2)), Row("qkv", "Q4_K"), Row("attn_out", "Q4_K"),
+                     Row("mlp_out", "Q5_K", part(16)), Row("mlp_out", "Q4_K"),
+                     classic=(Row("qkv", "Q4_K"),)),
+    "Q3_K_S": simple(11, "Q3_K", HEAD),
+    "Q2_K": simple(10, "Q2_K", HEAD, Row("qkv", "Q3_K"), Row("attn_out", "Q3_K"), Row("mlp_out", "Q3_K"),
+                   classic=(Row("qkv", "Q2_K"),)),
+}  # fmt: skip
+
+# For rows that no super-block divides, as llama-quantize does; rows that no block of 32 divides are F16.
+FALLBACK = {
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
+LAST_RESORT = "F16"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides: a mix, in its current or classic form or `pure` (its main type for every matrix), and what overrides
+    it: `output` and `embedding` types, and (pattern, type) pairs for GGUF names, the first that is found in it.
+    """
+
+    mix: str
+    classic: bool = False
+    pure: bool = False
+    output: str | None = None
+    embedding: str | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mix not in MIXES:
+            raise PlanError(f"--type {self.mix}: expected one of {', '.join(MIXES)}.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor as a mix sees it; `layer` of `layers`, -1 outside of them."""
+
+    name: str
+    role: str
+    layer: int
+    layers: int
+    columns: int
+
+
+def choose(choice: Choice, place: Place) -> Encoding:
+    """The encoding of a tensor. Vectors are F32; where the block does not divide the rows, what stands in for it."""
+    if place.role in VECTORS:
         return ENCODINGS["F32"]
-    name = next(encoding for who, encoding in MIXES[mix][1] if who in (role, ANY))
-    encoding = ENCODINGS[name]
-    return encoding if columns % encoding.dtype.block == 0 else ENCODINGS[BLOCK_FALLBACK]
+    name = wanted(choice, place)
+    return ENCODINGS[next(n for n in stand_ins(name, place) if place.columns % ENCODINGS[n].dtype.block == 0)]
+
+
+def wanted(choice: Choice, place: Place) -> str:
+    """What the overrides or the mix give a matrix, whatever its width."""
+    for pattern, name in choice.overrides:
+        if re.search(pattern, place.name):
+            return name
+    special = {"head": choice.output, "embedding": choice.embedding}.get(place.role)
+    if special:
+        return special
+    mix = MIXES[choice.mix]
+    rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
+    return next(r.encoding for r in rows if r.role in (place.role, ANY) and r.when(place.layer, place.layers))
+
+
+def stand_ins(name: str, place: Place) -> Iterator[str]:
+    """The type itself, then what replaces it where its blocks do not divide the rows."""
+    yield name
+    if name in FALLBACK:
+        yield "Q8_0" if place.role == "head" else FALLBACK[name]
+    yield LAST_RESORT

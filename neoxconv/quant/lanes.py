@@ -1,0 +1,179 @@
+"""Blocks side by side: 64 of them at a time, each in a lane, for the searches behind ggml's super-blocks.
+
+Every sum runs over its own block's weights in a fixed order, and the lanes fill the vector registers, whatever their
+width: the same bytes on every machine, without fastmath and without FMA.
+
+A candidate scale gives every weight y = a * x + b, its code q (the nearest) and the rest e = y - q. Sums of q, q * q, e,
+e * q and e * e, each weighted, hold all there is to know: the best line through these codes (least squares) and its
+error, without the cancellation that sums of x * x bring. They also give the error of any other scale and minimum with
+the same codes, which is how those are rounded to their few bits: not each to its nearest, but together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from neoxconv.dtypes import Bytes, Floats
+from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, half_bits, i32, kernel, u8, u16, u32
+
+LANES, MOST = 64, 32  # blocks side by side; weights in a block at most
+MAGIC = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer
+TWO, INFINITY, TINY, LARGEST = f32(2), f32(np.inf), f32(1e-15), f32(65504)
+ABOVE, SQUARE, COLUMN, GIVEN = 0, 1, 2, 3  # how weights matter; see `weigh`
+
+# Rows of the scratch, one number for each lane.
+A, B, Q, QQ, E, EQ, EE = range(7)  # the candidate, and its weighted sums
+BEST_A, BEST_B, BEST_Q, BEST_QQ, BEST_E, BEST_EQ, BEST_EE = range(7, 14)  # of the best one so far
+ERROR, SCALE, LEAST, LOW, SPAN, SUM, SIZE = range(14, 21)
+STEP, FLOOR, TRY_SCALE, TRY_LEAST, TRY_ERROR, TOTAL, BEST_TOTAL = range(21, 28)
+PICK_SCALE, PICK_LEAST, PICK_STEP, PICK_FLOOR = range(28, 32)
+ROWS = 32
+
+
+@kernel
+def rounded_to_half(value: np.float32) -> np.float32:
+    """The float16 nearest to a number that is not negative, 65504 at most."""
+    bits = half_bits(as_bits(f32(min(value, LARGEST))))
+    size = u32(u32(bits & u16(0x7FFF)) << u32(13))
+    if size < u32(0x00800000):
+        return f32(as_float(size + u32(113 << 23)) - f32(2.0**-14))
+    return as_float(size + u32(112 << 23))
+
+
+@kernel
+def load(weights: Floats, first: int, x: Floats) -> None:
+    """Blocks [first + lane] as columns of `x`; zeros beyond the last one and for what is not finite."""
+    for i in range(LANES):
+        if first + i < weights.shape[0]:
+            for j in range(weights.shape[1]):
+                value = weights[first + i, j]
+                x[j, i] = value if abs(value) < INFINITY else ZERO
+        else:
+            for j in range(weights.shape[1]):
+                x[j, i] = ZERO
+
+
+@kernel
+def weigh(
+    x: Floats, w: Floats, s: Floats, importance: Floats, first: int, n: int, subs: int, kind: int, share: float
+) -> None:
+    """How much the error of each weight matters.
+
+    ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block. COLUMN: the column's
+    importance * sqrt(x * x + share * mean square of the super-block); GIVEN: the column's importance alone.
+    """
+    part = f32(share)
+    for i in range(LANES):
+        s[SIZE, i] = ZERO
+    for j in range(n):
+        for i in range(LANES):
+            s[SIZE, i] += x[j, i] * x[j, i]
+    if kind == ABOVE:
+        for i in range(LANES):
+            s[SIZE, i] = part * np.sqrt(s[SIZE, i] / f32(n))
+        for j in range(n):
+            for i in range(LANES):
+                w[j, i] = s[SIZE, i] + abs(x[j, i])
+    elif kind == SQUARE:
+        for i in range(LANES):
+            s[SIZE, i] = part * (s[SIZE, i] / f32(n))
+        for j in range(n):
+            for i in range(LANES):
+                w[j, i] = s[SIZE, i] + x[j, i] * x[j, i]
+    else:
+        for group in range(0, LANES, subs):
+            whole = ZERO
+            for i in range(group, group + subs):
+                whole += s[SIZE, i]
+            for i in range(group, group + subs):
+                s[SIZE, i] = part * (whole / f32(n * subs))
+        for i in range(LANES):
+            row = (first + i) % importance.shape[0]
+            for j in range(n):
+                w[j, i] = importance[row, j]
+        if kind == COLUMN:
+            for j in range(n):
+                for i in range(LANES):
+                    w[j, i] *= np.sqrt(s[SIZE, i] + x[j, i] * x[j, i])
+
+
+@kernel
+def keep(s: Floats, i: int, better: bool) -> None:
+    """Where it is better, the candidate is the best."""
+    s[BEST_A, i] = s[A, i] if better else s[BEST_A, i]
+    s[BEST_B, i] = s[B, i] if better else s[BEST_B, i]
+    s[BEST_Q, i] = s[Q, i] if better else s[BEST_Q, i]
+    s[BEST_QQ, i] = s[QQ, i] if better else s[BEST_QQ, i]
+    s[BEST_E, i] = s[E, i] if better else s[BEST_E, i]
+    s[BEST_EQ, i] = s[EQ, i] if better else s[BEST_EQ, i]
+    s[BEST_EE, i] = s[EE, i] if better else s[BEST_EE, i]
+
+
+@kernel
+def forget(s: Floats) -> None:
+    """No candidate is the best yet."""
+    for i in range(LANES):
+        s[ERROR, i], s[BEST_A, i], s[BEST_B, i], s[BEST_Q, i] = INFINITY, ZERO, ZERO, ZERO
+        s[BEST_QQ, i], s[BEST_E, i], s[BEST_EQ, i], s[BEST_EE, i] = ZERO, ZERO, ZERO, ZERO
+
+
+@kernel
+def choose_total(s: Floats, subs: int, first: bool) -> None:
+    """Take what was tried for the super-blocks whose whole error it lowers; for all of them the first time."""
+    for group in range(0, LANES, subs):
+        total = ZERO
+        for i in range(group, group + subs):
+            total += s[TRY_ERROR, i]
+        for i in range(group, group + subs):
+            s[TOTAL, i] = total
+    for i in range(LANES):
+        better = (s[TOTAL, i] < s[BEST_TOTAL, i]) | first
+        s[BEST_TOTAL, i] = s[TOTAL, i] if better else s[BEST_TOTAL, i]
+        s[PICK_SCALE, i] = s[TRY_SCALE, i] if better else s[PICK_SCALE, i]
+        s[PICK_LEAST, i] = s[TRY_LEAST, i] if better else s[PICK_LEAST, i]
+        s[PICK_STEP, i] = s[STEP, i] if better else s[PICK_STEP, i]
+        s[PICK_FLOOR, i] = s[FLOOR, i] if better else s[PICK_FLOOR, i]
+
+
+@kernel
+def nearest(y: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    """The whole number nearest to y, from `low` to `high`."""
+    return f32(min(max((y + MAGIC) - MAGIC, low), high))
+
+
+@kernel
+def write_out(x: Floats, s: Floats, first: int, codes: Bytes, numbers: Floats) -> None:
+    """The lanes' codes [blocks, n], and their integers and steps [blocks, 4]."""
+    for i in range(min(LANES, codes.shape[0] - first)):
+        for j in range(codes.shape[1]):
+            codes[first + i, j] = u8(i32(x[j, i]))
+        numbers[first + i, 0], numbers[first + i, 1] = s[PICK_SCALE, i], s[PICK_LEAST, i]
+        numbers[first + i, 2], numbers[first + i, 3] = s[PICK_STEP, i], s[PICK_FLOOR, i]
+
+
+@kernel
+def pack_plane(codes: Bytes, low: int, bits: int, shape: tuple[int, int, int], packed: Bytes) -> None:
+    """Bits `low` to `low + bits` of codes [n, outer, count, inner] as bytes [n, outer, inner] of `count` codes each."""
+    outer, count, inner = shape
+    mask = u8((1 << bits) - 1)
+    for b in range(codes.shape[0]):
+        for o in range(outer):
+            for i in range(inner):
+                packed[b, o * inner + i] = u8(0)
+            for k in range(count):
+                for i in range(inner):
+                    part = u8(u8(codes[b, (o * count + k) * inner + i] >> u8(low)) & mask)
+                    packed[b, o * inner + i] |= u8(part << u8(k * bits))
+
+
+@kernel
+def unpack_plane(packed: Bytes, low: int, bits: int, shape: tuple[int, int, int], codes: Bytes) -> None:
+    """Add the bits in the bytes of a plane to codes that are zero there; the inverse of `pack_plane`."""
+    outer, count, inner = shape
+    mask = u8((1 << bits) - 1)
+    for b in range(codes.shape[0]):
+        for o in range(outer):
+            for k in range(count):
+                for i in range(inner):
+                    part = u8(u8(packed[b, o * inner + i] >> u8(k * bits)) & mask)
+                    codes[b, (o * count + k) * inner + i] |= u8(part << u8(low))

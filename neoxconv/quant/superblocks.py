@@ -1,0 +1,312 @@
+"""ggml's super-blocks: blocks of 16 or 32 weights share float16 steps, each has small integers times these.
+
+    w ~ step * scale * code - floor * least    Q2_K, Q4_K, Q5_K: codes from zero on
+    w ~ step * scale * code                    Q3_K, Q6_K: codes around zero
+    w ~ step * scale * VALUES[code]            IQ4_XS; IQ4_NL without a scale: sixteen values, close together near zero
+
+Codes and integers lie in planes: a field holds some bits of each, and one of its bytes those of several that are equally
+far apart. The searches are in search.py; the bytes are ggml's (ggml-common.h).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.dtypes import Array, Bytes, DType, Floats
+from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.model import Encoding
+
+VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where `bits` bits from bit `low` on of every code lie in `field`.
+
+    The codes in order fill [outer, count, inner]; a byte of the field holds the bits of `count` of them, lowest first.
+    """
+
+    field: str
+    low: int
+    bits: int
+    shape: tuple[int, int, int]
+
+    def pack(self, codes: Bytes) -> Bytes:
+        """The field's bytes [n, outer * inner] of codes [n, outer * count * inner]."""
+        from neoxconv.quant.lanes import pack_plane
+
+        stored = np.empty((len(codes), self.shape[0] * self.shape[2]), np.uint8)
+        pack_plane(codes, self.low, self.bits, self.shape, stored)
+        return stored
+
+    def unpack(self, stored: Bytes, codes: Bytes) -> None:
+        """Add the bits of every code to `codes`, at their place in it."""
+        from neoxconv.quant.lanes import unpack_plane
+
+        unpack_plane(stored, self.low, self.bits, self.shape, codes)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The bytes of a super-block, and what its codes mean.
+
+    `block` weights share an integer scale: from -levels to levels - 1, with a least weight from 0 to `levels`. Codes go
+    from `lowest` to `highest`. `grid` is where the search first puts a block's largest weight (with a least weight: over
+    how many steps it lays the block's range); `kind` and `share` say how much a weight matters (lanes.weigh).
+    """
+
+    name: str
+    layout: np.dtype[Any]
+    codes: tuple[Plane, ...]
+    scales: tuple[Plane, ...]
+    block: int
+    lowest: int
+    highest: int
+    levels: int
+    grid: tuple[float, ...]
+    kind: int
+    share: float
+
+    @property
+    def least(self) -> bool:
+        return "floor" in (self.layout.names or ())
+
+    @property
+    def curved(self) -> bool:
+        return self.name.startswith("IQ4")
+
+    @property
+    def weights(self) -> int:
+        """In a super-block."""
+        outer, count, inner = self.codes[0].shape
+        return outer * count * inner
+
+    @property
+    def subs(self) -> int:
+        """Blocks in a super-block."""
+        return self.weights // self.block
+
+
+def encode(form: Form, rows: Floats) -> Bytes:
+    """Rows [n, columns] as super-blocks [n, bytes]. Raises PlanError where they do not divide the columns."""
+    from neoxconv.quant.search_lines import lines
+    from neoxconv.quant.search_scales import scales
+
+    count, columns = rows.shape
+    if columns % form.weights:
+        raise PlanError(
+            f"{form.name} stores {form.weights} weights together, but a row has {columns}. Store this tensor as F16."
+        )
+    blocks = np.ascontiguousarray(rows, np.float32).reshape(rows.size // form.block, form.block)
+    codes, numbers = np.empty(blocks.shape, np.uint8), np.empty((len(blocks), 4), np.float32)
+    everywhere, grid = np.ones((1, form.block), np.float32), np.array(form.grid, np.float32)
+    if form.least:
+        how = (form.subs, form.kind, form.share, form.highest, form.levels)
+        lines(blocks, everywhere, how, grid, TRIMS, codes, numbers)
+    else:
+        ends = (form.lowest, form.highest)
+        scales(blocks, everywhere, (form.subs, form.kind, form.share, *ends, form.levels, form.curved), grid, TRIMS,
+               codes, numbers)  # fmt: skip
+    return put_together(form, codes.reshape(-1, form.weights), numbers.reshape(-1, form.subs, 4)).reshape(count, -1)
+
+
+def put_together(form: Form, codes: Bytes, numbers: Floats) -> Bytes:
+    """Super-blocks [n, bytes] of codes [n, weights] and [n, blocks, 4] integers and steps of scale and least weight."""
+    stored = np.zeros(len(codes), form.layout)
+    stored["step"] = numbers[:, 0, 2]
+    integers = numbers[..., 0].astype(np.int32)
+    if form.least:
+        stored["floor"] = numbers[:, 0, 3]
+        integers = np.concatenate([integers, numbers[..., 1].astype(np.int32)], axis=1)
+    if form.scales:
+        pack(stored, form.scales, (integers + offset(form)).astype(np.uint8))
+    elif form.least:
+        stored["scales"] = pack_sixes(integers.astype(np.uint8))
+    pack(stored, form.codes, codes)
+    return stored.view(np.uint8).reshape(len(codes), form.layout.itemsize)
+
+
+def offset(form: Form) -> int:
+    """What is added to an integer scale where it is stored; those of 8 bits have a sign."""
+    return 0 if form.least or form.levels == 128 else form.levels
+
+
+def pack(stored: Array, planes: tuple[Plane, ...], values: Bytes) -> None:
+    """Fill the fields of planes."""
+    for plane in planes:
+        stored[plane.field] = plane.pack(values)
+
+
+def unpack(stored: Array, planes: tuple[Plane, ...]) -> Bytes:
+    """The values that the planes' fields hold together."""
+    outer, count, inner = planes[0].shape
+    values = np.zeros((len(stored), outer * count * inner), np.uint8)
+    for plane in planes:
+        plane.unpack(np.ascontiguousarray(stored[plane.field]).reshape(len(stored), -1), values)
+    return values
+
+
+def pack_sixes(integers: Bytes) -> Bytes:
+    """Eight scales and eight minima of six bits each in twelve bytes: the last four's upper bits above the first four's."""
+    first, last = integers.reshape(-1, 2, 2, 4)[:, :, 0], integers.reshape(-1, 2, 2, 4)[:, :, 1]
+    upper = (first | last >> 4 << 6).reshape(-1, 8)
+    return np.concatenate([upper, last[:, 0] & 15 | last[:, 1] << 4], axis=1)
+
+
+def unpack_sixes(stored: Bytes) -> Bytes:
+    """The sixteen integers in twelve bytes."""
+    upper = stored[:, :8].reshape(-1, 2, 4)
+    lower = np.stack([stored[:, 8:] & 15, stored[:, 8:] >> 4], axis=1)
+    return np.stack([upper & 63, lower | upper >> 6 << 4], axis=2).reshape(-1, 16)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Super-blocks taken apart: codes [n, blocks, block] uint8 and, [n, blocks, 1] in float32, scale and least weight;
+    [n, 1, 1] the steps that these are multiples of.
+    """
+
+    codes: Bytes
+    scale: Floats
+    least: Floats
+    step: Floats
+    floor: Floats
+
+
+def take_apart(form: Form, stored: Bytes) -> Parts:
+    """The numbers in super-blocks [n, bytes]. Raises CheckpointError where the bytes are no whole number of them."""
+    if stored.shape[1] % form.layout.itemsize:
+        raise CheckpointError(
+            f"{form.name}: blocks have {form.layout.itemsize} bytes, but a row has {stored.shape[1]}. "
+            "The file is damaged or its type is another one."
+        )
+    supers = np.ascontiguousarray(stored).reshape(-1, form.layout.itemsize).view(form.layout)[:, 0]
+    step = supers["step"].astype(np.float32)[:, None, None]
+    floor = supers["floor"].astype(np.float32)[:, None, None] if form.least else np.zeros_like(step)
+    if form.scales:
+        integers = unpack(supers, form.scales)
+    else:
+        integers = unpack_sixes(supers["scales"]) if form.least else np.ones((len(supers), 1), np.uint8)
+    signed = (
+        integers.view(np.int8) if form.levels == 128 else integers.astype(np.int32) - offset(form) * bool(form.scales)
+    )
+    numbers = signed.astype(np.float32).reshape(len(supers), -1, form.subs, 1)
+    codes = unpack(supers, form.codes).reshape(len(supers), form.subs, form.block)
+    with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
+        least = floor * numbers[:, 1] if form.least else np.zeros_like(step)
+        return Parts(codes, step * numbers[:, 0], least, step, floor)
+
+
+def values_of(form: Form, codes: Bytes) -> Floats:
+    """What codes stand for."""
+    return VALUES[codes] if form.curved else codes.astype(np.float32) + np.float32(form.lowest)
+
+
+def decode(form: Form, stored: Bytes) -> Floats:
+    """Super-blocks [n, bytes] as the float32 numbers [n, columns] that ggml reads."""
+    parts = take_apart(form, stored)
+    with np.errstate(invalid="ignore"):
+        values = values_of(form, parts.codes) * parts.scale
+        if form.least:
+            values -= parts.least
+    return values.reshape(len(stored), -1)
+
+
+def wrong(form: Form, rows: Floats, stored: Bytes) -> npt.NDArray[np.bool_]:
+    """True where a weight is further from its stored value than rounding to the nearest code explains.
+
+    A code at the end of its range may be any distance short of its weight. Where a block's range is not about the one
+    that its weights need (searches move it by a third, rounding to integers by a step and a half), it is wrong whole.
+    """
+    parts = take_apart(form, stored)
+    weights = np.asarray(rows, np.float32).reshape(parts.codes.shape)
+    with np.errstate(invalid="ignore", over="ignore"):
+        value = values_of(form, parts.codes)
+        error = (weights - (value * parts.scale - parts.least)) * np.where(
+            parts.scale < 0, np.float32(-1), np.float32(1)
+        )
+        size = np.abs(parts.scale)
+        above, below = gaps(form)
+        slack = (np.abs(value) * size + np.abs(parts.least)) * ROUNDING + TINY
+        bad = ~((error <= above[parts.codes] * size + slack) & (error >= -below[parts.codes] * size - slack))
+    return (bad | ~fits(form, weights, parts)).reshape(rows.shape)
+
+
+def gaps(form: Form) -> tuple[Floats, Floats]:
+    """How far above and below its value, in scales, a weight may lie that has a code."""
+    values = values_of(form, np.arange(form.highest - form.lowest + 1, dtype=np.uint8)) if not form.curved else VALUES
+    half = np.diff(values) / 2
+    return np.append(half, np.float32(np.inf)), np.insert(half, 0, np.float32(np.inf))
+
+
+def fits(form: Form, weights: Floats, parts: Parts) -> npt.NDArray[np.bool_]:
+    """Whether each block's scale and least weight [n, blocks, 1] are about those that its weights need."""
+    low, high = weights.min(axis=2, keepdims=True), weights.max(axis=2, keepdims=True)
+    if form.least:
+        low = np.minimum(low, np.float32(0))
+        span, reach = high - low, np.float32(form.highest)
+        result = np.abs(parts.least + low) <= span * THIRD + parts.floor * STEPS
+    else:
+        span, reach = np.maximum(-low, high), np.float32(127 if form.curved else -form.lowest)
+        result = np.isfinite(parts.scale)
+    slack = (
+        span * THIRD
+        + np.abs(parts.step) * (reach * STEPS if form.weights > form.block else np.float32(ROUNDING))
+        + TINY
+    )
+    return np.asarray(result & (np.abs(np.abs(parts.scale) * reach - span) <= slack))
+
+
+def encoding(form: Form) -> Encoding:
+    """The row of the table of encodings for `form`."""
+    dtype = DType(form.name, form.weights, form.layout.itemsize, np.dtype(np.uint8))
+    return Encoding(form.name, dtype, partial(encode, form), partial(decode, form), partial(wrong, form))
+
+
+def layout(*fields: tuple[Any, ...]) -> np.dtype[Any]:
+    """Fields that follow each other without gaps."""
+    return np.dtype(list(fields))
+
+
+def steps(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Numbers at equal distances."""
+    return tuple(np.linspace(first, last, count).tolist())
+
+
+# What the largest integer falls short of `levels`: a little larger steps may fit the others better.
+TRIMS = np.array([0.0, 0.5, 1.0], np.float32)
+ROUNDING, TINY = np.float32(1 / 1024), np.float32(1e-7)
+THIRD, STEPS = np.float32(0.4), np.float32(1.5)
+
+STEP, FLOOR = ("step", "<f2"), ("floor", "<f2")
+HALVES, BITS, NIBBLES = (2, 4, 32), (1, 8, 32), (4, 2, 32)
+CURVE = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)
+ABOVE, SQUARE = 0, 1
+
+Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL = map(
+    encoding,
+    (
+        Form("Q2_K", layout(("scales", "u1", 16), ("qs", "u1", 64), STEP, FLOOR),
+             (Plane("qs", 0, 2, HALVES),), (Plane("scales", 0, 4, (1, 2, 16)),), 16, 0, 3, 15, steps(2.7, 3.6, 3), ABOVE, 0.0),
+        Form("Q3_K", layout(("hmask", "u1", 32), ("qs", "u1", 64), ("nibbles", "u1", 8), ("upper", "u1", 4), STEP),
+             (Plane("qs", 0, 2, HALVES), Plane("hmask", 2, 1, BITS)),
+             (Plane("nibbles", 0, 4, (1, 2, 8)), Plane("upper", 4, 2, (1, 4, 4))), 16, -4, 3, 32, (-4.1, -3.4), SQUARE, 0.6),
+        Form("Q4_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qs", "u1", 128)),
+             (Plane("qs", 0, 4, NIBBLES),), (), 32, 0, 15, 63, steps(14, 15.5, 5), ABOVE, 1.0),
+        Form("Q5_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)),
+             (Plane("qs", 0, 4, NIBBLES), Plane("qh", 4, 1, BITS)), (), 32, 0, 31, 63, steps(30.5, 32, 4), ABOVE, 1.0),
+        Form("Q6_K", layout(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "u1", 16), STEP),
+             (Plane("ql", 0, 4, (2, 2, 64)), Plane("qh", 4, 2, HALVES)), (Plane("scales", 0, 8, (1, 1, 16)),),
+             16, -32, 31, 128, (-32.0, -31.2), SQUARE, 0.3),
+        Form("IQ4_XS", layout(STEP, ("upper", "u1", 2), ("nibbles", "u1", 4), ("qs", "u1", 128)),
+             (Plane("qs", 0, 4, (8, 2, 16)),), (Plane("nibbles", 0, 4, (4, 2, 1)), Plane("upper", 4, 2, (2, 4, 1))),
+             32, -127, 113, 32, CURVE, SQUARE, 0.6),
+        Form("IQ4_NL", layout(STEP, ("qs", "u1", 16)),
+             (Plane("qs", 0, 4, (1, 2, 16)),), (), 32, -127, 113, 2, CURVE, SQUARE, 0.6),
+    ),
+)  # fmt: skip
