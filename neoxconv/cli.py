@@ -19,7 +19,7 @@ import click
 
 from neoxconv import __version__
 from neoxconv.errors import NeoxconvError, VerifyError
-from neoxconv.names import DTYPES, FORMATS, MIXES, NORMS, PRESETS
+from neoxconv.names import DTYPES, FORMATS, MIXES, NORMS, PRESETS, TYPES
 from neoxconv.terminal import parse_size, table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,6 +33,14 @@ def byte_count(text: str) -> int:
     if not count:
         raise click.BadParameter(f"{text!r} is no size; write it as 5GB, 500MB, 2GiB or a number of bytes.")
     return count
+
+
+def override(text: str) -> tuple[str, str]:
+    """The pattern and the type that `--tensor-type` joins with `=`."""
+    pattern, equals, name = text.rpartition("=")
+    if not (pattern and equals) or name.upper() not in TYPES:
+        raise click.BadParameter(f"{text!r} is no PATTERN=TYPE; TYPE is one of {', '.join(TYPES)}.")
+    return pattern, name.upper()
 
 
 def size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
@@ -101,7 +109,13 @@ def inspect(source: Path, **given: Any) -> None:
 @click.argument("source", type=PATH, metavar="SRC")
 @click.argument("target", type=PATH, metavar="DST")
 @choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
-@choice_option("--type", choices=MIXES, help="gguf: the quantization.  [default: F16, or BF16 for a bf16 source]")
+@choice_option("--type", choices=MIXES, metavar="MIX", help="gguf: F16, Q8_0, Q4_K_M, ...; see `neoxconv formats`.")
+@choice_option("--mix", choices=("current", "classic"), help="gguf: attn_qkv as now, or as until early 2025.")
+@click.option("--pure", is_flag=True, default=None, help="gguf: the mix's main type for every matrix.")
+@choice_option("--output-type", choices=TYPES, metavar="TYPE", help="gguf: the type of output.weight.")
+@choice_option("--embedding-type", choices=TYPES, metavar="TYPE", help="gguf: the type of token_embd.weight.")
+@click.option("--tensor-type", type=override, multiple=True, metavar="PATTERN=TYPE",
+              help="gguf: the type of names that hold the pattern; repeat for several.")  # fmt: skip
 @choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
 @norms
 @click.option("--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC]")

@@ -32,6 +32,7 @@ ONLY_FOR = {
     "tp": ("slim",),
     "shard_size": ("hf",),
     "split_size": ("gguf",),
+    **dict.fromkeys(("mix", "pure", "output_type", "embedding_type", "tensor_type"), ("gguf",)),
 }
 
 
@@ -45,9 +46,9 @@ def opened(source: Path, given: Given, norms: str = "mean") -> Checkpoint:
 def check_options(given: Given) -> None:
     """Raise UsageError where an option is for another format than the one asked for."""
     name = given["format"]
-    wrong = [option for option, formats in ONLY_FOR.items() if given[option] is not None and name not in formats]
+    wrong = [option for option, formats in ONLY_FOR.items() if given[option] not in (None, ()) and name not in formats]
     for option in wrong:
-        takes = " and ".join(f"--{o.replace('_', '-')}" for o, formats in ONLY_FOR.items() if name in formats)
+        takes = ", ".join(f"--{o.replace('_', '-')}" for o, formats in ONLY_FOR.items() if name in formats)
         raise click.UsageError(
             f"--{option.replace('_', '-')} is for {', '.join(ONLY_FOR[option])}, not for {name}, which takes {takes}."
         )

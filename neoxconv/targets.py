@@ -163,7 +163,7 @@ def gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry])
         shown = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
         block = ENCODINGS[name].dtype.block
         notes.append(
-            f"{len(tensors)} tensors are {instead} because {block}, {name}'s block, does not divide their rows: {shown}"
+            f"{len(tensors)} tensors are {instead}: {name}'s block of {block} does not divide their rows ({shown})"
         )
     if checkpoint.config.activation == "gelu":
         notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")

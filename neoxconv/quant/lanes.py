@@ -3,8 +3,8 @@
 Every sum runs over its own block's weights in a fixed order, and the lanes fill the vector registers, whatever their
 width: the same bytes on every machine, without fastmath and without FMA.
 
-A candidate scale gives every weight y = a * x + b, its code q (the nearest) and the rest e = y - q. Sums of q, q * q, e,
-e * q and e * e, each weighted, hold all there is to know: the best line through these codes (least squares) and its
+A candidate scale gives every weight y = a * x + b, its code q (the nearest) and the rest e = y - q. Sums of q, q * q,
+e, e * q and e * e, each weighted, hold all there is to know: the best line through these codes (least squares) and its
 error, without the cancellation that sums of x * x bring. They also give the error of any other scale and minimum with
 the same codes, which is how those are rounded to their few bits: not each to its nearest, but together.
 """
@@ -18,7 +18,7 @@ from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, half_bits, i32,
 
 LANES, MOST = 64, 32  # blocks side by side; weights in a block at most
 MAGIC = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer
-TWO, INFINITY, TINY, LARGEST = f32(2), f32(np.inf), f32(1e-15), f32(65504)
+TWO, INFINITY, TINY, LARGEST = f32(2), f32(np.inf), f32(1e-15), f32(65520)
 ABOVE, SQUARE, COLUMN, GIVEN = 0, 1, 2, 3  # how weights matter; see `weigh`
 
 # Rows of the scratch, one number for each lane.
@@ -32,9 +32,10 @@ ROWS = 32
 
 @kernel
 def rounded_to_half(value: np.float32) -> np.float32:
-    """The float16 nearest to a number that is not negative, 65504 at most."""
-    bits = half_bits(as_bits(f32(min(value, LARGEST))))
-    size = u32(u32(bits & u16(0x7FFF)) << u32(13))
+    """The float16 nearest to a number that is not negative; infinity beyond 65504, as float16 has it."""
+    if not value < LARGEST:
+        return f32(INFINITY)
+    size = u32(u32(half_bits(as_bits(value)) & u16(0x7FFF)) << u32(13))
     if size < u32(0x00800000):
         return f32(as_float(size + u32(113 << 23)) - f32(2.0**-14))
     return as_float(size + u32(112 << 23))

@@ -100,8 +100,10 @@ LAST_RESORT = "F16"
 
 @dataclass(frozen=True)
 class Choice:
-    """What decides: a mix, in its current or classic form or `pure` (its main type for every matrix), and what overrides
-    it: `output` and `embedding` types, and (pattern, type) pairs for GGUF names, the first that is found in it.
+    """What decides: a mix, in its current or classic form or `pure` (its main type for every matrix), and what
+    overrides it: `output` and `embedding` types, and (pattern, type) pairs, the first whose pattern a GGUF name holds.
+
+    Raises PlanError for a name or a pattern that is none.
     """
 
     mix: str
@@ -114,6 +116,15 @@ class Choice:
     def __post_init__(self) -> None:
         if self.mix not in MIXES:
             raise PlanError(f"--type {self.mix}: expected one of {', '.join(MIXES)}.")
+        types = [self.output, self.embedding, *(name for _, name in self.overrides)]
+        for name in filter(None, types):
+            if name not in ENCODINGS:
+                raise PlanError(f"type {name}: expected one of {', '.join(ENCODINGS)}.")
+        for pattern, _ in self.overrides:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise PlanError(f"--tensor-type {pattern}: is not a regular expression ({error}).") from error
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def largest(s: Floats, row: int, group: int, subs: int) -> np.float32:
 def round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None:
     """Scales and minima as integers of at most `levels` times a super-block's two float16 steps.
 
-    For each of the two integers nearest to a minimum the scale is fitted anew, as its error is known for the best codes;
-    so too for steps with a little less than `levels` (`trims`) to the largest: the least error of a super-block wins.
+    For each of the two integers nearest to a minimum the scale is fitted anew, as its error is known for the best
+    codes; so too for steps with a little less than `levels` (`trims`) to the largest: a super-block's least error wins.
     """
     for i in range(LANES):
         s[BEST_TOTAL, i] = INFINITY
@@ -198,7 +198,8 @@ def line_codes(x: Floats, s: Floats, n: int, top: np.float32) -> None:
     for i in range(LANES):
         scale = s[PICK_SCALE, i] * s[PICK_STEP, i]
         s[A, i] = ONE / scale if scale > ZERO else ZERO
-        s[B, i] = s[PICK_LEAST, i] * s[PICK_FLOOR, i] * s[A, i]
+        offset = s[PICK_LEAST, i] * s[PICK_FLOOR, i] * s[A, i]
+        s[B, i] = offset if offset < INFINITY else ZERO
     for j in range(n):
         for i in range(LANES):
             x[j, i] = min(max((x[j, i] * s[A, i] + s[B, i] + MAGIC) - MAGIC, ZERO), top)

@@ -4,8 +4,8 @@
     w ~ step * scale * code                    Q3_K, Q6_K: codes around zero
     w ~ step * scale * VALUES[code]            IQ4_XS; IQ4_NL without a scale: sixteen values, close together near zero
 
-Codes and integers lie in planes: a field holds some bits of each, and one of its bytes those of several that are equally
-far apart. The searches are in search.py; the bytes are ggml's (ggml-common.h).
+Codes and integers lie in planes: a field holds some bits of each, and one of its bytes those of several that are
+equally far apart. The searches are in search_lines.py and search_scales.py; the bytes are ggml's (ggml-common.h).
 """
 
 from __future__ import annotations
@@ -17,38 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.dtypes import Array, Bytes, DType, Floats
+from neoxconv.dtypes import Bytes, DType, Floats
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.model import Encoding
+from neoxconv.quant.planes import Plane, pack, pack_sixes, unpack, unpack_sixes
 
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Where `bits` bits from bit `low` on of every code lie in `field`.
-
-    The codes in order fill [outer, count, inner]; a byte of the field holds the bits of `count` of them, lowest first.
-    """
-
-    field: str
-    low: int
-    bits: int
-    shape: tuple[int, int, int]
-
-    def pack(self, codes: Bytes) -> Bytes:
-        """The field's bytes [n, outer * inner] of codes [n, outer * count * inner]."""
-        from neoxconv.quant.lanes import pack_plane
-
-        stored = np.empty((len(codes), self.shape[0] * self.shape[2]), np.uint8)
-        pack_plane(codes, self.low, self.bits, self.shape, stored)
-        return stored
-
-    def unpack(self, stored: Bytes, codes: Bytes) -> None:
-        """Add the bits of every code to `codes`, at their place in it."""
-        from neoxconv.quant.lanes import unpack_plane
-
-        unpack_plane(stored, self.low, self.bits, self.shape, codes)
 
 
 @dataclass(frozen=True)
@@ -56,8 +30,8 @@ class Form:
     """The bytes of a super-block, and what its codes mean.
 
     `block` weights share an integer scale: from -levels to levels - 1, with a least weight from 0 to `levels`. Codes go
-    from `lowest` to `highest`. `grid` is where the search first puts a block's largest weight (with a least weight: over
-    how many steps it lays the block's range); `kind` and `share` say how much a weight matters (lanes.weigh).
+    from `lowest` to `highest`. `grid` is where the search first puts a block's largest weight (with a least weight:
+    over how many steps it lays the block's range); `kind` and `share` say how much a weight matters (lanes.weigh).
     """
 
     name: str
@@ -112,7 +86,9 @@ def encode(form: Form, rows: Floats) -> Bytes:
         ends = (form.lowest, form.highest)
         scales(blocks, everywhere, (form.subs, form.kind, form.share, *ends, form.levels, form.curved), grid, TRIMS,
                codes, numbers)  # fmt: skip
-    return put_together(form, codes.reshape(-1, form.weights), numbers.reshape(-1, form.subs, 4)).reshape(count, -1)
+    supers = count * columns // form.weights
+    stored = put_together(form, codes.reshape(supers, form.weights), numbers.reshape(supers, form.subs, 4))
+    return stored.reshape(count, columns // form.weights * form.layout.itemsize)
 
 
 def put_together(form: Form, codes: Bytes, numbers: Floats) -> Bytes:
@@ -136,35 +112,6 @@ def offset(form: Form) -> int:
     return 0 if form.least or form.levels == 128 else form.levels
 
 
-def pack(stored: Array, planes: tuple[Plane, ...], values: Bytes) -> None:
-    """Fill the fields of planes."""
-    for plane in planes:
-        stored[plane.field] = plane.pack(values)
-
-
-def unpack(stored: Array, planes: tuple[Plane, ...]) -> Bytes:
-    """The values that the planes' fields hold together."""
-    outer, count, inner = planes[0].shape
-    values = np.zeros((len(stored), outer * count * inner), np.uint8)
-    for plane in planes:
-        plane.unpack(np.ascontiguousarray(stored[plane.field]).reshape(len(stored), -1), values)
-    return values
-
-
-def pack_sixes(integers: Bytes) -> Bytes:
-    """Eight scales and eight minima of six bits each in twelve bytes: the last four's upper bits above the first four's."""
-    first, last = integers.reshape(-1, 2, 2, 4)[:, :, 0], integers.reshape(-1, 2, 2, 4)[:, :, 1]
-    upper = (first | last >> 4 << 6).reshape(-1, 8)
-    return np.concatenate([upper, last[:, 0] & 15 | last[:, 1] << 4], axis=1)
-
-
-def unpack_sixes(stored: Bytes) -> Bytes:
-    """The sixteen integers in twelve bytes."""
-    upper = stored[:, :8].reshape(-1, 2, 4)
-    lower = np.stack([stored[:, 8:] & 15, stored[:, 8:] >> 4], axis=1)
-    return np.stack([upper & 63, lower | upper >> 6 << 4], axis=2).reshape(-1, 16)
-
-
 @dataclass(frozen=True)
 class Parts:
     """Super-blocks taken apart: codes [n, blocks, block] uint8 and, [n, blocks, 1] in float32, scale and least weight;
@@ -185,7 +132,8 @@ def take_apart(form: Form, stored: Bytes) -> Parts:
             f"{form.name}: blocks have {form.layout.itemsize} bytes, but a row has {stored.shape[1]}. "
             "The file is damaged or its type is another one."
         )
-    supers = np.ascontiguousarray(stored).reshape(-1, form.layout.itemsize).view(form.layout)[:, 0]
+    raw = np.ascontiguousarray(stored).reshape(stored.size // form.layout.itemsize, form.layout.itemsize)
+    supers = raw.view(form.layout)[:, 0]
     step = supers["step"].astype(np.float32)[:, None, None]
     floor = supers["floor"].astype(np.float32)[:, None, None] if form.least else np.zeros_like(step)
     if form.scales:
@@ -195,7 +143,7 @@ def take_apart(form: Form, stored: Bytes) -> Parts:
     signed = (
         integers.view(np.int8) if form.levels == 128 else integers.astype(np.int32) - offset(form) * bool(form.scales)
     )
-    numbers = signed.astype(np.float32).reshape(len(supers), -1, form.subs, 1)
+    numbers = signed.astype(np.float32).reshape(len(supers), 1 + form.least, form.subs, 1)
     codes = unpack(supers, form.codes).reshape(len(supers), form.subs, form.block)
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
         least = floor * numbers[:, 1] if form.least else np.zeros_like(step)
@@ -214,51 +162,57 @@ def decode(form: Form, stored: Bytes) -> Floats:
         values = values_of(form, parts.codes) * parts.scale
         if form.least:
             values -= parts.least
-    return values.reshape(len(stored), -1)
+    return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * form.weights)
 
 
 def wrong(form: Form, rows: Floats, stored: Bytes) -> npt.NDArray[np.bool_]:
     """True where a weight is further from its stored value than rounding to the nearest code explains.
 
-    A code at the end of its range may be any distance short of its weight. Where a block's range is not about the one
-    that its weights need (searches move it by a third, rounding to integers by a step and a half), it is wrong whole.
+    A code at the end of its range may be any distance short of its weight, and a scale of 0 leaves no choice. Where a
+    block's range is not about the one that its weights need, it is wrong whole.
     """
     parts = take_apart(form, stored)
     weights = np.asarray(rows, np.float32).reshape(parts.codes.shape)
     with np.errstate(invalid="ignore", over="ignore"):
-        value = values_of(form, parts.codes)
-        error = (weights - (value * parts.scale - parts.least)) * np.where(
-            parts.scale < 0, np.float32(-1), np.float32(1)
-        )
-        size = np.abs(parts.scale)
+        value, size = values_of(form, parts.codes), np.abs(parts.scale)
+        error = (weights - (value * parts.scale - parts.least)) * np.copysign(np.float32(1), parts.scale)
         above, below = gaps(form)
-        slack = (np.abs(value) * size + np.abs(parts.least)) * ROUNDING + TINY
+        slack = (np.abs(weights) + parts.least) * blur(parts.step) + parts.least * blur(parts.floor) + TINY * size
         bad = ~((error <= above[parts.codes] * size + slack) & (error >= -below[parts.codes] * size - slack))
-    return (bad | ~fits(form, weights, parts)).reshape(rows.shape)
+        bad &= size != 0
+        bad |= ~np.isfinite(weights)
+        return (bad | ~fits(form, weights, parts)).reshape(rows.shape)
+
+
+def blur(step: Floats) -> Floats:
+    """By what share rounding to float16 may have moved a step, twice over: encoders use it before as well as after."""
+    return np.maximum(np.float32(1 / 1024), np.float32(2.0**-24) / np.maximum(np.abs(step), np.float32(2.0**-24)))
 
 
 def gaps(form: Form) -> tuple[Floats, Floats]:
     """How far above and below its value, in scales, a weight may lie that has a code."""
-    values = values_of(form, np.arange(form.highest - form.lowest + 1, dtype=np.uint8)) if not form.curved else VALUES
+    values = VALUES if form.curved else np.arange(form.lowest, form.highest + 1, dtype=np.float32)
     half = np.diff(values) / 2
     return np.append(half, np.float32(np.inf)), np.insert(half, 0, np.float32(np.inf))
 
 
 def fits(form: Form, weights: Floats, parts: Parts) -> npt.NDArray[np.bool_]:
-    """Whether each block's scale and least weight [n, blocks, 1] are about those that its weights need."""
+    """Whether each block's scale and least weight [n, blocks, 1] are about those that its weights need.
+
+    A search moves them by a part of the range, the more the fewer codes there are; rounding to integers by up to a step
+    and a half.
+    """
     low, high = weights.min(axis=2, keepdims=True), weights.max(axis=2, keepdims=True)
+    tiny = np.float32(2.0**-25 * form.levels)  # what rounding a subnormal step comes to in all
+    moves, rounding = np.float32(0.3 + 0.9 / (form.highest - form.lowest)), np.float32(1.5 * (form.subs > 1))
     if form.least:
         low = np.minimum(low, np.float32(0))
         span, reach = high - low, np.float32(form.highest)
-        result = np.abs(parts.least + low) <= span * THIRD + parts.floor * STEPS
+        result = np.abs(parts.least + low) <= span * moves + parts.floor * rounding + tiny
     else:
-        span, reach = np.maximum(-low, high), np.float32(127 if form.curved else -form.lowest)
+        span, reach = np.maximum(-low, high), np.float32(-form.lowest)
         result = np.isfinite(parts.scale)
-    slack = (
-        span * THIRD
-        + np.abs(parts.step) * (reach * STEPS if form.weights > form.block else np.float32(ROUNDING))
-        + TINY
-    )
+    slack = span * moves + np.abs(parts.step) * (reach * rounding + np.float32(1 / 1024)) + tiny * reach
     return np.asarray(result & (np.abs(np.abs(parts.scale) * reach - span) <= slack))
 
 
@@ -280,8 +234,7 @@ def steps(first: float, last: float, count: int) -> tuple[float, ...]:
 
 # What the largest integer falls short of `levels`: a little larger steps may fit the others better.
 TRIMS = np.array([0.0, 0.5, 1.0], np.float32)
-ROUNDING, TINY = np.float32(1 / 1024), np.float32(1e-7)
-THIRD, STEPS = np.float32(0.4), np.float32(1.5)
+TINY = np.float32(1e-6)  # of float32 arithmetic
 
 STEP, FLOOR = ("step", "<f2"), ("floor", "<f2")
 HALVES, BITS, NIBBLES = (2, 4, 32), (1, 8, 32), (4, 2, 32)
@@ -292,10 +245,12 @@ Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL = map(
     encoding,
     (
         Form("Q2_K", layout(("scales", "u1", 16), ("qs", "u1", 64), STEP, FLOOR),
-             (Plane("qs", 0, 2, HALVES),), (Plane("scales", 0, 4, (1, 2, 16)),), 16, 0, 3, 15, steps(2.7, 3.6, 3), ABOVE, 0.0),
+             (Plane("qs", 0, 2, HALVES),), (Plane("scales", 0, 4, (1, 2, 16)),),
+             16, 0, 3, 15, steps(2.7, 3.6, 3), ABOVE, 0.0),
         Form("Q3_K", layout(("hmask", "u1", 32), ("qs", "u1", 64), ("nibbles", "u1", 8), ("upper", "u1", 4), STEP),
              (Plane("qs", 0, 2, HALVES), Plane("hmask", 2, 1, BITS)),
-             (Plane("nibbles", 0, 4, (1, 2, 8)), Plane("upper", 4, 2, (1, 4, 4))), 16, -4, 3, 32, (-4.1, -3.4), SQUARE, 0.6),
+             (Plane("nibbles", 0, 4, (1, 2, 8)), Plane("upper", 4, 2, (1, 4, 4))),
+             16, -4, 3, 32, (-4.1, -3.4), SQUARE, 0.6),
         Form("Q4_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qs", "u1", 128)),
              (Plane("qs", 0, 4, NIBBLES),), (), 32, 0, 15, 63, steps(14, 15.5, 5), ABOVE, 1.0),
         Form("Q5_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)),
