@@ -1,7 +1,10 @@
-"""How fast the encoders are beside ggml's own, on one thread.
+"""How fast the encoders are beside ggml's own, on one thread, and how large their errors.
 
     python -m benchmarks.encoders
 
+The simple blocks' bytes are ggml's. Of super-blocks the errors' ratios are printed, ours over ggml's: with each
+weight's error weighted as ggml's encoder does without an importance matrix / plain, on normal, Laplace and Student (3)
+weights.
 Both encode the same rows in turns, so that a busy machine slows both; the medians' ratio is what to compare between
 machines. ggml comes with llama-cpp-python (`make oracles`, or pip install llama-cpp-python); without it only our own
 speed is printed.
@@ -19,9 +22,12 @@ import numpy as np
 
 from neoxconv.dtypes import Floats
 from neoxconv.quant import ENCODINGS
-from tests.golden.make_blocks import NAMES, ggml, ggml_encode
+from tests.golden.make_blocks import NAMES as SIMPLE
+from tests.golden.make_blocks import ggml, ggml_encode
+from tests.test_superblocks import NAMES as SUPER
+from tests.test_superblocks import errors, weights
 
-ROUNDS = 15
+ROUNDS = 7
 SHAPE = (341, 6144)  # a slab of 8 MiB
 
 
@@ -39,17 +45,29 @@ def in_turns(tasks: Sequence[Callable[[], object]]) -> list[float]:
 
 
 def compare(name: str, rows: Floats) -> str:
-    """Return one line of the table: million weights a second for us and for ggml, the ratio, and the compile time."""
+    """Return one line of the table: million weights a second for us and for ggml, the ratio, compile time, errors."""
     encoding, library = ENCODINGS[name], ggml()
     compiling = seconds(lambda: encoding.encode(rows[:1]))
     tasks: list[Callable[[], object]] = [lambda: encoding.encode(rows), lambda: encoding.decode(stored)]
-    stored = encoding.encode(rows)
+    stored, errors = encoding.encode(rows), ""
     if library:
-        assert np.array_equal(stored, ggml_encode(library, name, rows)), f"{name}: the bytes differ from ggml's"
+        if name in SIMPLE:
+            assert np.array_equal(stored, ggml_encode(library, name, rows)), f"{name}: the bytes differ from ggml's"
+        else:
+            errors = "  ".join(error_ratios(name, kind) for kind in ("gauss", "laplace", "student"))
         tasks.append(lambda: ggml_encode(library, name, rows))
     ours, decoding, *theirs = (rows.size / time / 1e6 for time in in_turns(tasks))
     other = f"{theirs[0]:8.0f} {ours / theirs[0]:8.1f}x" if theirs else f"{'absent':>8} {'':>9}"
-    return f"{name:6} {ours:8.0f} {other} {decoding:8.0f} {compiling:10.2f}"
+    return f"{name:6} {ours:8.0f} {other} {decoding:8.0f} {compiling:10.2f}  {errors}"
+
+
+def error_ratios(name: str, kind: str) -> str:
+    """Return our error over ggml's on one kind of weights, weighted / plain."""
+    library, rows = ggml(), weights(kind, 1 << 19)
+    assert library
+    ours = errors(ENCODINGS[name], rows, ENCODINGS[name].encode(rows))
+    theirs = errors(ENCODINGS[name], rows, ggml_encode(library, name, rows))
+    return f"{ours[0] / theirs[0]:.4f}/{ours[1] / theirs[1]:.4f}"
 
 
 def main() -> None:
@@ -57,10 +75,12 @@ def main() -> None:
         os.environ["NUMBA_CACHE_DIR"] = cache  # read when numba is imported: every kernel is compiled anew
         rows = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
         ENCODINGS["F16"].encode(rows[:1])
-        print("million weights a second, one thread; compiling in seconds, once per machine")
-        print(f"{'':6} {'encode':>8} {'ggml':>8} {'ratio':>9} {'decode':>8} {'compiling':>10}")
-        for name in NAMES:
-            print(compare(name, rows))
+        print("million weights a second, one thread; compiling in seconds, once per machine; errors against ggml's")
+        print(
+            f"{'':6} {'encode':>8} {'ggml':>8} {'ratio':>9} {'decode':>8} {'compiling':>10}  normal, Laplace, Student"
+        )
+        for name in (*SIMPLE, *SUPER):
+            print(compare(name, rows), flush=True)
         if not ggml():
             print("ggml is absent: run `make oracles`, or pip install llama-cpp-python")
 

@@ -16,6 +16,7 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.quant.mixes import MIXES, Choice, Place, choose, wanted
 from neoxconv.recipe import Recipe
 from neoxconv.tensor import LazyTensor, reordered
+from neoxconv.terminal import plural
 
 GGUF_ALIASES = {"embed_out.weight": "gpt_neox.embed_in.weight"}  # what a tied model's head is
 
@@ -162,9 +163,7 @@ def gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry])
     for (name, instead), tensors in odd.items():
         shown = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
         block = ENCODINGS[name].dtype.block
-        notes.append(
-            f"{len(tensors)} tensors are {instead}: {name}'s block of {block} does not divide their rows ({shown})"
-        )
+        notes.append(f"{plural(len(tensors), 'tensor')} as {instead}: no rows of {name}'s {block} weights: {shown}")
     if checkpoint.config.activation == "gelu":
         notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")
     return notes

@@ -21,7 +21,8 @@ from tests.oracles import fixtures
 from tests.test_bad_input import cli, digests, writable_copy
 
 ROOT = Path(__file__).parents[1]
-VALUES = {"type": "q8_0", "dtype": "f32", "tp": "1", "shard_size": "1MB", "split_size": "1MB"}
+VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "shard_size": ["1MB"], "split_size": ["1MB"], "pure": [],
+          "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 def test_an_option_of_another_format_is_a_usage_error(
     option: str, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("convert", "here", "there", "--to", format, f"--{option.replace('_', '-')}", VALUES[option])
+    words = ("convert", "here", "there", "--to", format, f"--{option.replace('_', '-')}", *VALUES[option])
     assert cli(*words) == 2
     assert f"is for {', '.join(ONLY_FOR[option])}" in capsys.readouterr().err
 

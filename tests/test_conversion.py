@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
+from neoxconv.names import MIXES
 from tests.oracles import fixtures, llama_convert, llama_logits, transformers4_load, transformers_logits
 
 NAMES = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
@@ -93,12 +94,12 @@ def test_llama_cpp_computes_the_same_from_gguf(name: str, tmp_path: Path) -> Non
         assert difference.max() < 0.02 * expected.std(), mix
 
 
-@pytest.mark.parametrize("mix", ["BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix not in ("F32", "F16")])
 def test_llama_cpp_loads_every_mix(mix: str, tmp_path: Path) -> None:
     tokens = reference("trained_tp2_pp4", "tokens.npy")[:2, :64]
     file = convert(shards("trained_tp2_pp4"), tmp_path / "x.gguf", format="gguf", type=mix)
     agreement = (llama_logits(file, tokens).argmax(-1) == reference("trained_tp2_pp4", "top1.npy")[:2, :64]).mean()
-    assert agreement > 0.85
+    assert agreement > (0.6 if mix.startswith(("Q2", "Q3")) else 0.85)
 
 
 @pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "trained_tp2_pp4"])

@@ -1,0 +1,64 @@
+"""How far quantized files are from the F16 file in llama.cpp's logits, beside those that llama-quantize makes.
+
+    python -m benchmarks.divergence --source CHECKPOINT --tokens tokens.npy [--tokenizer FILE] [--mixes Q4_K_M ...]
+
+Mean KL divergence over all positions, in both directions of comparison the same run and the same F16 file; with equal
+types for every tensor. `paired` is the mean difference of the sequences' divergences, ours less theirs, and two
+standard errors of it: ours is no further where the first is at most the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.quant.mixes import MIXES
+from tests.oracles import llama_logits, llama_quantize
+
+PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
+Logits = npt.NDArray[np.float32]
+
+
+def log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:
+    """The logarithms of the probabilities that logits [..., vocabulary] stand for."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def divergence(reference: Logits, logits: Logits) -> npt.NDArray[np.float64]:
+    """The mean KL divergence [sequences] of logits [sequences, time, vocabulary] from the reference's."""
+    p, q = log_probabilities(reference), log_probabilities(logits)
+    return np.asarray((np.exp(p) * (p - q)).sum(axis=-1).mean(axis=-1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--mixes", nargs="+", default=PACKED, choices=PACKED)
+    given = parser.parse_args()
+    checkpoint, tokens = open_checkpoint(given.source), np.load(given.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def made(mix: str) -> Path:
+            return run(make_plan(checkpoint, Recipe("gguf", type=mix, tokenizer=given.tokenizer)), Path(folder) / mix)
+
+        f16 = made("F16")
+        reference = llama_logits(f16, tokens)
+        print(f"{'mix':8} {'ours':>10} {'ggml':>10} {'ratio':>7} {'paired':>12} {'2 s.e.':>10}")
+        for mix in given.mixes:
+            theirs = Path(folder) / "theirs"
+            llama_quantize(f16, theirs, mix)
+            a, b = (divergence(reference, llama_logits(file, tokens)) for file in (made(mix), theirs))
+            paired, error = (a - b).mean(), 2 * (a - b).std(ddof=1) / len(a) ** 0.5
+            print(f"{mix:8} {a.mean():10.6f} {b.mean():10.6f} {a.mean() / b.mean():7.3f} {paired:12.2e} {error:10.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Mixes: per-tensor types equal to llama-quantize's at every depth and width, and what overrides them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.catalog import catalog
+from neoxconv.cli import main
+from neoxconv.errors import PlanError
+from neoxconv.names import MIXES as MIX_NAMES
+from neoxconv.names import TYPES
+from neoxconv.plan import Plan
+from neoxconv.quant import ENCODINGS
+from neoxconv.quant.mixes import MIXES
+from tests.oracles import llama_quantize
+from tests.toy import toy
+
+PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
+
+# What the 20B model takes with llama-quantize's types, in GiB, and by the recipe until early 2025.
+CURRENT = {
+    "Q8_0": 20.35, "Q6_K": 15.71, "Q5_K_M": 13.93, "Q5_K_S": 13.21, "Q4_K_M": 12.25, "Q4_K_S": 10.99, "Q3_K_L": 11.54,
+    "Q3_K_M": 10.06, "Q3_K_S": 8.35, "Q2_K": 7.69, "IQ4_XS": 10.37, "IQ4_NL": 10.94, "Q4_0": 10.85, "Q4_1": 12.03,
+    "Q5_0": 13.21, "Q5_1": 14.39,
+}  # fmt: skip
+CLASSIC = {"Q4_K_M": 12.23, "Q5_K_M": 14.24, "Q3_K_M": 10.03, "Q3_K_L": 10.96, "Q2_K": 7.22}
+
+
+def planned(source: Path, **recipe: Any) -> Plan:
+    return make_plan(open_checkpoint(source), Recipe("gguf", **recipe))
+
+
+def types(plan: Plan) -> dict[str, str]:
+    return {step.slot.entry.name: step.slot.entry.encoding.name for step in plan.steps}
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden"), [(3, 256), (17, 256), (2, 96), (2, 40)], ids=["shallow", "deep", "narrow", "odd"]
+)
+def test_types_are_those_of_llama_quantize(layers: int, hidden: int, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; run `make oracles`")
+    source = toy(tmp_path, layers=layers, hidden=hidden, heads=4, rows=512)
+    f16 = run(planned(source, type="F16"), tmp_path / "f16.gguf")
+    for mix in PACKED:
+        theirs = tmp_path / "theirs.gguf"
+        llama_quantize(f16, theirs, mix)
+        expected = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(theirs).tensors}
+        assert types(planned(source, type=mix)) == expected, mix
+
+
+def test_names_are_those_of_the_tables() -> None:
+    assert set(MIX_NAMES) == set(MIXES) and set(TYPES) == set(ENCODINGS)
+
+
+def test_sizes_of_the_20b_model_are_those_measured() -> None:
+    sizes = {row.type: row.nbytes / 2**30 for row in catalog() if row.format == "gguf"}
+    for mix, expected in CURRENT.items():
+        assert abs(sizes[mix] - expected) < 0.0051, mix
+
+
+def test_the_classic_recipe_has_its_sizes() -> None:
+    from neoxconv.catalog import shapes
+    from neoxconv.quant.mixes import Choice
+    from neoxconv.targets import gguf_entries
+
+    model = shapes("20B")
+    for mix, expected in CLASSIC.items():
+        size = sum(entry.nbytes for entry in gguf_entries(model, Choice(mix, classic=True))) / 2**30
+        assert abs(size - expected) < 0.0051, mix
+
+
+def test_overrides_win_in_their_order(tmp_path: Path) -> None:
+    source = toy(tmp_path, hidden=256)
+    options = {
+        "output_type": "Q8_0",
+        "embedding_type": "Q5_K",
+        "tensor_type": ((r"blk\.1\.ffn", "Q6_K"), ("ffn_up", "IQ4_XS")),
+    }
+    found = types(planned(source, type="Q4_K_S", **options))
+    assert (found["output.weight"], found["token_embd.weight"]) == ("Q8_0", "Q5_K")
+    assert (found["blk.0.ffn_up.weight"], found["blk.1.ffn_up.weight"]) == ("IQ4_XS", "Q6_K")
+    assert found["blk.1.ffn_up.bias"] == "F32" and found["blk.0.attn_qkv.weight"] == "Q5_K"
+
+
+def test_pure_is_one_type_for_every_matrix(tmp_path: Path) -> None:
+    found = types(planned(toy(tmp_path, hidden=256), type="Q3_K_M", pure=True))
+    assert set(found.values()) == {"Q3_K", "F32"}
+
+
+def test_what_stands_in_is_told(tmp_path: Path) -> None:
+    notes = planned(toy(tmp_path, hidden=96), type="Q4_K_M").notes
+    assert notes[0].startswith("7 tensors as Q5_0: no rows of Q4_K's 256 weights: token_embd.weight, ")
+    assert not planned(toy(tmp_path / "wide", hidden=256), type="Q4_K_M").notes
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"output_type": "Q9"}, "type Q9"), ({"tensor_type": (("(", "Q8_0"),)}, "is not a regular expression")],
+)
+def test_nonsense_is_refused(option: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        planned(toy(tmp_path), type="Q4_0", **option)
+
+
+def test_the_command_line_takes_them_in_any_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(toy(tmp_path, hidden=256))
+    words = ["convert", source, str(tmp_path / "x.gguf"), "--to", "gguf", "--type", "q4_k_m", "--mix", "classic"]
+    assert main([*words, "--tensor-type", "ffn_up=q8_0", "--output-type", "f16", "--quiet"]) == 0
+    assert main(["verify", source, str(tmp_path / "x.gguf")]) == 0
+    assert "Q5_K" in capsys.readouterr().out
+    assert main([*words, "--tensor-type", "ffn_up"]) == 2
+    assert "is no PATTERN=TYPE" in capsys.readouterr().err
