@@ -94,7 +94,7 @@ def test_llama_cpp_computes_the_same_from_gguf(name: str, tmp_path: Path) -> Non
         assert difference.max() < 0.02 * expected.std(), mix
 
 
-@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix not in ("F32", "F16")])
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if mix not in ("F32", "F16") and not mix.endswith(("_S", "_L"))])
 def test_llama_cpp_loads_every_mix(mix: str, tmp_path: Path) -> None:
     tokens = reference("trained_tp2_pp4", "tokens.npy")[:2, :64]
     file = convert(shards("trained_tp2_pp4"), tmp_path / "x.gguf", format="gguf", type=mix)

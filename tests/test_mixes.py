@@ -46,7 +46,8 @@ def test_types_are_those_of_llama_quantize(layers: int, hidden: int, tmp_path: P
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; run `make oracles`")
     source = toy(tmp_path, layers=layers, hidden=hidden, heads=4, rows=512)
     f16 = run(planned(source, type="F16"), tmp_path / "f16.gguf")
-    for mix in PACKED:
+    by_layer = [name for name in PACKED if any(row.when(0, 17) != row.when(5, 17) for row in MIXES[name].rows)]
+    for mix in by_layer if layers > 3 else PACKED:
         theirs = tmp_path / "theirs.gguf"
         llama_quantize(f16, theirs, mix)
         expected = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(theirs).tensors}
