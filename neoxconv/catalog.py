@@ -51,7 +51,7 @@ def catalog(preset: str = "20B") -> list[Row]:
 def shapes(preset: str) -> Checkpoint:
     """A checkpoint of a released model's shapes in float16, with nothing to read in it."""
     config = PRESETS[preset].config
-    weights = {weight.unified.replace("{i}", str(i)): weight for i, weight in GPT_NEOX.names(config)}
+    weights = {weight.unified: weight for _, weight in GPT_NEOX.names(config)}
     tensors = {name: hollow(tuple(config.sizes[size] for size in w.shape)) for name, w in weights.items()}
     parts = {name: weights[name].join.split(tensor, DEGREE, config) for name, tensor in tensors.items()}
     ranks = tuple({name: split[rank] for name, split in parts.items()} for rank in range(DEGREE))

@@ -150,16 +150,14 @@ def unified_name(name: str, spellings: Sequence[Pattern]) -> str | None:
     for spelling in spellings:
         if match := spelling.regex.fullmatch(name):
             layer = int(match[1]) - spelling.shift if spelling.weight.stage == "layer" else 0
-            return spelling.weight.unified.replace("{i}", str(layer))
+            return spelling.weight.at(layer).unified
     return None
 
 
 def measure(named: Named, architecture: Architecture) -> Measured:
     """What the shapes tell; zeros where a tensor is missing, which `check` reports."""
     layers = [int(m[1]) for m in (re.search(r"layers\.(\d+)\.", name) for name in named[0]) if m]
-    by_role = {
-        weight.role: weight.unified.replace("{i}", "0") for weight in architecture.weights if weight.role != "bias"
-    }
+    by_role = {weight.role: weight.at(0).unified for weight in architecture.weights if weight.role != "bias"}
 
     def rows(role: str) -> int:
         return sum(rank[by_role[role]].rows for rank in named if by_role[role] in rank)
@@ -178,13 +176,12 @@ def unify(checkpoint: Checkpoint, named: Named) -> dict[str, LazyTensor]:
     if checkpoint.norms == "fold" and len(named) > 1:
         named = folded(named, architecture, config)
     tensors = {}
-    for layer, weight in architecture.names(config):
-        unified = weight.unified.replace("{i}", str(layer))
+    for _, weight in architecture.names(config):
         how = NORMS[checkpoint.norms] if weight.role == "norm" else weight.join
-        tensor = join(how, [known[unified] for known in named], config)
+        tensor = join(how, [known[weight.unified] for known in named], config)
         if checkpoint.index.format == "gguf" and weight.gguf_order:
             tensor = reordered(tensor, np.argsort(weight.gguf_order(config)))
-        tensors[unified] = tensor
+        tensors[weight.unified] = tensor
     return tensors
 
 
@@ -192,9 +189,9 @@ def rank_difference(checkpoint: Checkpoint) -> float:
     """The largest difference between ranks in any norm, which are copies of each other in theory; 0 for one rank."""
     named, _ = name_tensors(checkpoint.index, checkpoint.architecture)
     largest = 0.0
-    for layer, weight in checkpoint.architecture.names(checkpoint.config):
+    for _, weight in checkpoint.architecture.names(checkpoint.config):
         if weight.role == "norm":
-            parts = [known[weight.unified.replace("{i}", str(layer))] for known in named]
+            parts = [known[weight.unified] for known in named]
             values = np.stack([part.floats(0, part.rows) for part in parts])
             largest = max(largest, float(np.ptp(values, axis=0).max()))
     return largest

@@ -23,7 +23,7 @@ from neoxconv.names import DTYPES, FORMATS, MIXES, NORMS, PRESETS, TYPES
 from neoxconv.terminal import parse_size, table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-FAILED, USAGE, DIFFERS, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
 PATH = click.Path(path_type=Path)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from neoxconv.dtypes import F16, F32, Array, Bytes, nonfinite
+from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
 from neoxconv.errors import NeoxconvError
 from neoxconv.journal import Journal
 from neoxconv.manifest import Digest
@@ -154,8 +154,9 @@ def write_step(step: Step, descriptor: int, context: Run) -> Digest:
         if context.stop.is_set():
             raise Stopped
         rows = entry.tensor.read(start, stop)
-        data = encoded(entry, rows)
-        bad += 0 if context.allow_nonfinite else count_bad(entry, rows, data)
+        values = None if copied(entry) else floats(rows, entry.tensor.dtype)
+        data = rows if values is None else entry.encoding.encode(values)
+        bad += 0 if context.allow_nonfinite else count_bad(entry, rows, values, data)
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         write_all(descriptor, flat, step.slot.offset + tally.count)
         tally.add(flat)
@@ -171,23 +172,24 @@ def write_step(step: Step, descriptor: int, context: Run) -> Digest:
     return tally.digest
 
 
-def encoded(entry: Entry, rows: Array) -> Array:
-    """Stored rows in the target's encoding: as they are where it is the same, else by way of float32."""
-    if entry.tensor.dtype.name == entry.encoding.dtype.name:
-        return rows
-    return entry.encoding.encode(floats(rows, entry.tensor.dtype))
+def copied(entry: Entry) -> bool:
+    """Whether the target stores the tensor as the source does, so that its bytes pass as they are."""
+    return entry.tensor.dtype.name == entry.encoding.dtype.name
 
 
-def count_bad(entry: Entry, rows: Array, data: Array) -> int:
+def count_bad(entry: Entry, rows: Array, values: Floats | None, data: Array) -> int:
     """How many values are infinite or not a number: as they are stored, or for blocks before and after.
 
-    What float16 holds cannot overflow the float16 of a block's step; of wider types a large weight can.
+    `values` are the rows in float32 where they were needed to encode them. What float16 holds cannot overflow the
+    float16 of a block's step; of wider types a large weight can.
     """
     if entry.encoding.dtype.block == 1:
         return nonfinite(data, entry.encoding.dtype)
     bad = nonfinite(rows, entry.tensor.dtype)
-    if bad or entry.tensor.dtype is F16 or np.abs(floats(rows, entry.tensor.dtype)).max(initial=0) <= LARGEST_HALF:
+    if bad or entry.tensor.dtype is F16:
         return bad
+    if values is not None and np.abs(values).max(initial=0) <= LARGEST_HALF:
+        return 0
     return nonfinite(entry.encoding.decode(data), F32)
 
 

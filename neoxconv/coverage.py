@@ -29,7 +29,7 @@ def check(index: Index, named: Named, left: list[list[str]], architecture: Archi
         *layers,
         *check_missing(index, named, architecture, config),
     ]
-    names = {weight.unified.replace("{i}", str(layer)) for layer, weight in architecture.names(config)}
+    names = {weight.unified for _, weight in architecture.names(config)}
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         problems += [
             f"{index.folder}: {name} does not belong to a model of {config.layers} layers"
@@ -76,14 +76,14 @@ def check_missing(index: Index, named: Named, architecture: Architecture, config
     """Whole layer files and single tensors that are not there."""
     problems = []
     for layer, weight in architecture.names(config):
-        unified = weight.unified.replace("{i}", str(layer))
+        unified = weight.unified
         for rank, known in enumerate(named):
             if unified in known:
                 continue
             if index.format != "neox" or index.sequential:
                 problems.append(f"{home(index, rank, '')}: {unified} is missing.")
                 continue
-            file = home(index, rank, expected_neox_name(weight, layer, config.layers))
+            file = home(index, rank, number_name(weight, layer, config.layers))
             problem = f"lacks {weight.source[0]} ({unified})" if file.exists() else "is missing"
             problems.append(f"{file}: {problem}; download it again.")
     return problems
@@ -98,10 +98,10 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
             "give the right configuration."
         )
     for layer, weight in architecture.names(config):
-        unified = weight.unified.replace("{i}", str(layer))
+        unified = weight.unified
         parts = [known[unified] for known in named]
         shapes = [part.shape for part in parts]
-        source = expected_neox_name(weight, layer, config.layers)
+        source = number_name(weight, layer, config.layers)
         for rank in range(1, len(parts)):
             if shapes[rank] != shapes[0]:
                 problems.append(
@@ -141,9 +141,10 @@ def home(index: Index, rank: int, name: str) -> Path:
     return index.folder / deepspeed.layer_file(int(name.split(".")[0]), rank)
 
 
-def expected_neox_name(weight: Weight, layer: int | None, layers: int) -> str:
-    """`N.name` of a weight in gpt-neox, in the oldest spelling."""
-    number = (
-        0 if weight.stage == "embed" else layers + AFTER_LAYERS[weight.stage] if layer is None else layer + FIRST_LAYER
-    )
-    return f"{number}.{weight.source[0]}"
+def number_name(weight: Weight, layer: int | None, layers: int, name: str | None = None) -> str:
+    """`N.name` as gpt-neox numbers its layers; the weight's oldest name by default."""
+    if layer is not None:
+        number = layer + FIRST_LAYER
+    else:
+        number = 0 if weight.stage == "embed" else layers + AFTER_LAYERS[weight.stage]
+    return f"{number}.{name or weight.source[0]}"

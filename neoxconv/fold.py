@@ -59,10 +59,10 @@ def folded(named: Named, architecture: Architecture, config: ModelConfig) -> Nam
             "--norms fold: the head is the embedding, so the final norm cannot be folded into it; use --norms mean."
         )
     result: Named = [dict(rank) for rank in named]
-    for layer, weight in architecture.names(config):
+    for _, weight in architecture.names(config):
         if weight.norm is None:
             continue
-        unified, norm = weight.unified.replace("{i}", str(layer)), weight.norm.replace("{i}", str(layer))
+        unified, norm = weight.unified, weight.norm
         norms = rank_norms(named, norm, weight, config)
         for rank, tensors in enumerate(named):
             result[rank][unified] = fold_one(tensors, unified, weight, norms[rank])

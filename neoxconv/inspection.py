@@ -79,8 +79,8 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The unified tensors of one role, type and shape together, in the order of the forward pass."""
     count: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     total: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
-    for layer, weight in checkpoint.architecture.names(checkpoint.config):
-        tensor = checkpoint.tensors[weight.unified.replace("{i}", str(layer))]
+    for _, weight in checkpoint.architecture.names(checkpoint.config):
+        tensor = checkpoint.tensors[weight.unified]
         key = weight.role, tensor.native.name, tensor.shape
         count[key] += 1
         total[key] += native_bytes(tensor)
@@ -116,7 +116,7 @@ def kind_of(path: Path, index: Index) -> str:
     """What a file is for, by its name and by what was read from it."""
     if path.name in index.set_aside or deepspeed.OPTIMIZER.fullmatch(path.name):
         return "optimizer states"
-    if path.name in BOOKKEEPING or (path.name in index.states and not index.sequential):
+    if path.name in BOOKKEEPING or (deepspeed.STATES.fullmatch(path.name) and not index.sequential):
         return "bookkeeping"
     if path.name in {file.storage.name for file in index.files}:
         return "weights"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,14 @@ class Weight:
     gguf_order: Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
 
+    def at(self, layer: int) -> Weight:
+        """The weight of one layer: its unified names and its GGUF name with the number in them."""
+        number = str(layer)
+        norm = self.norm.replace("{i}", number) if self.norm else None
+        return replace(
+            self, unified=self.unified.replace("{i}", number), gguf=self.gguf.replace("{i}", number), norm=norm
+        )
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -98,7 +106,7 @@ class Index:
     files: tuple[SourceFile, ...]
     ranks: tuple[dict[str, LazyTensor], ...]
     settings: dict[str, Any]  # merged YAML, config.json or GGUF keys, as found
-    states: dict[str, Any] = field(default_factory=dict)  # gpt-neox: mp_rank file name -> its bookkeeping
+    states: dict[int, Any] = field(default_factory=dict)  # gpt-neox: number of an mp_rank file -> its bookkeeping
     sequential: bool = False  # gpt-neox: the weights lie in the mp_rank files
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
     configs: tuple[Path, ...] = ()  # gpt-neox: the YAML files
@@ -203,9 +211,9 @@ class Architecture:
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
 
     def names(self, config: ModelConfig) -> list[tuple[int | None, Weight]]:
-        """Every weight of a model with its layer (None outside the layers), in the order of the forward pass."""
+        """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
         before = [(None, w) for w in self.weights if w.stage == "embed"]
-        layers = [(i, w) for i in range(config.layers) for w in self.weights if w.stage == "layer"]
+        layers = [(i, w.at(i)) for i in range(config.layers) for w in self.weights if w.stage == "layer"]
         after = [(None, w) for w in self.weights if w.stage == "norm" or (w.stage == "head" and not config.tied)]
         return [*before, *layers, *after]
 

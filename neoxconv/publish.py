@@ -22,6 +22,11 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
+def nearest_folder(target: Path) -> Path:
+    """What exists already of the path to a target."""
+    return next(folder for folder in target.parents if folder.exists())
+
+
 def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
     """Raise PlanError where the target exists (an empty folder does not count) or is of the wrong kind."""
     if plan.single and target.is_dir():
@@ -29,7 +34,7 @@ def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
             f"{target}: is a folder; {plan.recipe.format} writes one file, "
             f"so give its name, such as {target / 'model'}.{plan.recipe.format}."
         )
-    parent = next(folder for folder in target.parents if folder.exists())
+    parent = nearest_folder(target)
     if not parent.is_dir():
         raise PlanError(f"{target}: cannot be made, because {parent} is a file; give another place.")
     if not os.access(parent, os.W_OK):
@@ -46,7 +51,7 @@ def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
 
 def check_space(plan: Plan, target: Path, work: Path) -> None:
     """Raise PlanError where the disk cannot hold what is still to be written."""
-    place = next(folder for folder in target.parents if folder.exists())
+    place = nearest_folder(target)
     present = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
     needed, free = plan.total - present, shutil.disk_usage(place).free
     if needed > free:

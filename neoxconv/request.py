@@ -19,7 +19,7 @@ from neoxconv.inspection import FORMATS
 from neoxconv.journal import Journal, read_journal
 from neoxconv.model import Checkpoint
 from neoxconv.plan import Memory, Plan, make_plan, memory_for
-from neoxconv.publish import check_target, partial_of
+from neoxconv.publish import check_target, nearest_folder, partial_of
 from neoxconv.recipe import Recipe
 from neoxconv.terminal import plural, progress_bar, size, table
 
@@ -96,7 +96,7 @@ class Request:
     @property
     def free(self) -> int:
         """Bytes free on the target's disk."""
-        return shutil.disk_usage(next(folder for folder in self.target.parents if folder.exists())).free
+        return shutil.disk_usage(nearest_folder(self.target)).free
 
     @property
     def facts(self) -> dict[str, Any]:

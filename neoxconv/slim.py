@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from neoxconv import tokenizer_find
-from neoxconv.coverage import AFTER_LAYERS, FIRST_LAYER
+from neoxconv.coverage import number_name
 from neoxconv.dtypes import FLOATS, DType
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
 from neoxconv.formats.pt.unpickle import Placeholder
-from neoxconv.model import Checkpoint, Content, Encoding, Entry, Weight
+from neoxconv.model import Checkpoint, Content, Encoding, Entry
 from neoxconv.quant import ENCODINGS
 from neoxconv.recipe import Recipe
 from neoxconv.tensor import LazyTensor
@@ -81,7 +81,7 @@ def split_anew(checkpoint: Checkpoint, recipe: Recipe, degree: int) -> Ranks:
         PlanError,
         (f"--tp {degree}: does not divide {count} {what}." for what, count in sizes.items() if count % degree),
     )
-    weights = {number_name(weight, layer, name, config.layers): (weight.unified.replace("{i}", str(layer)), weight)
+    weights = {number_name(weight, layer, config.layers, name): (weight.unified, weight)
                for layer, weight in checkpoint.architecture.names(config) for name in weight.source}  # fmt: skip
     result: Ranks = [{} for _ in range(degree)]
     for name, tensor in index.ranks[0].items():
@@ -92,23 +92,9 @@ def split_anew(checkpoint: Checkpoint, recipe: Recipe, degree: int) -> Ranks:
     return result
 
 
-def number_name(weight: Weight, layer: int | None, name: str, layers: int) -> str:
-    """`N.name` as gpt-neox numbers its layers."""
-    if layer is not None:
-        return f"{layer + FIRST_LAYER}.{name}"
-    return f"{0 if weight.stage == 'embed' else layers + AFTER_LAYERS[weight.stage]}.{name}"
-
-
 def pipeline_files(ranks: Ranks, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
     """A file for each layer and rank, and the bookkeeping files."""
-    container = OrderedDict if ordered else dict
-    files: dict[str, Any] = {}
-    for number in dict.fromkeys(name.split(".")[0] for name in ranks[0]):
-        for rank, entries in enumerate(ranks):
-            inside = ((name.split(".", 1), entry) for name, entry in entries.items())
-            files[deepspeed.layer_file(int(number), rank)] = container(
-                (key, e) for (n, key), e in inside if n == number
-            )
+    files = deepspeed.by_layer_file(ranks, OrderedDict if ordered else dict)
     return files | {name: {"module": None, **state} for name, state in states.items()}
 
 
@@ -133,13 +119,12 @@ def bookkeeping(checkpoint: Checkpoint, degree: int) -> dict[str, dict[str, Any]
     index = checkpoint.index
     change = Degree(len(index.ranks), degree)
     stages = -(-len(index.states) // change.source) or 1
-    present = {number_of(name): value for name, value in index.states.items()}
-    if index.states and sorted(present) != list(range(stages * change.source)):
+    if index.states and list(index.states) != list(range(stages * change.source)):
         raise PlanError(
-            f"{index.folder}: has mp_rank files {sorted(present)}, but ranks 0 to {stages * change.source - 1} are "
+            f"{index.folder}: has mp_rank files {list(index.states)}, but ranks 0 to {stages * change.source - 1} are "
             "needed. Download the missing ones, or move them all away to have minimal ones written."
         )
-    found = [stripped(present[number], change) for number in sorted(present)] or [
+    found = [stripped(state, change) for state in index.states.values()] or [
         minimal(checkpoint, degree)
     ] * change.source
     sources = [
@@ -148,12 +133,6 @@ def bookkeeping(checkpoint: Checkpoint, degree: int) -> dict[str, dict[str, Any]
     if change.source != degree:
         sources = [resized(state, stages, degree) for state in sources]
     return {deepspeed.states_file(rank): state for rank, state in enumerate(sources)}
-
-
-def number_of(name: str) -> int:
-    """The rank of an mp_rank file."""
-    match = deepspeed.STATES.fullmatch(name)
-    return int(match[1]) if match else 0
 
 
 def stripped(state: Mapping[str, Any], change: Degree) -> dict[str, Any]:

@@ -21,11 +21,12 @@ import numpy as np
 from neoxconv import tokenizer
 from neoxconv.arch.gpt_neox import GPT_NEOX
 from neoxconv.arch.joins import by_columns
+from neoxconv.coverage import number_name
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
 from neoxconv.model import Entry, FileLayout, ModelConfig, Weight
-from neoxconv.slim import number_name, unchanged
+from neoxconv.slim import unchanged
 from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.tokenizer import Tokenizer
 
@@ -106,14 +107,7 @@ def contents(model: Synthetic) -> dict[str, Any]:
     if model.sequential:
         names = [{deepspeed.SEQUENTIAL + key: entry for key, entry in rank.items()} for rank in ranks]
         return {deepspeed.states_file(r): states(model, OrderedDict(names[r])) for r in range(model.tp)}
-    container = OrderedDict if model.generation else dict
-    files: dict[str, Any] = {}
-    for number in dict.fromkeys(name.split(".")[0] for name in ranks[0]):
-        for rank, entries in enumerate(ranks):
-            inside = ((name.split(".", 1), entry) for name, entry in entries.items())
-            files[deepspeed.layer_file(int(number), rank)] = container(
-                (key, e) for (n, key), e in inside if n == number
-            )
+    files = deepspeed.by_layer_file(ranks, OrderedDict if model.generation else dict)
     return files | {deepspeed.states_file(rank): states(model, None) for rank in range(model.tp * model.pp)}
 
 
@@ -121,10 +115,10 @@ def rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
     """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
     for layer, weight in GPT_NEOX.names(model.config):
         spelled = spellings(weight)[model.generation]
-        name = number_name(weight, layer, spelled, model.layers)
+        name = number_name(weight, layer, model.layers, spelled)
         yield name, entry_of(name, rank_tensor(model, weight, name, rank))
         if spelled == "attention.query_key_value.bias" and not model.generation:
-            name = number_name(weight, layer, "attention.rotary_emb.inv_freq", model.layers)
+            name = number_name(weight, layer, model.layers, "attention.rotary_emb.inv_freq")
             yield name, entry_of(name, frequencies(model))
 
 

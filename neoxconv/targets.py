@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from neoxconv import __version__, slim, tokenizer, tokenizer_find
 from neoxconv.checkpoint import parameters
 from neoxconv.errors import PlanError
 from neoxconv.formats import gguf_layout, hf, safetensors
-from neoxconv.model import Checkpoint, Content, Encoding, Entry
+from neoxconv.model import Checkpoint, Content, Encoding, Entry, Weight
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.mixes import MIXES, Choice, Place, choose, wanted
 from neoxconv.recipe import Recipe
@@ -136,30 +137,36 @@ def choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
     return Choice(mix, classic, recipe.pure, recipe.output_type, recipe.embedding_type, recipe.tensor_type)
 
 
+def gguf_places(checkpoint: Checkpoint) -> list[tuple[Place, Weight]]:
+    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head always, as llama.cpp wants one."""
+    config = replace(checkpoint.config, tied=False)
+    rows = checkpoint.architecture.names(config)
+    columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
+    return [
+        (Place(weight.gguf, weight.role, -1 if layer is None else layer, config.layers, width), weight)
+        for (layer, weight), width in zip(rows, columns, strict=True)
+    ]
+
+
 def gguf_entries(checkpoint: Checkpoint, choice: Choice) -> list[Entry]:
     """Every tensor under its GGUF name, in GGUF's order of rows, with the encoding that the mix gives it."""
     entries = []
-    config = replace(checkpoint.config, tied=False)
-    for layer, weight in checkpoint.architecture.names(config):
-        unified, name = (text.replace("{i}", str(layer)) for text in (weight.unified, weight.gguf))
+    for place, weight in gguf_places(checkpoint):
+        unified = weight.unified
         tensor = checkpoint.tensors[unified if unified in checkpoint.tensors else GGUF_ALIASES[unified]]
         if weight.gguf_order:
             tensor = reordered(tensor, weight.gguf_order(checkpoint.config))
-        place = Place(name, weight.role, -1 if layer is None else layer, config.layers, tensor.columns)
-        entries.append(Entry(name, unified, tensor, choose(choice, place)))
+        entries.append(Entry(weight.gguf, unified, tensor, choose(choice, place)))
     return entries
 
 
 def gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> list[str]:
     """What differs from what the mix's name promises, and what llama.cpp will compute differently."""
     notes = []
-    config = replace(checkpoint.config, tied=False)
     odd: dict[tuple[str, str], list[str]] = {}
-    for entry, (layer, weight) in zip(entries, checkpoint.architecture.names(config), strict=True):
-        if len(entry.tensor.shape) == 2:
-            place = Place(entry.name, weight.role, -1 if layer is None else layer, config.layers, entry.tensor.columns)
-            if (name := wanted(choice, place)) != entry.encoding.name:
-                odd.setdefault((name, entry.encoding.name), []).append(entry.name)
+    for entry, (place, weight) in zip(entries, gguf_places(checkpoint), strict=True):
+        if len(weight.shape) == 2 and (name := wanted(choice, place)) != entry.encoding.name:
+            odd.setdefault((name, entry.encoding.name), []).append(entry.name)
     for (name, instead), tensors in odd.items():
         shown = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
         block = ENCODINGS[name].dtype.block

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.pt import read_pt
-from neoxconv.model import Index, SourceFile
+from neoxconv.model import Entry, Index, SourceFile
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor
 
@@ -38,6 +38,16 @@ def layer_file(layer: int, rank: int) -> str:
 def states_file(rank: int) -> str:
     """The name of a rank's bookkeeping file."""
     return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def by_layer_file(ranks: Sequence[Mapping[str, Entry]], container: type[dict[Any, Any]]) -> dict[str, Any]:
+    """What each layer file of each rank holds: `N.name` of the ranks' entries under `name` in layer N's file."""
+    files: dict[str, Any] = {}
+    for number in dict.fromkeys(name.split(".")[0] for name in ranks[0]):
+        for rank, entries in enumerate(ranks):
+            inside = ((name.split(".", 1), entry) for name, entry in entries.items())
+            files[layer_file(int(number), rank)] = container((key, e) for (n, key), e in inside if n == number)
+    return files
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -88,7 +98,7 @@ def index(folder: Path, config: Sequence[Path] = ()) -> Index:
         files=tuple(SourceFile(open_storage(folder / name), file.checksum) for name, file in files.items()),
         ranks=ranks,
         settings=read_configs(configs),
-        states={name: files[name].value for name in states.values()},
+        states={rank: files[name].value for rank, name in states.items()},
         sequential=not layers,
         ordered=bool(layers) and isinstance(next(iter(files.values())).value, OrderedDict),
         configs=configs,
