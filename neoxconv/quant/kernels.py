@@ -78,16 +78,22 @@ def narrow_bf16(bits: npt.NDArray[np.uint32], halves: Halves) -> None:
 
 
 @kernel
+def float_bits(half: np.uint16) -> np.uint32:
+    """The float32 bits of a float16: exact, infinities and NaN payloads included."""
+    size = u32(u32(half & u16(0x7FFF)) << u32(13))
+    wide = u32(size + u32(112 << 23))
+    if size < u32(0x00800000):  # subnormal: let the adder normalise it; no subnormal float32 takes part
+        wide = as_bits(as_float(size + u32(113 << 23)) - STEP_16)
+    if size >= u32(0x0F800000):
+        wide = u32(size + u32(224 << 23))
+    return u32(wide | u32(u32(half & u16(0x8000)) << u32(16)))
+
+
+@kernel
 def widen_f16(halves: Halves, bits: npt.NDArray[np.uint32]) -> None:
-    """Fill `bits` with the float32 bits of float16 numbers (both 1-D): exact, infinities and NaN payloads included."""
+    """Fill `bits` with the float32 bits of float16 numbers (both 1-D)."""
     for i in range(halves.size):
-        size = u32(u32(halves[i] & u16(0x7FFF)) << u32(13))
-        wide = u32(size + u32(112 << 23))
-        if size < u32(0x00800000):  # subnormal: let the adder normalise it; no subnormal float32 takes part
-            wide = as_bits(as_float(size + u32(113 << 23)) - STEP_16)
-        if size >= u32(0x0F800000):
-            wide = u32(size + u32(224 << 23))
-        bits[i] = u32(wide | u32(u32(halves[i] & u16(0x8000)) << u32(16)))
+        bits[i] = float_bits(halves[i])
 
 
 @kernel

@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, half_bits, i32, kernel, u8, u16, u32
+from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, float_bits, half_bits, i32, kernel, u8
+from neoxconv.quant.superblocks import ABOVE
 
 LANES, MOST = 64, 32  # blocks side by side; weights in a block at most
 MAGIC = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer
-TWO, INFINITY, TINY, LARGEST = f32(2), f32(np.inf), f32(1e-15), f32(65520)
-ABOVE, SQUARE, COLUMN, GIVEN = 0, 1, 2, 3  # how weights matter; see `weigh`
+TWO, INFINITY, TINY = f32(2), f32(np.inf), f32(1e-15)
 
 # Rows of the scratch, one number for each lane.
 A, B, Q, QQ, E, EQ, EE = range(7)  # the candidate, and its weighted sums
@@ -32,13 +32,8 @@ ROWS = 32
 
 @kernel
 def rounded_to_half(value: np.float32) -> np.float32:
-    """The float16 nearest to a number that is not negative; infinity beyond 65504, as float16 has it."""
-    if not value < LARGEST:
-        return f32(INFINITY)
-    size = u32(u32(half_bits(as_bits(value)) & u16(0x7FFF)) << u32(13))
-    if size < u32(0x00800000):
-        return f32(as_float(size + u32(113 << 23)) - f32(2.0**-14))
-    return as_float(size + u32(112 << 23))
+    """The float16 nearest to a number; infinity where it is too large."""
+    return as_float(float_bits(half_bits(as_bits(value))))
 
 
 @kernel
@@ -55,13 +50,10 @@ def load(weights: Floats, first: int, x: Floats) -> None:
 
 
 @kernel
-def weigh(
-    x: Floats, w: Floats, s: Floats, importance: Floats, first: int, n: int, subs: int, kind: int, share: float
-) -> None:
+def weigh(x: Floats, w: Floats, s: Floats, n: int, kind: int, share: float) -> None:
     """How much the error of each weight matters.
 
-    ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block. COLUMN: the column's
-    importance * sqrt(x * x + share * mean square of the super-block); GIVEN: the column's importance alone.
+    ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block.
     """
     part = f32(share)
     for i in range(LANES):
@@ -69,33 +61,12 @@ def weigh(
     for j in range(n):
         for i in range(LANES):
             s[SIZE, i] += x[j, i] * x[j, i]
-    if kind == ABOVE:
+    for i in range(LANES):
+        mean = s[SIZE, i] / f32(n)
+        s[SIZE, i] = part * (np.sqrt(mean) if kind == ABOVE else mean)
+    for j in range(n):
         for i in range(LANES):
-            s[SIZE, i] = part * np.sqrt(s[SIZE, i] / f32(n))
-        for j in range(n):
-            for i in range(LANES):
-                w[j, i] = s[SIZE, i] + abs(x[j, i])
-    elif kind == SQUARE:
-        for i in range(LANES):
-            s[SIZE, i] = part * (s[SIZE, i] / f32(n))
-        for j in range(n):
-            for i in range(LANES):
-                w[j, i] = s[SIZE, i] + x[j, i] * x[j, i]
-    else:
-        for group in range(0, LANES, subs):
-            whole = ZERO
-            for i in range(group, group + subs):
-                whole += s[SIZE, i]
-            for i in range(group, group + subs):
-                s[SIZE, i] = part * (whole / f32(n * subs))
-        for i in range(LANES):
-            row = (first + i) % importance.shape[0]
-            for j in range(n):
-                w[j, i] = importance[row, j]
-        if kind == COLUMN:
-            for j in range(n):
-                for i in range(LANES):
-                    w[j, i] *= np.sqrt(s[SIZE, i] + x[j, i] * x[j, i])
+            w[j, i] = s[SIZE, i] + (abs(x[j, i]) if kind == ABOVE else x[j, i] * x[j, i])
 
 
 @kernel

@@ -48,6 +48,7 @@ from neoxconv.quant.lanes import (
     forget,
     keep,
     load,
+    nearest,
     rounded_to_half,
     weigh,
     write_out,
@@ -63,8 +64,8 @@ def sum_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32) -> None:
         for i in range(LANES):
             y0 = x[j, i] * s[A, i] + s[B, i]
             y1 = x[j + 1, i] * s[A, i] + s[B, i]
-            q0 = min(max((y0 + MAGIC) - MAGIC, ZERO), top)
-            q1 = min(max((y1 + MAGIC) - MAGIC, ZERO), top)
+            q0 = nearest(y0, ZERO, top)
+            q1 = nearest(y1, ZERO, top)
             e0, e1 = y0 - q0, y1 - q1
             a0, a1 = w[j, i] * q0, w[j + 1, i] * q1
             c0, c1 = w[j, i] * e0, w[j + 1, i] * e1
@@ -172,11 +173,11 @@ def round_minima(s: Floats, levels: np.float32) -> None:
         for_near, for_other = b - near * s[FLOOR, i] * a, b - other * s[FLOOR, i] * a
         slope = (s[BEST_EQ, i] - for_near * s[BEST_Q, i]) * per_qq
         scale = (ONE + slope) * unit if known else s[SCALE, i]
-        scale_near = min(max((scale * per_step + MAGIC) - MAGIC, ZERO), levels)
+        scale_near = nearest(scale * per_step, ZERO, levels)
         error_near = line_error(s, i, scale_near * s[STEP, i] * a - ONE, for_near) * unit * unit
         slope = (s[BEST_EQ, i] - for_other * s[BEST_Q, i]) * per_qq
         scale = (ONE + slope) * unit if known else s[SCALE, i]
-        scale_other = min(max((scale * per_step + MAGIC) - MAGIC, ZERO), levels)
+        scale_other = nearest(scale * per_step, ZERO, levels)
         error_other = line_error(s, i, scale_other * s[STEP, i] * a - ONE, for_other) * unit * unit
         better = error_other < error_near
         s[TRY_LEAST, i] = other if better else near
@@ -202,13 +203,12 @@ def line_codes(x: Floats, s: Floats, n: int, top: np.float32) -> None:
         s[B, i] = offset if offset < INFINITY else ZERO
     for j in range(n):
         for i in range(LANES):
-            x[j, i] = min(max((x[j, i] * s[A, i] + s[B, i] + MAGIC) - MAGIC, ZERO), top)
+            x[j, i] = nearest(x[j, i] * s[A, i] + s[B, i], ZERO, top)
 
 
 @kernel
 def lines(
     weights: Floats,
-    importance: Floats,
     form: tuple[int, int, float, float, float],
     grid: Floats,
     trims: Floats,
@@ -225,7 +225,7 @@ def lines(
     s = np.zeros((ROWS, LANES), np.float32)
     for first in range(0, weights.shape[0], LANES):
         load(weights, first, x)
-        weigh(x, w, s, importance, first, n, subs, kind, share)
+        weigh(x, w, s, n, kind, share)
         search_line(x, w, s, n, f32(top), grid)
         round_lines(s, subs, f32(levels), trims)
         line_codes(x, s, n, f32(top))

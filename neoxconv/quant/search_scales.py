@@ -207,7 +207,6 @@ def scale_codes(x: Floats, s: Floats, n: int, ends: tuple[float, float], curved:
 @kernel
 def scales(
     weights: Floats,
-    importance: Floats,
     form: tuple[int, int, float, float, float, float, bool],
     grid: Floats,
     trims: Floats,
@@ -225,7 +224,7 @@ def scales(
     s = np.zeros((ROWS, LANES), np.float32)
     for first in range(0, weights.shape[0], LANES):
         load(weights, first, x)
-        weigh(x, w, s, importance, first, n, subs, kind, share)
+        weigh(x, w, s, n, kind, share)
         search_scale(x, w, s, n, (low, high), grid, curved)
         round_scales(s, subs, f32(levels), trims)
         scale_codes(x, s, n, (low, high), curved)

@@ -78,13 +78,13 @@ def encode(form: Form, rows: Floats) -> Bytes:
         )
     blocks = np.ascontiguousarray(rows, np.float32).reshape(rows.size // form.block, form.block)
     codes, numbers = np.empty(blocks.shape, np.uint8), np.empty((len(blocks), 4), np.float32)
-    everywhere, grid = np.ones((1, form.block), np.float32), np.array(form.grid, np.float32)
+    grid = np.array(form.grid, np.float32)
     if form.least:
         how = (form.subs, form.kind, form.share, form.highest, form.levels)
-        lines(blocks, everywhere, how, grid, TRIMS, codes, numbers)
+        lines(blocks, how, grid, TRIMS, codes, numbers)
     else:
         ends = (form.lowest, form.highest)
-        scales(blocks, everywhere, (form.subs, form.kind, form.share, *ends, form.levels, form.curved), grid, TRIMS,
+        scales(blocks, (form.subs, form.kind, form.share, *ends, form.levels, form.curved), grid, TRIMS,
                codes, numbers)  # fmt: skip
     supers = count * columns // form.weights
     stored = put_together(form, codes.reshape(supers, form.weights), numbers.reshape(supers, form.subs, 4))
@@ -239,7 +239,7 @@ TINY = np.float32(1e-6)  # of float32 arithmetic
 STEP, FLOOR = ("step", "<f2"), ("floor", "<f2")
 HALVES, BITS, NIBBLES = (2, 4, 32), (1, 8, 32), (4, 2, 32)
 CURVE = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)
-ABOVE, SQUARE = 0, 1
+ABOVE, SQUARE = 0, 1  # lanes.weigh
 
 Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL = map(
     encoding,
