@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neoxconv import slim
 from neoxconv.arch.gpt_neox import GPT_NEOX
 from neoxconv.arch.gpt_neox_config import PRESETS
 from neoxconv.checkpoint import parameters
@@ -20,7 +19,9 @@ from neoxconv.model import Checkpoint, Entry, Index
 from neoxconv.names import FORMATS
 from neoxconv.quant.mixes import MIXES, Choice
 from neoxconv.recipe import Recipe
-from neoxconv.targets import gguf_entries, unified_entries
+from neoxconv.targets import slim
+from neoxconv.targets.gguf import gguf_entries
+from neoxconv.targets.hf import unified_entries
 from neoxconv.tensor import LazyTensor
 
 DEGREE = 2  # of the published 20B shards: what slim keeps

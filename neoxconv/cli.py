@@ -116,6 +116,8 @@ def inspect(source: Path, **given: Any) -> None:
 @choice_option("--embedding-type", choices=TYPES, metavar="TYPE", help="gguf: the type of token_embd.weight.")
 @click.option("--tensor-type", type=override, multiple=True, metavar="PATTERN=TYPE",
               help="gguf: the type of names that hold the pattern; repeat for several.")  # fmt: skip
+@click.option("--imatrix", type=PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat.")
+@choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error.")
 @choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
 @norms
 @click.option("--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC]")

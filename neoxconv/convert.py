@@ -154,8 +154,8 @@ def write_step(step: Step, descriptor: int, context: Run) -> Digest:
         if context.stop.is_set():
             raise Stopped
         rows = entry.tensor.read(start, stop)
-        values = None if copied(entry) else floats(rows, entry.tensor.dtype)
-        data = rows if values is None else entry.encoding.encode(values)
+        values = None if entry.copied else floats(rows, entry.tensor.dtype)
+        data = rows if values is None else entry.encode(values)
         bad += 0 if context.allow_nonfinite else count_bad(entry, rows, values, data)
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         write_all(descriptor, flat, step.slot.offset + tally.count)
@@ -170,11 +170,6 @@ def write_step(step: Step, descriptor: int, context: Run) -> Digest:
         raise NeoxconvError(f"{step.file.name}: {entry.unified} came to {tally.count} bytes, not {entry.nbytes}.")
     start_writeback(descriptor, step.slot)
     return tally.digest
-
-
-def copied(entry: Entry) -> bool:
-    """Whether the target stores the tensor as the source does, so that its bytes pass as they are."""
-    return entry.tensor.dtype.name == entry.encoding.dtype.name
 
 
 def count_bad(entry: Entry, rows: Array, values: Floats | None, data: Array) -> int:

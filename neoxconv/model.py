@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -114,19 +115,47 @@ class Index:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What an encoder may use besides the rows; nothing of it is needed to decode.
+
+    `importance` [columns] float32: how much an error in each column matters, of any scale; `thorough`: take more time
+    for less error.
+    """
+
+    importance: Floats | None = None
+    thorough: bool = False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        columns = b"" if self.importance is None else self.importance.tobytes()
+        return hashlib.sha256(columns + bytes([self.thorough])).hexdigest()
+
+
+class Check(Protocol):
+    """Which weights [n, columns] no correct encoder could have stored as they are: a boolean for each.
+
+    `weighted`: the encoder may have known an importance of the columns, and sacrificed others to them.
+    """
+
+    def __call__(self, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]: ...
+
+
+@dataclass(frozen=True)
 class Encoding:
     """How rows of float32 become stored bytes, and back.
 
     `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.stored` (for block types [n, row bytes] of uint8);
-    `decode` is the way back. `wrong(rows, stored)` is a boolean [n, columns]: True where no correct encoder could have
-    stored that value for that weight.
+    `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
+    an encoder that makes use of a context; None where there is nothing to choose.
     """
 
     name: str
     dtype: DType
     encode: Callable[[Floats], Array]
     decode: Callable[[Array], Floats]
-    wrong: Callable[[Floats, Array], npt.NDArray[np.bool_]]
+    wrong: Check
+    search: Callable[[Floats, Context], Array] | None = None
 
     @property
     def bits(self) -> float:
@@ -142,6 +171,23 @@ class Entry:
     unified: str
     tensor: LazyTensor
     encoding: Encoding
+    context: Context | None = None
+
+    def encode(self, rows: Floats) -> Array:
+        """Rows of the tensor as they are stored."""
+        search = self.encoding.search
+        return search(rows, self.context) if search and self.context else self.encoding.encode(rows)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the target stores the tensor as the source does, so that its bytes pass as they are."""
+        return self.tensor.dtype.name == self.encoding.dtype.name
+
+    @property
+    def facts(self) -> list[str]:
+        """What decides its bytes besides the weights."""
+        used = self.context if self.encoding.search else None
+        return [self.name, self.encoding.name, *([used.digest] if used else [])]
 
     @property
     def nbytes(self) -> int:

@@ -10,16 +10,17 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from neoxconv import __version__
 from neoxconv.checkpoint import describe
 from neoxconv.errors import PlanError
-from neoxconv.model import Checkpoint, FileLayout, Slot
+from neoxconv.model import Checkpoint, Entry, FileLayout, Slot
 from neoxconv.recipe import Recipe
 from neoxconv.targets import TARGETS
-from neoxconv.terminal import size
+from neoxconv.terminal import plural, size
 
 __all__ = ["Memory", "Plan", "Recipe", "Step", "make_plan", "memory_for"]
 
@@ -98,7 +99,7 @@ class Plan:
                     file.name,
                     file.size,
                     pieces_digest(file),
-                    [[s.entry.name, s.offset, s.entry.encoding.name] for s in file.slots],
+                    [[s.offset, *s.entry.facts] for s in file.slots],
                 ]
                 for file in self.files
             ],
@@ -120,14 +121,32 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         raise PlanError(f"--to {recipe.format}: expected one of {', '.join(TARGETS)}.")
     target = TARGETS[recipe.format]
     content = target.make(checkpoint, recipe)
+    entries = [slot.entry for file in content.files for slot in file.slots]
     return Plan(
         checkpoint,
         recipe,
         content.files,
         content.sidecars,
-        (*checkpoint.notes, *content.notes),
+        (*checkpoint.notes, *content.notes, *lossy_notes(entries)),
         target.single and len(content.files) == 1 and not recipe.split_size,
     )
+
+
+def lossy_notes(entries: Sequence[Entry]) -> list[str]:
+    """What is lost because the source is quantized already."""
+    types = [e.tensor.dtype.name for e in entries if e.tensor.dtype.block > 1]
+    again = [e for e in entries if e.tensor.dtype.block > 1 and e.encoding.dtype.block > 1 and not e.copied]
+    notes = []
+    if types:
+        notes.append(
+            f"the source is quantized ({', '.join(dict.fromkeys(types))}): its weights are not the original ones"
+        )
+    if again:
+        notes.append(
+            f"WARNING: {plural(len(again), 'tensor')} quantized a second time, which adds errors to errors; "
+            "convert from the original checkpoint where you can"
+        )
+    return notes
 
 
 @dataclass(frozen=True)

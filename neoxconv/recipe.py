@@ -22,9 +22,12 @@ class Recipe:
     output_type: str | None = None  # gguf
     embedding_type: str | None = None  # gguf
     tensor_type: tuple[tuple[str, str], ...] = ()  # gguf: (pattern of names, type)
+    effort: str = "normal"  # gguf: or high, a longer search for less error
+    imatrix: Path | None = None  # gguf: an importance matrix
     tokenizer: Path | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides the target's bytes; the tokenizer acts through the bytes it becomes."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "tokenizer"}
+        """What decides the target's bytes; tokenizer and matrix act through what they hold, not where they are."""
+        files = ("tokenizer", "imatrix")
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in files}

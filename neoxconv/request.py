@@ -26,13 +26,14 @@ from neoxconv.terminal import plural, progress_bar, size, table
 Given = Mapping[str, Any]  # the options by name; None where one was not given
 
 PLAIN_TARGETS = ("hf", "safetensors", "slim")
+GGUF_OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")
 ONLY_FOR = {
     "type": ("gguf",),
     "dtype": PLAIN_TARGETS,
     "tp": ("slim",),
     "shard_size": ("hf",),
     "split_size": ("gguf",),
-    **dict.fromkeys(("mix", "pure", "output_type", "embedding_type", "tensor_type"), ("gguf",)),
+    **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),
 }
 
 

@@ -26,7 +26,7 @@ from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
 from neoxconv.model import Entry, FileLayout, ModelConfig, Weight
-from neoxconv.slim import unchanged
+from neoxconv.targets.slim import unchanged
 from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.tokenizer import Tokenizer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import runpy
+import struct
 import subprocess
 import sys
 from importlib import import_module, metadata
@@ -143,14 +144,55 @@ def sequence_logits(llama: ModuleType, model: Any, tokens: Tokens) -> Logits:
         llama.llama_free(context)
 
 
-def llama_quantize(src_gguf: Path, dst_gguf: Path, ftype: str | int, threads: int = 2) -> None:
+def llama_quantize(
+    src_gguf: Path,
+    dst_gguf: Path,
+    ftype: str | int,
+    threads: int = 2,
+    imatrix: dict[str, npt.NDArray[np.float32]] | None = None,
+) -> None:
     """Write `dst_gguf` as llama-quantize does; `ftype` is a name such as Q4_K_M or its number."""
     llama = program("llama_cpp")
     wanted = llama.llama_model_quantize_default_params()
     wanted.ftype = ftype if isinstance(ftype, int) else llama_ftype(llama, ftype)
     wanted.nthread = threads
+    rows = [(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
+            for name, values in (imatrix or {}).items()]  # fmt: skip
+    entries = (llama.llama_model_imatrix_data * (len(rows) + 1))(*rows)  # one without a name ends the list
+    if imatrix:
+        wanted.imatrix = entries
     code = llama.llama_model_quantize(os.fsencode(src_gguf), os.fsencode(dst_gguf), ctypes.byref(wanted))
     assert code == 0, f"llama-quantize {src_gguf} to {ftype} gave {code}; its reason is on stderr"
+
+
+def write_imatrix(path: Path, model: Path, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+    """Write importances for the matrices in the layers of a GGUF file, in the form that the ending of `path` says.
+
+    Returns them as llama-quantize hands them on. They are drawn from a log-normal distribution.
+    """
+    gguf = program("gguf")
+    random, made = np.random.default_rng(seed), {}
+    for tensor in gguf.GGUFReader(model).tensors:
+        if tensor.name.startswith("blk") and len(tensor.shape) == 2:
+            made[tensor.name] = np.exp(random.standard_normal(int(tensor.shape[0]))).astype(np.float32)
+    if path.suffix == ".dat":
+        rows = [struct.pack("<i", len(n)) + n.encode() + struct.pack("<ii", 3, v.size) + (v * 3).tobytes()
+                for n, v in made.items()]  # fmt: skip
+        path.write_bytes(struct.pack("<i", len(made)) + b"".join(rows) + struct.pack("<ii", 5, 4) + b"text")
+        return made
+    writer = gguf.GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["text"])
+    writer.add_uint32("imatrix.chunk_count", 5)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, values in made.items():
+        writer.add_tensor(f"{name}.in_sum2", values * np.float32(1000))
+        writer.add_tensor(f"{name}.counts", np.array([1000], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
 
 
 def llama_ftype(llama: ModuleType, name: str) -> int:

@@ -22,7 +22,8 @@ from tests.test_bad_input import cli, digests, writable_copy
 
 ROOT = Path(__file__).parents[1]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "shard_size": ["1MB"], "split_size": ["1MB"], "pure": [],
-          "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"]}  # fmt: skip
+          "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
+          "imatrix": ["m.gguf"], "effort": ["high"]}  # fmt: skip
 
 
 @pytest.fixture

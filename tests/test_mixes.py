@@ -16,7 +16,7 @@ from neoxconv.names import TYPES
 from neoxconv.plan import Plan
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.mixes import MIXES
-from tests.oracles import llama_quantize
+from tests.oracles import llama_quantize, write_imatrix
 from tests.toy import toy
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
@@ -46,12 +46,18 @@ def test_types_are_those_of_llama_quantize(layers: int, hidden: int, tmp_path: P
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; run `make oracles`")
     source = toy(tmp_path, layers=layers, hidden=hidden, heads=4, rows=512)
     f16 = run(planned(source, type="F16"), tmp_path / "f16.gguf")
-    by_layer = [name for name in PACKED if any(row.when(0, 17) != row.when(5, 17) for row in MIXES[name].rows)]
-    for mix in by_layer if layers > 3 else PACKED:
-        theirs = tmp_path / "theirs.gguf"
-        llama_quantize(f16, theirs, mix)
-        expected = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(theirs).tensors}
-        assert types(planned(source, type=mix)) == expected, mix
+    theirs, matrix = tmp_path / "theirs.gguf", tmp_path / "imatrix.gguf"
+    importances = write_imatrix(matrix, f16)
+    for given in (None, importances):
+        for mix in [name for name in PACKED if differs(name, given is not None)] if layers > 3 else PACKED:
+            llama_quantize(f16, theirs, mix, imatrix=given)
+            expected = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(theirs).tensors}
+            assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
+
+
+def differs(mix: str, imatrix: bool) -> bool:
+    """Whether layers get different types."""
+    return any(row.when(0, 17, imatrix) != row.when(5, 17, imatrix) for row in MIXES[mix].rows)
 
 
 def test_names_are_those_of_the_tables() -> None:
@@ -67,7 +73,7 @@ def test_sizes_of_the_20b_model_are_those_measured() -> None:
 def test_the_classic_recipe_has_its_sizes() -> None:
     from neoxconv.catalog import shapes
     from neoxconv.quant.mixes import Choice
-    from neoxconv.targets import gguf_entries
+    from neoxconv.targets.gguf import gguf_entries
 
     model = shapes("20B")
     for mix, expected in CLASSIC.items():

@@ -14,7 +14,7 @@ import torch
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.checkpoint import parameters
 from neoxconv.cli import main
-from neoxconv.slim import RANDOM_STATES
+from neoxconv.targets.slim import RANDOM_STATES
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from tests.oracles import transformers_logits
 

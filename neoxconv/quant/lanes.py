@@ -15,7 +15,11 @@ import numpy as np
 
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, float_bits, half_bits, i32, kernel, u8
-from neoxconv.quant.superblocks import ABOVE
+from neoxconv.quant.search import ABOVE
+
+Worth = tuple[
+    int, float, Floats, Floats
+]  # kind, share; importance [column blocks, n] and spread [blocks], or both empty
 
 LANES, MOST = 64, 32  # blocks side by side; weights in a block at most
 MAGIC = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer
@@ -50,12 +54,18 @@ def load(weights: Floats, first: int, x: Floats) -> None:
 
 
 @kernel
-def weigh(x: Floats, w: Floats, s: Floats, n: int, kind: int, share: float) -> None:
-    """How much the error of each weight matters.
+def weigh(x: Floats, w: Floats, s: Floats, n: int, first: int, worth: Worth) -> None:
+    """How much the error of each weight matters; by the columns' importance where there is one."""
+    if worth[2].size:
+        weigh_columns(x, w, first, worth)
+    else:
+        weigh_alone(x, w, s, n, worth)
 
-    ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block.
-    """
-    part = f32(share)
+
+@kernel
+def weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
+    """ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block."""
+    kind, share = worth[0], f32(worth[1])
     for i in range(LANES):
         s[SIZE, i] = ZERO
     for j in range(n):
@@ -63,10 +73,36 @@ def weigh(x: Floats, w: Floats, s: Floats, n: int, kind: int, share: float) -> N
             s[SIZE, i] += x[j, i] * x[j, i]
     for i in range(LANES):
         mean = s[SIZE, i] / f32(n)
-        s[SIZE, i] = part * (np.sqrt(mean) if kind == ABOVE else mean)
+        s[SIZE, i] = share * (np.sqrt(mean) if kind == ABOVE else mean)
     for j in range(n):
         for i in range(LANES):
             w[j, i] = s[SIZE, i] + (abs(x[j, i]) if kind == ABOVE else x[j, i] * x[j, i])
+
+
+@kernel
+def weigh_columns(x: Floats, w: Floats, first: int, worth: Worth) -> None:
+    """importance * sqrt(x * x + spread), or importance alone without spreads."""
+    importance, spread = worth[2], worth[3]
+    for i in range(LANES):
+        block = first + i
+        part = spread[block] if block < spread.size else ZERO
+        for j in range(importance.shape[1]):
+            w[j, i] = importance[block % importance.shape[0], j]
+            if spread.size:
+                w[j, i] *= np.sqrt(x[j, i] * x[j, i] + part)
+
+
+@kernel
+def mean_squares(weights: Floats, group: int, share: float, spread: Floats) -> None:
+    """`share` of the mean square of every `group` blocks [m, n] that follow each other, for each of them: [m]."""
+    for begin in range(0, weights.shape[0], group):
+        total = np.float64(0)
+        for b in range(begin, begin + group):
+            for j in range(weights.shape[1]):
+                value = weights[b, j] if abs(weights[b, j]) < INFINITY else ZERO
+                total += value * value
+        for b in range(begin, begin + group):
+            spread[b] = f32(share * total / (group * weights.shape[1]))
 
 
 @kernel

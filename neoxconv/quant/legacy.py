@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, DType, Floats
-from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.model import Encoding
+from neoxconv.errors import CheckpointError
+from neoxconv.model import Context, Encoding
+from neoxconv.quant.search import SEARCHES, check_columns, find
 
 BLOCK = 32
 ROUNDING = np.float32(1.01 / 2048)  # half a unit in the last place of a float16; 1 % for float32 arithmetic
@@ -65,15 +66,26 @@ def encode(form: Form, rows: Floats) -> Bytes:
     """Rows [n, columns] as blocks [n, bytes]. Raises PlanError where 32 does not divide the columns."""
     from neoxconv.quant import kernels
 
+    check_columns(form.name, BLOCK, rows)
     count, columns = rows.shape
-    if columns % BLOCK:
-        raise PlanError(
-            f"{form.name} stores {BLOCK} weights together, but a row has {columns}. Store this tensor as F16."
-        )
     weights = np.ascontiguousarray(rows, np.float32).reshape(count * columns // BLOCK, BLOCK)
     blocks = np.empty((len(weights), form.layout.itemsize), np.uint8)
     getattr(kernels, form.kernel)(weights, form.levels, blocks)
     return blocks.reshape(count, columns // BLOCK * form.layout.itemsize)
+
+
+def search(form: Form, rows: Floats, context: Context) -> Bytes:
+    """The same with the scales that err least, found as a super-block's are. Raises PlanError as `encode` does."""
+    check_columns(form.name, BLOCK, rows)
+    codes, numbers = find(SEARCHES[form.name], rows, context)
+    blocks = np.zeros(len(codes), form.layout)
+    blocks["step"] = numbers[:, 0] * numbers[:, 2]
+    if form.least:
+        blocks["least"] = -numbers[:, 1] * numbers[:, 3]
+    blocks["nibbles"] = codes[:, :16] & 15 | codes[:, 16:] << 4
+    if form.fifth:
+        blocks["fifth"] = np.packbits(codes >> 4, axis=1, bitorder="little")
+    return blocks.view(np.uint8).reshape(len(rows), rows.shape[1] // BLOCK * form.layout.itemsize)
 
 
 def decode(form: Form, stored: Bytes) -> Floats:
@@ -87,12 +99,14 @@ def decode(form: Form, stored: Bytes) -> Floats:
     return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * BLOCK)
 
 
-def wrong(form: Form, rows: Floats, stored: Bytes) -> npt.NDArray[np.bool_]:
+def wrong(form: Form, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
     """True where a weight is further from its stored value than rounding to the nearest code and to float16 explain.
 
     The bound is step / 2 + (|code| + 1) * (rounding of the step) + (rounding of the least weight), but a code at
     the end of its range may be any distance short of its weight. Where the step or the least weight of a block is not
-    the one that its weights need, rounded to float16, the whole block is wrong; so too for an infinity or NaN.
+    the one that its weights need, rounded to float16, the whole block is wrong; so too for an infinity or NaN. With an
+    importance matrix (`weighted`) the step may be any that suits the few weights that matter, and llama.cpp fits it
+    after the codes are chosen: they may be two steps off.
     """
     from neoxconv.quant import kernels
 
@@ -100,10 +114,13 @@ def wrong(form: Form, rows: Floats, stored: Bytes) -> npt.NDArray[np.bool_]:
     parts = take_apart(form, stored)
     with np.errstate(invalid="ignore", over="ignore"):
         step, least = needed(form, kernels.spans(weights))
+        finite = np.isfinite(step)
+        if weighted:
+            step, least = np.abs(parts.step), parts.least
         slope, slack = half_ulp(step), half_ulp(least)
-        fits = np.isfinite(step) & (np.abs(np.abs(parts.step) - step) <= slope)
-        fits &= np.abs(parts.least - least) <= slack
-        limits = np.stack([parts.step, parts.least, slope, step / 2 + slope + slack], axis=1)
+        fits = finite & (np.abs(np.abs(parts.step) - step) <= slope) & (np.abs(parts.least - least) <= slack)
+        free = np.where(step > 0, 2 * step, np.float32(np.inf)) if weighted else step / 2
+        limits = np.stack([parts.step, parts.least, slope, free + slope + slack], axis=1)
     result = kernels.outside(weights, parts.codes, limits, (form.lowest, form.highest))
     result |= ~fits[:, None]
     return result.reshape(rows.shape)
@@ -144,7 +161,8 @@ def take_apart(form: Form, stored: Bytes) -> Parts:
 def encoding(form: Form) -> Encoding:
     """The row of the table of encodings for `form`."""
     dtype = DType(form.name, BLOCK, form.layout.itemsize, np.dtype(np.uint8))
-    return Encoding(form.name, dtype, partial(encode, form), partial(decode, form), partial(wrong, form))
+    searched = partial(search, form) if form.name in SEARCHES else None
+    return Encoding(form.name, dtype, partial(encode, form), partial(decode, form), partial(wrong, form), searched)
 
 
 def layout(*fields: Any) -> np.dtype[Any]:

@@ -1,7 +1,7 @@
 """Mixes: which encoding each weight of a GGUF file gets, by its role and layer. The first row that fits decides.
 
-CURRENT is what llama-quantize does without an importance matrix; it treats the fused attn_qkv like attn_v. CLASSIC has
-the rows for attn_qkv as they were until early 2025, better known and a little smaller or larger.
+The rows are what llama-quantize does, with and without an importance matrix; it treats the fused attn_qkv like attn_v.
+The `classic` rows for attn_qkv are as they were until early 2025, better known and a little smaller or larger.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ANY = "*"
 VECTORS = ("norm", "bias")  # always F32 in GGUF
 PLAIN = ("F32", "F16", "BF16")
 
-When = Callable[[int, int], bool]  # of a layer and the number of layers
+When = Callable[[int, int, bool], bool]  # of a layer, the number of layers, and whether there is an importance matrix
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Row:
 
     role: str
     encoding: str
-    when: When = lambda i, n: True
+    when: When = lambda i, n, imatrix: True
 
 
-def more(i: int, n: int) -> bool:
+def more(i: int, n: int, imatrix: bool) -> bool:
     """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third between."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 def first(count: int) -> When:
     """The first `count` layers."""
-    return lambda i, n: i < count
+    return lambda i, n, imatrix: i < count
 
 
-def part(share: int) -> When:
-    """The first n / share layers."""
-    return lambda i, n: i < n // share
+def part(share: int, imatrix: bool | None = None) -> When:
+    """The first n / share layers; only with or only without an importance matrix where that is said."""
+    return lambda i, n, given: i < n // share and imatrix in (None, given)
 
 
 HEAD = Row("head", "Q6_K")
@@ -72,15 +72,15 @@ MIXES: dict[str, Mix] = {
                      classic=(Row("qkv", "Q6_K"),)),
     "Q5_K_S": simple(16, "Q5_K", HEAD),
     "Q5_1": simple(9, "Q5_1", HEAD),
-    "Q5_0": simple(8, "Q5_0", HEAD),
+    "Q5_0": simple(8, "Q5_0", HEAD, Row("mlp_out", "Q5_1", part(8, imatrix=True))),
     "Q4_K_M": simple(15, "Q4_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
                      classic=(Row("qkv", "Q5_K"),)),
     "Q4_K_S": simple(14, "Q4_K", HEAD, Row("qkv", "Q5_K", first(4)), Row("mlp_out", "Q5_K", part(8)),
                      classic=(Row("qkv", "Q4_K"),)),
     "Q4_1": simple(3, "Q4_1", HEAD),
-    "Q4_0": simple(2, "Q4_0", HEAD),
-    "IQ4_NL": simple(25, "IQ4_NL", HEAD, Row("mlp_out", "Q5_K", part(8))),
-    "IQ4_XS": simple(30, "IQ4_XS", HEAD, Row("mlp_out", "Q5_K", part(8))),
+    "Q4_0": simple(2, "Q4_0", HEAD, Row("mlp_out", "Q4_1", part(8, imatrix=True))),
+    "IQ4_NL": simple(25, "IQ4_NL", HEAD, Row("mlp_out", "Q5_K", part(8, imatrix=False))),
+    "IQ4_XS": simple(30, "IQ4_XS", HEAD, Row("mlp_out", "Q5_K", part(8, imatrix=False))),
     "Q3_K_L": simple(13, "Q3_K", HEAD, Row("qkv", "Q5_K"), Row("attn_out", "Q5_K"), Row("mlp_out", "Q5_K"),
                      classic=(Row("qkv", "Q4_K"),)),
     "Q3_K_M": simple(12, "Q3_K", HEAD, Row("qkv", "Q5_K", first(2)), Row("qkv", "Q4_K"), Row("attn_out", "Q4_K"),
@@ -100,8 +100,9 @@ LAST_RESORT = "F16"
 
 @dataclass(frozen=True)
 class Choice:
-    """What decides: a mix, in its current or classic form or `pure` (its main type for every matrix), and what
-    overrides it: `output` and `embedding` types, and (pattern, type) pairs, the first whose pattern a GGUF name holds.
+    """What decides: a mix, in its current or classic form or `pure` (its main type for every matrix), with an
+    importance matrix or without; and what overrides it: `output` and `embedding` types, and (pattern, type) pairs, the
+    first whose pattern a GGUF name holds.
 
     Raises PlanError for a name or a pattern that is none.
     """
@@ -112,6 +113,7 @@ class Choice:
     output: str | None = None
     embedding: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
+    imatrix: bool = False
 
     def __post_init__(self) -> None:
         if self.mix not in MIXES:
@@ -156,7 +158,8 @@ def wanted(choice: Choice, place: Place) -> str:
         return special
     mix = MIXES[choice.mix]
     rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
-    return next(r.encoding for r in rows if r.role in (place.role, ANY) and r.when(place.layer, place.layers))
+    at = place.layer, place.layers, choice.imatrix
+    return next(row.encoding for row in rows if row.role in (place.role, ANY) and row.when(*at))
 
 
 def stand_ins(name: str, place: Place) -> Iterator[str]:

@@ -53,7 +53,7 @@ def decode_bf16(stored: Array) -> Floats:
     return widen(stored, dtypes.BF16)
 
 
-def wrong(dtype: DType, rows: Floats, stored: Array) -> npt.NDArray[np.bool_]:
+def wrong(dtype: DType, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]:
     """True where the stored bits are not those of the correctly rounded number; any NaN stands for any other."""
     unsigned = f"<u{dtype.nbytes}"
     differs = np.asarray(narrow(rows, dtype).view(unsigned) != stored.view(unsigned))

@@ -44,6 +44,7 @@ from neoxconv.quant.lanes import (
     B,
     E,
     Q,
+    Worth,
     choose_total,
     forget,
     keep,
@@ -146,10 +147,10 @@ def round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None
     """
     for i in range(LANES):
         s[BEST_TOTAL, i] = INFINITY
-    for t in range(trims.size):
+    for t in range(len(trims)):
         for group in range(0, LANES, subs):
-            step = rounded_to_half(f32(largest(s, SCALE, group, subs) / (levels - trims[t])))
-            floor = rounded_to_half(f32(largest(s, LEAST, group, subs) / (levels - trims[t])))
+            step = rounded_to_half(f32(largest(s, SCALE, group, subs) / (levels - trims[t, 0])))
+            floor = rounded_to_half(f32(largest(s, LEAST, group, subs) / (levels - trims[t, 1])))
             for i in range(group, group + subs):
                 s[STEP, i], s[FLOOR, i] = step, floor
         round_minima(s, levels)
@@ -209,23 +210,23 @@ def line_codes(x: Floats, s: Floats, n: int, top: np.float32) -> None:
 @kernel
 def lines(
     weights: Floats,
-    form: tuple[int, int, float, float, float],
-    grid: Floats,
-    trims: Floats,
+    worth: Worth,
+    form: tuple[int, float, float],
+    places: tuple[Floats, Floats],
     codes: Bytes,
     numbers: Floats,
 ) -> None:
     """Encode blocks [m, n] by scale and minimum: their codes [m, n], and [m, 4] integers and steps of both.
 
-    `form`: blocks in a super-block, how weights matter (kind and share), largest code, largest integer of a scale.
+    `form`: blocks in a super-block, largest code, largest integer of a scale; `places`: search.Search's grid and trims.
     """
-    subs, kind, share, top, levels = form
+    (subs, top, levels), (grid, trims) = form, places
     n = weights.shape[1]
     x, w = np.empty((MOST, LANES), np.float32), np.empty((MOST, LANES), np.float32)
     s = np.zeros((ROWS, LANES), np.float32)
     for first in range(0, weights.shape[0], LANES):
         load(weights, first, x)
-        weigh(x, w, s, n, kind, share)
+        weigh(x, w, s, n, first, worth)
         search_line(x, w, s, n, f32(top), grid)
         round_lines(s, subs, f32(levels), trims)
         line_codes(x, s, n, f32(top))

@@ -31,6 +31,7 @@ from neoxconv.quant.lanes import (
     TRY_SCALE,
     TWO,
     A,
+    Worth,
     choose_total,
     forget,
     keep,
@@ -170,12 +171,12 @@ def round_scales(s: Floats, subs: int, levels: np.float32, trims: Floats) -> Non
     """
     for i in range(LANES):
         s[BEST_TOTAL, i] = INFINITY
-    for t in range(trims.size):
+    for t in range(len(trims)):
         for group in range(0, LANES, subs):
             extreme = ZERO
             for i in range(group, group + subs):
                 extreme = s[SCALE, i] if abs(s[SCALE, i]) > abs(extreme) else extreme
-            step = f32(extreme / (trims[t] - levels)) if subs > 1 else extreme
+            step = f32(extreme / (trims[t, 0] - levels)) if subs > 1 else extreme
             half = rounded_to_half(f32(abs(step)))
             for i in range(group, group + subs):
                 s[STEP, i] = -half if step < ZERO else half
@@ -207,24 +208,24 @@ def scale_codes(x: Floats, s: Floats, n: int, ends: tuple[float, float], curved:
 @kernel
 def scales(
     weights: Floats,
-    form: tuple[int, int, float, float, float, float, bool],
-    grid: Floats,
-    trims: Floats,
+    worth: Worth,
+    form: tuple[int, float, float, float, bool],
+    places: tuple[Floats, Floats],
     codes: Bytes,
     numbers: Floats,
 ) -> None:
     """Encode blocks [m, n] by scale alone: their codes [m, n] from 0 on, and [m, 4] integer, -, step, -.
 
-    `form`: blocks in a super-block, how weights matter (kind and share), smallest and largest code, integers of a scale
-    to each side, and whether the codes stand for IQ4's values.
+    `places` as in `lines`; `form`: blocks in a super-block, smallest and largest code, integers of a scale to
+    each side, and whether the codes stand for IQ4's values.
     """
-    subs, kind, share, low, high, levels, curved = form
+    (subs, low, high, levels, curved), (grid, trims) = form, places
     n = weights.shape[1]
     x, w = np.empty((MOST, LANES), np.float32), np.empty((MOST, LANES), np.float32)
     s = np.zeros((ROWS, LANES), np.float32)
     for first in range(0, weights.shape[0], LANES):
         load(weights, first, x)
-        weigh(x, w, s, n, kind, share)
+        weigh(x, w, s, n, first, worth)
         search_scale(x, w, s, n, (low, high), grid, curved)
         round_scales(s, subs, f32(levels), trims)
         scale_codes(x, s, n, (low, high), curved)

@@ -18,76 +18,42 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, DType, Floats
-from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.model import Encoding
+from neoxconv.errors import CheckpointError
+from neoxconv.model import Context, Encoding
 from neoxconv.quant.planes import Plane, pack, pack_sixes, unpack, unpack_sixes
+from neoxconv.quant.search import SEARCHES, Search, check_columns, find
 
+NOTHING = Context()
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 
 @dataclass(frozen=True)
 class Form:
-    """The bytes of a super-block, and what its codes mean.
-
-    `block` weights share an integer scale: from -levels to levels - 1, with a least weight from 0 to `levels`. Codes go
-    from `lowest` to `highest`. `grid` is where the search first puts a block's largest weight (with a least weight:
-    over how many steps it lays the block's range); `kind` and `share` say how much a weight matters (lanes.weigh).
-    """
+    """The bytes of a super-block: fields, and where in them codes and integer scales lie."""
 
     name: str
     layout: np.dtype[Any]
     codes: tuple[Plane, ...]
     scales: tuple[Plane, ...]
-    block: int
-    lowest: int
-    highest: int
-    levels: int
-    grid: tuple[float, ...]
-    kind: int
-    share: float
 
     @property
-    def least(self) -> bool:
-        return "floor" in (self.layout.names or ())
-
-    @property
-    def curved(self) -> bool:
-        return self.name.startswith("IQ4")
+    def search(self) -> Search:
+        """Which codes and integers there are, and how they are found."""
+        return SEARCHES[self.name]
 
     @property
     def weights(self) -> int:
         """In a super-block."""
-        outer, count, inner = self.codes[0].shape
-        return outer * count * inner
-
-    @property
-    def subs(self) -> int:
-        """Blocks in a super-block."""
-        return self.weights // self.block
+        return self.search.block * self.search.subs
 
 
-def encode(form: Form, rows: Floats) -> Bytes:
+def encode(form: Form, rows: Floats, context: Context = NOTHING) -> Bytes:
     """Rows [n, columns] as super-blocks [n, bytes]. Raises PlanError where they do not divide the columns."""
-    from neoxconv.quant.search_lines import lines
-    from neoxconv.quant.search_scales import scales
-
+    check_columns(form.name, form.weights, rows)
     count, columns = rows.shape
-    if columns % form.weights:
-        raise PlanError(
-            f"{form.name} stores {form.weights} weights together, but a row has {columns}. Store this tensor as F16."
-        )
-    blocks = np.ascontiguousarray(rows, np.float32).reshape(rows.size // form.block, form.block)
-    codes, numbers = np.empty(blocks.shape, np.uint8), np.empty((len(blocks), 4), np.float32)
-    grid = np.array(form.grid, np.float32)
-    if form.least:
-        how = (form.subs, form.kind, form.share, form.highest, form.levels)
-        lines(blocks, how, grid, TRIMS, codes, numbers)
-    else:
-        ends = (form.lowest, form.highest)
-        scales(blocks, (form.subs, form.kind, form.share, *ends, form.levels, form.curved), grid, TRIMS,
-               codes, numbers)  # fmt: skip
+    codes, numbers = find(form.search, rows, context)
     supers = count * columns // form.weights
-    stored = put_together(form, codes.reshape(supers, form.weights), numbers.reshape(supers, form.subs, 4))
+    stored = put_together(form, codes.reshape(supers, form.weights), numbers.reshape(supers, form.search.subs, 4))
     return stored.reshape(count, columns // form.weights * form.layout.itemsize)
 
 
@@ -96,12 +62,12 @@ def put_together(form: Form, codes: Bytes, numbers: Floats) -> Bytes:
     stored = np.zeros(len(codes), form.layout)
     stored["step"] = numbers[:, 0, 2]
     integers = numbers[..., 0].astype(np.int32)
-    if form.least:
+    if form.search.least:
         stored["floor"] = numbers[:, 0, 3]
         integers = np.concatenate([integers, numbers[..., 1].astype(np.int32)], axis=1)
     if form.scales:
         pack(stored, form.scales, (integers + offset(form)).astype(np.uint8))
-    elif form.least:
+    elif form.search.least:
         stored["scales"] = pack_sixes(integers.astype(np.uint8))
     pack(stored, form.codes, codes)
     return stored.view(np.uint8).reshape(len(codes), form.layout.itemsize)
@@ -109,7 +75,7 @@ def put_together(form: Form, codes: Bytes, numbers: Floats) -> Bytes:
 
 def offset(form: Form) -> int:
     """What is added to an integer scale where it is stored; those of 8 bits have a sign."""
-    return 0 if form.least or form.levels == 128 else form.levels
+    return 0 if form.search.least or form.search.levels == 128 else form.search.levels
 
 
 @dataclass(frozen=True)
@@ -132,27 +98,29 @@ def take_apart(form: Form, stored: Bytes) -> Parts:
             f"{form.name}: blocks have {form.layout.itemsize} bytes, but a row has {stored.shape[1]}. "
             "The file is damaged or its type is another one."
         )
+    how = form.search
     raw = np.ascontiguousarray(stored).reshape(stored.size // form.layout.itemsize, form.layout.itemsize)
     supers = raw.view(form.layout)[:, 0]
     step = supers["step"].astype(np.float32)[:, None, None]
-    floor = supers["floor"].astype(np.float32)[:, None, None] if form.least else np.zeros_like(step)
+    floor = supers["floor"].astype(np.float32)[:, None, None] if how.least else np.zeros_like(step)
     if form.scales:
         integers = unpack(supers, form.scales)
     else:
-        integers = unpack_sixes(supers["scales"]) if form.least else np.ones((len(supers), 1), np.uint8)
-    signed = (
-        integers.view(np.int8) if form.levels == 128 else integers.astype(np.int32) - offset(form) * bool(form.scales)
-    )
-    numbers = signed.astype(np.float32).reshape(len(supers), 1 + form.least, form.subs, 1)
-    codes = unpack(supers, form.codes).reshape(len(supers), form.subs, form.block)
+        integers = unpack_sixes(supers["scales"]) if how.least else np.ones((len(supers), 1), np.uint8)
+    if how.levels == 128:
+        signed = integers.view(np.int8).astype(np.float32)
+    else:
+        signed = integers.astype(np.float32) - np.float32(offset(form) * bool(form.scales))
+    numbers = signed.reshape(len(supers), 1 + how.least, how.subs, 1)
+    codes = unpack(supers, form.codes).reshape(len(supers), how.subs, how.block)
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
-        least = floor * numbers[:, 1] if form.least else np.zeros_like(step)
+        least = floor * numbers[:, 1] if how.least else np.zeros_like(step)
         return Parts(codes, step * numbers[:, 0], least, step, floor)
 
 
 def values_of(form: Form, codes: Bytes) -> Floats:
     """What codes stand for."""
-    return VALUES[codes] if form.curved else codes.astype(np.float32) + np.float32(form.lowest)
+    return VALUES[codes] if form.search.curved else codes.astype(np.float32) + np.float32(form.search.lowest)
 
 
 def decode(form: Form, stored: Bytes) -> Floats:
@@ -160,16 +128,17 @@ def decode(form: Form, stored: Bytes) -> Floats:
     parts = take_apart(form, stored)
     with np.errstate(invalid="ignore"):
         values = values_of(form, parts.codes) * parts.scale
-        if form.least:
+        if form.search.least:
             values -= parts.least
     return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * form.weights)
 
 
-def wrong(form: Form, rows: Floats, stored: Bytes) -> npt.NDArray[np.bool_]:
+def wrong(form: Form, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
     """True where a weight is further from its stored value than rounding to the nearest code explains.
 
     A code at the end of its range may be any distance short of its weight, and a scale of 0 leaves no choice. Where a
-    block's range is not about the one that its weights need, it is wrong whole.
+    block's range is not about the one that its weights need, it is wrong whole; with an importance matrix (`weighted`)
+    it may be any that suits the few weights that matter.
     """
     parts = take_apart(form, stored)
     weights = np.asarray(rows, np.float32).reshape(parts.codes.shape)
@@ -181,7 +150,9 @@ def wrong(form: Form, rows: Floats, stored: Bytes) -> npt.NDArray[np.bool_]:
         bad = ~((error <= above[parts.codes] * size + slack) & (error >= -below[parts.codes] * size - slack))
         bad &= size != 0
         bad |= ~np.isfinite(weights)
-        return (bad | ~fits(form, weights, parts)).reshape(rows.shape)
+        if not weighted:
+            bad |= ~fits(form, weights, parts)
+        return np.asarray(bad.reshape(rows.shape))
 
 
 def blur(step: Floats) -> Floats:
@@ -191,7 +162,7 @@ def blur(step: Floats) -> Floats:
 
 def gaps(form: Form) -> tuple[Floats, Floats]:
     """How far above and below its value, in scales, a weight may lie that has a code."""
-    values = VALUES if form.curved else np.arange(form.lowest, form.highest + 1, dtype=np.float32)
+    values = VALUES if form.search.curved else np.arange(form.search.lowest, form.search.highest + 1, dtype=np.float32)
     half = np.diff(values) / 2
     return np.append(half, np.float32(np.inf)), np.insert(half, 0, np.float32(np.inf))
 
@@ -202,15 +173,16 @@ def fits(form: Form, weights: Floats, parts: Parts) -> npt.NDArray[np.bool_]:
     A search moves them by a part of the range, the more the fewer codes there are; rounding to integers by up to a step
     and a half.
     """
+    how = form.search
     low, high = weights.min(axis=2, keepdims=True), weights.max(axis=2, keepdims=True)
-    tiny = np.float32(2.0**-25 * form.levels)  # what rounding a subnormal step comes to in all
-    moves, rounding = np.float32(0.3 + 0.9 / (form.highest - form.lowest)), np.float32(1.5 * (form.subs > 1))
-    if form.least:
+    tiny = np.float32(2.0**-25 * how.levels)  # what rounding a subnormal step comes to in all
+    moves, rounding = np.float32(0.3 + 0.9 / (how.highest - how.lowest)), np.float32(1.5 * (how.subs > 1))
+    if how.least:
         low = np.minimum(low, np.float32(0))
-        span, reach = high - low, np.float32(form.highest)
+        span, reach = high - low, np.float32(how.highest)
         result = np.abs(parts.least + low) <= span * moves + parts.floor * rounding + tiny
     else:
-        span, reach = np.maximum(-low, high), np.float32(-form.lowest)
+        span, reach = np.maximum(-low, high), np.float32(-how.lowest)
         result = np.isfinite(parts.scale)
     slack = span * moves + np.abs(parts.step) * (reach * rounding + np.float32(1 / 1024)) + tiny * reach
     return np.asarray(result & (np.abs(np.abs(parts.scale) * reach - span) <= slack))
@@ -219,7 +191,8 @@ def fits(form: Form, weights: Floats, parts: Parts) -> npt.NDArray[np.bool_]:
 def encoding(form: Form) -> Encoding:
     """The row of the table of encodings for `form`."""
     dtype = DType(form.name, form.weights, form.layout.itemsize, np.dtype(np.uint8))
-    return Encoding(form.name, dtype, partial(encode, form), partial(decode, form), partial(wrong, form))
+    encoder = partial(encode, form)
+    return Encoding(form.name, dtype, encoder, partial(decode, form), partial(wrong, form), encoder)
 
 
 def layout(*fields: tuple[Any, ...]) -> np.dtype[Any]:
@@ -227,41 +200,28 @@ def layout(*fields: tuple[Any, ...]) -> np.dtype[Any]:
     return np.dtype(list(fields))
 
 
-def steps(first: float, last: float, count: int) -> tuple[float, ...]:
-    """Numbers at equal distances."""
-    return tuple(np.linspace(first, last, count).tolist())
-
-
-# What the largest integer falls short of `levels`: a little larger steps may fit the others better.
-TRIMS = np.array([0.0, 0.5, 1.0], np.float32)
 TINY = np.float32(1e-6)  # of float32 arithmetic
 
 STEP, FLOOR = ("step", "<f2"), ("floor", "<f2")
 HALVES, BITS, NIBBLES = (2, 4, 32), (1, 8, 32), (4, 2, 32)
-CURVE = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)
-ABOVE, SQUARE = 0, 1  # lanes.weigh
 
 Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL = map(
     encoding,
     (
         Form("Q2_K", layout(("scales", "u1", 16), ("qs", "u1", 64), STEP, FLOOR),
-             (Plane("qs", 0, 2, HALVES),), (Plane("scales", 0, 4, (1, 2, 16)),),
-             16, 0, 3, 15, steps(2.7, 3.6, 3), ABOVE, 0.0),
+             (Plane("qs", 0, 2, HALVES),), (Plane("scales", 0, 4, (1, 2, 16)),)),
         Form("Q3_K", layout(("hmask", "u1", 32), ("qs", "u1", 64), ("nibbles", "u1", 8), ("upper", "u1", 4), STEP),
              (Plane("qs", 0, 2, HALVES), Plane("hmask", 2, 1, BITS)),
-             (Plane("nibbles", 0, 4, (1, 2, 8)), Plane("upper", 4, 2, (1, 4, 4))),
-             16, -4, 3, 32, (-4.1, -3.4), SQUARE, 0.6),
+             (Plane("nibbles", 0, 4, (1, 2, 8)), Plane("upper", 4, 2, (1, 4, 4)))),
         Form("Q4_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qs", "u1", 128)),
-             (Plane("qs", 0, 4, NIBBLES),), (), 32, 0, 15, 63, steps(14, 15.5, 5), ABOVE, 1.0),
+             (Plane("qs", 0, 4, NIBBLES),), ()),
         Form("Q5_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)),
-             (Plane("qs", 0, 4, NIBBLES), Plane("qh", 4, 1, BITS)), (), 32, 0, 31, 63, steps(30.5, 32, 4), ABOVE, 1.0),
+             (Plane("qs", 0, 4, NIBBLES), Plane("qh", 4, 1, BITS)), ()),
         Form("Q6_K", layout(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "u1", 16), STEP),
-             (Plane("ql", 0, 4, (2, 2, 64)), Plane("qh", 4, 2, HALVES)), (Plane("scales", 0, 8, (1, 1, 16)),),
-             16, -32, 31, 128, (-32.0, -31.2), SQUARE, 0.3),
+             (Plane("ql", 0, 4, (2, 2, 64)), Plane("qh", 4, 2, HALVES)), (Plane("scales", 0, 8, (1, 1, 16)),)),
         Form("IQ4_XS", layout(STEP, ("upper", "u1", 2), ("nibbles", "u1", 4), ("qs", "u1", 128)),
-             (Plane("qs", 0, 4, (8, 2, 16)),), (Plane("nibbles", 0, 4, (4, 2, 1)), Plane("upper", 4, 2, (2, 4, 1))),
-             32, -127, 113, 32, CURVE, SQUARE, 0.6),
+             (Plane("qs", 0, 4, (8, 2, 16)),), (Plane("nibbles", 0, 4, (4, 2, 1)), Plane("upper", 4, 2, (2, 4, 1)))),
         Form("IQ4_NL", layout(STEP, ("qs", "u1", 16)),
-             (Plane("qs", 0, 4, (1, 2, 16)),), (), 32, -127, 113, 2, CURVE, SQUARE, 0.6),
+             (Plane("qs", 0, 4, (1, 2, 16)),), ()),
     ),
 )  # fmt: skip

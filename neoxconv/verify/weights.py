@@ -34,6 +34,7 @@ COMPARED = (
     "activation",
     "tied",
 )
+SEARCHED = ("quantize.imatrix.entries_count", "neoxconv.effort")  # keys of a GGUF file
 SIZES = ("layers", "hidden", "ff", "rows")
 UNSAID = {"gguf": ("activation", "tied")}
 
@@ -42,13 +43,15 @@ UNSAID = {"gguf": ("activation", "tied")}
 class Pair:
     """A tensor of the source and the target's of the same name.
 
-    `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type.
+    `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
+    `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's.
     """
 
     name: str
     source: LazyTensor
     target: LazyTensor
     joined: bool
+    weighted: bool = False
 
 
 def verify_weights(
@@ -80,8 +83,9 @@ def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Fi
     findings = [Finding(name, "is in the source but not in the target") for name in ours if name not in theirs]
     findings += [Finding(name, "is in the target but not in the source") for name in theirs if name not in ours]
     split = len(target.index.ranks) > 1
+    weighted = any(key in target.index.settings for key in SEARCHED)
     pairs = [
-        Pair(name, ours[name], theirs[name], split and theirs[name].native is not theirs[name].dtype)
+        Pair(name, ours[name], theirs[name], split and theirs[name].native is not theirs[name].dtype, weighted)
         for name in ours
         if name in theirs
     ]
@@ -112,7 +116,10 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
         error = np.abs(weights - values)
         if pair.joined:
             stored = narrow(values, pair.target.native)
-        bad = ENCODINGS[encoding].wrong(weights, stored) if encoding in ENCODINGS else differs(pair, weights, values)
+        if encoding in ENCODINGS:
+            bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
+        else:
+            bad = differs(pair, weights, values)
         if bad.any() and first < 0:
             first = start * pair.source.columns + int(np.flatnonzero(bad)[0])
         wrong += int(bad.sum())
@@ -121,6 +128,8 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
         power += float(np.square(weights, dtype=np.float64).sum())
         progress((stop - start) * pair.source.dtype.size(pair.source.columns))
     result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
+    if pair.weighted and result.relative > LOOSE:
+        return result, Finding(pair.name, f"is {result.relative:.2g} of its size away from the source's weights")
     if not wrong:
         return result, None
     at = list(map(int, np.unravel_index(first, pair.source.shape)))

@@ -27,8 +27,8 @@ def ggml() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(found[0])) if found else None
 
 
-def ggml_encode(library: ctypes.CDLL, name: str, rows: Floats) -> Bytes:
-    """Encode rows [n, columns] on one thread and without an imatrix; return [n, row bytes]."""
+def ggml_encode(library: ctypes.CDLL, name: str, rows: Floats, importance: Floats | None = None) -> Bytes:
+    """Encode rows [n, columns] on one thread, with an importance of the columns or without; return [n, row bytes]."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kind = GGMLQuantizationType[name]
@@ -37,7 +37,8 @@ def ggml_encode(library: ctypes.CDLL, name: str, rows: Floats) -> Bytes:
     function, long, pointer = library.ggml_quantize_chunk, ctypes.c_int64, ctypes.c_void_p
     function.argtypes = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
     function.restype = ctypes.c_size_t
-    wrote = function(int(kind), rows.ctypes.data, stored.ctypes.data, 0, len(rows), rows.shape[1], None)
+    columns = None if importance is None else importance.ctypes.data
+    wrote = function(int(kind), rows.ctypes.data, stored.ctypes.data, 0, len(rows), rows.shape[1], columns)
     assert wrote == stored.nbytes
     return stored
 

@@ -31,7 +31,7 @@ LOCAL_SHAPES = ("param_shapes", "param_slice_mappings")  # true of the source's 
 Ranks = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
 
-def content(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A folder with `latest`, one global_stepN in the source's kind of files, its YAML and its tokenizer."""
     index = checkpoint.index
     if index.format != "neox":
@@ -58,7 +58,11 @@ def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
 def unchanged(dtype: DType) -> Encoding:
     """An encoding for bytes that are only copied."""
     return Encoding(
-        dtype.name, dtype, lambda rows: rows, lambda rows: rows.astype(np.float32), lambda rows, kept: rows != kept
+        dtype.name,
+        dtype,
+        lambda rows: rows,
+        lambda rows: rows.astype(np.float32),
+        lambda rows, stored, weighted=False: rows != stored,
     )
 
 

@@ -1,0 +1,125 @@
+"""What is searched for in blocks of weights: codes, and the scale (and least weight) that they are read with.
+
+The kernels are in search_lines.py and search_scales.py; this file says what each type asks of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from neoxconv.dtypes import Bytes, Floats
+from neoxconv.errors import PlanError
+from neoxconv.model import Context
+
+ABOVE, SQUARE = 0, 1  # lanes.weigh
+
+
+@dataclass(frozen=True)
+class Search:
+    """`block` weights share a scale, and `subs` blocks the step that their scales are integer multiples of.
+
+    The integers go from -levels to levels - 1, with a least weight (`lowest` is 0) from 0 to `levels`. `grid` is where
+    the search first puts a block's largest weight (with a least weight: over how many steps it lays the block's range);
+    `wide` is the same for a thorough search. `kind` and `share` say how much an error matters (lanes.weigh); with an
+    importance matrix it is importance * sqrt(w^2 + `spread` of the mean of w^2 over the super-block, or the row), as in
+    ggml's quantize_row_*_impl.
+    """
+
+    block: int
+    subs: int
+    lowest: int
+    highest: int
+    levels: int
+    grid: tuple[float, ...]
+    wide: tuple[float, ...]
+    kind: int
+    share: float
+    spread: float
+    over_row: bool = False
+
+    @property
+    def least(self) -> bool:
+        return self.lowest == 0
+
+    @property
+    def curved(self) -> bool:
+        """The codes stand for IQ4's sixteen values."""
+        return self.lowest == -127
+
+    def trims(self, thorough: bool) -> Floats:
+        """[n, 2] what the largest integers fall short of `levels`: a little larger steps may fit the others better."""
+        if self.subs == 1:
+            return np.zeros((1, 2), np.float32)
+        if not thorough:
+            return np.array([(trim, trim) for trim in (0, 0.5, 1)], np.float32)
+        if self.least:
+            return np.array(list(product((0, 0.5, 1, 1.5, 2), repeat=2)), np.float32)
+        return np.array([(trim, trim) for trim in np.arange(0, 3.25, 0.25)], np.float32)
+
+
+def steps(first: float, last: float, count: int) -> tuple[float, ...]:
+    """Numbers at equal distances."""
+    return tuple(np.linspace(first, last, count).tolist())
+
+
+CURVE = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)
+SEARCHES = {
+    #               blocks  codes  integers  places of the largest weight    what matters
+    "Q2_K": Search(16, 16, 0, 3, 15, steps(2.7, 3.6, 3), steps(2.1, 3.9, 13), ABOVE, 0.0, 1.0),
+    "Q3_K": Search(16, 16, -4, 3, 32, (-4.1, -3.4), steps(-6.5, -3.1, 13), SQUARE, 0.6, 2.0),
+    "Q4_K": Search(32, 8, 0, 15, 63, steps(14, 15.5, 5), steps(13, 16, 13), ABOVE, 1.0, 2.0),
+    "Q5_K": Search(32, 8, 0, 31, 63, steps(30.5, 32, 4), steps(29, 32, 10), ABOVE, 1.0, 2.0),
+    "Q6_K": Search(16, 16, -32, 31, 128, (-32.0, -31.2), steps(-36, -31, 8), SQUARE, 0.3, 0.0),
+    "IQ4_XS": Search(32, 8, -127, 113, 32, CURVE, CURVE, SQUARE, 0.6, 2.0),
+    "IQ4_NL": Search(32, 1, -127, 113, 2, CURVE, CURVE, SQUARE, 0.6, 2.0),
+    # Types that need no search by themselves: quick is never asked for.
+    "Q4_0": Search(32, 1, -8, 7, 2, (), steps(-10, -7, 13), SQUARE, 0.6, 1.0, over_row=True),
+    "Q4_1": Search(32, 1, 0, 15, 1, (), steps(12, 16, 21), ABOVE, 1.0, 1.0, over_row=True),
+    "Q5_0": Search(32, 1, -16, 15, 2, (), steps(-18, -15, 13), SQUARE, 0.6, 1.0, over_row=True),
+    "Q5_1": Search(32, 1, 0, 31, 1, (), steps(28, 32, 13), ABOVE, 1.0, 1.0, over_row=True),
+}  # fmt: skip
+
+
+def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]:
+    """The codes [blocks, block] of rows [n, columns], and [blocks, 4] integers and steps of scale and least weight.
+
+    Thorough where the context says so or gives an importance of the columns, for which the quick search is not made.
+    """
+    from neoxconv.quant.search_lines import lines
+    from neoxconv.quant.search_scales import scales
+
+    blocks = np.ascontiguousarray(rows, np.float32).reshape(rows.size // search.block, search.block)
+    codes, numbers = np.empty(blocks.shape, np.uint8), np.empty((len(blocks), 4), np.float32)
+    thorough = context.thorough or context.importance is not None
+    places = np.array(search.wide if thorough else search.grid, np.float32), search.trims(thorough)
+    worth = search.kind, search.share, *importance_of(search, blocks, rows.shape[1], context.importance)
+    if search.least:
+        lines(blocks, worth, (search.subs, search.highest, search.levels), places, codes, numbers)
+    else:
+        ends = (search.lowest, search.highest)
+        scales(blocks, worth, (search.subs, *ends, search.levels, search.curved), places, codes, numbers)
+    return codes, numbers
+
+
+def importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:
+    """What the kernels take for an importance of the columns: [column blocks, block], and for each block the spread."""
+    from neoxconv.quant.lanes import mean_squares
+
+    if importance is None:
+        return np.empty((0, search.block), np.float32), np.empty(0, np.float32)
+    spread = np.empty(len(blocks) if search.spread else 0, np.float32)
+    if search.spread:
+        group = columns // search.block if search.over_row else search.subs
+        mean_squares(blocks, group, search.spread, spread)
+    return importance.reshape(-1, search.block), spread
+
+
+def check_columns(name: str, block: int, rows: Floats) -> None:
+    """Raise PlanError where `block` weights that the type `name` stores together do not divide the columns."""
+    if rows.shape[1] % block:
+        raise PlanError(
+            f"{name} stores {block} weights together, but a row has {rows.shape[1]}. Store this tensor as F16."
+        )

@@ -1,0 +1,31 @@
+"""The targets: how a checkpoint becomes the files of each format. One row each in TARGETS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from neoxconv.model import Checkpoint, Content
+from neoxconv.recipe import Recipe
+from neoxconv.targets import gguf, hf, slim
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format that can be written; `single` where the target is a file and not a folder."""
+
+    name: str
+    single: bool
+    make: Callable[[Checkpoint, Recipe], Content]
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        #      name           one file  content
+        Target("hf",          False,    hf.to_hf),
+        Target("safetensors", True,     hf.to_safetensors),
+        Target("slim",        False,    slim.to_slim),
+        Target("gguf",        True,     gguf.to_gguf),
+    )
+}  # fmt: skip

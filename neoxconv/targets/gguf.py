@@ -1,0 +1,134 @@
+"""The GGUF target: a mix gives every weight its type, an importance matrix tells which columns matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from neoxconv import imatrix, tokenizer
+from neoxconv.checkpoint import parameters
+from neoxconv.errors import PlanError, raise_all
+from neoxconv.formats import gguf_layout
+from neoxconv.imatrix import Matrix
+from neoxconv.model import Checkpoint, Content, Context, Entry, Weight
+from neoxconv.quant import ENCODINGS
+from neoxconv.quant.mixes import MIXES, Choice, Place, choose, wanted
+from neoxconv.recipe import Recipe
+from neoxconv.targets.about import find_tokenizer, size_label, title, token_ids
+from neoxconv.tensor import reordered
+from neoxconv.terminal import plural
+
+# llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
+ENTRIES_KEY, CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
+EFFORT_KEY = "neoxconv.effort"
+ALIASES = {"embed_out.weight": "gpt_neox.embed_in.weight"}  # what a tied model's head is
+
+
+def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """A GGUF file (or several, with --split-size), with the tokenizer that llama.cpp needs."""
+    choice = choice_of(checkpoint, recipe)
+    words = find_tokenizer(checkpoint, recipe)
+    if words is None:
+        raise PlanError(
+            f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
+            "give its tokenizer.json with --tokenizer FILE."
+        )
+    matrix = imatrix.read(recipe.imatrix) if recipe.imatrix else None
+    entries = with_contexts(gguf_entries(checkpoint, choice), matrix, recipe.effort == "high")
+    keys = {
+        "general.architecture": "gptneox",
+        "general.type": "model",
+        "general.name": title(checkpoint),
+        "general.size_label": size_label(parameters(checkpoint)),
+        **checkpoint.architecture.to_gguf(checkpoint.config),
+        "general.file_type": MIXES[choice.mix].file_type,
+        "general.quantization_version": 2,
+        **tokenizer.gguf_keys(words, checkpoint.config.rows),
+        **{f"tokenizer.ggml.{name}": value for name, value in token_ids(checkpoint, words).items()},
+        **({ENTRIES_KEY: len(matrix.entries), CHUNKS_KEY: matrix.chunks} if matrix else {}),
+        **({EFFORT_KEY: recipe.effort} if recipe.effort != "normal" else {}),
+    }
+    notes = (*gguf_notes(checkpoint, choice, entries), *(matrix_notes(matrix, entries) if matrix else ()))
+    return Content(gguf_layout.layout("model", keys, entries, recipe.split_size), {}, notes)
+
+
+def choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
+    """The mix that the recipe asks for, with its overrides; by default BF16 for a bf16 source, else F16."""
+    native = [tensor.native.name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+    mix = recipe.type or ("BF16" if native.count("BF16") * 2 > len(native) else "F16")
+    classic = recipe.mix == "classic"
+    overrides = recipe.output_type, recipe.embedding_type, recipe.tensor_type
+    return Choice(mix, classic, recipe.pure, *overrides, recipe.imatrix is not None)
+
+
+def gguf_places(checkpoint: Checkpoint) -> list[tuple[Place, Weight]]:
+    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head always, as llama.cpp wants one."""
+    config = replace(checkpoint.config, tied=False)
+    rows = checkpoint.architecture.names(config)
+    columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
+    return [
+        (Place(weight.gguf, weight.role, -1 if layer is None else layer, config.layers, width), weight)
+        for (layer, weight), width in zip(rows, columns, strict=True)
+    ]
+
+
+def gguf_entries(checkpoint: Checkpoint, choice: Choice) -> list[Entry]:
+    """Every tensor under its GGUF name, in GGUF's order of rows, with the encoding that the mix gives it."""
+    entries = []
+    for place, weight in gguf_places(checkpoint):
+        unified = weight.unified
+        tensor = checkpoint.tensors[unified if unified in checkpoint.tensors else ALIASES[unified]]
+        if weight.gguf_order:
+            tensor = reordered(tensor, weight.gguf_order(checkpoint.config))
+        entries.append(Entry(weight.gguf, unified, tensor, choose(choice, place)))
+    return entries
+
+
+def with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -> list[Entry]:
+    """The entries, each with the importance of its columns. Raises PlanError where the matrix is another model's."""
+    found = matrix.entries if matrix else {}
+    if matrix:
+        columns = {entry.name: entry.tensor.columns for entry in entries}
+        raise_all(PlanError, (
+            f"{matrix.path}: {name} has importances of {values.size} columns, the model's has {columns[name]}; "
+            "the matrix is another model's."
+            if name in columns
+            else f"{matrix.path}: {name} is not in the model; the matrix is another model's."
+            for name, values in found.items()
+            if columns.get(name) != values.size
+        ))  # fmt: skip
+    contexts = [Context(found[e.name] if e.name in found and found[e.name].any() else None, thorough) for e in entries]
+    return [
+        replace(entry, context=context) if thorough or context.importance is not None else entry
+        for entry, context in zip(entries, contexts, strict=True)
+    ]
+
+
+def matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:
+    """What the importance matrix was, and the tensors that could have used an entry but have none."""
+    lacking = [e.name for e in entries if e.encoding.search and (e.context is None or e.context.importance is None)]
+    note = f"importance matrix of {plural(len(matrix.entries), 'tensor')}, sha256 {matrix.sha256}"
+    without = f"{plural(len(lacking), 'tensor')} without importances, quantized as if all columns mattered alike: "
+    return [note, *([without + listed(lacking)] if lacking else [])]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of the names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> list[str]:
+    """What differs from what the mix's name promises, and what llama.cpp will compute differently."""
+    notes = []
+    odd: dict[tuple[str, str], list[str]] = {}
+    for entry, (place, weight) in zip(entries, gguf_places(checkpoint), strict=True):
+        if len(weight.shape) == 2 and (name := wanted(choice, place)) != entry.encoding.name:
+            odd.setdefault((name, entry.encoding.name), []).append(entry.name)
+    for (name, instead), tensors in odd.items():
+        block = ENCODINGS[name].dtype.block
+        count = plural(len(tensors), "tensor")
+        notes.append(f"{count} as {instead}: no rows of {name}'s {block} weights: {listed(tensors)}")
+    if checkpoint.config.activation == "gelu":
+        notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")
+    return notes
