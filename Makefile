@@ -21,7 +21,7 @@ demo:     $(VENV)/.run ## make a small checkpoint, convert it to every format, v
 	$(VENV)/bin/neoxconv demo demo-out
 
 test:     $(VENV)/.test ## run the test suite (PYTEST_ARGS=... is passed on)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint:     $(VENV)/.dev ## check format, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -1,10 +1,11 @@
 """How far quantized files are from the F16 file in llama.cpp's logits, beside those that llama-quantize makes.
 
     python -m benchmarks.divergence --source CHECKPOINT --tokens tokens.npy [--tokenizer FILE] [--mixes Q4_K_M ...]
+                                    [--imatrix FILE] [--effort high] [--alone]
 
-Mean KL divergence over all positions, in both directions of comparison the same run and the same F16 file; with equal
-types for every tensor. `paired` is the mean difference of the sequences' divergences, ours less theirs, and two
-standard errors of it: ours is no further where the first is at most the second.
+Mean KL divergence over all positions; both files are made in the same run and compared with the same F16 file, with
+equal types for every tensor. `paired` is the mean difference of the sequences' divergences, ours less theirs, and two
+standard errors of it: ours is no further where the first is at most the second. With --alone only ours is made.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv import Recipe, imatrix, make_plan, open_checkpoint, run
 from neoxconv.quant.mixes import MIXES
 from tests.oracles import llama_logits, llama_quantize
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
+COARSER = [*PACKED, "BF16"]
 Logits = npt.NDArray[np.float32]
 
 
@@ -41,23 +44,34 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--mixes", nargs="+", default=PACKED, choices=PACKED)
+    parser.add_argument("--mixes", nargs="+", default=PACKED, choices=COARSER)
+    parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--effort", default="normal")
+    parser.add_argument("--alone", action="store_true")
     given = parser.parse_args()
+    importances = imatrix.read(given.imatrix).entries if given.imatrix else None
     checkpoint, tokens = open_checkpoint(given.source), np.load(given.tokens)
     with tempfile.TemporaryDirectory() as folder:
 
-        def made(mix: str) -> Path:
-            return run(make_plan(checkpoint, Recipe("gguf", type=mix, tokenizer=given.tokenizer)), Path(folder) / mix)
+        def made(mix: str, **how: Any) -> Path:
+            recipe = Recipe("gguf", type=mix, tokenizer=given.tokenizer, **how)
+            return run(make_plan(checkpoint, recipe), Path(folder) / "ours", overwrite=True)
 
-        f16 = made("F16")
+        f16 = made("F16").rename(Path(folder) / "f16")
         reference = llama_logits(f16, tokens)
         print(f"{'mix':8} {'ours':>10} {'ggml':>10} {'ratio':>7} {'paired':>12} {'2 s.e.':>10}")
         for mix in given.mixes:
+            ours = made(mix, imatrix=given.imatrix, effort=given.effort)
+            a = divergence(reference, llama_logits(ours, tokens))
+            if given.alone:
+                print(f"{mix:8} {a.mean():10.6f}", flush=True)
+                continue
             theirs = Path(folder) / "theirs"
-            llama_quantize(f16, theirs, mix)
-            a, b = (divergence(reference, llama_logits(file, tokens)) for file in (made(mix), theirs))
+            llama_quantize(f16, theirs, mix, imatrix=importances)
+            b = divergence(reference, llama_logits(theirs, tokens))
             paired, error = (a - b).mean(), 2 * (a - b).std(ddof=1) / len(a) ** 0.5
-            print(f"{mix:8} {a.mean():10.6f} {b.mean():10.6f} {a.mean() / b.mean():7.3f} {paired:12.2e} {error:10.1e}")
+            numbers = f"{a.mean():10.6f} {b.mean():10.6f} {a.mean() / b.mean():7.3f} {paired:12.2e} {error:10.1e}"
+            print(f"{mix:8} {numbers}", flush=True)
 
 
 if __name__ == "__main__":
