@@ -28,15 +28,26 @@ DEGREE = 2  # of the published 20B shards: what slim keeps
 DTYPES = {"hf": ("F16", "BF16", "F32"), "safetensors": ("F16", "BF16", "F32"), "slim": ("F16", "BF16")}
 
 
+# Mean KL divergence, in nats a token, from the F16 file's predictions in llama.cpp, measured on a small model trained
+# with gpt-neox (10.5 M parameters: the larger the model, the less): python -m benchmarks.divergence.
+DIVERGENCES = {
+    "F16": 0.0, "BF16": 0.000004, "Q8_0": 0.000041, "Q6_K": 0.000234, "Q5_K_M": 0.000396, "Q5_K_S": 0.000454,
+    "Q5_1": 0.000489, "Q5_0": 0.000602, "Q4_K_M": 0.001145, "Q4_K_S": 0.001158, "Q4_1": 0.001677, "Q4_0": 0.002052,
+    "IQ4_NL": 0.001398, "IQ4_XS": 0.001383, "Q3_K_L": 0.003292, "Q3_K_M": 0.003685, "Q3_K_S": 0.005654, "Q2_K":
+    0.016927,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Row:
-    """One target: `option` is what chooses it, `nbytes` what the model's tensors take."""
+    """One target: `option` is what chooses it, `nbytes` what the model's tensors take, `divergence` as measured."""
 
     format: str
     option: str
     type: str
     bits: float
     nbytes: int
+    divergence: float | None
 
 
 def catalog(preset: str = "20B") -> list[Row]:
@@ -46,7 +57,10 @@ def catalog(preset: str = "20B") -> list[Row]:
     rows = [("gguf", "--type", mix) for mix in MIXES] if "gguf" in FORMATS else []
     rows = [(name, "--dtype", dtype) for name in FORMATS for dtype in DTYPES.get(name, ())] + rows
     sizes = [sum(entry.nbytes for entry in entries(model, name, type_)) for name, _, type_ in rows]
-    return [Row(*row, 8 * size / count, size) for row, size in zip(rows, sizes, strict=True)]
+    return [
+        Row(*row, 8 * size / count, size, DIVERGENCES.get(row[2]) if row[0] == "gguf" else None)
+        for row, size in zip(rows, sizes, strict=True)
+    ]
 
 
 def shapes(preset: str) -> Checkpoint:

@@ -160,7 +160,11 @@ def convert(source: Path, target: Path, **given: Any) -> None:
 @as_json
 @verbose
 def formats(**given: Any) -> None:
-    """List every target and type, bits per weight, and the size of 20B."""
+    """List every target and type: bits per weight, the size of 20B, and how far predictions move.
+
+    The last column is the mean KL divergence from the F16 file in nats a token, measured in llama.cpp on a small
+    trained model.
+    """
     from dataclasses import asdict
 
     from neoxconv.catalog import catalog
@@ -169,9 +173,12 @@ def formats(**given: Any) -> None:
     if given["json"]:
         click.echo(json.dumps([asdict(row) for row in rows]))
         return
-    sizes = [(f"{row.bits:.2f}", f"{row.nbytes / 1e9:.2f}", f"{row.nbytes / 2**30:.2f}") for row in rows]
-    lines = [(row.format, f"{row.option} {row.type}", *numbers) for row, numbers in zip(rows, sizes, strict=True)]
-    click.echo(table("<<>>>", [("format", "option", "bits/weight", "20B in GB", "in GiB"), *lines]))
+    lines = [("format", "option", "bits/weight", "20B in GB", "in GiB", "KL")]
+    for row in rows:
+        divergence = "" if row.divergence is None else f"{row.divergence:.6f}"
+        sizes = f"{row.bits:.2f}", f"{row.nbytes / 1e9:.2f}", f"{row.nbytes / 2**30:.2f}"
+        lines.append((row.format, f"{row.option} {row.type}", *sizes, divergence))
+    click.echo(table("<<>>>>", lines))
 
 
 @commands.command()

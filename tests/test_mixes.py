@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from benchmarks.divergence import divergence
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.catalog import catalog
+from neoxconv.catalog import DIVERGENCES, catalog
 from neoxconv.cli import main
 from neoxconv.errors import PlanError
 from neoxconv.names import MIXES as MIX_NAMES
@@ -16,7 +18,7 @@ from neoxconv.names import TYPES
 from neoxconv.plan import Plan
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.mixes import MIXES
-from tests.oracles import llama_quantize, write_imatrix
+from tests.oracles import fixtures, llama_logits, llama_quantize, write_imatrix
 from tests.toy import toy
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
@@ -125,3 +127,15 @@ def test_the_command_line_takes_them_in_any_case(tmp_path: Path, capsys: pytest.
     assert "Q5_K" in capsys.readouterr().out
     assert main([*words, "--tensor-type", "ffn_up"]) == 2
     assert "is no PATTERN=TYPE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q2_K"])
+def test_the_divergences_that_formats_lists_are_about_those_of_a_few_sequences(mix: str, tmp_path: Path) -> None:
+    fixture = fixtures() / "trained_tp2_pp4"
+    tokens = np.load(fixture / "reference" / "tokens.npy")[:4]
+    exact, file = (
+        llama_logits(run(planned(fixture / "checkpoints", type=name), tmp_path / name), tokens) for name in ("F16", mix)
+    )
+    found = divergence(exact, file).mean()
+    assert abs(np.log(found / DIVERGENCES[mix])) < np.log(1.3)
+    assert set(DIVERGENCES) == set(MIXES) - {"F32"}

@@ -6,18 +6,20 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neoxconv import open_checkpoint
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.model import Encoding
 from neoxconv.quant import ENCODINGS
 from tests.golden.make_blocks import ggml, ggml_encode
-from tests.oracles import ROOT
+from tests.oracles import ROOT, fixtures
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
 kinds = pytest.importorskip("gguf", reason="gguf is not installed").GGMLQuantizationType
@@ -38,6 +40,12 @@ def weights(kind: str, count: int = 1 << 17, seed: int = 0) -> Floats:
         "student": random.standard_t(3, count),
     }[kind]
     return (made * 0.02).astype(np.float32).reshape(-1, 512)
+
+
+def trained(checkpoint: Path) -> Floats:
+    """All matrices of a checkpoint, 256 weights a row."""
+    tensors = open_checkpoint(checkpoint).tensors.values()
+    return np.vstack([tensor.floats(0, tensor.rows).reshape(-1, 256) for tensor in tensors if len(tensor.shape) == 2])
 
 
 def importance(name: str, blocks: Floats) -> Floats:
@@ -69,6 +77,17 @@ def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> Non
     if library is None:
         pytest.skip("ggml is not installed; run `make oracles`")
     rows = weights(kind)
+    ours = errors(encoding, rows, encoding.encode(rows))
+    theirs = errors(encoding, rows, ggml_encode(library, encoding.name, rows))
+    assert ours[0] <= theirs[0] and ours[1] <= theirs[1]
+
+
+@every
+def test_the_error_on_a_trained_model_is_no_larger_than_ggmls(encoding: Encoding) -> None:
+    library = ggml()
+    if library is None:
+        pytest.skip("ggml is not installed; run `make oracles`")
+    rows = trained(fixtures() / "trained_tp2_pp4" / "checkpoints")[::3]
     ours = errors(encoding, rows, encoding.encode(rows))
     theirs = errors(encoding, rows, ggml_encode(library, encoding.name, rows))
     assert ours[0] <= theirs[0] and ours[1] <= theirs[1]

@@ -53,11 +53,11 @@ class Search:
         """[n, 2] what the largest integers fall short of `levels`: a little larger steps may fit the others better."""
         if self.subs == 1:
             return np.zeros((1, 2), np.float32)
-        if not thorough:
-            return np.array([(trim, trim) for trim in (0, 0.5, 1)], np.float32)
-        if self.least:
-            return np.array(list(product((0, 0.5, 1, 1.5, 2), repeat=2)), np.float32)
-        return np.array([(trim, trim) for trim in np.arange(0, 3.25, 0.25)], np.float32)
+        half = 1.0 if self.levels > 64 else 0.5
+        if thorough and self.least:
+            return np.array(list(product(np.arange(5) * half, repeat=2)), np.float32)
+        trims = np.arange(13) * half / 2 if thorough else np.arange(3) * half
+        return np.stack([trims, trims], axis=1, dtype=np.float32)
 
 
 def steps(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -72,7 +72,7 @@ SEARCHES = {
     "Q3_K": Search(16, 16, -4, 3, 32, (-4.1, -3.4), steps(-6.5, -3.1, 13), SQUARE, 0.6, 2.0),
     "Q4_K": Search(32, 8, 0, 15, 63, steps(14, 15.5, 5), steps(13, 16, 13), ABOVE, 1.0, 2.0),
     "Q5_K": Search(32, 8, 0, 31, 63, steps(30.5, 32, 4), steps(29, 32, 10), ABOVE, 1.0, 2.0),
-    "Q6_K": Search(16, 16, -32, 31, 128, (-32.0, -31.2), steps(-36, -31, 8), SQUARE, 0.3, 0.0),
+    "Q6_K": Search(16, 16, -32, 31, 128, (-32.0, -31.05), steps(-36, -31, 8), SQUARE, 0.3, 0.0),
     "IQ4_XS": Search(32, 8, -127, 113, 32, CURVE, CURVE, SQUARE, 0.6, 2.0),
     "IQ4_NL": Search(32, 1, -127, 113, 2, CURVE, CURVE, SQUARE, 0.6, 2.0),
     # Types that need no search by themselves: quick is never asked for.
