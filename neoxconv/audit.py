@@ -41,6 +41,7 @@ class Outcome:
                 "checked": report.checked,
                 "findings": [str(finding) for finding in report.findings],
                 "relative_error": report.relative,
+                **report.facts,
             }
             for report in self.reports
         ]
@@ -51,7 +52,7 @@ class Outcome:
         """The outcome in lines, the last of which is the verdict."""
         lines = [table("<<", [*self.basis.items()])] if self.basis else []
         for report in self.reports:
-            lines += [f"  {report.level}: {report.checked}", *findings(report)]
+            lines += [f"  {report.level}: {report.checked}", *findings(report), *report.lines]
             lines += [errors(report)] if report.tensors else []
         return "\n".join([*lines, self.verdict])
 
@@ -83,13 +84,16 @@ def audit(paths: Sequence[Path], level: str, given: Given) -> Outcome:
     if level == "bytes":
         return Outcome({}, (check_bytes(target, given),))
     manifest = read_manifest(target) if target.exists() else None
-    reports = (check_bytes(target, given),) if manifest else ()
+    reports: tuple[Report, ...] = (check_bytes(target, given),) if manifest else ()
     norms, whence = policy(manifest, given)
     source = opened(paths[0], given, norms)
     settings = given["preset"] or ", ".join(path.name for path in source.index.configs) or "the source's own"
     basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
     try:
-        return Outcome(basis, (*reports, check_weights(source, target, given)))
+        reports = (*reports, check_weights(source, target, given))
+        if level == "logits":
+            reports = (*reports, check_logits(source, target, reports, given))
+        return Outcome(basis, reports)
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
@@ -113,10 +117,25 @@ def check_bytes(target: Path, given: Given) -> Report:
         return verify_bytes(target, progress=progress)
 
 
+def check_logits(source: Checkpoint, target: Path, before: Sequence[Report], given: Given) -> Report:
+    """The third level, with a bar that counts layers; a page where one was asked for."""
+    from neoxconv.verify.predictions import compare
+
+    made = open_target(target, given)
+    quiet = given["json"] or given["quiet"]
+    with progress_bar(2 * (source.config.layers + 1), "layers", quiet, "layer") as progress:
+        return compare(source, made, target, before, given, progress)
+
+
 def check_weights(source: Checkpoint, target: Path, given: Given) -> Report:
-    """The second level, with a bar. A target without settings of its own gets the source's preset."""
-    preset = None if read_index(target, ()).settings else given["preset"]
-    made = open_checkpoint(target, preset=preset)
+    """The second level, with a bar."""
+    made = open_target(target, given)
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", given["json"] or given["quiet"]) as progress:
         return verify_weights(source, made, jobs=given["jobs"] or min(os.cpu_count() or 1, 8), progress=progress)
+
+
+def open_target(target: Path, given: Given) -> Checkpoint:
+    """The target as a checkpoint; one without settings of its own gets the source's preset."""
+    preset = None if read_index(target, ()).settings else given["preset"]
+    return open_checkpoint(target, preset=preset)

@@ -17,7 +17,7 @@ from neoxconv.checkpoint import parameters
 from neoxconv.dtypes import F16, Array
 from neoxconv.model import Checkpoint, Entry, Index
 from neoxconv.names import FORMATS
-from neoxconv.quant.mixes import MIXES, Choice
+from neoxconv.quant.mixes import DIVERGENCES, MIXES, Choice
 from neoxconv.recipe import Recipe
 from neoxconv.targets import slim
 from neoxconv.targets.gguf import gguf_entries
@@ -26,16 +26,6 @@ from neoxconv.tensor import LazyTensor
 
 DEGREE = 2  # of the published 20B shards: what slim keeps
 DTYPES = {"hf": ("F16", "BF16", "F32"), "safetensors": ("F16", "BF16", "F32"), "slim": ("F16", "BF16")}
-
-
-# Mean KL divergence, in nats a token, from the F16 file's predictions in llama.cpp, measured on a small model trained
-# with gpt-neox (10.5 M parameters: the larger the model, the less): python -m benchmarks.divergence.
-DIVERGENCES = {
-    "F16": 0.0, "BF16": 0.000004, "Q8_0": 0.000041, "Q6_K": 0.000234, "Q5_K_M": 0.000396, "Q5_K_S": 0.000454,
-    "Q5_1": 0.000489, "Q5_0": 0.000602, "Q4_K_M": 0.001145, "Q4_K_S": 0.001158, "Q4_1": 0.001677, "Q4_0": 0.002052,
-    "IQ4_NL": 0.001398, "IQ4_XS": 0.001383, "Q3_K_L": 0.003292, "Q3_K_M": 0.003685, "Q3_K_S": 0.005654, "Q2_K":
-    0.016927,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

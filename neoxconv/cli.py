@@ -157,6 +157,46 @@ def convert(source: Path, target: Path, **given: Any) -> None:
 
 
 @commands.command()
+@click.argument("source", type=PATH, metavar="SRC")
+@click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The matrix: a GGUF file.")
+@click.option("--text", type=PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more.")
+@click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file.")
+@click.option(
+    "--length", type=click.IntRange(min=2), default=512, metavar="N", show_default=True, help="Tokens in a sequence."
+)
+@click.option("--sequences", type=click.IntRange(min=1), metavar="N", help="Sequences at most.")
+@norms
+@configuration
+@click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE where it exists.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@verbose
+def calibrate(source: Path, **given: Any) -> None:
+    """Make an importance matrix of SRC from a text, for `convert --imatrix` and for llama.cpp's tools.
+
+    SRC is run layer by layer from disk. The matrix has, for each column of each layer's matrices, the mean square of
+    what it is multiplied with.
+    """
+    if bool(given["text"]) == bool(given["tokens"]):
+        raise click.UsageError("give either --text FILE or --tokens FILE.")
+    from neoxconv.calibrate import calibrate as run
+    from neoxconv.calibrate import check_output, write
+    from neoxconv.request import opened
+    from neoxconv.terminal import progress_bar
+    from neoxconv.verify.text import tokens_for
+
+    output = given["output"]
+    check_output(output, given["overwrite"])
+    checkpoint = opened(source, given, given["norms"] or "mean")
+    tokens, text = tokens_for(checkpoint, given["text"], given["tokens"], given["length"], given["sequences"])
+    with progress_bar(checkpoint.config.layers, "layers", given["quiet"], "layer") as progress:
+        sums = run(checkpoint, tokens, device=given["device"], progress=progress)
+    write(output, sums, tokens, text)
+    if not given["quiet"]:
+        click.echo(f"{output}: importances of {len(sums)} tensors from {tokens.size} tokens of {text}")
+
+
+@commands.command()
 @as_json
 @verbose
 def formats(**given: Any) -> None:
@@ -183,29 +223,70 @@ def formats(**given: Any) -> None:
 
 @commands.command()
 @click.argument("paths", type=PATH, nargs=-1, required=True, metavar="[SRC] TARGET")
-@choice_option("--level", choices=("bytes", "weights"), help="[default: weights, or bytes without SRC]")
+@choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]")
 @norms
 @configuration
+@click.option("--text", type=PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]")
+@click.option("--tokens", type=PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file.")
+@click.option(
+    "--length",
+    type=click.IntRange(min=2),
+    default=256,
+    metavar="N",
+    show_default=True,
+    help="logits: tokens in a sequence.",
+)
+@click.option("--sequences", type=click.IntRange(min=1), metavar="N", help="logits: sequences at most.")
+@choice_option(
+    "--engine",
+    choices=("native", "transformers", "llama.cpp"),
+    default="native",
+    show_default=True,
+    metavar="NAME",
+    help="logits: what runs TARGET: native, transformers or llama.cpp.",
+)
+@click.option("--device", default="cpu", metavar="NAME", show_default=True, help="logits: cpu or cuda, for native.")
+@click.option("--max-kl", type=float, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]")
+@click.option("--max-kl-p99", type=float, metavar="X", help="logits: its 99th percentile.")
+@click.option("--min-top1", type=float, metavar="X", help="logits: share of equal first choices.")
+@click.option("--max-ppl-ratio", type=float, metavar="X", help="logits: TARGET's perplexity over SRC's.")
+@click.option("--bisect", is_flag=True, help="logits: find the tensor that breaks the first broken layer.")
+@click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page.")
 @jobs
 @as_json
 @click.option("--quiet", is_flag=True, help="Print the verdict only.")
 @verbose
 def verify(paths: tuple[Path, ...], **given: Any) -> int:
-    """Check TARGET: its bytes and, with SRC, every weight.
+    """Check TARGET: its bytes, with SRC every weight, and with --level logits what it predicts.
 
-    The last line says which levels ran and whether they passed; the exit code is 3 where anything differs.
+    SRC is then run as it was trained, rank by rank, and TARGET beside it, streamed from disk layer by layer. The last
+    line says which levels ran and whether they passed; the exit code is 3 where anything differs.
     """
     if len(paths) > 2:
         raise click.UsageError(f"expected TARGET or SRC TARGET, found {len(paths)} paths.")
     level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
-    if level == "weights" and len(paths) == 1:
-        raise click.UsageError("--level weights needs the source too: neoxconv verify SRC TARGET.")
+    if level != "bytes" and len(paths) == 1:
+        raise click.UsageError(f"--level {level} needs the source too: neoxconv verify SRC TARGET.")
+    check_logits_options(level, given)
     from neoxconv.audit import audit
 
     outcome = audit(paths, level, given)
     shown = outcome.verdict if given["quiet"] else outcome.listing
     click.echo(json.dumps(outcome.facts) if given["json"] else shown)
     return 0 if outcome.passed else DIFFERS
+
+
+LOGITS_ONLY = ("text", "tokens", "sequences", "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html")
+
+
+def check_logits_options(level: str, given: dict[str, Any]) -> None:
+    """Raise UsageError for options of the logits level where another is run, and for two sources of tokens."""
+    idle = [name for name in LOGITS_ONLY if given[name] not in (None, False)]
+    if level != "logits" and (idle or given["engine"] != "native"):
+        name = (idle or ["engine"])[0].replace("_", "-")
+        raise click.UsageError(f"--{name} is for --level logits.")
+    if given["text"] and given["tokens"]:
+        raise click.UsageError("--text and --tokens exclude each other; give one of them.")
 
 
 @commands.command()

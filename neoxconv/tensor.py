@@ -66,6 +66,11 @@ def computed(like: LazyTensor, read: Callable[[int, int], Floats], shape: tuple[
     return LazyTensor(shape or like.shape, F32, read, like.native)
 
 
+def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Rows `start` to `stop` as a tensor."""
+    return replace(tensor, shape=(stop - start, *tensor.shape[1:]), read=lambda a, b: tensor.read(start + a, start + b))
+
+
 def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
     """The tensor whose row i is row `order[i]` of `tensor`; runs of neighbouring rows are read together."""
     cuts = np.flatnonzero(np.diff(order) != 1) + 1

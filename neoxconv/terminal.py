@@ -45,8 +45,8 @@ def table(align: str, rows: Sequence[Sequence[object]]) -> str:
 
 
 @contextmanager
-def progress_bar(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with bytes, rate and time left, moved on by calls from any thread; none where nobody looks."""
+def progress_bar(total: int, what: str, quiet: bool, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with counts, rate and time left, moved on by calls from any thread; none where nobody looks."""
     if quiet or not sys.stderr.isatty():
         yield lambda count: None
         return
@@ -54,7 +54,8 @@ def progress_bar(total: int, what: str, quiet: bool) -> Iterator[Callable[[int],
 
     lock = threading.Lock()
     width, height = shutil.get_terminal_size()  # tqdm shows nothing where a terminal says that it has none
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, ncols=width, nrows=height) as bar:
+    bar = tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", unit_divisor=1024, ncols=width, nrows=height)
+    with bar:
 
         def advance(count: int) -> None:
             with lock:

@@ -10,14 +10,14 @@ import pytest
 
 from benchmarks.divergence import divergence
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.catalog import DIVERGENCES, catalog
+from neoxconv.catalog import catalog
 from neoxconv.cli import main
 from neoxconv.errors import PlanError
 from neoxconv.names import MIXES as MIX_NAMES
 from neoxconv.names import TYPES
 from neoxconv.plan import Plan
 from neoxconv.quant import ENCODINGS
-from neoxconv.quant.mixes import MIXES
+from neoxconv.quant.mixes import DIVERGENCES, MIXES
 from tests.oracles import fixtures, llama_logits, llama_quantize, write_imatrix
 from tests.toy import toy
 

@@ -19,13 +19,14 @@ def qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
 L, B = "gpt_neox.layers.{i}.", "blk.{i}."
 QKV, DENSE, UP, DOWN = "attention.query_key_value.", "attention.dense.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h."
 NORM1, NORM2, NORM = L + "input_layernorm", L + "post_attention_layernorm", "gpt_neox.final_layer_norm"
+EMBEDDING, HEAD = "gpt_neox.embed_in", "embed_out"
 
 # fmt: off
 WEIGHTS = (
     #      stage    names in the layer file: legacy, since 2024-09, TransformerEngine        ranks join by
     #               role, shape, unified name, GGUF name (GGUF's order of rows, the norm whose output it multiplies)
     Weight("embed", ("word_embeddings.weight",),                                             vocab_parallel,
-                    "embedding", ("rows", "hidden"), "gpt_neox.embed_in.weight", "token_embd.weight"),
+                    "embedding", ("rows", "hidden"), EMBEDDING + ".weight", "token_embd.weight"),
     Weight("layer", ("input_layernorm.weight",),                                             norm_mean,
                     "norm", ("hidden",), NORM1 + ".weight", B + "attn_norm.weight"),
     Weight("layer", ("input_layernorm.bias",),                                               norm_mean,
@@ -55,7 +56,7 @@ WEIGHTS = (
     Weight("norm",  ("norm.bias",),                                                          norm_mean,
                     "norm", ("hidden",), NORM + ".bias", "output_norm.bias"),
     Weight("head",  ("final_linear.weight",),                                                head_parallel,
-                    "head", ("rows", "hidden"), "embed_out.weight", "output.weight", None, NORM),
+                    "head", ("rows", "hidden"), HEAD + ".weight", "output.weight", None, NORM),
 )
 # fmt: on
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from neoxconv.dtypes import Array, Floats, narrow
 from neoxconv.model import Join, ModelConfig, Ranks
-from neoxconv.tensor import LazyTensor, computed
+from neoxconv.tensor import LazyTensor, band, computed
 
 
 def stacked(ranks: Ranks, config: ModelConfig) -> LazyTensor:
@@ -83,11 +83,6 @@ def row_bias_join(ranks: Ranks, config: ModelConfig) -> LazyTensor:
     is added once, after the all-reduce: the ranks hold replicas, and the mean is taken of what drifted.
     """
     return (summed if config.parallel_residual else averaged)(ranks, config)
-
-
-def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
-    """Rows `start` to `stop` as a tensor."""
-    return replace(tensor, shape=(stop - start, *tensor.shape[1:]), read=lambda a, b: tensor.read(start + a, start + b))
 
 
 def by_rows(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTensor]:

@@ -187,3 +187,18 @@ def read_configs(paths: Sequence[Path]) -> dict[str, Any]:
                 )
             home.setdefault(key, path)
     return merged
+
+
+def stage_starts(index: Index) -> tuple[int, ...]:
+    """The first layer index of every pipeline stage but the first, where the bookkeeping tells; sorted.
+
+    Newer DeepSpeed lists each stage's parameters in its mp_rank files as `N.name`.
+    """
+    starts = set()
+    for state in index.states.values():
+        shapes = state.get("param_shapes") if isinstance(state, Mapping) else None
+        groups = shapes if isinstance(shapes, list) else [shapes]
+        names = [name for group in groups if isinstance(group, Mapping) for name in group if isinstance(name, str)]
+        numbers = [int(name.split(".")[0]) for name in names if name.split(".")[0].isdigit()]
+        starts |= {min(numbers)} if numbers else set()
+    return tuple(sorted(starts))[1:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Report:
     level: str
     checked: str
     findings: tuple[Finding, ...]
-    tensors: tuple[TensorError, ...] = field(default=())
+    tensors: tuple[TensorError, ...] = ()
+    lines: tuple[str, ...] = ()  # a table for people
+    facts: Mapping[str, Any] = field(default_factory=dict)  # more of it, for machines
 
     @property
     def passed(self) -> bool:

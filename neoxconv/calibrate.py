@@ -1,0 +1,86 @@
+"""`neoxconv calibrate`: an importance matrix from a text, by the same streamed forward pass that verifies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.imatrix import COUNTS, SUMS
+from neoxconv.model import Checkpoint
+from neoxconv.verify.forward import side
+from neoxconv.verify.logits import READERS, check_device
+from neoxconv.verify.metrics import Doubles, Numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    tokens: Numbers,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, Doubles]:
+    """By the GGUF name of each matrix in the layers: the sum over tokens [batch, time] of its squared inputs [columns].
+
+    The ranks are joined first, as a GGUF file holds them; `progress` is told of every layer.
+    """
+    import torch
+
+    check_device(device)
+    names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
+    sums: dict[str, Doubles] = {}
+
+    def watch(name: str, x: Tensor) -> None:
+        squares = x.reshape(-1, x.shape[-1]).double().square().sum(0).cpu().numpy()
+        sums[names[name]] = sums.get(names[name], 0) + squares
+
+    ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+        model = side(checkpoint, pool, merged=True, device=device, watch=watch)
+        streams = model.embed(ids)
+        for number in range(checkpoint.config.layers):
+            streams = model.layer(number, streams)
+            progress(1)
+    return sums
+
+
+def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> None:
+    """Write the GGUF form that llama.cpp's tools read, through a file beside it that is renamed when it is whole.
+
+    Raises NeoxconvError where the disk does not take it.
+    """
+    from gguf import GGUFWriter
+
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        writer = GGUFWriter(partial, "")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [text])
+        writer.add_uint32("imatrix.chunk_count", len(tokens))
+        writer.add_uint32("imatrix.chunk_size", tokens.shape[1])
+        for name in sorted(sums):
+            writer.add_tensor(name + SUMS, sums[name].astype(np.float32))
+            writer.add_tensor(name + COUNTS, np.array([tokens.size], np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, path)
+    except OSError as error:
+        raise NeoxconvError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise PlanError where the file may not be written."""
+    if path.exists() and not overwrite:
+        raise PlanError(f"{path}: exists already; give another name, or --overwrite.")
+    if not path.resolve().parent.is_dir():
+        raise PlanError(f"{path.parent}: is no folder; make it first.")

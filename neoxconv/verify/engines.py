@@ -1,0 +1,88 @@
+"""The programs that will run a target, asked for its logits: transformers and llama.cpp, where they are installed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.errors import PlanError, VerifyError
+from neoxconv.model import Checkpoint
+from neoxconv.verify.logits import Logits
+from neoxconv.verify.metrics import Numbers
+
+
+def needed(module: str, package: str) -> ModuleType:
+    """An optional package's module. Raises PlanError that says how to get it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise PlanError(f"{package} is not installed; pip install {package}, or leave --engine out.") from error
+
+
+def transformers(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
+    """The logits of a Hugging Face folder, in float32."""
+    if candidate.index.format != "hf":
+        raise PlanError(f"{target}: --engine transformers runs Hugging Face folders, this is {candidate.index.format}.")
+    library, torch = needed("transformers", "transformers"), import_module("torch")
+    model = library.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        rows = [model(torch.from_numpy(row[None]), use_cache=False).logits[0].float().numpy() for row in tokens]
+    return in_bands(np.stack(rows))
+
+
+def llama_cpp(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
+    """The logits of a GGUF file, on the CPU."""
+    if candidate.index.format != "gguf":
+        raise PlanError(f"{target}: --engine llama.cpp runs GGUF files, this is {candidate.index.format}.")
+    llama = needed("llama_cpp", "llama-cpp-python")
+    silence = llama.llama_log_callback(lambda level, text, data: None)
+    llama.llama_log_set(silence, ctypes.c_void_p(0))
+    settings = llama.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    model = llama.llama_model_load_from_file(os.fsencode(candidate.index.files[0].storage.path), settings)
+    if not model:
+        raise VerifyError(f"{target}: llama.cpp cannot load it.")
+    try:
+        return in_bands(np.stack([one_sequence(llama, model, row) for row in tokens]))
+    finally:
+        llama.llama_model_free(model)
+
+
+def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> npt.NDArray[np.float32]:
+    """The logits [time, words] of one sequence in a context of its own."""
+    size = llama.llama_context_default_params()
+    size.n_ctx = size.n_batch = size.n_ubatch = len(tokens)
+    size.n_threads = size.n_threads_batch = os.cpu_count() or 1
+    context = llama.llama_init_from_model(model, size)
+    batch = llama.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens.tolist()):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
+        if llama.llama_decode(context, batch):
+            raise VerifyError("llama.cpp cannot run the model on these tokens.")
+        words = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+        return np.ctypeslib.as_array(llama.llama_get_logits(context), (len(tokens), words)).copy()
+    finally:
+        llama.llama_batch_free(batch)
+        llama.llama_free(context)
+
+
+def in_bands(logits: npt.NDArray[np.float32]) -> Logits:
+    """Logits [batch, time, words] as compare_predictions asks for them."""
+    return lambda start, stop: logits[..., start:stop]
+
+
+ENGINES: dict[str, Callable[[Path, Checkpoint, Numbers], Logits]] = {
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+}

@@ -1,0 +1,73 @@
+"""How far a target's predictions may be from the trained model's: by its type, or as asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from neoxconv.model import Checkpoint
+from neoxconv.quant.mixes import DIVERGENCES, MIXES
+from neoxconv.verify.logits import Predictions
+
+# Mean KL divergence from the model as it was trained, measured on a small trained model (docs/numerics.md): what
+# joining the ranks' norms costs, and what rounding to plain types does. Twice their sum is allowed.
+JOINING = {"mean": 1.4e-6, "rank0": 3.6e-6, "fold": 6e-13}
+ROUNDING = {"F32": 0.0, "F16": 7e-8, "BF16": 4e-6}
+ROOM = 2.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A figure, what was found, and what it may be: at most, or with `least` at least."""
+
+    name: str
+    found: float
+    limit: float
+    least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.found >= self.limit if self.least else self.found <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.found:.3g}, expected at {'least' if self.least else 'most'} {self.limit:.3g}"
+
+
+def type_of(candidate: Checkpoint) -> str:
+    """The mix of a GGUF file, else the type of most matrix bytes."""
+    number = candidate.index.settings.get("general.file_type")
+    named = [name for name, mix in MIXES.items() if mix.file_type == number]
+    if candidate.index.format == "gguf" and named:
+        return named[0]
+    sizes: Counter[str] = Counter()
+    for tensor in candidate.tensors.values():
+        sizes[tensor.dtype.name if tensor.dtype.block > 1 else tensor.native.name] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def default_divergence(source: Checkpoint, candidate: Checkpoint) -> float:
+    """The mean KL divergence that a target of this type, made with the source's norms policy, may have at most."""
+    name = type_of(candidate)
+    joined = len(source.index.ranks) > len(candidate.index.ranks)
+    usual = max(DIVERGENCES.values())  # of types that are only read, and odd mixes
+    return ROOM * (JOINING[source.norms] * joined + ROUNDING.get(name, DIVERGENCES.get(name, usual))) + 1e-12
+
+
+def check(
+    predictions: Predictions, source: Checkpoint, candidate: Checkpoint, asked: Mapping[str, float | None]
+) -> list[Limit]:
+    """The figures that are limited, by default only the mean divergence; `asked` by the option's name."""
+    figures = predictions.figures
+    mean = asked.get("max_kl")
+    limits = [
+        Limit("mean KL divergence", figures.mean, default_divergence(source, candidate) if mean is None else mean)
+    ]
+    for name, what, found, least in (
+        ("max_kl_p99", "99th percentile of KL", figures.p99, False),
+        ("min_top1", "top-1 agreement", figures.top1, True),
+        ("max_ppl_ratio", "perplexity ratio", figures.perplexity.ratio, False),
+    ):
+        if (limit := asked.get(name)) is not None:
+            limits.append(Limit(what, found, limit, least))
+    return limits

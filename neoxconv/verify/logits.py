@@ -1,0 +1,178 @@
+"""The third level: the target's predictions are the trained model's, layer by layer and at the end.
+
+The reference is the source as it was trained, rank by rank; the candidate is the target. Both are streamed from disk,
+side by side, for the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neoxconv.errors import VerifyError
+from neoxconv.model import Checkpoint
+from neoxconv.verify.forward import Side, side
+from neoxconv.verify.metrics import Comparison, Doubles, Figures, Numbers, figures
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WORDS = 2048  # logits compared at a time
+READERS = 2
+WORST = 10
+OWN, CLEAR = 8.0, 1e-4  # a layer breaks whose own error is this many times the usual one, and large in itself
+
+Logits = Callable[[int, int], Any]  # the candidate's for words from start to stop, [batch, time, words]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the residual stream is from the reference's after a layer (-1: the embedding)."""
+
+    layer: int
+    error: float  # root mean square of the difference over the stream's
+    cosine: float  # mean over positions
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the predictions differ most: both sides' most likely words with their probabilities."""
+
+    sequence: int
+    position: int
+    divergence: float
+    reference: tuple[tuple[int, float], ...]
+    candidate: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What comparing the predictions found, as values; `divergences` has one of every position, in order."""
+
+    engine: str
+    tokens: Numbers
+    layers: tuple[LayerError, ...]
+    figures: Figures
+    divergences: Doubles
+    worst: tuple[Position, ...]
+
+    @property
+    def broken(self) -> int | None:
+        """The first layer whose own error stands out, else the embedding (-1) if its does; None where none does."""
+        squares = np.array([layer.error for layer in self.layers]) ** 2
+        own = np.sqrt(np.maximum(np.diff(squares, prepend=0), 0))
+        if not own.size:
+            return None
+        out = own > max(OWN * float(np.median(own[1:])), CLEAR)
+        order = [*range(1, len(own)), 0]
+        return next((self.layers[at].layer for at in order if out[at]), None)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it as plain values, without the tokens."""
+        return {
+            "engine": self.engine,
+            "sequences": len(self.tokens),
+            "length": self.tokens.shape[1],
+            "layers": [asdict(layer) for layer in self.layers],
+            **asdict(self.figures),
+        }
+
+
+def compare_predictions(
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    tokens: Numbers,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+    engine: str = "native",
+    logits: Logits | None = None,
+) -> Predictions:
+    """Run both models on tokens [batch, time]; `progress` is told of every layer of a side, and of the heads.
+
+    `logits` are the candidate's where another engine has computed them; then its layers are not compared. Raises
+    VerifyError where the models have other vocabularies or the device is not there.
+    """
+    import torch
+
+    if reference.config.rows != candidate.config.rows or reference.config.layers != candidate.config.layers:
+        found = f"{candidate.config.layers} layers, {candidate.config.rows} words"
+        raise VerifyError(f"the target has {found}; the source {reference.config.layers}, {reference.config.rows}.")
+    check_device(device)
+    ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+        ours, theirs = side(reference, pool, device=device), side(candidate, pool, device=device)
+        sides = [ours] if logits else [ours, theirs]
+        streams = [each.embed(ids) for each in sides]
+        layers = [] if logits else [layer_error(-1, *streams)]
+        for number in range(reference.config.layers):
+            for at, each in enumerate(sides):
+                streams[at] = each.layer(number, streams[at])
+                progress(1)
+            if not logits:
+                layers.append(layer_error(number, *streams))
+        heads = [head(each, stream) for each, stream in zip(sides, streams, strict=True)]
+        comparison = compare_heads(tokens, reference.config.rows, heads[0], logits or heads[1])
+    progress(len(sides))
+    return Predictions(
+        engine, tokens, tuple(layers), figures(comparison), comparison.divergence, worst(comparison, tokens)
+    )
+
+
+def check_device(device: str) -> None:
+    """Raise VerifyError where torch cannot compute on it."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise VerifyError(f"--device {device}: torch finds no CUDA device; leave the option out to use the CPU.")
+
+
+def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> LayerError:
+    """How far the streams are apart; of ranks with streams of their own, their means."""
+    r, c = (sum(streams[1:], streams[0]) / len(streams) for streams in (reference, candidate))
+    r, c = r.double(), c.double()
+    cosine = (r * c).sum(-1) / (r.norm(dim=-1) * c.norm(dim=-1)).clamp_min(1e-300)
+    return LayerError(number, float((r - c).norm() / r.norm().clamp_min(1e-300)), float(cosine.mean()))
+
+
+def head(model: Side, streams: list[Tensor]) -> Logits:
+    """The model's logits for bands of words, as numpy."""
+    normed = model.final(streams)
+    return lambda start, stop: model.logits(normed, start, stop).cpu().numpy()
+
+
+def compare_heads(tokens: Numbers, rows: int, reference: Logits, candidate: Logits) -> Comparison:
+    """Both sides' logits, band by band."""
+    right = np.full(tokens.shape, -1)
+    right[:, :-1] = tokens[:, 1:]
+    comparison = Comparison(right.reshape(-1))
+    for start in range(0, rows, WORDS):
+        stop = min(start + WORDS, rows)
+        bands = [logits(start, stop).reshape(-1, stop - start) for logits in (reference, candidate)]
+        comparison.add(start, *bands)
+    return comparison
+
+
+def worst(comparison: Comparison, tokens: Numbers) -> tuple[Position, ...]:
+    """The positions that differ most, and what each side expects there."""
+    divergence = comparison.divergence
+    return tuple(
+        Position(
+            int(at // tokens.shape[1]),
+            int(at % tokens.shape[1]),
+            float(divergence[at]),
+            *(
+                tuple(
+                    (int(word), float(np.exp(value - running.normaliser[at])))
+                    for value, word in zip(running.top[0][at], running.top[1][at], strict=True)
+                )
+                for running in (comparison.reference, comparison.candidate)
+            ),
+        )
+        for at in np.argsort(-divergence, kind="stable")[:WORST]
+    )
