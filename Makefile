@@ -12,10 +12,10 @@ INSTALL := $(VENV)/bin/pip install -q -c constraints.txt
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check bench oracles clean
+.PHONY: help demo test lint check bench verify-table oracles clean
 
 help:     ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
 
 demo:     $(VENV)/.run ## make a small checkpoint, convert it to every format, verify each
 	$(VENV)/bin/neoxconv demo demo-out
@@ -32,6 +32,9 @@ check:    lint test ## all that CI checks
 
 bench:    $(VENV)/.run ## measure speed and memory
 	@for name in encoders conversion memory; do echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
+
+verify-table: $(VENV)/.test ## how far every target's predictions are: SOURCE=checkpoint TOKENS=ids.npy
+	$(VENV)/bin/python -m benchmarks.verify_table --source $(SOURCE) $(if $(TOKENS),--tokens $(TOKENS))
 
 oracles:  $(VENV)/.llama $(TF4)/.oracles $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
 
