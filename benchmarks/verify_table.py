@@ -1,9 +1,10 @@
 """How far every target's predictions are from the trained model's, rank by rank as it was trained.
 
-    python -m benchmarks.verify_table --source CHECKPOINT [--tokens tokens.npy] [--sequences N]      (make verify-table)
+    python -m benchmarks.verify_table --source CHECKPOINT [--tokens tokens.npy] [--sequences N] [--only hf]
+    make verify-table SOURCE=CHECKPOINT TOKENS=tokens.npy
 
 One row for each target and type: the native engine's figures, and the mean KL divergence by the program that will run
-the file, where it is installed. The rows above the line tell what joining the ranks' norms costs.
+the file, where it is installed. The first rows tell what joining the ranks' norms costs.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--sequences", type=int)
+    parser.add_argument("--only", help="a target's format")
     given = parser.parse_args()
     tokens, text = tokens_for(open_checkpoint(given.source), None, given.tokens, LENGTH, given.sequences)
     print(f"{given.source}, {len(tokens)} x {tokens.shape[1]} tokens of {text}\n")
     print("| target | norms | mean KL | 99 % | first choice | perplexity ratio | mean KL by |\n|-|-|-|-|-|-|-|")
-    for recipe, norms in ROWS:
+    for recipe, norms in [row for row in ROWS if given.only in (None, row[0].format)]:
         with tempfile.TemporaryDirectory() as folder:
             print(row(given.source, recipe, norms, tokens, Path(folder)), flush=True)
 

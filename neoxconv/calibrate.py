@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.imatrix import COUNTS, SUMS
@@ -16,9 +17,6 @@ from neoxconv.model import Checkpoint
 from neoxconv.verify.forward import side
 from neoxconv.verify.logits import READERS, check_device
 from neoxconv.verify.metrics import Doubles, Numbers
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def calibrate(
@@ -32,8 +30,6 @@ def calibrate(
 
     The ranks are joined first, as a GGUF file holds them; `progress` is told of every layer.
     """
-    import torch
-
     check_device(device)
     names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
     sums: dict[str, Doubles] = {}

@@ -22,7 +22,7 @@ LAYERS = (
     "journal",
     "publish",
     "convert verify catalog inspection",
-    "synthetic request",
+    "synthetic request calibrate",
     "audit demo",
     "cli",
     "__init__ __main__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from neoxconv.verify.metrics import Comparison, figures
 
@@ -23,7 +24,8 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def test_figures_are_their_definitions(band: int, shift: float) -> None:
     comparison = Comparison(RIGHT)
     for start in range(0, 97, band):
-        comparison.add(start, REFERENCE[:, start : start + band] + shift, CANDIDATE[:, start : start + band] + shift)
+        words = slice(start, start + band)
+        comparison.add(start, *(torch.from_numpy(side[:, words] + shift) for side in (REFERENCE, CANDIDATE)))
     found = figures(comparison)
     p, q = softmax(REFERENCE), softmax(CANDIDATE)
     divergence = (p * np.log(p / q)).sum(axis=1)
@@ -48,7 +50,7 @@ def test_figures_are_their_definitions(band: int, shift: float) -> None:
 
 def test_equal_logits_differ_by_nothing() -> None:
     comparison = Comparison(RIGHT)
-    comparison.add(0, REFERENCE, REFERENCE)
+    comparison.add(0, torch.from_numpy(REFERENCE), torch.from_numpy(REFERENCE))
     found = figures(comparison)
     assert found.largest == found.largest_difference == found.rms_probability == 0
     assert found.top1 == found.top5 == found.perplexity.ratio == 1

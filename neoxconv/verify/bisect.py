@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from neoxconv.model import Checkpoint, ModelConfig
 from neoxconv.verify.forward import Side, side
 from neoxconv.verify.logits import READERS, layer_error
 from neoxconv.verify.metrics import Numbers
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 HEALED = 0.3  # of a part's error is left at most where the right tensor was exchanged
 CLEAR = 2.0  # times the median error of a layer: it stands out
@@ -40,8 +38,6 @@ def bisect(source: Checkpoint, candidate: Checkpoint, layer: int | None, tokens:
     The source is run rank by rank up to there; then both go on from its stream, the candidate again and again with one
     tensor of the merged source in the place of its own.
     """
-    import torch
-
     ids = torch.from_numpy(np.ascontiguousarray(tokens[:1, :TOKENS], np.int64)).to(device)
     with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
         reference = side(source, pool, device=device)

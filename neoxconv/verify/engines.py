@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from neoxconv.errors import PlanError, VerifyError
 from neoxconv.model import Checkpoint
@@ -31,7 +32,7 @@ def transformers(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits
     """The logits of a Hugging Face folder, in float32."""
     if candidate.index.format != "hf":
         raise PlanError(f"{target}: --engine transformers runs Hugging Face folders, this is {candidate.index.format}.")
-    library, torch = needed("transformers", "transformers"), import_module("torch")
+    library = needed("transformers", "transformers")
     model = library.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     with torch.inference_mode():
         rows = [model(torch.from_numpy(row[None]), use_cache=False).logits[0].float().numpy() for row in tokens]
@@ -79,7 +80,8 @@ def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> npt.NDArray[
 
 def in_bands(logits: npt.NDArray[np.float32]) -> Logits:
     """Logits [batch, time, words] as compare_predictions asks for them."""
-    return lambda start, stop: logits[..., start:stop]
+    whole = torch.from_numpy(logits)
+    return lambda start, stop: whole[..., start:stop]
 
 
 ENGINES: dict[str, Callable[[Path, Checkpoint, Numbers], Logits]] = {

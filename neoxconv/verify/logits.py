@@ -9,24 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from neoxconv.errors import VerifyError
 from neoxconv.model import Checkpoint
 from neoxconv.verify.forward import Side, side
-from neoxconv.verify.metrics import Comparison, Doubles, Figures, Numbers, figures
+from neoxconv.verify.metrics import Comparison, Doubles, Figures, Numbers, Running, figures
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WORDS = 2048  # logits compared at a time
+WORDS = 1024  # logits compared at a time
 READERS = 2
 WORST = 10
 OWN, CLEAR = 8.0, 1e-4  # a layer breaks whose own error is this many times the usual one, and large in itself
 
-Logits = Callable[[int, int], Any]  # the candidate's for words from start to stop, [batch, time, words]
+Logits = Callable[[int, int], Tensor]  # for words from start to stop, [batch, time, words]
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ def compare_predictions(
     `logits` are the candidate's where another engine has computed them; then its layers are not compared. Raises
     VerifyError where the models have other vocabularies or the device is not there.
     """
-    import torch
-
     if reference.config.rows != candidate.config.rows or reference.config.layers != candidate.config.layers:
         found = f"{candidate.config.layers} layers, {candidate.config.rows} words"
         raise VerifyError(f"the target has {found}; the source {reference.config.layers}, {reference.config.rows}.")
@@ -117,7 +114,7 @@ def compare_predictions(
             if not logits:
                 layers.append(layer_error(number, *streams))
         heads = [head(each, stream) for each, stream in zip(sides, streams, strict=True)]
-        comparison = compare_heads(tokens, reference.config.rows, heads[0], logits or heads[1])
+        comparison = compare_heads(tokens, reference.config.rows, heads[0], logits or heads[1], device)
     progress(len(sides))
     return Predictions(
         engine, tokens, tuple(layers), figures(comparison), comparison.divergence, worst(comparison, tokens)
@@ -126,8 +123,6 @@ def compare_predictions(
 
 def check_device(device: str) -> None:
     """Raise VerifyError where torch cannot compute on it."""
-    import torch
-
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise VerifyError(f"--device {device}: torch finds no CUDA device; leave the option out to use the CPU.")
 
@@ -141,16 +136,16 @@ def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Te
 
 
 def head(model: Side, streams: list[Tensor]) -> Logits:
-    """The model's logits for bands of words, as numpy."""
+    """The model's logits for bands of words."""
     normed = model.final(streams)
-    return lambda start, stop: model.logits(normed, start, stop).cpu().numpy()
+    return lambda start, stop: model.logits(normed, start, stop)
 
 
-def compare_heads(tokens: Numbers, rows: int, reference: Logits, candidate: Logits) -> Comparison:
+def compare_heads(tokens: Numbers, rows: int, reference: Logits, candidate: Logits, device: str) -> Comparison:
     """Both sides' logits, band by band."""
     right = np.full(tokens.shape, -1)
     right[:, :-1] = tokens[:, 1:]
-    comparison = Comparison(right.reshape(-1))
+    comparison = Comparison(right.reshape(-1), device)
     for start in range(0, rows, WORDS):
         stop = min(start + WORDS, rows)
         bands = [logits(start, stop).reshape(-1, stop - start) for logits in (reference, candidate)]
@@ -166,13 +161,14 @@ def worst(comparison: Comparison, tokens: Numbers) -> tuple[Position, ...]:
             int(at // tokens.shape[1]),
             int(at % tokens.shape[1]),
             float(divergence[at]),
-            *(
-                tuple(
-                    (int(word), float(np.exp(value - running.normaliser[at])))
-                    for value, word in zip(running.top[0][at], running.top[1][at], strict=True)
-                )
-                for running in (comparison.reference, comparison.candidate)
-            ),
+            expected(comparison.reference, at),
+            expected(comparison.candidate, at),
         )
-        for at in np.argsort(-divergence, kind="stable")[:WORST]
+        for at in np.argsort(-divergence, kind="stable")[:WORST].tolist()
     )
+
+
+def expected(side: Running, at: int) -> tuple[tuple[int, float], ...]:
+    """The likeliest words at a position, with their probabilities."""
+    shares = (side.values[at] - side.normaliser[at]).exp()
+    return tuple(zip(side.words[at].tolist(), shares.tolist(), strict=True))

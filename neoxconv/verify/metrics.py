@@ -7,10 +7,11 @@ two heads can be multiplied side by side, once. The figures are defined as llama
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 Doubles = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
@@ -18,41 +19,40 @@ TOP = 5
 
 
 class Running:
-    """One side's logits over the words seen so far, for each of `count` positions: all a softmax needs."""
+    """One side's logits over the words seen so far, for each position: all that a softmax needs, in float64.
 
-    def __init__(self, right: Numbers) -> None:
-        count = len(right)
-        self.right, self.peak, self.total = right, np.full(count, -np.inf), np.zeros(count)
-        self.chosen = np.full(count, np.nan)  # the logit of the right word
-        self.top = np.full((count, TOP), -np.inf), np.full((count, TOP), -1)
+    `right` [positions] is the next token, -1 for none.
+    """
 
-    def add(self, start: int, logits: Doubles) -> Doubles:
-        """Take words from `start` on, logits [count, words]; returns the factor by which earlier sums shrink."""
-        peak = np.maximum(self.peak, logits.max(axis=1))
-        shrink: Doubles = np.exp(self.peak - peak)
-        self.total = self.total * shrink + np.exp(logits - peak[:, None]).sum(axis=1)
-        self.peak = peak
-        inside = (self.right >= start) & (self.right < start + logits.shape[1])
-        self.chosen[inside] = logits[inside, self.right[inside] - start]
-        self.keep_top(start, logits)
-        return shrink
+    def __init__(self, right: Tensor) -> None:
+        self.right = right
+        self.peak = torch.full_like(right, -torch.inf, dtype=torch.float64)
+        self.total = torch.zeros_like(self.peak)
+        self.chosen = torch.full_like(self.peak, torch.nan)  # the logit of the right word
+        self.values = self.peak[:, None].repeat(1, TOP)  # the largest logits, and their words
+        self.words = torch.full_like(self.values, -1, dtype=torch.int64)
 
-    def keep_top(self, start: int, logits: Doubles) -> None:
-        """The five largest logits so far and their words."""
-        size = min(TOP, logits.shape[1])
-        words = np.argpartition(-logits, size - 1, axis=1)[:, :size]
-        values = np.concatenate([self.top[0], np.take_along_axis(logits, words, axis=1)], axis=1)
-        words = np.concatenate([self.top[1], words + start], axis=1)
-        order = np.lexsort((words, -values))[:, :TOP]
-        self.top = np.take_along_axis(values, order, axis=1), np.take_along_axis(words, order, axis=1)
+    def add(self, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Take words from `start` on; returns the factor by which earlier sums shrink, and exp(logits - peak)."""
+        best = logits.topk(min(TOP, logits.shape[1]))
+        peak = torch.maximum(self.peak, best.values[:, 0])
+        shrink, powers = torch.exp(self.peak - peak), torch.exp(logits - peak[:, None])
+        self.total, self.peak = self.total * shrink + powers.sum(1), peak
+        place = self.right - start
+        inside = (place >= 0) & (place < logits.shape[1])
+        self.chosen[inside] = logits[inside, place[inside]]
+        top = torch.cat([self.values, best.values], 1).topk(TOP)
+        self.values = top.values
+        self.words = torch.cat([self.words, best.indices + start], 1).gather(1, top.indices)
+        return shrink, powers
 
     @property
-    def normaliser(self) -> Doubles:
+    def normaliser(self) -> Tensor:
         """log of the sum of exponentials."""
-        return np.asarray(self.peak + np.log(self.total))
+        return self.peak + self.total.log()
 
     @property
-    def log_probability(self) -> Doubles:
+    def log_probability(self) -> Tensor:
         """Of the right word; NaN where there is none."""
         return self.chosen - self.normaliser
 
@@ -60,26 +60,31 @@ class Running:
 class Comparison:
     """Two models' logits at the same positions, the words given in order; `right` is the next token, -1 for none."""
 
-    def __init__(self, right: Numbers) -> None:
-        self.reference, self.candidate = Running(right), Running(right)
-        self.difference = np.zeros(len(right))  # sum of exp(r) * (r - c)
+    def __init__(self, right: Numbers, device: str = "cpu") -> None:
+        following = torch.from_numpy(right).to(device)
+        self.reference, self.candidate = Running(following), Running(following)
+        self.difference = torch.zeros_like(self.reference.peak)  # sum of exp(r) * (r - c)
         self.largest = 0.0
 
-    def add(self, start: int, reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> None:
+    def add(self, start: int, reference: Tensor, candidate: Tensor) -> None:
         """Take the logits [positions, words] of the words from `start` on."""
-        r, c = reference.astype(np.float64), candidate.astype(np.float64)
+        r, c = reference.double(), candidate.to(reference.device).double()
         gap = r - c
-        shrink = self.reference.add(start, r)
+        shrink, powers = self.reference.add(start, r)
         self.candidate.add(start, c)
-        weights = np.exp(r - self.reference.peak[:, None])
-        self.difference = self.difference * shrink + (weights * gap).sum(axis=1)
-        self.largest = max(self.largest, float(np.abs(gap).max(initial=0)))
+        self.difference = self.difference * shrink + (powers * gap).sum(1)
+        self.largest = max(self.largest, float(gap.abs().max()))
 
     @property
     def divergence(self) -> Doubles:
         """The KL divergence of every position, in nats: of the candidate's predictions from the reference's."""
         mean_gap = self.difference / self.reference.total
-        return np.asarray(mean_gap - self.reference.normaliser + self.candidate.normaliser)
+        return as_array(mean_gap - self.reference.normaliser + self.candidate.normaliser)
+
+
+def as_array(values: Tensor) -> Doubles:
+    """A tensor as numpy."""
+    return np.asarray(values.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -112,25 +117,21 @@ def figures(comparison: Comparison) -> Figures:
     """The figures of a comparison whose words have all been given."""
     ours, theirs = comparison.reference, comparison.candidate
     divergence = comparison.divergence
-    known = ~np.isnan(ours.chosen)
-    p, q = ours.log_probability[known], theirs.log_probability[known]
+    p, q = as_array(ours.log_probability), as_array(theirs.log_probability)
+    known = ~np.isnan(p)
+    p, q = p[known], q[known]
     return Figures(
         len(divergence),
         float(divergence.mean()),
         float(np.median(divergence)),
         float(np.percentile(divergence, 99)),
         float(divergence.max()),
-        float((ours.top[1][:, 0] == theirs.top[1][:, 0]).mean()),
-        float(overlap(ours.top[1], theirs.top[1]).mean()),
+        float((ours.words[:, 0] == theirs.words[:, 0]).double().mean()),
+        float((ours.words[:, :, None] == theirs.words[:, None, :]).any(2).double().mean()),
         comparison.largest,
         perplexity(p, q),
         float(np.sqrt(np.square(np.exp(p) - np.exp(q)).mean())) if p.size else 0.0,
     )
-
-
-def overlap(a: Numbers, b: Numbers) -> Doubles:
-    """The share of each row of `a` that is in the same row of `b`, in any order."""
-    return np.asarray((a[:, :, None] == b[:, None, :]).any(axis=2).mean(axis=1))
 
 
 def perplexity(reference: Doubles, candidate: Doubles) -> Perplexity:

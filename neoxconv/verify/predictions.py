@@ -13,6 +13,7 @@ from neoxconv.verify.bisect import bisect
 from neoxconv.verify.engines import ENGINES
 from neoxconv.verify.limits import Limit, check, type_of
 from neoxconv.verify.logits import Position, Predictions, compare_predictions
+from neoxconv.verify.page import page
 from neoxconv.verify.report import Finding, Report
 from neoxconv.verify.text import speller, tokens_for
 
@@ -47,8 +48,6 @@ def compare(
     checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine}"
     report = Report("logits", checked, tuple(findings), lines=tuple(lines(predictions, limits)), facts=facts)
     if given["html"]:
-        from neoxconv.verify.page import page
-
         facts = page_facts(source, target, predictions, limits, (*before, report))
         Path(given["html"]).write_text(page({"text": text} | facts), "utf-8")
     return report
