@@ -236,7 +236,9 @@ def formats(**given: Any) -> None:
     show_default=True,
     help="logits: tokens in a sequence.",
 )
-@click.option("--sequences", type=click.IntRange(min=1), metavar="N", help="logits: sequences at most.")
+@click.option("--sequences", type=click.IntRange(min=1), metavar="N", help="logits: sequences, and questions, at most.")
+@choice_option("--task", choices=("lambada", "piqa", "hellaswag"), help="logits: also answer questions, both sides.")
+@click.option("--data", type=PATH, metavar="FILE", help="logits: the task's questions, .jsonl with the task's fields.")
 @choice_option(
     "--engine",
     choices=("native", "transformers", "llama.cpp"),
@@ -276,7 +278,10 @@ def verify(paths: tuple[Path, ...], **given: Any) -> int:
     return 0 if outcome.passed else DIFFERS
 
 
-LOGITS_ONLY = ("text", "tokens", "sequences", "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html")
+LOGITS_ONLY = (
+    "text", "tokens", "sequences", "task", "data",
+    "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html",
+)  # fmt: skip
 
 
 def check_logits_options(level: str, given: dict[str, Any]) -> None:
@@ -287,6 +292,8 @@ def check_logits_options(level: str, given: dict[str, Any]) -> None:
         raise click.UsageError(f"--{name} is for --level logits.")
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
+    if bool(given["task"]) != bool(given["data"]):
+        raise click.UsageError("--task and --data belong together; give both.")
 
 
 @commands.command()

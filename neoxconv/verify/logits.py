@@ -97,11 +97,27 @@ def compare_predictions(
     `logits` are the candidate's where another engine has computed them; then its layers are not compared. Raises
     VerifyError where the models have other vocabularies or the device is not there.
     """
+    following = np.full(tokens.shape, -1)
+    following[:, :-1] = tokens[:, 1:]
+    layers, comparison = run_both(reference, candidate, (tokens, following), device, progress, logits)
+    found = figures(comparison)
+    return Predictions(engine, tokens, layers, found, comparison.divergence, worst(comparison, tokens))
+
+
+def run_both(
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    text: tuple[Numbers, Numbers],
+    device: str,
+    progress: Callable[[int], None],
+    logits: Logits | None,
+) -> tuple[tuple[LayerError, ...], Comparison]:
+    """How far the streams are apart after every layer, and the predictions; `text`: tokens, what follows (-1: none)."""
     if reference.config.rows != candidate.config.rows or reference.config.layers != candidate.config.layers:
         found = f"{candidate.config.layers} layers, {candidate.config.rows} words"
         raise VerifyError(f"the target has {found}; the source {reference.config.layers}, {reference.config.rows}.")
     check_device(device)
-    ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+    ids = torch.from_numpy(np.ascontiguousarray(text[0], np.int64)).to(device)
     with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
         ours, theirs = side(reference, pool, device=device), side(candidate, pool, device=device)
         sides = [ours] if logits else [ours, theirs]
@@ -114,11 +130,9 @@ def compare_predictions(
             if not logits:
                 layers.append(layer_error(number, *streams))
         heads = [head(each, stream) for each, stream in zip(sides, streams, strict=True)]
-        comparison = compare_heads(tokens, reference.config.rows, heads[0], logits or heads[1], device)
+        comparison = compare_heads(text[1], reference.config.rows, heads[0], logits or heads[1], device)
     progress(len(sides))
-    return Predictions(
-        engine, tokens, tuple(layers), figures(comparison), comparison.divergence, worst(comparison, tokens)
-    )
+    return tuple(layers), comparison
 
 
 def check_device(device: str) -> None:
@@ -141,11 +155,9 @@ def head(model: Side, streams: list[Tensor]) -> Logits:
     return lambda start, stop: model.logits(normed, start, stop)
 
 
-def compare_heads(tokens: Numbers, rows: int, reference: Logits, candidate: Logits, device: str) -> Comparison:
-    """Both sides' logits, band by band."""
-    right = np.full(tokens.shape, -1)
-    right[:, :-1] = tokens[:, 1:]
-    comparison = Comparison(right.reshape(-1), device)
+def compare_heads(following: Numbers, rows: int, reference: Logits, candidate: Logits, device: str) -> Comparison:
+    """Both sides' logits, band by band; `following` [batch, time] are the right words."""
+    comparison = Comparison(following.reshape(-1), device)
     for start in range(0, rows, WORDS):
         stop = min(start + WORDS, rows)
         bands = [logits(start, stop).reshape(-1, stop - start) for logits in (reference, candidate)]

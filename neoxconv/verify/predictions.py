@@ -11,6 +11,7 @@ from neoxconv.model import Checkpoint
 from neoxconv.terminal import table
 from neoxconv.verify.bisect import bisect
 from neoxconv.verify.engines import ENGINES
+from neoxconv.verify.exam import examine
 from neoxconv.verify.limits import Limit, check, type_of
 from neoxconv.verify.logits import Position, Predictions, compare_predictions
 from neoxconv.verify.page import page
@@ -45,8 +46,13 @@ def compare(
         suspect = bisect(source, candidate, predictions.broken, tokens, given["device"])
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
+    told = lines(predictions, limits)
+    if given["task"]:
+        exam = examine(source, candidate, target, given)
+        facts["task"] = asdict(exam)
+        told.append(table("<<<", [(f"task on {exam.data}", "reference", "target"), *exam.rows]))
     checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine}"
-    report = Report("logits", checked, tuple(findings), lines=tuple(lines(predictions, limits)), facts=facts)
+    report = Report("logits", checked, tuple(findings), lines=tuple(told), facts=facts)
     if given["html"]:
         facts = page_facts(source, target, predictions, limits, (*before, report))
         Path(given["html"]).write_text(page({"text": text} | facts), "utf-8")
