@@ -37,9 +37,8 @@ def ours(folder: str, count: str) -> None:
         for layer in range(checkpoint.config.layers):
             streams = model.layer(layer, streams)
         normed = model.final(streams)
-        total = sum(
-            float(model.logits(normed, at, at + 2048).sum()) for at in range(0, checkpoint.config.rows - 2047, 2048)
-        )
+        rows = checkpoint.config.rows
+        total = sum(float(model.logits(normed, at, min(at + 2048, rows)).sum()) for at in range(0, rows, 2048))
     print(f"neoxconv: {time.monotonic() - began:.1f} s, sum of logits {total:.6g}", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.checkpoint import open_checkpoint, read_index
-from neoxconv.errors import CheckpointError
+from neoxconv.errors import CheckpointError, VerifyError
 from neoxconv.model import Checkpoint
 from neoxconv.request import Given, opened
 from neoxconv.terminal import progress_bar, table
@@ -124,7 +124,10 @@ def check_logits(source: Checkpoint, target: Path, before: Sequence[Report], giv
     made = open_target(target, given)
     quiet = given["json"] or given["quiet"]
     with progress_bar(2 * (source.config.layers + 1), "layers", quiet, "layer") as progress:
-        return compare(source, made, target, before, given, progress)
+        try:
+            return compare(source, made, target, before, given, progress)
+        except VerifyError as error:
+            return Report("logits", "cannot be compared", (Finding(str(target), str(error)),))
 
 
 def check_weights(source: Checkpoint, target: Path, given: Given) -> Report:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from neoxconv import tokenizer, tokenizer_find
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.joins import NORMS, join
 from neoxconv.coverage import FIRST_LAYER, check, home
@@ -183,6 +184,15 @@ def unify(checkpoint: Checkpoint, named: Named) -> dict[str, LazyTensor]:
             tensor = reordered(tensor, np.argsort(weight.gguf_order(config)))
         tensors[weight.unified] = tensor
     return tensors
+
+
+def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> tokenizer.Tokenizer | None:
+    """The tokenizer at `explicit`, else the one in or near the source; None where there is none."""
+    index = checkpoint.index
+    path = tokenizer_find.find(explicit, index.folder, index.settings, [path.parent for path in index.configs])
+    if path:
+        return tokenizer.load(path)
+    return tokenizer.from_gguf(index.settings) if "tokenizer.ggml.tokens" in index.settings else None
 
 
 def rank_difference(checkpoint: Checkpoint) -> float:

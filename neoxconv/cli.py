@@ -292,6 +292,8 @@ def check_logits_options(level: str, given: dict[str, Any]) -> None:
         raise click.UsageError(f"--{name} is for --level logits.")
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
+    if given["bisect"] and given["engine"] != "native":
+        raise click.UsageError("--bisect needs the native engine, which sees the layers; leave --engine out.")
     if bool(given["task"]) != bool(given["data"]):
         raise click.UsageError("--task and --data belong together; give both.")
 

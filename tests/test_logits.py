@@ -221,7 +221,7 @@ def test_limits_can_be_asked_for(made: Path, capsys: pytest.CaptureFixture[str])
     (["--text", "none.txt"], 1, "none.txt"),
     (["--tokens", "{ids}", "--text", "{ids}"], 2, "exclude each other"),
     (["--tokens", "{ids}"], 1, "has ids from 0 to 99999"),
-    (["--device", "cuda"], 3, "no CUDA device"),
+    (["--device", "cuda"], 1, "no CUDA device"),
 ])  # fmt: skip
 def test_wrong_options_are_told(
     words: list[str], code: int, message: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -234,3 +234,9 @@ def test_wrong_options_are_told(
 def test_options_of_the_logits_level_are_refused_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(toy(tmp_path)), str(tmp_path), "--max-kl", "1"]) == 2
     assert "--max-kl is for --level logits" in capsys.readouterr().err
+
+
+def test_models_of_other_sizes_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = run(make_plan(open_checkpoint(toy(tmp_path, layers=3)), Recipe("hf")), tmp_path / "hf")
+    assert verify(source(), other) == 3
+    assert "cannot be compared: the target's layers is 3" in capsys.readouterr().out

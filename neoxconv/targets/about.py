@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from neoxconv import __version__, tokenizer, tokenizer_find
+from neoxconv import __version__, tokenizer
 from neoxconv.checkpoint import parameters
 from neoxconv.model import Checkpoint
-from neoxconv.recipe import Recipe
-
-
-def find_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> tokenizer.Tokenizer | None:
-    """The one that was asked for, else the one in or near the source."""
-    index = checkpoint.index
-    places = [path.parent for path in index.configs]
-    path = tokenizer_find.find(recipe.tokenizer, index.folder, index.settings, places)
-    if path:
-        return tokenizer.load(path)
-    return tokenizer.from_gguf(index.settings) if "tokenizer.ggml.tokens" in index.settings else None
 
 
 def token_ids(checkpoint: Checkpoint, words: tokenizer.Tokenizer | None) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from neoxconv import imatrix, tokenizer
-from neoxconv.checkpoint import parameters
+from neoxconv.checkpoint import parameters, tokenizer_of
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import gguf_layout
 from neoxconv.imatrix import Matrix
@@ -15,7 +15,7 @@ from neoxconv.model import Checkpoint, Content, Context, Entry, Weight
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.mixes import MIXES, Choice, Place, choose, wanted
 from neoxconv.recipe import Recipe
-from neoxconv.targets.about import find_tokenizer, size_label, title, token_ids
+from neoxconv.targets.about import size_label, title, token_ids
 from neoxconv.tensor import reordered
 from neoxconv.terminal import plural
 
@@ -28,7 +28,7 @@ ALIASES = {"embed_out.weight": "gpt_neox.embed_in.weight"}  # what a tied model'
 def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A GGUF file (or several, with --split-size), with the tokenizer that llama.cpp needs."""
     choice = choice_of(checkpoint, recipe)
-    words = find_tokenizer(checkpoint, recipe)
+    words = tokenizer_of(checkpoint, recipe.tokenizer)
     if words is None:
         raise PlanError(
             f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "

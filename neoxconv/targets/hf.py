@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from neoxconv import tokenizer
+from neoxconv.checkpoint import tokenizer_of
 from neoxconv.formats import hf, safetensors
 from neoxconv.model import Checkpoint, Content, Encoding, Entry
 from neoxconv.quant import ENCODINGS
 from neoxconv.recipe import Recipe
-from neoxconv.targets.about import find_tokenizer, provenance, title, token_ids
+from neoxconv.targets.about import provenance, title, token_ids
 from neoxconv.tensor import LazyTensor
 
 
@@ -30,7 +31,7 @@ def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A Hugging Face folder: sharded safetensors, configuration, tokenizer, model card."""
     entries = unified_entries(checkpoint, recipe)
     files = hf.layout(entries, recipe.shard_size)
-    words = find_tokenizer(checkpoint, recipe)
+    words = tokenizer_of(checkpoint, recipe.tokenizer)
     config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)) | token_ids(checkpoint, words)
     sidecars = {
         "config.json": as_json(config),

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from neoxconv.checkpoint import tokenizer_of
 from neoxconv.errors import PlanError
 from neoxconv.model import Checkpoint
 from neoxconv.verify.engines import ENGINES
 from neoxconv.verify.logits import run_both
 from neoxconv.verify.metrics import Doubles, Running, as_array
 from neoxconv.verify.tasks import Marks, Requests, read_task, requests, score
-from neoxconv.verify.text import find_tokenizer, library
+from neoxconv.verify.text import library
 
 TOGETHER = 1 << 14  # tokens that one pass over the weights serves
 SIDES = ("reference", "candidate")
@@ -45,7 +46,7 @@ def with_error(scores: Mapping[str, float], name: str) -> str:
 
 def examine(source: Checkpoint, candidate: Checkpoint, target: Path, given: Mapping[str, Any]) -> Exam:
     """Both sides' scores on the task that the options name. Raises PlanError where the source has no tokenizer."""
-    words = find_tokenizer(source)
+    words = tokenizer_of(source)
     if words is None:
         raise PlanError(f"{source.index.folder}: has no tokenizer, which --task needs; put its tokenizer.json there.")
     name, data = given["task"], given["data"]

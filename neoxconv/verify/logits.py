@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neoxconv.errors import VerifyError
+from neoxconv.errors import PlanError, VerifyError
 from neoxconv.model import Checkpoint
 from neoxconv.verify.forward import Side, side
 from neoxconv.verify.metrics import Comparison, Doubles, Figures, Numbers, Running, figures
 
 WORDS = 1024  # logits compared at a time
 READERS = 2
+SIZES = ("layers", "hidden", "heads", "ff", "rows")
 WORST = 10
 OWN, CLEAR = 8.0, 1e-4  # a layer breaks whose own error is this many times the usual one, and large in itself
 
@@ -95,7 +96,7 @@ def compare_predictions(
     """Run both models on tokens [batch, time]; `progress` is told of every layer of a side, and of the heads.
 
     `logits` are the candidate's where another engine has computed them; then its layers are not compared. Raises
-    VerifyError where the models have other vocabularies or the device is not there.
+    VerifyError where the models have other sizes, PlanError where the device is not there.
     """
     following = np.full(tokens.shape, -1)
     following[:, :-1] = tokens[:, 1:]
@@ -113,14 +114,17 @@ def run_both(
     logits: Logits | None,
 ) -> tuple[tuple[LayerError, ...], Comparison]:
     """How far the streams are apart after every layer, and the predictions; `text`: tokens, what follows (-1: none)."""
-    if reference.config.rows != candidate.config.rows or reference.config.layers != candidate.config.layers:
-        found = f"{candidate.config.layers} layers, {candidate.config.rows} words"
-        raise VerifyError(f"the target has {found}; the source {reference.config.layers}, {reference.config.rows}.")
+    for size in SIZES:
+        ours, theirs = getattr(reference.config, size), getattr(candidate.config, size)
+        if ours != theirs:
+            raise VerifyError(
+                f"the target's predictions cannot be compared: its {size} is {theirs}, the source's {ours}."
+            )
     check_device(device)
     ids = torch.from_numpy(np.ascontiguousarray(text[0], np.int64)).to(device)
     with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
-        ours, theirs = side(reference, pool, device=device), side(candidate, pool, device=device)
-        sides = [ours] if logits else [ours, theirs]
+        models = [reference] if logits else [reference, candidate]
+        sides = [side(model, pool, device=device) for model in models]
         streams = [each.embed(ids) for each in sides]
         layers = [] if logits else [layer_error(-1, *streams)]
         for number in range(reference.config.layers):
@@ -136,9 +140,9 @@ def run_both(
 
 
 def check_device(device: str) -> None:
-    """Raise VerifyError where torch cannot compute on it."""
+    """Raise PlanError where torch cannot compute on it."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise VerifyError(f"--device {device}: torch finds no CUDA device; leave the option out to use the CPU.")
+        raise PlanError(f"--device {device}: torch finds no CUDA device; leave the option out to use the CPU.")
 
 
 def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> LayerError:

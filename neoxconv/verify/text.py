@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv import tokenizer, tokenizer_find
+from neoxconv.checkpoint import tokenizer_of
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.model import Checkpoint
+from neoxconv.tokenizer import Tokenizer
 from neoxconv.verify.metrics import Numbers
 
 LENGTH, SEQUENCES = 256, 2
@@ -57,13 +58,18 @@ def tokens_for(
     length = min(length, checkpoint.config.context)
     if ids:
         return from_file(checkpoint, ids, sequences)
-    words = find_tokenizer(checkpoint)
+    words = tokenizer_of(checkpoint)
     if text is None and words is None:
         count = (sequences or SEQUENCES) * length
         return invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
     if words is None:
         raise PlanError(f"{checkpoint.index.folder}: has no tokenizer; give token ids with --tokens FILE.npy.")
     found = encode(words, read_text(text) if text else TEXT)
+    if found.max(initial=0) >= checkpoint.config.rows:
+        raise CheckpointError(
+            f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
+            "it is another model's."
+        )
     if text is None and len(found) < length * SEQUENCES:
         found = np.tile(found, -(-length * SEQUENCES // len(found)))
     rows = min(len(found) // length, sequences or (len(found) if text else SEQUENCES))
@@ -74,23 +80,14 @@ def tokens_for(
     return found[: rows * length].reshape(rows, length), str(text.name if text else "built-in text")
 
 
-def find_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer | None:
-    """The one in or near the source."""
-    index = checkpoint.index
-    path = tokenizer_find.find(None, index.folder, index.settings, [path.parent for path in index.configs])
-    if path:
-        return tokenizer.load(path)
-    return tokenizer.from_gguf(index.settings) if "tokenizer.ggml.tokens" in index.settings else None
-
-
-def library(words: tokenizer.Tokenizer) -> Any:
+def library(words: Tokenizer) -> Any:
     """The tokenizers library's own."""
-    from tokenizers import Tokenizer
+    import tokenizers
 
-    return Tokenizer.from_str(words.data.decode())
+    return tokenizers.Tokenizer.from_str(words.data.decode())
 
 
-def encode(words: tokenizer.Tokenizer, text: str) -> Numbers:
+def encode(words: Tokenizer, text: str) -> Numbers:
     """The ids of a text."""
     return np.array(library(words).encode(text).ids, np.int64)
 
@@ -132,7 +129,7 @@ def invented(rows: int, count: int) -> Numbers:
 
 def speller(checkpoint: Checkpoint) -> Callable[[Sequence[int]], str]:
     """What token ids stand for: text where there is a tokenizer, else their numbers."""
-    words = find_tokenizer(checkpoint)
+    words = tokenizer_of(checkpoint)
     if words is None:
         return lambda ids: " ".join(f"#{number}" for number in ids)
     decode = library(words).decode
