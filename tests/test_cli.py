@@ -54,7 +54,10 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("convert a b --to hf --config a.yml --preset 20B", "exclude each other"),
         ("verify a b c", "3 paths"),
         ("verify a --level weights", "verify SRC TARGET"),
-        ("verify a b --level logits", "is not one of"),
+        ("verify a --level logits", "verify SRC TARGET"),
+        ("verify a b --level layers", "is not one of"),
+        ("verify a b --level logits --bisect --engine llama.cpp", "needs the native engine"),
+        ("calibrate a -o b", "give either --text FILE or --tokens FILE"),
         ("invent", "invent"),
     ],
 )

@@ -139,3 +139,13 @@ def test_the_divergences_that_formats_lists_are_about_those_of_a_few_sequences(m
     found = divergence(exact, file).mean()
     assert abs(np.log(found / DIVERGENCES[mix])) < np.log(1.3)
     assert set(DIVERGENCES) == set(MIXES) - {"F32"}
+
+
+def test_what_a_quantized_source_costs_is_told(tmp_path: Path) -> None:
+    first = run(planned(toy(tmp_path, hidden=256), type="Q8_0"), tmp_path / "q8.gguf")
+    again = planned(first, type="Q4_K_M").notes
+    assert "the source is quantized (Q8_0): its weights are not the original ones" in again
+    assert any(note.startswith("WARNING: 10 tensors quantized a second time") for note in again)
+    back = make_plan(open_checkpoint(first), Recipe("hf")).notes
+    assert any("is quantized" in note for note in back) and not any("second time" in note for note in back)
+    assert not any("second time" in note for note in planned(first, type="Q8_0").notes)  # bytes are copied

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -44,8 +45,7 @@ def llama_cpp(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
     if candidate.index.format != "gguf":
         raise PlanError(f"{target}: --engine llama.cpp runs GGUF files, this is {candidate.index.format}.")
     llama = needed("llama_cpp", "llama-cpp-python")
-    silence = llama.llama_log_callback(lambda level, text, data: None)
-    llama.llama_log_set(silence, ctypes.c_void_p(0))
+    llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
     settings = llama.llama_model_default_params()
     settings.n_gpu_layers = 0
     model = llama.llama_model_load_from_file(os.fsencode(candidate.index.files[0].storage.path), settings)
@@ -55,6 +55,12 @@ def llama_cpp(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
         return in_bands(np.stack([one_sequence(llama, model, row) for row in tokens]))
     finally:
         llama.llama_model_free(model)
+
+
+@cache
+def silent(llama: ModuleType) -> Any:
+    """A callback that prints nothing; kept for good, as llama.cpp goes on calling the last one it was given."""
+    return llama.llama_log_callback(lambda level, text, data: None)
 
 
 def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> npt.NDArray[np.float32]:
