@@ -11,6 +11,7 @@ from typing import Any
 from neoxconv.checkpoint import open_checkpoint, read_index
 from neoxconv.errors import CheckpointError, VerifyError
 from neoxconv.model import Checkpoint
+from neoxconv.publish import check_side_file
 from neoxconv.request import Given, opened
 from neoxconv.terminal import progress_bar, table
 from neoxconv.verify import verify_bytes, verify_weights
@@ -89,15 +90,17 @@ def audit(paths: Sequence[Path], level: str, given: Given) -> Outcome:
     source = opened(paths[0], given, norms)
     settings = given["preset"] or ", ".join(path.name for path in source.index.configs) or "the source's own"
     basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
+    if given["html"]:
+        check_side_file(given["html"], (*paths, given["text"], given["tokens"], given["data"]))
     try:
         reports = (*reports, check_weights(source, target, given))
-        if level == "logits":
-            reports = (*reports, check_logits(source, target, reports, given))
-        return Outcome(basis, reports)
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
         return Outcome(basis, (*reports, Report("weights", "cannot be opened", (Finding(str(target), str(error)),))))
+    if level == "logits":
+        reports = (*reports, check_logits(source, target, reports, given))
+    return Outcome(basis, reports)
 
 
 def policy(manifest: Mapping[str, Any] | None, given: Given) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.errors import CheckpointError, NeoxconvError
 from neoxconv.imatrix import COUNTS, SUMS
 from neoxconv.model import Checkpoint
 from neoxconv.verify.forward import side
@@ -45,6 +45,12 @@ def calibrate(
         for number in range(checkpoint.config.layers):
             streams = model.layer(number, streams)
             progress(1)
+    with np.errstate(over="ignore"):
+        bad = [name for name, values in sums.items() if not np.isfinite(values.astype(np.float32)).all()]
+    if bad:
+        raise CheckpointError(
+            f"{checkpoint.index.folder}: what {bad[0]} is multiplied with is not finite; check the weights."
+        )
     return sums
 
 
@@ -72,11 +78,5 @@ def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> N
         os.replace(partial, path)
     except OSError as error:
         raise NeoxconvError(f"{path}: cannot be written ({error.strerror}).") from error
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raise PlanError where the file may not be written."""
-    if path.exists() and not overwrite:
-        raise PlanError(f"{path}: exists already; give another name, or --overwrite.")
-    if not path.resolve().parent.is_dir():
-        raise PlanError(f"{path.parent}: is no folder; make it first.")
+    finally:
+        partial.unlink(missing_ok=True)

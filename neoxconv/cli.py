@@ -7,6 +7,7 @@ Only click and plain names are imported at the top, so that `neoxconv --help` an
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import traceback
@@ -25,6 +26,7 @@ from neoxconv.terminal import parse_size, table
 Command = TypeVar("Command", bound=Callable[..., Any])
 FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
 PATH = click.Path(path_type=Path)
+POSITIVE = click.FloatRange(min=0)
 
 
 def byte_count(text: str) -> int:
@@ -180,13 +182,14 @@ def calibrate(source: Path, **given: Any) -> None:
     if bool(given["text"]) == bool(given["tokens"]):
         raise click.UsageError("give either --text FILE or --tokens FILE.")
     from neoxconv.calibrate import calibrate as run
-    from neoxconv.calibrate import check_output, write
+    from neoxconv.calibrate import write
+    from neoxconv.publish import check_side_file
     from neoxconv.request import opened
     from neoxconv.terminal import progress_bar
     from neoxconv.verify.text import tokens_for
 
     output = given["output"]
-    check_output(output, given["overwrite"])
+    check_side_file(output, (source, given["text"], given["tokens"]), given["overwrite"])
     checkpoint = opened(source, given, given["norms"] or "mean")
     tokens, text = tokens_for(checkpoint, given["text"], given["tokens"], given["length"], given["sequences"])
     with progress_bar(checkpoint.config.layers, "layers", given["quiet"], "layer") as progress:
@@ -228,14 +231,7 @@ def formats(**given: Any) -> None:
 @configuration
 @click.option("--text", type=PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]")
 @click.option("--tokens", type=PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file.")
-@click.option(
-    "--length",
-    type=click.IntRange(min=2),
-    default=256,
-    metavar="N",
-    show_default=True,
-    help="logits: tokens in a sequence.",
-)
+@click.option("--length", type=click.IntRange(min=2), metavar="N", help="logits: tokens in a sequence.  [default: 256]")
 @click.option("--sequences", type=click.IntRange(min=1), metavar="N", help="logits: sequences, and questions, at most.")
 @choice_option("--task", choices=("lambada", "piqa", "hellaswag"), help="logits: also answer questions, both sides.")
 @click.option("--data", type=PATH, metavar="FILE", help="logits: the task's questions, .jsonl with the task's fields.")
@@ -247,11 +243,16 @@ def formats(**given: Any) -> None:
     metavar="NAME",
     help="logits: what runs TARGET: native, transformers or llama.cpp.",
 )
-@click.option("--device", default="cpu", metavar="NAME", show_default=True, help="logits: cpu or cuda, for native.")
-@click.option("--max-kl", type=float, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]")
-@click.option("--max-kl-p99", type=float, metavar="X", help="logits: its 99th percentile.")
-@click.option("--min-top1", type=float, metavar="X", help="logits: share of equal first choices.")
-@click.option("--max-ppl-ratio", type=float, metavar="X", help="logits: TARGET's perplexity over SRC's.")
+@click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]")
+@click.option(
+    "--max-kl",
+    type=POSITIVE,
+    metavar="X",
+    help="logits: mean KL divergence.  [default: by TARGET's type]",
+)
+@click.option("--max-kl-p99", type=POSITIVE, metavar="X", help="logits: its 99th percentile.")
+@click.option("--min-top1", type=POSITIVE, metavar="X", help="logits: share of equal first choices.")
+@click.option("--max-ppl-ratio", type=POSITIVE, metavar="X", help="logits: TARGET's perplexity over SRC's.")
 @click.option("--bisect", is_flag=True, help="logits: find the tensor that breaks the first broken layer.")
 @click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page.")
 @jobs
@@ -274,12 +275,21 @@ def verify(paths: tuple[Path, ...], **given: Any) -> int:
 
     outcome = audit(paths, level, given)
     shown = outcome.verdict if given["quiet"] else outcome.listing
-    click.echo(json.dumps(outcome.facts) if given["json"] else shown)
+    click.echo(json.dumps(finite(outcome.facts), allow_nan=False) if given["json"] else shown)
     return 0 if outcome.passed else DIFFERS
 
 
+def finite(value: Any) -> Any:
+    """The value with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 LOGITS_ONLY = (
-    "text", "tokens", "sequences", "task", "data",
+    "text", "tokens", "length", "sequences", "task", "data", "device",
     "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from neoxconv.errors import PlanError
@@ -25,6 +26,22 @@ def partial_of(target: Path) -> Path:
 def nearest_folder(target: Path) -> Path:
     """What exists already of the path to a target."""
     return next(folder for folder in target.parents if folder.exists())
+
+
+def check_side_file(path: Path, inputs: Iterable[Path | None], overwrite: bool = True) -> None:
+    """Raise PlanError unless a file beside the main business may be written: a report, an importance matrix.
+
+    It may be neither one of the `inputs` nor in a folder among them.
+    """
+    if path.is_dir():
+        raise PlanError(f"{path}: is a folder; give the name of a file.")
+    if path.exists() and not overwrite:
+        raise PlanError(f"{path}: exists already; give another name, or --overwrite.")
+    if not path.resolve().parent.is_dir():
+        raise PlanError(f"{path.parent}: is no folder; make it first.")
+    for given in filter(None, inputs):
+        if given.resolve() in (path.resolve(), *path.resolve().parents):
+            raise PlanError(f"{path}: would be written into {given}, which is read; give another name.")
 
 
 def check_target(plan: Plan, target: Path, overwrite: bool) -> None:

@@ -78,3 +78,12 @@ def test_wrong_input_is_told(
     options = [word.format(folder=tmp_path) for word in words]
     assert main(["calibrate", str(toy(tmp_path)), "-o", str(tmp_path / "m.gguf"), *options]) == code
     assert message in capsys.readouterr().err and not (tmp_path / "m.gguf").exists()
+
+
+def test_nothing_that_is_read_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, tokens = toy(tmp_path), tmp_path / "ids.npy"
+    np.save(tokens, np.arange(16).reshape(2, 8))
+    for output in (source / "m.gguf", tokens):
+        command = ["calibrate", str(source), "--tokens", str(tokens), "-o", str(output), "--overwrite"]
+        assert main(command) == 1 and "which is read" in capsys.readouterr().err
+    assert np.load(tokens).shape == (2, 8)

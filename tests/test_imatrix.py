@@ -108,6 +108,17 @@ def test_columns_that_do_not_matter_break_nothing(encoding: Encoding) -> None:
 
 
 @searched
+def test_a_zeroed_step_is_found_in_a_searched_encoding_too(encoding: Encoding) -> None:
+    assert encoding.search
+    rows = weights("gauss", 4 * COLUMNS)
+    stored = encoding.search(rows, Context(columns("usual"))).reshape(-1, encoding.dtype.nbytes)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(encoding.name, 0)
+    stored[1, at : at + 2] = 0
+    found = encoding.wrong(rows, stored.reshape(len(rows), -1), weighted=True).reshape(len(stored), -1)
+    assert found[1].mean() > 0.8 and not np.delete(found, 1, axis=0).any()
+
+
+@searched
 def test_thorough_errs_less(encoding: Encoding) -> None:
     assert encoding.search
     rows = weights("laplace")

@@ -73,6 +73,14 @@ def scaled_norm(tensors: Tensors) -> None:
     tensors["gpt_neox.final_layer_norm.weight"] *= np.float16(1.1)
 
 
+def layer_0_norm(tensors: Tensors) -> None:
+    tensors[L.format(0) + "input_layernorm.bias"] += np.float16(1)
+
+
+def not_a_number(tensors: Tensors) -> None:
+    tensors[L.format(2) + UP][5, 7] = np.nan
+
+
 def shifted_words(tensors: Tensors) -> None:
     tensors["gpt_neox.embed_in.weight"] = np.roll(tensors["gpt_neox.embed_in.weight"], 1, axis=0)
 
@@ -92,6 +100,8 @@ FAULTS: dict[str, tuple[Callable[[Tensors], None] | dict[str, Any], str]] = {
     "one rank's half exchanged": (exchanged_halves, L3 + UP),
     "one tensor of another checkpoint": (another_checkpoints_tensor, L3 + DENSE),
     "final norm": (scaled_norm, "gpt_neox.final_layer_norm.weight"),
+    "a norm of layer 0": (layer_0_norm, L.format(0) + "input_layernorm.bias"),
+    "not a number": (not_a_number, "layer 2 goes wrong"),
     "words shifted": (shifted_words, "gpt_neox.embed_in.weight"),
     "rotary base": (rope(20000, 0.25), "the hyperparameters"),
     "rotary_pct": (rope(10000, 0.5), "the hyperparameters"),
@@ -157,7 +167,9 @@ RECIPES = (
     Recipe("safetensors", dtype="BF16"),
     Recipe("slim"),
     Recipe("slim", tp=1),
+    Recipe("slim", tp=4),
     Recipe("gguf", type="Q4_K_M"),
+    Recipe("gguf", type="Q8_0", tensor_type=(("ffn_down", "Q2_K"),)),
 )
 
 
@@ -187,6 +199,12 @@ def test_the_exact_merge_is_exact(name: str, tmp_path: Path) -> None:
 
     assert divergence("fold", "F32") <= 1e-12
     assert divergence("fold", "F16") <= 0.1 * divergence("mean", "F16")
+
+
+def test_a_serial_models_exact_merge_passes(tmp_path: Path) -> None:
+    shards = fixtures() / "neox_2026_bf16_tp2_pp2" / "checkpoints"
+    target = run(make_plan(open_checkpoint(shards, norms="fold"), Recipe("hf", dtype="F32")), tmp_path / "hf")
+    assert verify(shards, target, length=48) == 0
 
 
 @pytest.mark.parametrize(("engine", "recipe"), [
@@ -226,12 +244,19 @@ def test_limits_can_be_asked_for(made: Path, capsys: pytest.CaptureFixture[str])
     (["--tokens", "{ids}", "--text", "{ids}"], 2, "exclude each other"),
     (["--tokens", "{ids}"], 1, "has ids from 0 to 99999"),
     (["--device", "cuda"], 1, "no CUDA device"),
+    (["--device", "abacus"], 1, "expected cpu, cuda"),
+    (["--html", "{target}/page.html"], 1, "would be written into"),
+    (["--html", "none/page.html"], 1, "is no folder"),
+    (["--tokens", "{empty}"], 1, "is no .npy file"),
+    (["--max-kl", "-1"], 2, "-1"),
 ])  # fmt: skip
 def test_wrong_options_are_told(
     words: list[str], code: int, message: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(tmp_path / "ids.npy", np.array([[0, 99999]]))
-    assert verify(source(), made, *(word.format(ids=tmp_path / "ids.npy") for word in words)) == code
+    (tmp_path / "empty.npy").write_bytes(b"")
+    names = {"ids": tmp_path / "ids.npy", "empty": tmp_path / "empty.npy", "target": made}
+    assert verify(source(), made, *(word.format(**names) for word in words)) == code
     assert message in capsys.readouterr().err
 
 
@@ -243,4 +268,4 @@ def test_options_of_the_logits_level_are_refused_elsewhere(tmp_path: Path, capsy
 def test_models_of_other_sizes_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = run(make_plan(open_checkpoint(toy(tmp_path, layers=3)), Recipe("hf")), tmp_path / "hf")
     assert verify(source(), other) == 3
-    assert "cannot be compared: the target's layers is 3" in capsys.readouterr().out
+    assert "cannot be compared: its layers is 3" in capsys.readouterr().out

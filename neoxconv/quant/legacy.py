@@ -119,7 +119,7 @@ def wrong(form: Form, rows: Floats, stored: Bytes, weighted: bool = False) -> np
             step, least = np.abs(parts.step), parts.least
         slope, slack = half_ulp(step), half_ulp(least)
         fits = finite & (np.abs(np.abs(parts.step) - step) <= slope) & (np.abs(parts.least - least) <= slack)
-        free = np.where(step > 0, 2 * step, np.float32(np.inf)) if weighted else step / 2
+        free = 2 * step + form.levels * SMALLEST if weighted else step / 2
         limits = np.stack([parts.step, parts.least, slope, free + slope + slack], axis=1)
     result = kernels.outside(weights, parts.codes, limits, (form.lowest, form.highest))
     result |= ~fits[:, None]

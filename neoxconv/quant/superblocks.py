@@ -148,11 +148,21 @@ def wrong(form: Form, rows: Floats, stored: Bytes, weighted: bool = False) -> np
         above, below = gaps(form)
         slack = (np.abs(weights) + parts.least) * blur(parts.step) + parts.least * blur(parts.floor) + TINY * size
         bad = ~((error <= above[parts.codes] * size + slack) & (error >= -below[parts.codes] * size - slack))
-        bad &= size != 0
-        bad |= ~np.isfinite(weights)
-        if not weighted:
+        if weighted:
+            bad = np.where(size != 0, bad, np.abs(weights + parts.least) > too_coarse(form, parts))
+        else:
+            bad &= size != 0
             bad |= ~fits(form, weights, parts)
+        bad |= ~np.isfinite(weights)
         return np.asarray(bad.reshape(rows.shape))
+
+
+def too_coarse(form: Form, parts: Parts) -> Floats:
+    """How far from its least weight a block may reach whose scale is 0, as its super-block's steps are too coarse."""
+    how = form.search
+    reach = np.float32(max(-how.lowest, how.highest))
+    tiny = np.float32(2.0**-25 * how.levels) * (reach + 1)
+    return np.asarray(np.float32(1.5) * (np.abs(parts.step) * reach + np.abs(parts.floor)) + tiny)
 
 
 def blur(step: Floats) -> Floats:

@@ -36,6 +36,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         )
     matrix = imatrix.read(recipe.imatrix) if recipe.imatrix else None
     entries = with_contexts(gguf_entries(checkpoint, choice), matrix, recipe.effort == "high")
+    searched = any(entry.context and entry.encoding.search for entry in entries)
     keys = {
         "general.architecture": "gptneox",
         "general.type": "model",
@@ -46,8 +47,8 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         "general.quantization_version": 2,
         **tokenizer.gguf_keys(words, checkpoint.config.rows),
         **{f"tokenizer.ggml.{name}": value for name, value in token_ids(checkpoint, words).items()},
-        **({ENTRIES_KEY: len(matrix.entries), CHUNKS_KEY: matrix.chunks} if matrix else {}),
-        **({EFFORT_KEY: recipe.effort} if recipe.effort != "normal" else {}),
+        **({ENTRIES_KEY: len(matrix.entries), CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
+        **({EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
     }
     notes = (*gguf_notes(checkpoint, choice, entries), *(matrix_notes(matrix, entries) if matrix else ()))
     return Content(gguf_layout.layout("model", keys, entries, recipe.split_size), {}, notes)

@@ -34,6 +34,7 @@ def transformers(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits
     if candidate.index.format != "hf":
         raise PlanError(f"{target}: --engine transformers runs Hugging Face folders, this is {candidate.index.format}.")
     library = needed("transformers", "transformers")
+    library.utils.logging.disable_progress_bar()
     model = library.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     with torch.inference_mode():
         rows = [model(torch.from_numpy(row[None]), use_cache=False).logits[0].float().numpy() for row in tokens]

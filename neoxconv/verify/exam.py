@@ -52,12 +52,12 @@ def examine(source: Checkpoint, candidate: Checkpoint, target: Path, given: Mapp
     name, data = given["task"], given["data"]
     questions = read_task(name, data, library(words), source.config.context, given["sequences"])
     asked = requests(questions)
-    engine = ENGINES.get(given["engine"])
+    engine, device = ENGINES.get(given["engine"]), given["device"] or "cpu"
     parts = []
     for band in bands(asked):
         following = np.where(band.scored, band.next, -1)
         logits = engine(target, candidate, band.tokens) if engine else None
-        _, found = run_both(source, candidate, (band.tokens, following), given["device"], lambda count: None, logits)
+        _, found = run_both(source, candidate, (band.tokens, following), device, lambda count: None, logits)
         parts.append([answers(side, band.tokens.shape) for side in (found.reference, found.candidate)])
     sides = [[np.concatenate(column) for column in zip(*rows, strict=True)] for rows in zip(*parts, strict=True)]
     scores = {side: score(name, questions, asked, *both) for side, both in zip(SIDES, sides, strict=True)}

@@ -13,6 +13,9 @@ from neoxconv.verify.logits import Predictions
 # Mean KL divergence from the model as it was trained, measured on a small trained model (docs/numerics.md): what
 # joining the ranks' norms costs, and what rounding to plain types does. Twice their sum is allowed.
 JOINING = {"mean": 1.4e-6, "rank0": 3.6e-6, "fold": 6e-13}
+SERIAL = 2e-8  # more, where every rank has a stream of its own
+# The mix in which a block type does most of the work: for files whose tensors have other types than their mix gives.
+MAIN = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
 ROUNDING = {"F32": 0.0, "F16": 7e-8, "BF16": 4e-6}
 ROOM = 2.0
 
@@ -48,10 +51,14 @@ def type_of(candidate: Checkpoint) -> str:
 
 def default_divergence(source: Checkpoint, candidate: Checkpoint) -> float:
     """The mean KL divergence that a target of this type, made with the source's norms policy, may have at most."""
-    name = type_of(candidate)
-    joined = len(source.index.ranks) > len(candidate.index.ranks)
-    usual = max(DIVERGENCES.values())  # of types that are only read, and odd mixes
-    return ROOM * (JOINING[source.norms] * joined + ROUNDING.get(name, DIVERGENCES.get(name, usual))) + 1e-12
+    ranks = len(source.index.ranks)
+    joined = ranks > 1 and ranks != len(candidate.index.ranks)
+    joining = JOINING[source.norms] + SERIAL * (not source.config.parallel_residual)
+    stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.block > 1}
+    names = {type_of(candidate)} | {MAIN.get(name, name) for name in stored}
+    usual = max(DIVERGENCES.values())  # of types that are only read
+    rounding = max(ROUNDING.get(name, DIVERGENCES.get(name, usual)) for name in names)
+    return ROOM * (joining * joined + rounding) + 1e-12
 
 
 def check(

@@ -24,7 +24,9 @@ WORDS = 1024  # logits compared at a time
 READERS = 2
 SIZES = ("layers", "hidden", "heads", "ff", "rows")
 WORST = 10
-OWN, CLEAR = 8.0, 1e-4  # a layer breaks whose own error is this many times the usual one, and large in itself
+# A layer breaks whose own error is this many times the usual one before it (of the first layer: after it), is large in
+# itself, and near the largest.
+OWN, FIRST, CLEAR, SHARE = 8.0, 3.0, 1e-4, 0.3
 
 Logits = Callable[[int, int], Tensor]  # for words from start to stop, [batch, time, words]
 
@@ -63,13 +65,20 @@ class Predictions:
     @property
     def broken(self) -> int | None:
         """The first layer whose own error stands out, else the embedding (-1) if its does; None where none does."""
-        squares = np.array([layer.error for layer in self.layers]) ** 2
+        errors = np.array([layer.error for layer in self.layers])
+        if not np.isfinite(errors).all():
+            return self.layers[int(np.argmin(np.isfinite(errors)))].layer
+        squares = errors**2
         own = np.sqrt(np.maximum(np.diff(squares, prepend=0), 0))
         if not own.size:
             return None
-        out = own > max(OWN * float(np.median(own[1:])), CLEAR)
-        order = [*range(1, len(own)), 0]
-        return next((self.layers[at].layer for at in order if out[at]), None)
+        large = np.maximum(SHARE * own.max(), CLEAR)
+        later = float(np.median(own[2:])) if len(own) > 2 else 0.0
+        usual = [FIRST / OWN * later, *(float(np.median(own[:at])) for at in range(2, len(own)))]
+        for at, expected in enumerate(usual, 1):
+            if own[at] > max(OWN * expected, large):
+                return self.layers[at].layer
+        return -1 if own[0] > max(OWN * float(np.median(own[1:])), large) else None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -114,12 +123,7 @@ def run_both(
     logits: Logits | None,
 ) -> tuple[tuple[LayerError, ...], Comparison]:
     """How far the streams are apart after every layer, and the predictions; `text`: tokens, what follows (-1: none)."""
-    for size in SIZES:
-        ours, theirs = getattr(reference.config, size), getattr(candidate.config, size)
-        if ours != theirs:
-            raise VerifyError(
-                f"the target's predictions cannot be compared: its {size} is {theirs}, the source's {ours}."
-            )
+    check_sizes(reference, candidate)
     check_device(device)
     ids = torch.from_numpy(np.ascontiguousarray(text[0], np.int64)).to(device)
     with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
@@ -139,10 +143,24 @@ def run_both(
     return tuple(layers), comparison
 
 
+def check_sizes(reference: Checkpoint, candidate: Checkpoint) -> None:
+    """Raise VerifyError where the models have other sizes."""
+    for size in SIZES:
+        ours, theirs = getattr(reference.config, size), getattr(candidate.config, size)
+        if ours != theirs:
+            raise VerifyError(
+                f"the target's predictions cannot be compared: its {size} is {theirs}, the source's {ours}."
+            )
+
+
 def check_device(device: str) -> None:
     """Raise PlanError where torch cannot compute on it."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise PlanError(f"--device {device}: torch finds no CUDA device; leave the option out to use the CPU.")
+    name, _, number = device.partition(":")
+    number = number or "0"
+    if device == "cpu" or (name == "cuda" and number.isdigit() and int(number) < torch.cuda.device_count()):
+        return
+    found = "torch finds no CUDA device of that number" if name == "cuda" else "expected cpu, cuda or cuda:N"
+    raise PlanError(f"--device {device}: {found}; leave the option out to use the CPU.")
 
 
 def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> LayerError:

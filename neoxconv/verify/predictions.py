@@ -13,10 +13,10 @@ from neoxconv.verify.bisect import bisect
 from neoxconv.verify.engines import ENGINES
 from neoxconv.verify.exam import examine
 from neoxconv.verify.limits import Limit, check, type_of
-from neoxconv.verify.logits import Position, Predictions, compare_predictions
+from neoxconv.verify.logits import Position, Predictions, check_sizes, compare_predictions
 from neoxconv.verify.page import page
 from neoxconv.verify.report import Finding, Report
-from neoxconv.verify.text import speller, tokens_for
+from neoxconv.verify.text import LENGTH, speller, tokens_for
 
 LAYERS_SHOWN = 12
 CONTEXT = 40  # tokens shown before a position
@@ -31,11 +31,12 @@ def compare(
     progress: Callable[[int], None],
 ) -> Report:
     """The report of the third level; `before` are those of the others, `given` the options."""
-    tokens, text = tokens_for(source, given["text"], given["tokens"], given["length"], given["sequences"])
-    engine = given["engine"]
+    tokens, text = tokens_for(source, given["text"], given["tokens"], given["length"] or LENGTH, given["sequences"])
+    check_sizes(source, candidate)
+    engine, device = given["engine"], given["device"] or "cpu"
     logits = ENGINES[engine](target, candidate, tokens) if engine != "native" else None
     predictions = compare_predictions(
-        source, candidate, tokens, device=given["device"], progress=progress, engine=engine, logits=logits
+        source, candidate, tokens, device=device, progress=progress, engine=engine, logits=logits
     )
     limits = check(predictions, source, candidate, given)
     findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
@@ -43,7 +44,7 @@ def compare(
         where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
         findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
     if given["bisect"] and findings and engine == "native":
-        suspect = bisect(source, candidate, predictions.broken, tokens, given["device"])
+        suspect = bisect(source, candidate, predictions.broken, tokens, device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
     told = lines(predictions, limits)

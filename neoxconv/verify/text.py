@@ -70,9 +70,10 @@ def tokens_for(
             f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
             "it is another model's."
         )
-    if text is None and len(found) < length * SEQUENCES:
-        found = np.tile(found, -(-length * SEQUENCES // len(found)))
-    rows = min(len(found) // length, sequences or (len(found) if text else SEQUENCES))
+    wanted = sequences or (len(found) if text else SEQUENCES)
+    if text is None:
+        found = np.tile(found, -(-length * wanted // len(found)))
+    rows = min(len(found) // length, wanted)
     if rows == 0:
         length, rows = len(found), 1
     if length < 2:
@@ -104,9 +105,9 @@ def from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tupl
     """Ids [batch, time] or [time] that numpy saved."""
     try:
         ids = np.atleast_2d(np.load(path, allow_pickle=False))
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise CheckpointError(f"{path}: is no .npy file of token ids ({error}).") from error
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[1] < 2:
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[1] < 2 or not ids.size:
         raise CheckpointError(
             f"{path}: holds {ids.dtype} of shape {list(ids.shape)}, expected whole numbers [batch, time]."
         )
