@@ -16,7 +16,7 @@ from neoxconv.request import Given, opened
 from neoxconv.terminal import progress_bar, table
 from neoxconv.verify import verify_bytes, verify_weights
 from neoxconv.verify.bytes import read_manifest
-from neoxconv.verify.report import Finding, Report, TensorError
+from neoxconv.verify.report import Finding, Report, TensorError, verdicts
 
 SHOWN = 20  # findings of a level
 
@@ -60,8 +60,7 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """Which levels ran, and whether they passed."""
-        levels = ", ".join(f"{report.level} {'ok' if report.passed else 'differ'}" for report in self.reports)
-        return f"{'PASS' if self.passed else 'FAIL'}: {levels}"
+        return f"{'PASS' if self.passed else 'FAIL'}: {verdicts(self.reports)}"
 
 
 def findings(report: Report) -> list[str]:
@@ -93,13 +92,14 @@ def audit(paths: Sequence[Path], level: str, given: Given) -> Outcome:
     if given["html"]:
         check_side_file(given["html"], (*paths, given["text"], given["tokens"], given["data"]))
     try:
-        reports = (*reports, check_weights(source, target, given))
+        made = open_target(target, given)
+        reports = (*reports, check_weights(source, made, given))
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
         return Outcome(basis, (*reports, Report("weights", "cannot be opened", (Finding(str(target), str(error)),))))
     if level == "logits":
-        reports = (*reports, check_logits(source, target, reports, given))
+        reports = (*reports, check_logits(source, made, target, reports, given))
     return Outcome(basis, reports)
 
 
@@ -120,11 +120,10 @@ def check_bytes(target: Path, given: Given) -> Report:
         return verify_bytes(target, progress=progress)
 
 
-def check_logits(source: Checkpoint, target: Path, before: Sequence[Report], given: Given) -> Report:
+def check_logits(source: Checkpoint, made: Checkpoint, target: Path, before: Sequence[Report], given: Given) -> Report:
     """The third level, with a bar that counts layers; a page where one was asked for."""
     from neoxconv.verify.predictions import compare
 
-    made = open_target(target, given)
     quiet = given["json"] or given["quiet"]
     with progress_bar(2 * (source.config.layers + 1), "layers", quiet, "layer") as progress:
         try:
@@ -133,9 +132,8 @@ def check_logits(source: Checkpoint, target: Path, before: Sequence[Report], giv
             return Report("logits", "cannot be compared", (Finding(str(target), str(error)),))
 
 
-def check_weights(source: Checkpoint, target: Path, given: Given) -> Report:
+def check_weights(source: Checkpoint, made: Checkpoint, given: Given) -> Report:
     """The second level, with a bar."""
-    made = open_target(target, given)
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", given["json"] or given["quiet"]) as progress:
         return verify_weights(source, made, jobs=given["jobs"] or min(os.cpu_count() or 1, 8), progress=progress)

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from neoxconv.errors import CheckpointError, NeoxconvError
 from neoxconv.imatrix import COUNTS, SUMS
 from neoxconv.model import Checkpoint
-from neoxconv.verify.forward import side
-from neoxconv.verify.logits import READERS, check_device
+from neoxconv.publish import check_side_file
+from neoxconv.request import Given, opened
+from neoxconv.terminal import progress_bar
+from neoxconv.verify.forward import running, side
 from neoxconv.verify.metrics import Doubles, Numbers
+from neoxconv.verify.text import tokens_for
+
+
+def make_matrix(source: Path, given: Given) -> str:
+    """Carry the command out; returns what was made. Raises PlanError where the output may not be written."""
+    output = given["output"]
+    check_side_file(output, (source, given["text"], given["tokens"]), given["overwrite"])
+    checkpoint = opened(source, given, given["norms"] or "mean")
+    tokens, text = tokens_for(checkpoint, given["text"], given["tokens"], given["length"], given["sequences"])
+    with progress_bar(checkpoint.config.layers, "layers", given["quiet"], "layer") as progress:
+        sums = calibrate(checkpoint, tokens, device=given["device"], progress=progress)
+    write(output, sums, tokens, text)
+    return f"{output}: importances of {len(sums)} tensors from {tokens.size} tokens of {text}"
 
 
 def calibrate(
@@ -30,7 +43,6 @@ def calibrate(
 
     The ranks are joined first, as a GGUF file holds them; `progress` is told of every layer.
     """
-    check_device(device)
     names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
     sums: dict[str, Doubles] = {}
 
@@ -38,8 +50,7 @@ def calibrate(
         squares = x.reshape(-1, x.shape[-1]).double().square().sum(0).cpu().numpy()
         sums[names[name]] = sums.get(names[name], 0) + squares
 
-    ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
-    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+    with running(tokens, device) as (pool, ids):
         model = side(checkpoint, pool, merged=True, device=device, watch=watch)
         streams = model.embed(ids)
         for number in range(checkpoint.config.layers):

@@ -171,7 +171,7 @@ class Entry:
     unified: str
     tensor: LazyTensor
     encoding: Encoding
-    context: Context | None = None
+    context: Context | None = None  # only where the encoding has a search
 
     def encode(self, rows: Floats) -> Array:
         """Rows of the tensor as they are stored."""
@@ -186,8 +186,7 @@ class Entry:
     @property
     def facts(self) -> list[str]:
         """What decides its bytes besides the weights."""
-        used = self.context if self.encoding.search else None
-        return [self.name, self.encoding.name, *([used.digest] if used else [])]
+        return [self.name, self.encoding.name, *([self.context.digest] if self.context else [])]
 
     @property
     def nbytes(self) -> int:

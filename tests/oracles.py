@@ -67,6 +67,17 @@ def oracle_versions() -> dict[str, str]:
     }
 
 
+def ggml_library() -> ctypes.CDLL:
+    """Return ggml's own library, or skip the test that asked for it."""
+    from tests.golden.make_blocks import ggml
+
+    library = ggml()
+    if library is None:
+        skip("ggml is not installed; run `make oracles`")
+    assert library
+    return library
+
+
 # --- transformers ---------------------------------------------------------------------------------------------------
 
 
@@ -108,40 +119,10 @@ def causal_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
 
 def llama_logits(gguf: Path, tokens: Tokens) -> Logits:
     """Run a GGUF file through llama.cpp on the CPU, one sequence at a time, and return the logits of every position."""
-    llama = program("llama_cpp")
-    settings = llama.llama_model_default_params()
-    settings.n_gpu_layers = 0
-    model = llama.llama_model_load_from_file(os.fsencode(gguf), settings)
-    assert model, f"llama.cpp cannot load {gguf}; its reason is on stderr"
-    try:
-        return np.stack([sequence_logits(llama, model, sequence) for sequence in tokens])
-    finally:
-        llama.llama_model_free(model)
+    program("llama_cpp")
+    from neoxconv.verify import engines
 
-
-def sequence_logits(llama: ModuleType, model: Any, tokens: Tokens) -> Logits:
-    """Return [time, vocab] for one sequence in a fresh context."""
-    size = llama.llama_context_default_params()
-    size.n_ctx = size.n_batch = size.n_ubatch = len(tokens)
-    size.n_threads = size.n_threads_batch = os.cpu_count() or 1
-    context = llama.llama_init_from_model(model, size)
-    batch = llama.llama_batch_init(len(tokens), 0, 1)
-    try:
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
-                int(token),
-                i,
-                1,
-                0,
-                1,
-            )
-        assert llama.llama_decode(context, batch) == 0
-        vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-        return np.ctypeslib.as_array(llama.llama_get_logits(context), (len(tokens), vocab)).copy()
-    finally:
-        llama.llama_batch_free(batch)
-        llama.llama_free(context)
+    return engines.llama_logits(gguf, np.asarray(tokens, np.int64))
 
 
 def llama_quantize(

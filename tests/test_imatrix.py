@@ -18,8 +18,8 @@ from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.model import Context, Encoding
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.search import SEARCHES
-from tests.golden.make_blocks import ggml, ggml_encode
-from tests.oracles import llama_logits, write_imatrix
+from tests.golden.make_blocks import ggml_encode
+from tests.oracles import ggml_library, llama_logits, write_imatrix
 from tests.test_superblocks import errors, weights
 from tests.toy import toy
 
@@ -58,9 +58,7 @@ def weighted(name: str, rows: Floats, importance: Floats, values: Floats) -> flo
 @searched
 @pytest.mark.parametrize("kind", ["gauss", "laplace", "student"])
 def test_the_error_by_importance_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> None:
-    library = ggml()
-    if library is None:
-        pytest.skip("ggml is not installed; run `make oracles`")
+    library = ggml_library()
     assert encoding.search
     rows = weights(kind)
     for spread in ("flat", "usual", "spiky"):

@@ -22,8 +22,8 @@ LAYERS = (
     "journal",
     "publish",
     "convert verify catalog inspection",
-    "synthetic request calibrate",
-    "audit demo",
+    "synthetic request",
+    "audit demo calibrate options",
     "cli",
     "__init__ __main__",
 )

@@ -17,7 +17,8 @@ from neoxconv.dtypes import BF16, F16, F32, F64, DType, Floats, narrow
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.model import Encoding
 from neoxconv.quant import ENCODINGS, decode_any, floats
-from tests.golden.make_blocks import BLOCKS, NAMES, ggml, ggml_encode
+from tests.golden.make_blocks import BLOCKS, NAMES, ggml_encode
+from tests.oracles import ggml_library
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
 kinds = pytest.importorskip("gguf", reason="gguf is not installed").GGMLQuantizationType
@@ -77,9 +78,7 @@ def golden_rows() -> list[tuple[str, list[str]]]:
 @quiet
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_those_of_ggml(encoding: Encoding, kind: str) -> None:
-    library = ggml()
-    if library is None:
-        pytest.skip("ggml is not installed; run `make oracles`")
+    library = ggml_library()
     for size in SIZES:
         rows = data(kind, seed=2, size=size)
         assert np.array_equal(encoding.encode(rows), ggml_encode(library, encoding.name, rows)), size

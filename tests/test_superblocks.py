@@ -19,7 +19,7 @@ from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.model import Encoding
 from neoxconv.quant import ENCODINGS
 from tests.golden.make_blocks import ggml, ggml_encode
-from tests.oracles import ROOT, fixtures
+from tests.oracles import ROOT, fixtures, ggml_library
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
 kinds = pytest.importorskip("gguf", reason="gguf is not installed").GGMLQuantizationType
@@ -73,9 +73,7 @@ def test_numbers_are_those_of_gguf(encoding: Encoding) -> None:
 @every
 @pytest.mark.parametrize("kind", ["gauss", "laplace", "student"])
 def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> None:
-    library = ggml()
-    if library is None:
-        pytest.skip("ggml is not installed; run `make oracles`")
+    library = ggml_library()
     rows = weights(kind)
     ours = errors(encoding, rows, encoding.encode(rows))
     theirs = errors(encoding, rows, ggml_encode(library, encoding.name, rows))
@@ -84,9 +82,7 @@ def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> Non
 
 @every
 def test_the_error_on_a_trained_model_is_no_larger_than_ggmls(encoding: Encoding) -> None:
-    library = ggml()
-    if library is None:
-        pytest.skip("ggml is not installed; run `make oracles`")
+    library = ggml_library()
     rows = trained(fixtures() / "trained_tp2_pp4" / "checkpoints")[::3]
     ours = errors(encoding, rows, encoding.encode(rows))
     theirs = errors(encoding, rows, ggml_encode(library, encoding.name, rows))

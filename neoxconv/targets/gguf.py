@@ -22,6 +22,7 @@ from neoxconv.terminal import plural
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 ENTRIES_KEY, CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 EFFORT_KEY = "neoxconv.effort"
+SEARCHED = (ENTRIES_KEY, EFFORT_KEY)
 ALIASES = {"embed_out.weight": "gpt_neox.embed_in.weight"}  # what a tied model's head is
 
 
@@ -36,7 +37,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         )
     matrix = imatrix.read(recipe.imatrix) if recipe.imatrix else None
     entries = with_contexts(gguf_entries(checkpoint, choice), matrix, recipe.effort == "high")
-    searched = any(entry.context and entry.encoding.search for entry in entries)
+    searched = any(entry.context for entry in entries)
     keys = {
         "general.architecture": "gptneox",
         "general.type": "model",
@@ -99,10 +100,12 @@ def with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -
             for name, values in found.items()
             if columns.get(name) != values.size
         ))  # fmt: skip
-    contexts = [Context(found[e.name] if e.name in found and found[e.name].any() else None, thorough) for e in entries]
+    useful = [name for name, values in found.items() if values.any()]
     return [
-        replace(entry, context=context) if thorough or context.importance is not None else entry
-        for entry, context in zip(entries, contexts, strict=True)
+        replace(entry, context=Context(found[entry.name] if entry.name in useful else None, thorough))
+        if entry.encoding.search and (thorough or entry.name in useful)
+        else entry
+        for entry in entries
     ]
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from neoxconv.model import Checkpoint, ModelConfig
-from neoxconv.verify.forward import Side, side
-from neoxconv.verify.logits import READERS, layer_error
+from neoxconv.verify.forward import Side, running, side
+from neoxconv.verify.logits import layer_error
 from neoxconv.verify.metrics import Numbers
 
 HEALED = 0.3  # of a part's error is left at most where the right tensor was exchanged
@@ -38,19 +37,24 @@ def bisect(source: Checkpoint, candidate: Checkpoint, layer: int | None, tokens:
     The source is run rank by rank up to there; then both go on from its stream, the candidate again and again with one
     tensor of the merged source in the place of its own.
     """
-    ids = torch.from_numpy(np.ascontiguousarray(tokens[:1, :TOKENS], np.int64)).to(device)
-    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+    with running(tokens[:1, :TOKENS], device) as (pool, ids):
         reference = side(source, pool, device=device)
         streams = [reference.embed(ids)]
         for number in range(source.config.layers if layer is None else max(layer, 0)):
             streams.append(reference.layer(number, streams[-1]))
 
+        def stream(at: int | None) -> list[Tensor]:
+            return streams[-1 if at is None else max(at, 0)]
+
+        @cache
+        def expected(at: int | None) -> list[Tensor]:
+            return part(reference, at, stream(at), ids)
+
         def error(at: int | None, *exchanged: str, config: ModelConfig = candidate.config) -> float:
-            before = streams[-1 if at is None else max(at, 0)]
-            expected = part(reference, at, before, ids)
+            before = stream(at)
             tensors = candidate.tensors | {name: source.tensors[name] for name in exchanged}
             model = side(replace(candidate, tensors=tensors, config=config), pool, merged=True, device=device)
-            return layer_error(0, expected, part(model, at, [sum(before[1:], before[0]) / len(before)], ids)).error
+            return layer_error(0, expected(at), part(model, at, [sum(before[1:], before[0]) / len(before)], ids)).error
 
         if layer is None:
             alone = [error(number) for number in range(source.config.layers)]

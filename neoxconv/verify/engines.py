@@ -47,13 +47,19 @@ def llama_cpp(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
         raise PlanError(f"{target}: --engine llama.cpp runs GGUF files, this is {candidate.index.format}.")
     llama = needed("llama_cpp", "llama-cpp-python")
     llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
+    return in_bands(llama_logits(candidate.index.files[0].storage.path, tokens))
+
+
+def llama_logits(path: Path, tokens: Numbers) -> npt.NDArray[np.float32]:
+    """llama.cpp's logits [batch, time, words] of a GGUF file for tokens [batch, time]."""
+    llama = needed("llama_cpp", "llama-cpp-python")
     settings = llama.llama_model_default_params()
     settings.n_gpu_layers = 0
-    model = llama.llama_model_load_from_file(os.fsencode(candidate.index.files[0].storage.path), settings)
+    model = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
-        raise VerifyError(f"{target}: llama.cpp cannot load it.")
+        raise VerifyError(f"{path}: llama.cpp cannot load it.")
     try:
-        return in_bands(np.stack([one_sequence(llama, model, row) for row in tokens]))
+        return np.stack([one_sequence(llama, model, row) for row in tokens])
     finally:
         llama.llama_model_free(model)
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from neoxconv.arch import gpt_neox_forward
 from neoxconv.checkpoint import name_tensors
 from neoxconv.coverage import FIRST_LAYER
 from neoxconv.dtypes import Floats
+from neoxconv.errors import PlanError
 from neoxconv.formats import deepspeed
 from neoxconv.model import Checkpoint, ModelConfig
 from neoxconv.quant import floats
 from neoxconv.tensor import LazyTensor, band
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from neoxconv.verify.metrics import Numbers
 
 SLAB = 16 << 20  # bytes of float32
 AHEAD = 2  # slabs
+READERS = 2  # threads
 INSIDE = 256 << 20  # bytes that the inside of an MLP may take; 2730 tokens of the 20B model
-Watch = Callable[[str, "Tensor"], None]  # told a weight's name and what it is multiplied with
+Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,6 @@ class StreamedRank:
         return self.on_device(read(tensor, 0, tensor.rows).reshape(-1))
 
     def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        import torch
-
         if self.watch:
             self.watch(name + ".weight", x)
         tensor = self.tensors[name + ".weight"]
@@ -80,8 +81,6 @@ class StreamedRank:
         self.progress(tensor.nbytes)
 
     def on_device(self, values: Floats) -> Tensor:
-        import torch
-
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
 
 
@@ -100,16 +99,10 @@ class Side:
 
     def embed(self, tokens: Tensor) -> list[Tensor]:
         """The streams before the first layer, for tokens [batch, time]."""
-        from neoxconv.arch import gpt_neox_forward
-
         return gpt_neox_forward.embed(self.ranks, tokens, self.config)
 
     def layer(self, number: int, streams: list[Tensor]) -> list[Tensor]:
         """The streams after a layer; the sequences pass in groups, and the weights once for each group."""
-        import torch
-
-        from neoxconv.arch import gpt_neox_forward
-
         if number in self.stages:
             streams = gpt_neox_forward.across_stages(streams)
         batch, time, _ = streams[0].shape
@@ -122,14 +115,10 @@ class Side:
 
     def final(self, streams: list[Tensor]) -> list[Tensor]:
         """The normalised streams before the head."""
-        from neoxconv.arch import gpt_neox_forward
-
         return gpt_neox_forward.final(self.ranks, streams, self.config)
 
     def logits(self, normed: list[Tensor], start: int, stop: int) -> Tensor:
         """The logits [batch, time, stop - start] of the words from `start` to `stop`."""
-        from neoxconv.arch import gpt_neox_forward
-
         return gpt_neox_forward.logits(self.ranks, normed, start, stop, self.config)
 
 
@@ -153,3 +142,24 @@ def side(
     tensors = [checkpoint.tensors] if merged else as_trained(checkpoint)
     stages = tuple(start - FIRST_LAYER for start in deepspeed.stage_starts(checkpoint.index))
     return Side(checkpoint.config, [StreamedRank(rank, device, pool, progress, watch) for rank in tensors], stages)
+
+
+@contextmanager
+def running(tokens: Numbers, device: str) -> Iterator[tuple[ThreadPoolExecutor, Tensor]]:
+    """The readers that sides share, and tokens [batch, time] where the sides compute.
+
+    Raises PlanError where torch cannot compute on the device.
+    """
+    check_device(device)
+    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+        yield pool, torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+
+
+def check_device(device: str) -> None:
+    """Raise PlanError where torch cannot compute on it."""
+    name, _, number = device.partition(":")
+    number = number or "0"
+    if device == "cpu" or (name == "cuda" and number.isdigit() and int(number) < torch.cuda.device_count()):
+        return
+    found = "torch finds no CUDA device of that number" if name == "cuda" else "expected cpu, cuda or cuda:N"
+    raise PlanError(f"--device {device}: {found}; leave the option out to use the CPU.")

@@ -7,21 +7,18 @@ side by side, for the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from neoxconv.errors import PlanError, VerifyError
+from neoxconv.errors import VerifyError
 from neoxconv.model import Checkpoint
-from neoxconv.verify.forward import Side, side
+from neoxconv.verify.forward import Side, running, side
 from neoxconv.verify.metrics import Comparison, Doubles, Figures, Numbers, Running, figures
 
 WORDS = 1024  # logits compared at a time
-READERS = 2
 SIZES = ("layers", "hidden", "heads", "ff", "rows")
 WORST = 10
 # A layer breaks whose own error is this many times the usual one before it (of the first layer: after it), is large in
@@ -124,9 +121,7 @@ def run_both(
 ) -> tuple[tuple[LayerError, ...], Comparison]:
     """How far the streams are apart after every layer, and the predictions; `text`: tokens, what follows (-1: none)."""
     check_sizes(reference, candidate)
-    check_device(device)
-    ids = torch.from_numpy(np.ascontiguousarray(text[0], np.int64)).to(device)
-    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+    with running(text[0], device) as (pool, ids):
         models = [reference] if logits else [reference, candidate]
         sides = [side(model, pool, device=device) for model in models]
         streams = [each.embed(ids) for each in sides]
@@ -151,16 +146,6 @@ def check_sizes(reference: Checkpoint, candidate: Checkpoint) -> None:
             raise VerifyError(
                 f"the target's predictions cannot be compared: its {size} is {theirs}, the source's {ours}."
             )
-
-
-def check_device(device: str) -> None:
-    """Raise PlanError where torch cannot compute on it."""
-    name, _, number = device.partition(":")
-    number = number or "0"
-    if device == "cpu" or (name == "cuda" and number.isdigit() and int(number) < torch.cuda.device_count()):
-        return
-    found = "torch finds no CUDA device of that number" if name == "cuda" else "expected cpu, cuda or cuda:N"
-    raise PlanError(f"--device {device}: {found}; leave the option out to use the CPU.")
 
 
 def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> LayerError:

@@ -15,7 +15,7 @@ from neoxconv.verify.exam import examine
 from neoxconv.verify.limits import Limit, check, type_of
 from neoxconv.verify.logits import Position, Predictions, check_sizes, compare_predictions
 from neoxconv.verify.page import page
-from neoxconv.verify.report import Finding, Report
+from neoxconv.verify.report import Finding, Report, verdicts
 from neoxconv.verify.text import LENGTH, speller, tokens_for
 
 LAYERS_SHOWN = 12
@@ -93,12 +93,11 @@ def page_facts(
     """What the page shows, as plain values."""
     f, spell = predictions.figures, speller(source)
     findings = [f"{report.level}: {finding}" for report in reports for finding in report.findings]
-    levels = ", ".join(f"{report.level} {'ok' if report.passed else 'differ'}" for report in reports)
     return predictions.facts | {
         "source": str(source.index.folder),
         "target": str(target),
         "passed": not findings,
-        "verdict": levels,
+        "verdict": verdicts(reports),
         "kl": {"mean": f.mean, "median": f.median, "p99": f.p99, "max": f.largest},
         "kl_values": predictions.divergences.tolist(),
         "tensors": [

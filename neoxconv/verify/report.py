@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,3 +50,8 @@ class Report:
     def relative(self) -> float:
         """The largest relative error of any tensor."""
         return max((tensor.relative for tensor in self.tensors), default=0.0)
+
+
+def verdicts(reports: Iterable[Report]) -> str:
+    """Which levels ran, and what came of each."""
+    return ", ".join(f"{report.level} {'ok' if report.passed else 'differ'}" for report in reports)

@@ -13,6 +13,7 @@ from neoxconv.checkpoint import name_tensors
 from neoxconv.dtypes import Floats, narrow
 from neoxconv.model import Checkpoint
 from neoxconv.quant import ENCODINGS, floats
+from neoxconv.targets.gguf import SEARCHED
 from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.verify.report import Finding, Report, TensorError
 
@@ -34,7 +35,6 @@ COMPARED = (
     "activation",
     "tied",
 )
-SEARCHED = ("quantize.imatrix.entries_count", "neoxconv.effort")  # keys of a GGUF file
 SIZES = ("layers", "hidden", "ff", "rows")
 UNSAID = {"gguf": ("activation", "tied")}
 
