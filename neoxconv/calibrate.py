@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from neoxconv.errors import CheckpointError, NeoxconvError
+from neoxconv.errors import CheckpointError
 from neoxconv.imatrix import COUNTS, SUMS
 from neoxconv.model import Checkpoint
-from neoxconv.publish import check_side_file
+from neoxconv.publish import check_side_file, whole
 from neoxconv.request import Given, opened
 from neoxconv.terminal import progress_bar
 from neoxconv.verify.forward import running, side
@@ -66,14 +65,10 @@ def calibrate(
 
 
 def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> None:
-    """Write the GGUF form that llama.cpp's tools read, through a file beside it that is renamed when it is whole.
-
-    Raises NeoxconvError where the disk does not take it.
-    """
+    """Write the GGUF form that llama.cpp's tools read. Raises NeoxconvError where the disk does not take it."""
     from gguf import GGUFWriter
 
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with whole(path) as partial:
         writer = GGUFWriter(partial, "")
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [text])
@@ -86,8 +81,3 @@ def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> N
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(partial, path)
-    except OSError as error:
-        raise NeoxconvError(f"{path}: cannot be written ({error.strerror}).") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from neoxconv.errors import PlanError
+from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.journal import Journal
 from neoxconv.manifest import MANIFEST, Digest, beside, manifest
 from neoxconv.plan import Plan, Step
@@ -42,6 +43,22 @@ def check_side_file(path: Path, inputs: Iterable[Path | None], overwrite: bool =
     for given in filter(None, inputs):
         if given.resolve() in (path.resolve(), *path.resolve().parents):
             raise PlanError(f"{path}: would be written into {given}, which is read; give another name.")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when it is finished and vanishes when it is not.
+
+    Raises NeoxconvError where the disk does not take it.
+    """
+    partial = partial_of(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise NeoxconvError(f"{path}: cannot be written ({error.strerror}).") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_target(plan: Plan, target: Path, overwrite: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli import main
+from neoxconv.errors import NeoxconvError
+from neoxconv.publish import whole
 from neoxconv.verify.page import page
 from tests.toy import toy
 
@@ -91,3 +95,11 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
     assert main(["verify", str(source), str(target), "--level", "logits", "--html", str(html)]) == 0
     text = html.read_text()
     assert "PASS" in text and "layer" in text and "Worst positions" in text
+
+
+def test_a_page_that_cannot_be_written_is_named_and_nothing_half_made_stays(tmp_path: Path) -> None:
+    full = pytest.raises(NeoxconvError, match=r"report\.html: cannot be written \(No space left on device\)")
+    with full, whole(tmp_path / "report.html") as partial:
+        partial.write_text("<!DOC")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.model import Checkpoint
+from neoxconv.publish import whole
 from neoxconv.terminal import table
 from neoxconv.verify.bisect import bisect
 from neoxconv.verify.engines import ENGINES
@@ -56,7 +57,8 @@ def compare(
     report = Report("logits", checked, tuple(findings), lines=tuple(told), facts=facts)
     if given["html"]:
         facts = page_facts(source, target, predictions, limits, (*before, report))
-        Path(given["html"]).write_text(page({"text": text} | facts), "utf-8")
+        with whole(given["html"]) as partial:
+            partial.write_text(page({"text": text} | facts), "utf-8")
     return report
 
 
