@@ -14,7 +14,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 def main(source: str, target: str, mix: str = "Q8_0") -> None:
     """Write the file, with the part that is done on stderr."""
     plan = make_plan(open_checkpoint(source), Recipe("gguf", type=mix))
-    total, done, lock = sum(step.slot.entry.nbytes for step in plan.steps), 0, threading.Lock()
+    total, done, lock = sum(step.nbytes for step in plan.steps), 0, threading.Lock()
 
     def progress(count: int) -> None:
         nonlocal done

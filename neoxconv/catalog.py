@@ -16,41 +16,61 @@ from neoxconv.arch.gpt_neox_config import PRESETS
 from neoxconv.checkpoint import parameters
 from neoxconv.dtypes import F16, Array
 from neoxconv.model import Checkpoint, Entry, Index
-from neoxconv.names import FORMATS
-from neoxconv.quant.mixes import DIVERGENCES, MIXES, Choice
+from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, MIXES, SCALES
+from neoxconv.quant.divergences import DIVERGENCES
+from neoxconv.quant.mixes import Choice
 from neoxconv.recipe import Recipe
-from neoxconv.targets import slim
+from neoxconv.targets import bnb, float8, slim
 from neoxconv.targets.gguf import gguf_entries
 from neoxconv.targets.hf import unified_entries
+from neoxconv.targets.linear import quantized_entries
 from neoxconv.tensor import LazyTensor
 
 DEGREE = 2  # of the published 20B shards: what slim keeps
-DTYPES = {"hf": ("F16", "BF16", "F32"), "safetensors": ("F16", "BF16", "F32"), "slim": ("F16", "BF16")}
+RECIPES = (
+    *(Recipe(name, dtype=dtype) for name in ("hf", "safetensors") for dtype in DTYPES),
+    *(Recipe("slim", dtype=dtype) for dtype in ("F16", "BF16")),
+    *(Recipe("gguf", type=mix) for mix in MIXES),
+    *(Recipe("bnb", type=kind) for kind in BNB_TYPES),
+    *(Recipe("bnb", type=kind, double_quant=True) for kind in BNB_TYPES if kind != "INT8"),
+    *(Recipe("float8", type=kind, scale=scale) for kind in FLOAT8_TYPES for scale in SCALES),
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One target: `option` is what chooses it, `nbytes` what the model's tensors take, `divergence` as measured."""
+    """One target: what chooses it, the bytes of the model's tensors, how far a weight and predictions move at most.
+
+    `bound` is that of the layers' matrices, where one holds for all of them; `divergence` as measured.
+    """
 
     format: str
     option: str
     type: str
     bits: float
     nbytes: int
+    bound: str | None
     divergence: float | None
 
 
 def catalog(preset: str = "20B") -> list[Row]:
     """Every target and type, with the size of the released model `preset` in it."""
     model = shapes(preset)
-    count = parameters(model)
-    rows = [("gguf", "--type", mix) for mix in MIXES] if "gguf" in FORMATS else []
-    rows = [(name, "--dtype", dtype) for name in FORMATS for dtype in DTYPES.get(name, ())] + rows
-    sizes = [sum(entry.nbytes for entry in entries(model, name, type_)) for name, _, type_ in rows]
-    return [
-        Row(*row, 8 * size / count, size, DIVERGENCES.get(row[2]) if row[0] == "gguf" else None)
-        for row, size in zip(rows, sizes, strict=True)
-    ]
+    return [row(model, recipe) for recipe in RECIPES]
+
+
+def row(model: Checkpoint, recipe: Recipe) -> Row:
+    """What one recipe makes of a model."""
+    held = entries(model, recipe)
+    nbytes = sum(entry.nbytes for entry in held)
+    option = "--type" if recipe.type else "--dtype"
+    kind = f"{recipe.type or recipe.dtype}{' --double-quant' * recipe.double_quant}"
+    kind += f" --scale {recipe.scale}" if recipe.scale else ""
+    linear = next(entry.encoding for entry in held if "query_key_value.weight" in entry.unified)
+    name = recipe.type if recipe.format == "gguf" else linear.name if linear.dtype.quantized else None
+    bound = None if recipe.format == "gguf" or linear.bound is None else str(linear.bound)
+    bits = 8 * nbytes / parameters(model)
+    return Row(recipe.format, option, kind, bits, nbytes, bound, DIVERGENCES.get(name) if name else None)
 
 
 def shapes(preset: str) -> Checkpoint:
@@ -72,10 +92,15 @@ def hollow(shape: tuple[int, ...]) -> LazyTensor:
     return LazyTensor(shape, F16, read, F16)
 
 
-def entries(model: Checkpoint, name: str, type_: str) -> Sequence[Entry]:
-    """What the target `name` would hold of `model` in the mix or number type `type_`."""
-    if name == "gguf":
-        return gguf_entries(model, Choice(type_))
-    if name == "slim":
-        return [entry for rank in slim.as_stored(model, Recipe(name, dtype=type_)) for entry in rank.values()]
-    return unified_entries(model, Recipe(name, dtype=type_))
+def entries(model: Checkpoint, recipe: Recipe) -> Sequence[Entry]:
+    """What a target would hold of a model."""
+    match recipe.format:
+        case "gguf":
+            return gguf_entries(model, Choice(recipe.type or "F16"))
+        case "slim":
+            return [entry for rank in slim.as_stored(model, recipe) for entry in rank.values()]
+        case "bnb":
+            return quantized_entries(model, recipe, bnb.encoding_of(recipe))
+        case "float8":
+            return quantized_entries(model, recipe, float8.encoding_of(recipe))
+    return unified_entries(model, recipe)

@@ -23,6 +23,7 @@ from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.fold import folded
 from neoxconv.formats import deepspeed, gguf, hf, safetensors
 from neoxconv.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Weight
+from neoxconv.scales import assembled
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor, reordered
 
@@ -55,7 +56,7 @@ def read_index(path: Path, config: Sequence[Path]) -> Index:
     """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist.")
-    return read_file(path, config) if path.is_file() else read_folder(path, config)
+    return assembled(read_file(path, config) if path.is_file() else read_folder(path, config))
 
 
 def read_file(path: Path, config: Sequence[Path]) -> Index:

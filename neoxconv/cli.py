@@ -20,7 +20,7 @@ import click
 
 from neoxconv import __version__
 from neoxconv.errors import NeoxconvError, VerifyError
-from neoxconv.names import DTYPES, FORMATS, MIXES, TYPES
+from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, FORMATS, MIXES, SCALES, TYPES
 from neoxconv.options import (
     PATH,
     as_json,
@@ -65,7 +65,12 @@ def inspect(source: Path, **given: Any) -> None:
 @click.argument("source", type=PATH, metavar="SRC")
 @click.argument("target", type=PATH, metavar="DST")
 @choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
-@choice_option("--type", choices=MIXES, metavar="MIX", help="gguf: F16, Q8_0, Q4_K_M, ...; see `neoxconv formats`.")
+@choice_option(
+    "--type",
+    choices=(*MIXES, *BNB_TYPES, *FLOAT8_TYPES),
+    metavar="TYPE",
+    help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
+)
 @choice_option("--mix", choices=("current", "classic"), help="gguf: attn_qkv as now, or as until early 2025.")
 @click.option("--pure", is_flag=True, default=None, help="gguf: the mix's main type for every matrix.")
 @choice_option("--output-type", choices=TYPES, metavar="TYPE", help="gguf: the type of output.weight.")
@@ -74,12 +79,15 @@ def inspect(source: Path, **given: Any) -> None:
               help="gguf: the type of names that hold the pattern; repeat for several.")  # fmt: skip
 @click.option("--imatrix", type=PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat.")
 @choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error.")
+@click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too.")
+@choice_option("--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]")
+@choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]")
 @choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
 @norms
 @click.option("--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC]")
 @configuration
 @click.option("--tokenizer", type=PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]")
-@size_option("--shard-size", help="hf: bytes of a file at most.  [default: 5GB]")
+@size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]")
 @size_option("--split-size", help="gguf: DST is a folder of files of this size at most.")
 @jobs
 @size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within.")
@@ -146,10 +154,10 @@ def calibrate(source: Path, **given: Any) -> None:
 @as_json
 @verbose
 def formats(**given: Any) -> None:
-    """List every target and type: bits per weight, the size of 20B, and how far predictions move.
+    """List every target and type: bits per weight, the size of 20B, how far a weight is rounded at most, and how far
+    predictions move.
 
-    The last column is the mean KL divergence from the F16 file in nats a token, measured in llama.cpp on a small
-    trained model.
+    The last column is the mean KL divergence from the F16 file in nats a token, measured on a small trained model.
     """
     from dataclasses import asdict
 
@@ -159,12 +167,12 @@ def formats(**given: Any) -> None:
     if given["json"]:
         click.echo(json.dumps([asdict(row) for row in rows]))
         return
-    lines = [("format", "option", "bits/weight", "20B in GB", "in GiB", "KL")]
+    lines = [("format", "option", "bits/weight", "20B in GB", "in GiB", "rounded by at most", "KL")]
     for row in rows:
         divergence = "" if row.divergence is None else f"{row.divergence:.6f}"
         sizes = f"{row.bits:.2f}", f"{row.nbytes / 1e9:.2f}", f"{row.nbytes / 2**30:.2f}"
-        lines.append((row.format, f"{row.option} {row.type}", *sizes, divergence))
-    click.echo(table("<<>>>>", lines))
+        lines.append((row.format, f"{row.option} {row.type}", *sizes, row.bound or "", divergence))
+    click.echo(table("<<>>><>", lines))
 
 
 @commands.command()

@@ -15,21 +15,16 @@ from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExec
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
+from neoxconv.dtypes import Bytes
+from neoxconv.encode import pieces
 from neoxconv.errors import NeoxconvError
 from neoxconv.journal import Journal
-from neoxconv.manifest import Digest
-from neoxconv.model import Entry, Slot
+from neoxconv.model import Digest, Slot
 from neoxconv.plan import Memory, Plan, Step, memory_for
 from neoxconv.publish import check_space, check_target, explain, finish, partial_of, publish
-from neoxconv.quant import floats
-from neoxconv.tensor import slabs
 
 Progress = Callable[[int], None]
 DEFAULT_MEMORY = 512 << 20
-LARGEST_HALF = 65504
 
 
 class Stopped(Exception):
@@ -105,9 +100,9 @@ def prepare_files(plan: Plan, work: Path) -> None:
 
 
 def run_steps(plan: Plan, context: Run, pool: Executor) -> dict[str, Digest]:
-    """The digests of all steps by key; the largest start first, so that no worker is left alone with one at the end."""
-    order = sorted(plan.steps, key=lambda step: -step.slot.entry.nbytes)
-    futures: dict[Future[Digest], Step] = {pool.submit(run_step, step, context): step for step in order}
+    """The digests of all slots by key; the largest steps start first, so that none is left alone at the end."""
+    order = sorted(plan.steps, key=lambda step: -step.nbytes)
+    futures: list[Future[dict[str, Digest]]] = [pool.submit(run_step, step, context) for step in order]
     try:
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         failed = [error for future in done if (error := future.exception())]
@@ -117,75 +112,71 @@ def run_steps(plan: Plan, context: Run, pool: Executor) -> dict[str, Digest]:
         context.stop.set()
         for future in futures:
             future.cancel()
-    return {step.key: future.result() for future, step in futures.items()}
+    return {key: digest for future in futures for key, digest in future.result().items()}
 
 
-def run_step(step: Step, context: Run) -> Digest:
-    """One tensor written, or found written already, and noted in the journal."""
-    path = context.folder / step.file.name
-    known = context.journal.known.get(step.key)
-    descriptor = os.open(path, os.O_RDWR)
+def run_step(step: Step, context: Run) -> dict[str, Digest]:
+    """One tensor written, or found written already, and noted in the journal: the digests of its slots by key."""
+    descriptor = os.open(context.folder / step.file.name, os.O_RDWR)
     try:
-        if known and known == written_digest(step, descriptor, context):
-            context.progress(step.slot.entry.nbytes)
-            digest = known
-        else:
-            digest = write_step(step, descriptor, context)
+        digests = written(step, descriptor, context) or write_step(step, descriptor, context)
     finally:
         os.close(descriptor)
-    context.journal.add(step.key, digest)
-    return digest
+    noted = dict(zip(step.keys, digests, strict=True))
+    for key, digest in noted.items():
+        context.journal.add(key, digest)
+    return noted
 
 
-def written_digest(step: Step, descriptor: int, context: Run) -> Digest:
-    """The digest of a step's bytes as they are on disk."""
-    tally, end, size = Tally(bool(step.file.late)), step.slot.offset + step.slot.entry.nbytes, context.memory.slab
-    for offset in range(step.slot.offset, end, size):
+def written(step: Step, descriptor: int, context: Run) -> list[Digest]:
+    """What the journal notes of a step, if the bytes on disk are still those; else nothing."""
+    known = [context.journal.known[key] for key in step.keys if key in context.journal.known]
+    if len(known) < len(step.slots):
+        return []
+    for slot, digest in zip(step.slots, known, strict=True):
+        if hashed(slot, descriptor, context) != digest.sha256:
+            return []
+    context.progress(step.nbytes)
+    return known
+
+
+def hashed(slot: Slot, descriptor: int, context: Run) -> str:
+    """The SHA-256 of a slot's bytes as they are on disk."""
+    digest, end, size = hashlib.sha256(), slot.offset + slot.part.nbytes, context.memory.slab
+    for offset in range(slot.offset, end, size):
         if context.stop.is_set():
             raise Stopped
-        tally.add(np.frombuffer(os.pread(descriptor, min(size, end - offset), offset), np.uint8))
-    return tally.digest
+        digest.update(os.pread(descriptor, min(size, end - offset), offset))
+    return digest.hexdigest()
 
 
-def write_step(step: Step, descriptor: int, context: Run) -> Digest:
-    """Write one tensor at its planned place, slab by slab; return the digest of its bytes."""
-    entry, tally, bad = step.slot.entry, Tally(bool(step.file.late)), 0
-    for start, stop in slabs(entry.tensor, context.memory.slab):
+def write_step(step: Step, descriptor: int, context: Run) -> list[Digest]:
+    """Write one tensor at its planned places; the digests of their bytes."""
+    entry, name = step.entry, step.file.name
+    tallies = [Tally(bool(step.file.late)) for _ in step.slots]
+    bad, overflow, text = 0, 0, b""
+    for piece in pieces(entry, context.memory.slab):
         if context.stop.is_set():
             raise Stopped
-        rows = entry.tensor.read(start, stop)
-        values = None if entry.copied else floats(rows, entry.tensor.dtype)
-        data = rows if values is None else entry.encode(values)
-        bad += 0 if context.allow_nonfinite else count_bad(entry, rows, values, data)
-        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        write_all(descriptor, flat, step.slot.offset + tally.count)
-        tally.add(flat)
-        context.progress(flat.size)
-    if bad:
+        bad, overflow = bad + piece.nonfinite, overflow + piece.overflow
+        if piece.number == len(step.slots):  # a late part has no place of its own
+            text = piece.data.tobytes()
+            continue
+        tally = tallies[piece.number]
+        write_all(descriptor, piece.data, step.slots[piece.number].offset + tally.count)
+        tally.add(piece.data)
+        context.progress(piece.data.size)
+    if bad and not context.allow_nonfinite:
         raise NeoxconvError(
-            f"{step.file.name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
+            f"{name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
             "Choose a wider type (--dtype bf16 or f32), or write them as they are with --allow-nonfinite."
         )
-    if tally.count != entry.nbytes:
-        raise NeoxconvError(f"{step.file.name}: {entry.unified} came to {tally.count} bytes, not {entry.nbytes}.")
-    start_writeback(descriptor, step.slot)
-    return tally.digest
-
-
-def count_bad(entry: Entry, rows: Array, values: Floats | None, data: Array) -> int:
-    """How many values are infinite or not a number: as they are stored, or for blocks before and after.
-
-    `values` are the rows in float32 where they were needed to encode them. What float16 holds cannot overflow the
-    float16 of a block's step; of wider types a large weight can.
-    """
-    if entry.encoding.dtype.block == 1:
-        return nonfinite(data, entry.encoding.dtype)
-    bad = nonfinite(rows, entry.tensor.dtype)
-    if bad or entry.tensor.dtype is F16:
-        return bad
-    if values is not None and np.abs(values).max(initial=0) <= LARGEST_HALF:
-        return 0
-    return nonfinite(entry.encoding.decode(data), F32)
+    for slot, tally in zip(step.slots, tallies, strict=True):
+        if tally.count != slot.part.nbytes:
+            raise NeoxconvError(f"{name}: {slot.part.name} came to {tally.count} bytes, not {slot.part.nbytes}.")
+    start_writeback(descriptor, step.slots[0])
+    first, *others = tallies
+    return [first.digest(overflow, text.decode()), *(tally.digest() for tally in others)]
 
 
 def write_all(descriptor: int, data: Bytes, offset: int) -> None:
@@ -202,7 +193,7 @@ def start_writeback(descriptor: int, slot: Slot) -> None:
     Else it would begin at the fsync, when all we can do is wait.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, slot.offset, slot.entry.nbytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, slot.offset, slot.part.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 class Tally:
@@ -216,6 +207,5 @@ class Tally:
         self.crc = zlib.crc32(data.data, self.crc) if self.with_crc else 0
         self.count += data.size
 
-    @property
-    def digest(self) -> Digest:
-        return Digest(self.sha256.hexdigest(), self.crc)
+    def digest(self, overflow: int = 0, text: str = "") -> Digest:
+        return Digest(self.sha256.hexdigest(), self.crc, overflow, text)

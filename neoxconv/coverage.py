@@ -115,7 +115,7 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
                 f"but the configuration makes it {list(expected)}. Give the right configuration with --config."
             )
         types = [part.dtype.name for part in parts]
-        if parts[0].dtype.block == 1 and types[0] not in FLOATS:
+        if not parts[0].dtype.quantized and types[0] not in FLOATS:
             problems.append(f"{home(index, 0, source)}: {unified} holds {types[0]}; expected {', '.join(FLOATS)}.")
         if len(set(types)) > 1:
             problems.append(

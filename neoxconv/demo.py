@@ -83,6 +83,6 @@ def one_target(source: Path, target: Path, recipe: Recipe, norms: str) -> Outcom
     converted = time.monotonic()
     written, weights = verify_bytes(target), verify_weights(checkpoint, open_checkpoint(target))
     ended = time.monotonic()
-    bits = 8 * sum(step.slot.entry.nbytes for step in plan.steps) / parameters(checkpoint)
+    bits = 8 * sum(step.nbytes for step in plan.steps) / parameters(checkpoint)
     times = converted - began, ended - converted
     return Outcome(target.name, plan.total, bits, *times, weights.relative, written.passed and weights.passed)

@@ -26,6 +26,11 @@ class DType:
     nbytes: int
     stored: np.dtype[Any]
 
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds less than a number was trained with: block types, and those of 8 bits."""
+        return self.name not in PLAIN
+
     def size(self, columns: int) -> int:
         """Bytes of a row of `columns` numbers; `columns` must be a multiple of `block`."""
         return columns // self.block * self.nbytes
@@ -42,6 +47,8 @@ U8, BOOL = plain("U8", "u1"), plain("BOOL", "?")
 
 PLAIN = {dtype.name: dtype for dtype in (F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL)}
 FLOATS = ("F64", "F32", "F16", "BF16")
+F8_E4M3, F8_E5M2 = plain("F8_E4M3", "u1"), plain("F8_E5M2", "u1")  # their bits travel as bytes
+STORED = PLAIN | {dtype.name: dtype for dtype in (F8_E4M3, F8_E5M2)}  # what a safetensors file may hold
 
 
 def widen(rows: Array, dtype: DType) -> Floats:

@@ -1,20 +1,28 @@
-"""The journal of a run: the plan's fingerprint, then one line for each finished step. A hint; hashes are the proof."""
+"""The journal of a run: the plan's fingerprint, then one line for each written slot, each behind its CRC-32.
+
+A hint; the hashes of what is on disk are the proof.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
 from neoxconv.errors import PlanError
-from neoxconv.manifest import MANIFEST, Digest
+from neoxconv.manifest import MANIFEST
+from neoxconv.model import Digest
+
+FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}
 
 
 class Journal:
-    """Steps of an earlier run by key in `known`; `add` notes finished ones of this run.
+    """What an earlier run wrote, by the slots' keys, in `known`; `add` notes what this run writes.
 
     `checked` says that they are refused where a value is not finite: what was not checked does not count then.
     """
@@ -32,13 +40,14 @@ class Journal:
         os.replace(fresh, self.path)
 
     def write(self, line: dict[str, object]) -> None:
-        self.stream.write(json.dumps(line) + "\n")
+        text = json.dumps(line)
+        self.stream.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
         self.stream.flush()
 
     def add(self, key: str, digest: Digest) -> None:
-        """Note a finished step; safe from any thread."""
+        """Note the written bytes of a slot; safe from any thread."""
         with self.lock:
-            self.write({"step": key, "sha256": digest.sha256, "crc32": digest.crc32})
+            self.write({"slot": key, **asdict(digest)})
 
     def __enter__(self) -> Journal:
         return self
@@ -50,7 +59,7 @@ class Journal:
 
 
 def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Digest]:
-    """The finished steps that an earlier run noted; lines cut short are skipped.
+    """What an earlier run noted; lines cut short are skipped.
 
     Raises PlanError where the earlier run had another plan, and for a folder that no run of ours can have left.
     """
@@ -67,17 +76,19 @@ def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Diges
         )
     if checked and not lines[0].get("checked"):
         return {}
-    return {
-        str(e["step"]): Digest(str(e["sha256"]), crc32)
-        for e in lines[1:]
-        if {"step", "sha256"} <= e.keys() and isinstance(crc32 := e.get("crc32"), int)
-    }
+    return {str(entry.pop("slot")): digest_of(entry) for entry in lines[1:] if set(entry) == {"slot", *FIELDS}}
+
+
+def digest_of(values: dict[str, object]) -> Digest:
+    """A digest as a journal's line has it; one that equals none where a value is not what it should be."""
+    fits = all(isinstance(values[name], kind) for name, kind in FIELDS.items())
+    return Digest(**values) if fits else Digest("")  # type: ignore[arg-type]
 
 
 def parse(line: str) -> dict[str, object] | None:
-    """A line's values, or None where a power cut left half of it."""
-    try:
-        value = json.loads(line)
-    except ValueError:
+    """A line's values, or None where it is not as it was written: a power cut left half of it, or it was damaged."""
+    checksum, _, text = line.partition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
         return None
+    value = json.loads(text)
     return value if isinstance(value, dict) else None

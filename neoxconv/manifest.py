@@ -16,19 +16,11 @@ from typing import TYPE_CHECKING, Any
 from neoxconv import __version__
 
 if TYPE_CHECKING:
-    from neoxconv.model import FileLayout
+    from neoxconv.model import Digest, FileLayout
     from neoxconv.plan import Plan
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Digest:
-    """The SHA-256 of a tensor's bytes; their CRC-32 where the container holds one, else 0."""
-
-    sha256: str
-    crc32: int
 
 
 @dataclass(frozen=True)
@@ -70,8 +62,15 @@ def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest])
         for part in tiles(file):
             known = digests.get(f"{file.name}@{part.offset}") if part.name else None
             sha256 = known.sha256 if known else hash_range(stream, part)
-            ranges.append({"name": part.name, "offset": part.offset, "bytes": part.length, "sha256": sha256})
+            entry = {"name": part.name, "offset": part.offset, "bytes": part.length, "sha256": sha256}
+            ranges.append(entry | ({"overflow": known.overflow} if known and known.overflow else {}))
     return {"name": file.name, "bytes": file.size, "sha256": combined(r["sha256"] for r in ranges), "ranges": ranges}
+
+
+def overflows(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """How many weights of each tensor were cut to the largest number of its type."""
+    ranges = (entry for file in manifest["files"] for entry in file["ranges"])
+    return {entry["name"]: entry["overflow"] for entry in ranges if "overflow" in entry}
 
 
 def describe_sidecar(name: str, data: bytes) -> dict[str, Any]:
@@ -88,11 +87,11 @@ def describe_sidecar(name: str, data: bytes) -> dict[str, Any]:
 def tiles(file: FileLayout) -> Iterator[Range]:
     """The file's ranges in order, without gaps."""
     position = 0
-    for slot in sorted(file.slots, key=lambda slot: (slot.offset, slot.entry.nbytes)):
+    for slot in sorted(file.slots, key=lambda slot: (slot.offset, slot.part.nbytes)):
         if slot.offset > position:
             yield Range("", position, slot.offset - position)
-        yield Range(slot.entry.name, slot.offset, slot.entry.nbytes)
-        position = slot.offset + slot.entry.nbytes
+        yield Range(slot.part.name, slot.offset, slot.part.nbytes)
+        position = slot.offset + slot.part.nbytes
     if position < file.size:
         yield Range("", position, file.size - position)
 

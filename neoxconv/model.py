@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from neoxconv.dtypes import Array, DType, Floats
 from neoxconv.storage import Storage
-from neoxconv.tensor import LazyTensor
+from neoxconv.tensor import LazyTensor, Read
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,56 @@ class Check(Protocol):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A tensor as a file stores it: its name, number type and shape.
+
+    A `late` part is text of which only the longest size is known before its tensor is written.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    late: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.size(math.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Grain:
+    """Which weights of a tensor share a scale; a group's size is its largest magnitude.
+
+    `unit`: the least number of rows of so many columns that are whole groups; `sizes`: of [n, columns] float32, one for
+    each group in order; `span`: which groups rows `start` to `stop` of so many columns touch; `spread`: of a number of
+    each group [k] one for every weight of these rows [n, columns].
+    """
+
+    unit: Callable[[int], int]
+    sizes: Callable[[Floats], Floats]
+    span: Callable[[int, int, int], slice]
+    spread: Callable[[Floats, tuple[int, ...]], Floats]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far a weight is rounded at most: a `part` of what `of` names."""
+
+    part: float
+    of: str
+
+    def __str__(self) -> str:
+        return f"{self.part:.3g} of the {self.of}"
+
+
+@dataclass(frozen=True)
 class Encoding:
     """How rows of float32 become stored bytes, and back.
 
     `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.stored` (for block types [n, row bytes] of uint8);
     `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
-    an encoder that makes use of a context; None where there is nothing to choose.
+    an encoder that makes use of a context; None where there is nothing to choose. Weights of a
+    magnitude beyond `limit` are cut to the largest that the type holds.
     """
 
     name: str
@@ -156,11 +201,51 @@ class Encoding:
     decode: Callable[[Array], Floats]
     wrong: Check
     search: Callable[[Floats, Context], Array] | None = None
+    limit: float = math.inf
+    bound: Bound | None = None
 
     @property
     def bits(self) -> float:
         """Bits for each weight."""
         return 8 * self.dtype.nbytes / self.dtype.block
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a value of 1 stands for in each group when it is encoded and when it is read back, and how far the latter
+    may be off in a file of another program."""
+
+    encoded: Floats
+    decoded: Floats
+    slack: Floats
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An encoding whose scales lie in tensors of their own, beside that of the codes.
+
+    `parts` are the stored tensors, codes first, named as they follow the module's name. `encode` makes codes of rows
+    [n, columns] that are whole groups, and of their sizes; `finish` makes the bytes of the other parts when all sizes
+    are known; `decode` makes a reader of float32 rows from the parts by name, and the shape. With `whole` a tensor is
+    read once for its size and once more for its codes; `rounded` is the type that its weights, of the source's type,
+    are rounded to before.
+
+    For verification: `settle` tells what becomes of sizes, and `nearest` what the nearest codes of weights stand for,
+    both as parts of what 1 stands for in their group.
+    """
+
+    name: str
+    dtype: DType  # of what `decode` reads
+    grain: Grain
+    parts: Callable[[LazyTensor], tuple[Part, ...]]
+    encode: Callable[[Floats, Floats], Array]
+    finish: Callable[[LazyTensor, Floats], tuple[bytes, ...]]
+    decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
+    nearest: Callable[[Floats], Floats]
+    settle: Callable[[Floats], Settled]
+    bound: Bound
+    rounded: Callable[[DType], DType] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,18 +255,18 @@ class Entry:
     name: str
     unified: str
     tensor: LazyTensor
-    encoding: Encoding
+    encoding: Encoding | Scaled
     context: Context | None = None  # only where the encoding has a search
 
-    def encode(self, rows: Floats) -> Array:
-        """Rows of the tensor as they are stored."""
-        search = self.encoding.search
-        return search(rows, self.context) if search and self.context else self.encoding.encode(rows)
+    @property
+    def search(self) -> Callable[[Floats, Context], Array] | None:
+        """The encoder that makes use of a context, if there is one."""
+        return self.encoding.search if isinstance(self.encoding, Encoding) else None
 
     @property
     def copied(self) -> bool:
         """Whether the target stores the tensor as the source does, so that its bytes pass as they are."""
-        return self.tensor.dtype.name == self.encoding.dtype.name
+        return isinstance(self.encoding, Encoding) and self.tensor.dtype.name == self.encoding.dtype.name
 
     @property
     def facts(self) -> list[str]:
@@ -189,25 +274,52 @@ class Entry:
         return [self.name, self.encoding.name, *([self.context.digest] if self.context else [])]
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors that the target holds of it: one, or codes and what belongs to them."""
+        if isinstance(self.encoding, Encoding):
+            return (Part(self.name, self.encoding.dtype, self.tensor.shape),)
+        module = self.name.removesuffix("weight")
+        return tuple(replace(part, name=module + part.name) for part in self.encoding.parts(self.tensor))
+
+    @property
     def nbytes(self) -> int:
-        return self.tensor.rows * self.encoding.dtype.size(self.tensor.columns)
+        """Bytes of all parts, late ones at their longest."""
+        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where an entry's bytes begin in its file."""
+    """Where the bytes of one of an entry's parts begin in its file."""
 
     entry: Entry
     offset: int
+    number: int = 0
+
+    @property
+    def part(self) -> Part:
+        return self.entry.parts[self.number]
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is kept of written bytes: their SHA-256, and their CRC-32 where the container holds one, else 0.
+
+    Of an entry's first slot also how many of its weights were beyond its encoding's limit, and its late part.
+    """
+
+    sha256: str
+    crc32: int = 0
+    overflow: int = 0
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Late:
-    """A small range that needs the CRC-32s of the file's slots, given in the order of the slots."""
+    """A small range that needs what is known of the file's written slots, given in their order."""
 
     offset: int
     size: int
-    make: Callable[[Sequence[int]], bytes]
+    make: Callable[[Sequence[Digest]], bytes]
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,35 @@ SMALLEST_SLAB = MIB
 
 @dataclass(frozen=True)
 class Step:
-    """A tensor to be written at its place in a file of the plan."""
+    """A tensor to be written: the places of its parts in a file of the plan, that of the codes first."""
 
     file: FileLayout
-    slot: Slot
+    slots: tuple[Slot, ...]
 
     @property
-    def key(self) -> str:
-        return f"{self.file.name}@{self.slot.offset}"
+    def entry(self) -> Entry:
+        return self.slots[0].entry
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.part.nbytes for slot in self.slots)
+
+    @property
+    def keys(self) -> list[str]:
+        """What journals and manifests call the slots."""
+        return [slot_key(self.file, slot) for slot in self.slots]
+
+
+def slot_key(file: FileLayout, slot: Slot) -> str:
+    return f"{file.name}@{slot.offset}"
+
+
+def steps_of(file: FileLayout) -> list[Step]:
+    """A step for every entry of a file, in the order of their codes."""
+    slots: dict[str, list[Slot]] = {slot.entry.name: [] for slot in file.slots if slot.number == 0}
+    for slot in sorted(file.slots, key=lambda slot: slot.number):
+        slots[slot.entry.name].append(slot)
+    return [Step(file, tuple(group)) for group in slots.values()]
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
-        return [Step(file, slot) for file in self.files for slot in file.slots]
+        return [step for file in self.files for step in steps_of(file)]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -70,7 +91,7 @@ class Plan:
     @property
     def encodings(self) -> dict[str, int]:
         """How many tensors each encoding gets."""
-        return dict(Counter(step.slot.entry.encoding.name for step in self.steps))
+        return dict(Counter(step.entry.encoding.name for step in self.steps))
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -99,7 +120,7 @@ class Plan:
                     file.name,
                     file.size,
                     pieces_digest(file),
-                    [[s.offset, *s.entry.facts] for s in file.slots],
+                    [[s.offset, s.number, *s.entry.facts] for s in file.slots],
                 ]
                 for file in self.files
             ],
@@ -121,7 +142,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         raise PlanError(f"--to {recipe.format}: expected one of {', '.join(TARGETS)}.")
     target = TARGETS[recipe.format]
     content = target.make(checkpoint, recipe)
-    entries = [slot.entry for file in content.files for slot in file.slots]
+    entries = [slot.entry for file in content.files for slot in file.slots if slot.number == 0]
     return Plan(
         checkpoint,
         recipe,
@@ -134,8 +155,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 def lossy_notes(entries: Sequence[Entry]) -> list[str]:
     """What is lost because the source is quantized already."""
-    types = [e.tensor.dtype.name for e in entries if e.tensor.dtype.block > 1]
-    again = [e for e in entries if e.tensor.dtype.block > 1 and e.encoding.dtype.block > 1 and not e.copied]
+    types = [e.tensor.dtype.name for e in entries if e.tensor.dtype.quantized]
+    again = [e for e in entries if e.tensor.dtype.quantized and e.encoding.dtype.quantized and not e.copied]
     notes = []
     if types:
         notes.append(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.journal import Journal
-from neoxconv.manifest import MANIFEST, Digest, beside, manifest
-from neoxconv.plan import Plan, Step
+from neoxconv.manifest import MANIFEST, beside, manifest
+from neoxconv.model import Digest
+from neoxconv.plan import Plan, slot_key
 from neoxconv.terminal import size
 
 
@@ -106,11 +107,11 @@ def explain(error: OSError, target: Path) -> str:
 def finish(plan: Plan, work: Path, digests: dict[str, Digest]) -> None:
     """Fill the late ranges, write the manifest, and put everything on disk."""
     for file in plan.files:
-        crcs = [digests[Step(file, slot).key].crc32 for slot in file.slots]
+        written = [digests[slot_key(file, slot)] for slot in file.slots]
         with open(work / file.name, "r+b") as stream:
             for late in file.late:
                 stream.seek(late.offset)
-                stream.write(late.make(crcs))
+                stream.write(late.make(written))
     (work / MANIFEST).write_bytes(manifest(plan, work, digests))
     for path in (*sorted(work.rglob("*")), work):
         sync(path)

@@ -15,7 +15,7 @@ class Recipe:
     type: str | None = None
     dtype: str | None = None
     tp: int | None = None  # slim: tensor-parallel degree, the source's by default
-    shard_size: int = 5_000_000_000  # hf
+    shard_size: int = 5_000_000_000  # hf, bnb, float8
     split_size: int | None = None  # gguf
     mix: str = "current"  # gguf: or classic, the older recipe for attn_qkv
     pure: bool = False  # gguf: one type for every matrix
@@ -24,6 +24,9 @@ class Recipe:
     tensor_type: tuple[tuple[str, str], ...] = ()  # gguf: (pattern of names, type)
     effort: str = "normal"  # gguf: or high, a longer search for less error
     imatrix: Path | None = None  # gguf: an importance matrix
+    double_quant: bool = False  # bnb: 4-bit types with quantized scales
+    compute_dtype: str | None = None  # bnb: the type in which transformers multiplies 4-bit weights
+    scale: str | None = None  # float8: none, tensor or channel
     tokenizer: Path | None = None
 
     @property

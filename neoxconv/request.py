@@ -17,23 +17,31 @@ from neoxconv.checkpoint import open_checkpoint, rank_difference
 from neoxconv.errors import PlanError
 from neoxconv.inspection import FORMATS
 from neoxconv.journal import Journal, read_journal
+from neoxconv.manifest import overflows
 from neoxconv.model import Checkpoint
+from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
 from neoxconv.plan import Memory, Plan, make_plan, memory_for
 from neoxconv.publish import check_target, nearest_folder, partial_of
 from neoxconv.recipe import Recipe
 from neoxconv.terminal import plural, progress_bar, size, table
+from neoxconv.verify.bytes import read_manifest
 
 Given = Mapping[str, Any]  # the options by name; None where one was not given
 
 PLAIN_TARGETS = ("hf", "safetensors", "slim")
+FOLDERS = ("hf", "bnb", "float8")
+TYPES_OF = {"gguf": MIXES, "bnb": BNB_TYPES, "float8": FLOAT8_TYPES}
 GGUF_OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")
 ONLY_FOR = {
-    "type": ("gguf",),
+    "type": tuple(TYPES_OF),
     "dtype": PLAIN_TARGETS,
     "tp": ("slim",),
-    "shard_size": ("hf",),
+    "shard_size": FOLDERS,
     "split_size": ("gguf",),
     **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),
+    "double_quant": ("bnb",),
+    "compute_dtype": ("bnb",),
+    "scale": ("float8",),
 }
 
 
@@ -52,6 +60,12 @@ def check_options(given: Given) -> None:
         takes = ", ".join(f"--{o.replace('_', '-')}" for o, formats in ONLY_FOR.items() if name in formats)
         raise click.UsageError(
             f"--{option.replace('_', '-')} is for {', '.join(ONLY_FOR[option])}, not for {name}, which takes {takes}."
+        )
+    if given["type"] and given["type"] not in TYPES_OF[name]:
+        raise click.UsageError(f"--type {given['type']} is not for {name}, which has {', '.join(TYPES_OF[name])}.")
+    if name == "bnb" and given["type"] == "INT8" and (idle := given["double_quant"] or given["compute_dtype"]):
+        raise click.UsageError(
+            f"--{'double-quant' if idle is True else 'compute-dtype'} is for bnb's NF4 and FP4, not for INT8."
         )
     if name == "slim" and given["dtype"] == "F32":
         raise click.UsageError("--dtype F32 is for hf and safetensors; slim takes F16 or BF16.")
@@ -137,7 +151,7 @@ class Request:
     def run(self, quiet: bool) -> dict[str, Any]:
         """Carry the request out; what came of it as plain values."""
         begin, given = time.monotonic(), self.given
-        total = sum(step.slot.entry.nbytes for step in self.plan.steps)
+        total = sum(step.nbytes for step in self.plan.steps)
         with progress_bar(total, "converting", quiet) as progress:
             try:
                 convert.run(
@@ -151,15 +165,26 @@ class Request:
                 )
             except KeyboardInterrupt as stop:
                 raise type(stop)(f"{self.target}: not finished; run the same command again to continue.") from stop
-        seconds = round(time.monotonic() - begin, 3)
-        return {"target": str(self.target), "bytes_total": self.plan.total, "seconds": seconds, "notes": [*self.notes]}
+        return {
+            "target": str(self.target),
+            "bytes_total": self.plan.total,
+            "seconds": round(time.monotonic() - begin, 3),
+            "notes": [*self.notes],
+            "overflow": overflows(read_manifest(self.target) or {"files": []}),
+        }
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
         settings = [word for path in self.given["config"] for word in ("--config", str(path))]
         settings += ["--preset", self.given["preset"]] if self.given["preset"] else []
         check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *settings])
-        return f"{self.target}: {size(self.plan.total)} in {result['seconds']:.1f} s; next: {check}"
+        lines = [
+            f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
+            for name, count in result["overflow"].items()
+        ]
+        return "\n".join(
+            [*lines, f"{self.target}: {size(self.plan.total)} in {result['seconds']:.1f} s; next: {check}"]
+        )
 
 
 def prepare(source: Path, target: Path, given: Given) -> Request:

@@ -25,7 +25,7 @@ from neoxconv.coverage import number_name
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
-from neoxconv.model import Entry, FileLayout, ModelConfig, Weight
+from neoxconv.model import Digest, Entry, FileLayout, ModelConfig, Weight
 from neoxconv.targets.slim import unchanged
 from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.tokenizer import Tokenizer
@@ -247,7 +247,7 @@ def yaml_settings(model: Synthetic) -> dict[str, Any]:
 def write_file(folder: Path, file: FileLayout) -> None:
     """Write a file with its tensors."""
     with open(folder / file.name, "w+b") as stream:
-        crcs = []
+        written = []
         for slot in file.slots:
             stream.seek(slot.offset)
             crc = 0
@@ -255,14 +255,14 @@ def write_file(folder: Path, file: FileLayout) -> None:
                 data = np.ascontiguousarray(slot.entry.tensor.read(start, stop)).reshape(-1).view(np.uint8).data
                 stream.write(data)
                 crc = zlib.crc32(data, crc)
-            crcs.append(crc)
-        write_container(stream, file, crcs)
+            written.append(Digest("", crc))
+        write_container(stream, file, written)
 
 
 def write_holes(folder: Path, file: FileLayout) -> None:
     """Write a file whose tensors are zeros that take no room on disk."""
     with open(folder / file.name, "w+b") as stream:
-        write_container(stream, file, [crc_of_zeros(slot.entry.nbytes) for slot in file.slots])
+        write_container(stream, file, [Digest("", crc_of_zeros(slot.part.nbytes)) for slot in file.slots])
 
 
 @lru_cache
@@ -274,10 +274,10 @@ def crc_of_zeros(count: int) -> int:
     return crc
 
 
-def write_container(stream: Any, file: FileLayout, crcs: list[int]) -> None:
+def write_container(stream: Any, file: FileLayout, written: list[Digest]) -> None:
     """Everything in a file but its tensors."""
     stream.truncate(file.size)
-    late = ((late.offset, late.make(crcs)) for late in file.late)
+    late = ((late.offset, late.make(written)) for late in file.late)
     for offset, data in (*file.pieces, *late):
         stream.seek(offset)
         stream.write(data)

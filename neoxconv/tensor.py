@@ -40,7 +40,7 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows as `dtype` stores them."""
-        return self.rows * self.dtype.size(self.columns)
+        return self.dtype.size(self.rows * self.columns)
 
     def floats(self, start: int, stop: int) -> Floats:
         """Rows `start` to `stop` as float32; only for plain types."""
@@ -84,8 +84,8 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
     return replace(tensor, read=read)
 
 
-def slabs(tensor: LazyTensor, slab: int) -> Iterator[tuple[int, int]]:
-    """Borders of bands of rows that take at most `slab` bytes each as float32 (one row at least)."""
-    step = max(1, slab // (4 * max(1, tensor.columns)))
+def slabs(tensor: LazyTensor, slab: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Borders of bands of rows that take at most `slab` bytes each as float32: multiples of `unit`, one at least."""
+    step = max(1, slab // (4 * max(1, tensor.columns) * unit)) * unit
     for start in range(0, tensor.rows, step):
         yield start, min(start + step, tensor.rows)

@@ -23,7 +23,8 @@ from tests.test_bad_input import cli, digests, writable_copy
 ROOT = Path(__file__).parents[1]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "shard_size": ["1MB"], "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
-          "imatrix": ["m.gguf"], "effort": ["high"]}  # fmt: skip
+          "imatrix": ["m.gguf"], "effort": ["high"], "double_quant": [], "compute_dtype": ["f16"],
+          "scale": ["none"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -52,6 +53,11 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("convert a b --to hf --shard-size 0", "no size"),
         ("convert a b --to slim --dtype f32", "slim takes F16 or BF16"),
         ("convert a b --to hf --config a.yml --preset 20B", "exclude each other"),
+        ("convert a b --to bnb --type q8_0", "bnb, which has NF4, FP4, INT8"),
+        ("convert a b --to gguf --type nf4", "--type NF4 is not for gguf"),
+        ("convert a b --to float8 --type int8", "float8, which has E4M3, E5M2"),
+        ("convert a b --to bnb --type int8 --double-quant", "--double-quant is for bnb's NF4 and FP4"),
+        ("convert a b --to bnb --type int8 --compute-dtype f16", "--compute-dtype is for bnb's NF4 and FP4"),
         ("verify a b c", "3 paths"),
         ("verify a --level weights", "verify SRC TARGET"),
         ("verify a --level logits", "verify SRC TARGET"),
@@ -106,7 +112,7 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
 
     assert cli("convert", source, target, "--to", format, "--json") == 0
     done = capsys.readouterr()
-    assert list(json.loads(done.out)) == ["target", "bytes_total", "seconds", "notes"] and not done.err
+    assert list(json.loads(done.out)) == ["target", "bytes_total", "seconds", "notes", "overflow"] and not done.err
     sizes = {name: len(data) for name, data in digests(target).items()} if target.is_dir() else {}
     written = [sizes[file["name"]] for file in plan["files"]] if sizes else [target.stat().st_size]
     assert written == [file["bytes"] for file in plan["files"]]

@@ -28,6 +28,9 @@ RECIPES = (
     Recipe("slim", tp=1),
     Recipe("gguf", type="Q8_0"),
     Recipe("gguf", type="F16", split_size=200_000),
+    Recipe("bnb", type="NF4", double_quant=True),
+    Recipe("bnb", type="INT8", shard_size=200_000),
+    Recipe("float8", scale="tensor"),
 )
 
 
@@ -73,7 +76,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(recipe: Recipe, tmp_path: 
 
 
 @pytest.mark.parametrize("norms", ["mean", "fold", "rank0"])
-@pytest.mark.parametrize("recipe", RECIPES[3:5], ids=lambda r: r.format)
+@pytest.mark.parametrize("recipe", [*RECIPES[3:5], *RECIPES[6:]], ids=lambda r: f"{r.format}-{r.type}")
 def test_jobs_and_slabs_never_change_a_byte(recipe: Recipe, norms: str, tmp_path: Path) -> None:
     one = run(plan(recipe, norms), tmp_path / "one", jobs=1)
     many = run(plan(recipe, norms), tmp_path / "many", jobs=4, memory=220 * MIB)

@@ -161,13 +161,15 @@ def test_a_file_made_with_a_matrix_is_verified_and_read_by_llama_cpp(
 ) -> None:
     target = run(planned(made, made["gguf"], type=mix), tmp_path / "with.gguf")
     assert verify_weights(open_checkpoint(made["source"]), open_checkpoint(target)).passed
-    entries = {step.slot.entry.name: step.slot.entry for step in planned(made, made["gguf"], type=mix).steps}
+    entries = {step.entry.name: step.entry for step in planned(made, made["gguf"], type=mix).steps}
     for tensor in gguf.GGUFReader(target).tensors:
         entry = entries[tensor.name]
         rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if entry.encoding.search and entry.context:
+        if entry.search and entry.context:
             weights = entry.tensor.floats(0, entry.tensor.rows)
-            assert np.array_equal(rows.view(np.uint32), entry.encoding.decode(entry.encode(weights)).view(np.uint32))
+            assert np.array_equal(
+                rows.view(np.uint32), entry.encoding.decode(entry.search(weights, entry.context)).view(np.uint32)
+            )
     without = run(planned(made, None, type=mix), tmp_path / "without.gguf")
     assert target.read_bytes() != without.read_bytes()
     assert np.isfinite(llama_logits(target, np.arange(64).reshape(1, 64))).all()

@@ -13,7 +13,7 @@ LAYERS = (
     "tensor tokenizer",
     "model tokenizer_find",
     "arch formats quant fold",
-    "imatrix",
+    "imatrix scales encode",
     "coverage",
     "checkpoint",
     "targets",

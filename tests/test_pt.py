@@ -24,7 +24,7 @@ from neoxconv.dtypes import PLAIN
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
-from neoxconv.model import Encoding, Entry, FileLayout
+from neoxconv.model import Digest, Encoding, Entry, FileLayout
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor
 from tests.oracles import ROOT
@@ -355,10 +355,10 @@ def write(layout: FileLayout, folder: Path) -> Path:
     """The file that a layout describes; holes stay zero and nothing is written twice."""
     data, seen = bytearray(layout.size), np.zeros(layout.size, np.uint8)
     contents = [slot.entry.tensor.read(0, slot.entry.tensor.rows).tobytes() for slot in layout.slots]
-    crcs = [zlib.crc32(content) for content in contents]
+    written = [Digest("", zlib.crc32(content)) for content in contents]
     ranges = [*layout.pieces, *zip((slot.offset for slot in layout.slots), contents, strict=True)]
     for late in layout.late:
-        ranges.append((late.offset, late.make(crcs)))
+        ranges.append((late.offset, late.make(written)))
         assert len(ranges[-1][1]) == late.size
     for offset, content in ranges:
         data[offset : offset + len(content)] = content
@@ -423,7 +423,10 @@ def test_a_sparse_file_beyond_4_gib_is_read_by_torch_and_here(tmp_path: Path) ->
     layout = layout_pt("a.pt", {"large": large, "small": entry(BASE)})
     with open(tmp_path / "a.pt", "wb") as target:
         target.truncate(layout.size)
-        for offset, content in [*layout.pieces, *((late.offset, late.make([7, 9])) for late in layout.late)]:
+        for offset, content in [
+            *layout.pieces,
+            *((late.offset, late.make([Digest("", 7), Digest("", 9)])) for late in layout.late),
+        ]:
             target.seek(offset)
             target.write(content)
         target.seek(layout.slots[1].offset)

@@ -26,6 +26,7 @@ from neoxconv.tensor import LazyTensor
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 OFFICIAL = sorted(FIXTURES.glob("*/hf_official_converter/model.safetensors"))
 TORCH = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+RAW = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # --- helpers, also for test_hf ---------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def assert_same(ours: Mapping[str, LazyTensor], theirs: Mapping[str, torch.Tenso
     """The same names, shapes, types and bits, whatever the bands in which ours are read."""
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
-        bits = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).contiguous().numpy()
+        bits = (tensor.view(RAW[tensor.dtype]) if tensor.dtype in RAW else tensor).contiguous().numpy()
         found = ours[name]
         assert (found.shape, found.dtype.stored) == (tuple(tensor.shape), bits.dtype)
         bands = [found.read(row, min(row + 3, found.rows)) for row in range(0, found.rows, 3)]
@@ -80,7 +81,7 @@ def read(path: Path) -> safetensors.Header:
 # --- what the library writes -----------------------------------------------------------------------------------------
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-         torch.int8, torch.uint8, torch.bool)  # fmt: skip
+         torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)  # fmt: skip
 SHAPES = ((), (0,), (7,), (3, 0), (5, 4), (2, 3, 4))
 SAVED = {f"{dtype}.{shape}": torch.full(shape, 3).cumsum(-1).to(dtype) if shape else torch.tensor(1).to(dtype)
          for dtype in TYPES for shape in SHAPES}  # fmt: skip
@@ -193,8 +194,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "no object": (file({"a": 1}), "a is of type None"),
     "no fields": (file({"a": {}}), "a is of type None"),
     "unknown type": (file({"a": tensor("F7")}), "a is of type 'F7', which cannot be read yet"),
-    "float8": (file({"a": tensor("F8_E4M3", [8])}), "a is of type 'F8_E4M3', which cannot be read yet"),
-    "the other float8": (file({"a": tensor("F8_E5M2", [8])}), "a is of type 'F8_E5M2', which cannot be read yet"),
+    "scales alone": (file({"a": tensor("F8_E8M0", [8])}), "a is of type 'F8_E8M0', which cannot be read yet"),
     "type that is a list": (file({"a": tensor(["F32"])}), "a is of type ['F32']"),
     "shape that is a number": (file({"a": tensor(shape=2)}), "a has shape 2"),
     "float size": (file({"a": tensor(shape=[2.0])}), "a has shape [2.0]"),

@@ -104,13 +104,14 @@ def layout(entries: Sequence[Entry], shard_size: int) -> tuple[FileLayout, ...]:
 
 def weight_index(files: Sequence[FileLayout]) -> bytes:
     """model.safetensors.index.json: which file holds each tensor."""
-    slots = [(slot.entry, file.name) for file in files for slot in file.slots]
+    entries = [(slot.entry, file.name) for file in files for slot in file.slots if slot.number == 0]
+    places = {part.name: name for entry, name in entries for part in entry.parts}
     value = {
         "metadata": {
-            "total_parameters": sum(math.prod(entry.tensor.shape) for entry, _ in slots),
-            "total_size": sum(entry.nbytes for entry, _ in slots),
+            "total_parameters": sum(math.prod(entry.tensor.shape) for entry, _ in entries),
+            "total_size": sum(entry.nbytes for entry, _ in entries),
         },
-        "weight_map": {entry.name: name for entry, name in sorted(slots, key=lambda slot: slot[0].name)},
+        "weight_map": dict(sorted(places.items())),
     }
     return (json.dumps(value, indent=2) + "\n").encode()
 

@@ -8,17 +8,18 @@ Ranges count from the end of the header, and cover the rest of the file without 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neoxconv.dtypes import PLAIN
+from neoxconv.dtypes import STORED
 from neoxconv.errors import CheckpointError
-from neoxconv.model import Entry, FileLayout, Index, Slot, SourceFile
+from neoxconv.model import Digest, Entry, FileLayout, Index, Late, Part, Slot, SourceFile
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor, stored
 
@@ -51,7 +52,7 @@ def read_header(file: Storage) -> Header:
     ranges = {name: checked_range(file, name, entry) for name, entry in header.items()}
     check_coverage(file, ranges, 8 + length)
     tensors = {
-        name: stored(file, 8 + length + start, header[name]["shape"], PLAIN[header[name]["dtype"]])
+        name: stored(file, 8 + length + start, header[name]["shape"], STORED[header[name]["dtype"]])
         for name, (start, _) in ranges.items()
     }
     return Header(tensors, metadata, hashlib.sha256(text).hexdigest())
@@ -93,10 +94,10 @@ def checked_range(file: Storage, name: str, entry: Any) -> tuple[int, int]:
     if len(name) > MAX_NAME:
         raise CheckpointError(f"{file.path}: {name[:80]}... is a name of {len(name)} characters; download it again.")
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    if not isinstance(dtype, str) or dtype not in PLAIN:
+    if not isinstance(dtype, str) or dtype not in STORED:
         raise CheckpointError(
             f"{file.path}: {name} is of type {reprlib.repr(dtype)}, which cannot be read yet; "
-            f"expected one of {', '.join(PLAIN)}. Convert it to one of them first."
+            f"expected one of {', '.join(STORED)}. Convert it to one of them first."
         )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
@@ -106,10 +107,10 @@ def checked_range(file: Storage, name: str, entry: Any) -> tuple[int, int]:
             "expected up to 16 sizes and 2 offsets. Download it again."
         )
     start, stop = offsets
-    if stop - start != math.prod(shape) * PLAIN[dtype].nbytes:
+    if stop - start != math.prod(shape) * STORED[dtype].nbytes:
         raise CheckpointError(
             f"{file.path}: {name} has {stop - start} bytes, but {shape} of {dtype} are "
-            f"{math.prod(shape) * PLAIN[dtype].nbytes}; download it again."
+            f"{math.prod(shape) * STORED[dtype].nbytes}; download it again."
         )
     return start, stop
 
@@ -150,21 +151,44 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def layout(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> FileLayout:
-    """One file of `entries`, the widest numbers first so that all are aligned; the header ends at a multiple of 8."""
-    ordered = sorted(entries, key=lambda entry: -entry.encoding.dtype.nbytes)
+    """One file of the parts of `entries`, the widest numbers first so that all are aligned.
+
+    Late parts stand before the others, and the header ends where they begin: when one is shorter than it might have
+    been, more spaces end the header, and nothing else has another place.
+    """
+    places = [(entry, number, part) for entry in entries for number, part in enumerate(entry.parts)]
+    late = [(entry, part) for entry, _, part in places if part.late]
+    others = sorted((place for place in places if not place[2].late), key=lambda place: -place[2].dtype.nbytes)
+    parts = [part for *_, part in others]
+
+    def start(texts: Sequence[Part]) -> bytes:
+        """The header's JSON when the late parts are `texts`."""
+        return header_of((*texts, *parts), metadata)
+
+    longest = [part for _, part in late]
+    data = 8 + len(start(longest)) + sum(part.nbytes for part in longest)
+    data += -data % ALIGNMENT
+
+    def made(written: Sequence[Digest]) -> bytes:
+        """All that stands before the other parts."""
+        told = {slot.entry.name: digest.text for slot, digest in zip(slots, written, strict=True) if digest.text}
+        texts = [told[entry.name].encode() for entry, _ in late]
+        tail = b"".join(texts)
+        named = [replace(part, shape=(len(text),)) for (_, part), text in zip(late, texts, strict=True)]
+        header = start(named).ljust(data - 8 - len(tail))
+        return len(header).to_bytes(8, "little") + header + tail
+
+    offsets = [data, *(data + end for end in itertools.accumulate(part.nbytes for part in parts))]
+    slots = tuple(Slot(entry, at, number) for (entry, number, _), at in zip(others, offsets, strict=False))
+    if late:
+        return FileLayout(name, offsets[-1], (), slots, (Late(0, data, made),))
+    return FileLayout(name, offsets[-1], ((0, made([Digest("")] * len(slots))),), slots)
+
+
+def header_of(parts: Sequence[Part], metadata: Mapping[str, str]) -> bytes:
+    """The JSON of a header whose tensors follow each other."""
+    ends = [0, *itertools.accumulate(part.nbytes for part in parts)]
     header: dict[str, Any] = {METADATA: dict(metadata)}
-    position, starts = 0, []
-    for entry in ordered:
-        end = position + entry.nbytes
-        header[entry.name] = {
-            "dtype": entry.encoding.dtype.name,
-            "shape": list(entry.tensor.shape),
-            "data_offsets": [position, end],
-        }
-        starts.append(position)
-        position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    base = 8 + len(text)
-    slots = tuple(Slot(entry, base + start) for entry, start in zip(ordered, starts, strict=True))
-    return FileLayout(name, base + position, ((0, len(text).to_bytes(8, "little") + text),), slots)
+    for part, start, end in zip(parts, ends, ends[1:], strict=False):
+        header[part.name] = {"dtype": part.dtype.name, "shape": list(part.shape), "data_offsets": [start, end]}
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

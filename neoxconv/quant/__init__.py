@@ -1,10 +1,13 @@
-"""How rows of weights become stored bytes: one row of `ENCODINGS` for each type that neoxconv writes."""
+"""How rows of weights become stored bytes: one row of `ENCODINGS` or `SCALED` for each type that neoxconv writes."""
 
 from __future__ import annotations
 
 from neoxconv.dtypes import PLAIN, Array, Bytes, DType, Floats, widen
 from neoxconv.errors import CheckpointError
-from neoxconv.model import Encoding
+from neoxconv.model import Encoding, Scaled
+from neoxconv.quant.float8 import E4M3, E4M3_CHANNEL, E4M3_TENSOR, E5M2, E5M2_CHANNEL, E5M2_TENSOR
+from neoxconv.quant.fourbit import FP4, FP4_DQ, NF4, NF4_DQ
+from neoxconv.quant.int8 import INT8
 from neoxconv.quant.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from neoxconv.quant.plain import BF16, F16, F32
 from neoxconv.quant.superblocks import IQ4_NL, IQ4_XS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
@@ -18,12 +21,17 @@ ENCODINGS: dict[str, Encoding] = {
     "Q4_1": Q4_1,
     "Q5_0": Q5_0,
     "Q5_1": Q5_1,
-    **{row.name: row for row in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL)},
+    **{row.name: row for row in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL, E4M3, E5M2)},
+}
+SCALED: dict[str, Scaled] = {
+    row.name: row for row in (INT8, NF4, NF4_DQ, FP4, FP4_DQ, E4M3_CHANNEL, E4M3_TENSOR, E5M2_CHANNEL, E5M2_TENSOR)
 }
 
 
 def floats(rows: Array, dtype: DType) -> Floats:
-    """The float32 values [n, columns] of rows stored as `dtype`, be it plain or one of ggml's block types."""
+    """The float32 values [n, columns] of rows as a tensor of this type reads them, be it plain or quantized."""
+    if dtype.name in SCALED:  # whoever reads them has their scales at hand, and decodes them
+        return rows
     if dtype.name in ENCODINGS:
         return ENCODINGS[dtype.name].decode(rows)
     if dtype.name in PLAIN:

@@ -91,15 +91,6 @@ MIXES: dict[str, Mix] = {
                    classic=(Row("qkv", "Q2_K"),)),
 }  # fmt: skip
 
-# Mean KL divergence, in nats a token, from the F16 file's predictions in llama.cpp, measured on a small model trained
-# with gpt-neox (10.5 M parameters: the larger the model, the less): python -m benchmarks.divergence.
-DIVERGENCES = {
-    "F16": 0.0, "BF16": 0.000004, "Q8_0": 0.000041, "Q6_K": 0.000234, "Q5_K_M": 0.000396, "Q5_K_S": 0.000454,
-    "Q5_1": 0.000489, "Q5_0": 0.000602, "Q4_K_M": 0.001145, "Q4_K_S": 0.001158, "Q4_1": 0.001677, "Q4_0": 0.002052,
-    "IQ4_NL": 0.001398, "IQ4_XS": 0.001383, "Q3_K_L": 0.003292, "Q3_K_M": 0.003685, "Q3_K_S": 0.005654, "Q2_K":
-    0.016927,
-}  # fmt: skip
-
 # For rows that no super-block divides, as llama-quantize does; rows that no block of 32 divides are F16.
 FALLBACK = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "IQ4_XS": "IQ4_NL",

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from neoxconv import dtypes
 from neoxconv.dtypes import Array, DType, Floats, narrow, widen
-from neoxconv.model import Encoding
+from neoxconv.model import Bound, Encoding
 
 WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
 
@@ -62,6 +62,8 @@ def wrong(dtype: DType, rows: Floats, stored: Array, weighted: bool = False) -> 
     return differs
 
 
-F32 = Encoding("F32", dtypes.F32, unchanged, unchanged, partial(wrong, dtypes.F32))
-F16 = Encoding("F16", dtypes.F16, encode_f16, decode_f16, partial(wrong, dtypes.F16))
-BF16 = Encoding("BF16", dtypes.BF16, encode_bf16, decode_bf16, partial(wrong, dtypes.BF16))
+F32 = Encoding("F32", dtypes.F32, unchanged, unchanged, partial(wrong, dtypes.F32), bound=Bound(0, "weight"))
+F16 = Encoding("F16", dtypes.F16, encode_f16, decode_f16, partial(wrong, dtypes.F16), bound=Bound(2.0**-11, "weight"))
+BF16 = Encoding(
+    "BF16", dtypes.BF16, encode_bf16, decode_bf16, partial(wrong, dtypes.BF16), bound=Bound(2.0**-8, "weight")
+)

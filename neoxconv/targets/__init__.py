@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from neoxconv.model import Checkpoint, Content
 from neoxconv.recipe import Recipe
-from neoxconv.targets import gguf, hf, slim
+from neoxconv.targets import bnb, float8, gguf, hf, slim
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,7 @@ TARGETS: dict[str, Target] = {
         Target("safetensors", True,     hf.to_safetensors),
         Target("slim",        False,    slim.to_slim),
         Target("gguf",        True,     gguf.to_gguf),
+        Target("bnb",         False,    bnb.to_bnb),
+        Target("float8",      False,    float8.to_float8),
     )
 }  # fmt: skip

@@ -103,7 +103,7 @@ def with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -
     useful = [name for name, values in found.items() if values.any()]
     return [
         replace(entry, context=Context(found[entry.name] if entry.name in useful else None, thorough))
-        if entry.encoding.search and (thorough or entry.name in useful)
+        if entry.search and (thorough or entry.name in useful)
         else entry
         for entry in entries
     ]
@@ -111,7 +111,7 @@ def with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -
 
 def matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:
     """What the importance matrix was, and the tensors that could have used an entry but have none."""
-    lacking = [e.name for e in entries if e.encoding.search and (e.context is None or e.context.importance is None)]
+    lacking = [e.name for e in entries if e.search and (e.context is None or e.context.importance is None)]
     note = f"importance matrix of {plural(len(matrix.entries), 'tensor')}, sha256 {matrix.sha256}"
     without = f"{plural(len(lacking), 'tensor')} without importances, quantized as if all columns mattered alike: "
     return [note, *([without + listed(lacking)] if lacking else [])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neoxconv import tokenizer
@@ -28,11 +28,18 @@ def unified_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
 
 
 def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
-    """A Hugging Face folder: sharded safetensors, configuration, tokenizer, model card."""
-    entries = unified_entries(checkpoint, recipe)
+    """A Hugging Face folder that transformers loads."""
+    return hf_folder(checkpoint, recipe, unified_entries(checkpoint, recipe))
+
+
+def hf_folder(
+    checkpoint: Checkpoint, recipe: Recipe, entries: Sequence[Entry], settings: Mapping[str, Any] | None = None
+) -> Content:
+    """A folder with sharded safetensors, configuration (with `settings` added), tokenizer, model card."""
     files = hf.layout(entries, recipe.shard_size)
     words = tokenizer_of(checkpoint, recipe.tokenizer)
     config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)) | token_ids(checkpoint, words)
+    config |= settings or {}
     sidecars = {
         "config.json": as_json(config),
         "generation_config.json": hf.generation_config(config),

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from neoxconv.model import Checkpoint
-from neoxconv.quant.mixes import DIVERGENCES, MIXES
+from neoxconv.quant.divergences import DIVERGENCES
+from neoxconv.quant.mixes import MIXES
 from neoxconv.verify.logits import Predictions
 
 # Mean KL divergence from the model as it was trained, measured on a small trained model (docs/numerics.md): what
@@ -45,7 +46,7 @@ def type_of(candidate: Checkpoint) -> str:
         return named[0]
     sizes: Counter[str] = Counter()
     for tensor in candidate.tensors.values():
-        sizes[tensor.dtype.name if tensor.dtype.block > 1 else tensor.native.name] += tensor.nbytes
+        sizes[tensor.dtype.name if tensor.dtype.quantized else tensor.native.name] += tensor.nbytes
     return sizes.most_common(1)[0][0]
 
 
@@ -54,7 +55,7 @@ def default_divergence(source: Checkpoint, candidate: Checkpoint) -> float:
     ranks = len(source.index.ranks)
     joined = ranks > 1 and ranks != len(candidate.index.ranks)
     joining = JOINING[source.norms] + SERIAL * (not source.config.parallel_residual)
-    stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.block > 1}
+    stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized}
     names = {type_of(candidate)} | {MAIN.get(name, name) for name in stored}
     usual = max(DIVERGENCES.values())  # of types that are only read
     rounding = max(ROUNDING.get(name, DIVERGENCES.get(name, usual)) for name in names)

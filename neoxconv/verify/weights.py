@@ -11,14 +11,16 @@ import numpy.typing as npt
 
 from neoxconv.checkpoint import name_tensors
 from neoxconv.dtypes import Floats, narrow
-from neoxconv.model import Checkpoint
-from neoxconv.quant import ENCODINGS, floats
+from neoxconv.encode import rounded, sizes_of
+from neoxconv.model import Checkpoint, Scaled
+from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.targets.gguf import SEARCHED
 from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.verify.report import Finding, Report, TensorError
 
 Progress = Callable[[int], None]
 SLAB = 4 << 20
+EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 LOOSE = 0.8  # relative error of types that are only read: IQ1_S reaches 0.6, other weights give 1 or more
 # What must agree for the two to be one function; GGUF does not say which GELU, llama.cpp computes the tanh form.
 COMPARED = (
@@ -109,14 +111,17 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    for start, stop in slabs(pair.source, SLAB):
+    check = Groups(SCALED[encoding], pair.source) if encoding in SCALED else None
+    for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
         values = floats(stored, pair.target.dtype)
         error = np.abs(weights - values)
         if pair.joined:
             stored = narrow(values, pair.target.native)
-        if encoding in ENCODINGS:
+        if check:
+            bad = check.wrong(weights, values, start, stop)
+        elif encoding in ENCODINGS:
             bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
         else:
             bad = differs(pair, weights, values)
@@ -136,6 +141,28 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
     count = pair.source.rows * pair.source.columns
     what = f"{wrong} of {count} weights are not the source's as {encoding}, the first at {at}"
     return result, Finding(pair.name, what)
+
+
+class Groups:
+    """What weights whose scales lie beside them may have become: each group's size is known from all of the source."""
+
+    def __init__(self, encoding: Scaled, source: LazyTensor) -> None:
+        self.encoding, self.source, self.unit = encoding, source, encoding.grain.unit(source.columns)
+        self.settled = encoding.settle(sizes_of(encoding, source, SLAB))
+
+    def wrong(self, weights: Floats, values: Floats, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer."""
+        grain, nearest = self.encoding.grain, self.encoding.nearest
+        span = grain.span(start, stop, self.source.columns)
+        groups = self.settled.encoded, self.settled.decoded, self.settled.slack
+        size, scale, slack = (grain.spread(numbers[span], weights.shape) for numbers in groups)
+        weights = rounded(self.encoding, self.source, weights)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            asked = np.where(size > 0, weights / size, 0)
+            found = nearest(np.where(scale > 0, values / scale, 0))
+        off_grid = ~(np.abs(values - found * scale) <= EXACT * np.abs(values) + slack)
+        further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + EXACT * np.abs(asked))
+        return np.asarray((off_grid | further) & ~(np.isnan(weights) & np.isnan(values)))
 
 
 def differs(pair: Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:

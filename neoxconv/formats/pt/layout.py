@@ -79,13 +79,18 @@ def layout_zip(name: str, members: Sequence[Member]) -> FileLayout:
             pieces.append((position, member.data + descriptor(member, zlib.crc32(member.data))))
         position += member.size + trailer
     directory = directory_of(members, offsets, position, [0] * len(slots))
-    late.append(Late(position, len(directory), lambda crcs: directory_of(members, offsets, position, crcs)))
+    late.append(Late(position, len(directory), late_directory(members, offsets, position)))
     return FileLayout(name, position + len(directory), tuple(pieces), tuple(slots), tuple(late))
 
 
 def late_descriptor(member: Member, number: int) -> Any:
     """The function that makes the descriptor of the file's entry `number`."""
-    return lambda crcs: descriptor(member, crcs[number])
+    return lambda written: descriptor(member, written[number].crc32)
+
+
+def late_directory(members: Sequence[Member], offsets: Sequence[int], position: int) -> Any:
+    """The function that makes the directory."""
+    return lambda written: directory_of(members, offsets, position, [digest.crc32 for digest in written])
 
 
 def local_header(member: Member, position: int) -> bytes:

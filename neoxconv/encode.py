@@ -1,0 +1,102 @@
+"""One tensor on its way: bands of its rows read, encoded and counted, then what is known when the last of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, narrow, nonfinite, widen
+from neoxconv.model import Encoding, Entry, Scaled
+from neoxconv.quant import floats
+from neoxconv.tensor import LazyTensor, slabs
+
+LARGEST_HALF = 65504
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes that follow those before in part `number` of an entry.
+
+    `nonfinite` and `overflow`: how many of the weights in them are no number, and how many were beyond the encoding's
+    limit.
+    """
+
+    number: int
+    data: Bytes
+    nonfinite: int = 0
+    overflow: int = 0
+
+
+def pieces(entry: Entry, slab: int) -> Iterator[Piece]:
+    """All bytes of an entry's parts, part after part; a band of rows takes at most `slab` bytes as float32."""
+    encoding = entry.encoding
+    if isinstance(encoding, Scaled):
+        yield from scaled_pieces(entry, encoding, slab)
+        return
+    for start, stop in slabs(entry.tensor, slab):
+        yield plain_piece(entry, encoding, entry.tensor.read(start, stop))
+
+
+def plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> Piece:
+    """A band of rows as a type of its own stores them."""
+    if entry.copied:
+        return Piece(0, as_bytes(rows), count_bad(entry, encoding, rows, None, rows))
+    values = floats(rows, entry.tensor.dtype)
+    search = entry.search
+    data = search(values, entry.context) if search and entry.context else encoding.encode(values)
+    overflow = int(np.count_nonzero(np.abs(values) > encoding.limit)) if encoding.limit < np.inf else 0
+    return Piece(0, as_bytes(data), count_bad(entry, encoding, rows, values, data), overflow)
+
+
+def count_bad(entry: Entry, encoding: Encoding, rows: Array, values: Floats | None, data: Array) -> int:
+    """How many values are infinite or not a number: as they are stored, or for quantized types before and after.
+
+    `values` are the rows in float32 where they were needed to encode them. What float16 holds cannot overflow the
+    float16 of a block's step; of wider types a large weight can.
+    """
+    if not encoding.dtype.quantized:
+        return nonfinite(data, encoding.dtype)
+    bad = nonfinite(rows, entry.tensor.dtype)
+    if bad or entry.tensor.dtype is F16:
+        return bad
+    if values is not None and np.abs(values).max(initial=0) <= LARGEST_HALF:
+        return 0
+    return nonfinite(encoding.decode(data), F32)
+
+
+def scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[Piece]:
+    """The codes of a tensor, then the parts that need the sizes of all its groups."""
+    tensor, known = entry.tensor, sizes_of(encoding, entry.tensor, slab) if encoding.whole else None
+    found = []
+    for values in bands(encoding, tensor, slab):
+        sizes = encoding.grain.sizes(values) if known is None else known
+        found.append(sizes)
+        yield Piece(0, as_bytes(encoding.encode(values, sizes)), nonfinite(values, F32))
+    sizes = np.concatenate(found) if known is None else known
+    for number, data in enumerate(encoding.finish(tensor, sizes), 1):
+        yield Piece(number, np.frombuffer(data, np.uint8))
+
+
+def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int) -> Floats:
+    """The size of every group of a tensor, which is read for it."""
+    found = np.concatenate([encoding.grain.sizes(values) for values in bands(encoding, tensor, slab)])
+    return found.max(keepdims=True) if encoding.whole else found
+
+
+def bands(encoding: Scaled, tensor: LazyTensor, slab: int) -> Iterator[Floats]:
+    """The rows of a tensor in float32, rounded as the encoding wants them, in bands of whole groups."""
+    for start, stop in slabs(tensor, slab, encoding.grain.unit(tensor.columns)):
+        yield rounded(encoding, tensor, floats(tensor.read(start, stop), tensor.dtype))
+
+
+def rounded(encoding: Scaled, tensor: LazyTensor, values: Floats) -> Floats:
+    """Values of a tensor, rounded to the type that the encoding takes them in."""
+    dtype = encoding.rounded(tensor.native) if encoding.rounded else tensor.dtype
+    return values if dtype is tensor.dtype else widen(narrow(np.ascontiguousarray(values), dtype), dtype)
+
+
+def as_bytes(data: Array) -> Bytes:
+    """The bytes of an array, flat."""
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)

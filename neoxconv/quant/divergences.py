@@ -1,0 +1,16 @@
+"""How far predictions move: mean KL divergence, in nats a token, from the F16 file's, for every quantized target.
+
+Measured on a small model that was trained with gpt-neox (10.5 M parameters: the larger the model, the less): mixes of
+GGUF in llama.cpp (python -m benchmarks.divergence), the others in float32 with the weights that their files stand for
+(python -m benchmarks.divergence --folders).
+"""
+
+DIVERGENCES = {
+    "F16": 0.0, "BF16": 0.000004, "Q8_0": 0.000041, "Q6_K": 0.000234, "Q5_K_M": 0.000396, "Q5_K_S": 0.000454,
+    "Q5_1": 0.000489, "Q5_0": 0.000602, "Q4_K_M": 0.001145, "Q4_K_S": 0.001158, "Q4_1": 0.001677, "Q4_0": 0.002052,
+    "IQ4_NL": 0.001398, "IQ4_XS": 0.001383, "Q3_K_L": 0.003292, "Q3_K_M": 0.003685, "Q3_K_S": 0.005654, "Q2_K":
+    0.016927,
+    "INT8": 0.000007, "NF4": 0.001238, "NF4_DQ": 0.001244, "FP4": 0.002119, "FP4_DQ": 0.002121,
+    "F8_E4M3": 0.000105, "E4M3_TENSOR": 0.000091, "E4M3_CHANNEL": 0.000091,
+    "F8_E5M2": 0.000389, "E5M2_TENSOR": 0.000389, "E5M2_CHANNEL": 0.000389,
+}  # fmt: skip

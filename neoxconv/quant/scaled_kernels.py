@@ -1,0 +1,117 @@
+"""Inner loops of encodings whose scales lie in tensors of their own; written as in kernels.py, for the same reasons."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from neoxconv.dtypes import Bytes, Floats
+from neoxconv.quant.kernels import ONE, ZERO, f32, i32, kernel, u8, u32
+
+SIZE = u32(0x7FFFFFFF)  # the bits of a float32 without its sign
+ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
+TINY = f32(1e-38)  # what bitsandbytes takes for the largest weight of a block of zeros
+LANES = 8  # float32 in a register: how torch adds up on every x86 CPU
+
+
+@kernel
+def largest(groups: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32]) -> None:
+    """The largest magnitude of every row of float32 bits [n, k], as bits: magnitudes are ordered as their bits are."""
+    for g in range(groups.shape[0]):
+        top = u32(0)
+        row = groups[g]
+        for i in range(row.size):
+            top = max(top, row[i] & SIZE)
+        sizes[g] = top
+
+
+@kernel
+def nearest_codes(blocks: Floats, sizes: Floats, middles: Floats, order: Bytes, packed: Bytes) -> None:
+    """Codes of 4 bits, two in a byte, the first in its upper half: blocks [n, k], sizes [n], packed [n, k / 2].
+
+    A weight over its block's size lies above so many of the 15 `middles` (not on one); `order` gives the code for that.
+    """
+    count, width = blocks.shape
+    ranks = np.empty(width, np.int32)
+    for b in range(count):
+        inverse = ONE / max(sizes[b], TINY)
+        row, out = blocks[b], packed[b]
+        for i in range(row.size):
+            scaled = row[i] * inverse
+            rank = i32(0)
+            for k in range(15):
+                rank += i32(not scaled <= middles[k])
+            ranks[i] = rank
+        for j in range(out.size):
+            out[j] = u8(order[ranks[2 * j]] << 4) | order[ranks[2 * j + 1]]
+
+
+@kernel
+def whole_steps(rows: Floats, sizes: Floats, codes: npt.NDArray[np.int8]) -> None:
+    """Rows [n, k] in steps of a 127th of their sizes [n], rounded to nearest, ties to even; rows of zeros are zeros."""
+    for r in range(rows.shape[0]):
+        inverse = f32(ONE / sizes[r]) * f32(127) if sizes[r] > ZERO else ZERO  # torch: 127 / x is (1 / x) * 127
+        row, out = rows[r], codes[r]
+        for i in range(row.size):
+            out[i] = np.int8(i32(f32(f32(row[i] * inverse) + ROUNDER) - ROUNDER))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def lane_sums(values: Floats) -> Floats:
+    """The sums of every column of [n, k], in the order in which torch's cascade_sum adds rows.
+
+    Rows are added to one accumulator; when it has `step` of them it is added to the next of four, and so on.
+    """
+    count, width = values.shape
+    bits = 0
+    while (1 << bits) < count:
+        bits += 1
+    power = max(4, bits // 4)
+    step = 1 << power
+    levels = np.zeros((4, width), np.float32)
+    i = 0
+    while i + step <= count:
+        for _ in range(step):
+            for k in range(width):
+                levels[0, k] += values[i, k]
+            i += 1
+        for level in range(1, 4):
+            for k in range(width):
+                levels[level, k] += levels[level - 1, k]
+                levels[level - 1, k] = ZERO
+            if i & ((step - 1) << (level * power)):
+                break
+    while i < count:
+        for k in range(width):
+            levels[0, k] += values[i, k]
+        i += 1
+    for level in range(1, 4):
+        for k in range(width):
+            levels[0, k] += levels[level, k]
+    totals: Floats = levels[0]
+    return totals
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def mean(values: Floats) -> np.float32:
+    """The mean of float32 numbers as torch gives it on one thread of an x86 CPU, bit for bit (SumKernel.cpp).
+
+    Four registers of eight lanes are summed side by side, then the registers, the rest of them, the rest, the lanes.
+    """
+    registers = values.size // LANES
+    quads = registers // 4
+    sums = lane_sums(values[: quads * 4 * LANES].reshape(quads, 4 * LANES))
+    lanes = sums[:LANES].copy()
+    for register in range(quads * 4, registers):
+        for k in range(LANES):
+            lanes[k] += values[register * LANES + k]
+    for quarter in range(1, 4):
+        for k in range(LANES):
+            lanes[k] += sums[quarter * LANES + k]
+    total = ZERO
+    for i in range(registers * LANES, values.size):
+        total += values[i]
+    for k in range(LANES):
+        total += lanes[k]
+    return f32(total / f32(values.size))

@@ -1,0 +1,54 @@
+"""The bitsandbytes target: a Hugging Face folder whose linear layers transformers loads quantized as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neoxconv.model import Checkpoint, Content, Scaled
+from neoxconv.quant import SCALED
+from neoxconv.recipe import Recipe
+from neoxconv.targets.hf import TORCH_NAMES, hf_folder, main_dtype
+from neoxconv.targets.linear import quantized_entries
+
+DEFAULT = "NF4"
+THRESHOLD = 6.0  # transformers' default: inputs beyond it are multiplied in float16
+
+
+def to_bnb(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """The folder, its tensors equal to those that bitsandbytes makes of the Hugging Face conversion."""
+    kind = recipe.type or DEFAULT
+    entries = quantized_entries(checkpoint, recipe, encoding_of(recipe))
+    compute = TORCH_NAMES[recipe.compute_dtype] if recipe.compute_dtype else main_dtype(entries)
+    settings = eight_bit() if kind == "INT8" else four_bit(kind.lower(), recipe.double_quant, compute)
+    return hf_folder(checkpoint, recipe, entries, {"quantization_config": settings})
+
+
+def encoding_of(recipe: Recipe) -> Scaled:
+    """The encoding of linear layers that a recipe asks for."""
+    return SCALED[(recipe.type or DEFAULT) + "_DQ" * recipe.double_quant]
+
+
+def eight_bit() -> dict[str, Any]:
+    """transformers' settings for weights of LLM.int8."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": THRESHOLD,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None,  # with embed_out alone, transformers 5 fails
+    }
+
+
+def four_bit(kind: str, double: bool, compute: str) -> dict[str, Any]:
+    """transformers' settings for weights of NF4 and FP4."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": None,
+    }

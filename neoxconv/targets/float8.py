@@ -1,0 +1,50 @@
+"""The float8 target: a Hugging Face folder with linear layers of one byte a weight, for running or for storage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from neoxconv.model import Checkpoint, Content, Encoding, Scaled
+from neoxconv.quant import ENCODINGS, SCALED
+from neoxconv.recipe import Recipe
+from neoxconv.targets.hf import hf_folder
+from neoxconv.targets.linear import quantized_entries
+
+DEFAULT = "E4M3"
+SCALES = {"E4M3": "channel", "E5M2": "none"}  # the defaults
+STORAGE = "float8 for storage: transformers widens these weights when it loads them, neoxconv reads them as they are"
+
+
+def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """The folder; scales in compressed-tensors' words."""
+    kind, scale = choice(recipe)
+    settings = {} if scale == "none" else {"quantization_config": compressed(kind, scale)}
+    content = hf_folder(checkpoint, recipe, quantized_entries(checkpoint, recipe, encoding_of(recipe)), settings)
+    return content if kind == DEFAULT and scale != "none" else replace(content, notes=(*content.notes, STORAGE))
+
+
+def choice(recipe: Recipe) -> tuple[str, str]:
+    """The type and the kind of scale that a recipe asks for."""
+    kind = recipe.type or DEFAULT
+    return kind, recipe.scale or SCALES[kind]
+
+
+def encoding_of(recipe: Recipe) -> Encoding | Scaled:
+    """The encoding of linear layers that a recipe asks for."""
+    kind, scale = choice(recipe)
+    return ENCODINGS[f"F8_{kind}"] if scale == "none" else SCALED[f"{kind}_{scale.upper()}"]
+
+
+def compressed(kind: str, scale: str) -> dict[str, Any]:
+    """compressed-tensors' settings for weights of float8. It knows E4M3 only, and must be told to widen others."""
+    weights = {"num_bits": 8, "type": "float", "strategy": scale, "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "naive-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["embed_out", "lm_head"],  # transformers 5 has the second name for the first
+        **({"dequantize": True} if kind != DEFAULT else {}),
+    }

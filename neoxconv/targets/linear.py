@@ -1,0 +1,26 @@
+"""The weights that quantized folders quantize: the layers' matrices. Embeddings, head, norms and biases are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from neoxconv.model import Checkpoint, Encoding, Entry, Scaled
+from neoxconv.recipe import Recipe
+from neoxconv.targets.hf import unified_entries
+
+ROLES = ("qkv", "attn_out", "mlp_in", "mlp_out")
+
+
+def linear_names(checkpoint: Checkpoint) -> set[str]:
+    """The unified names of the layers' matrices."""
+    weights = checkpoint.architecture.names(checkpoint.config)
+    return {weight.unified for _, weight in weights if weight.role in ROLES}
+
+
+def quantized_entries(checkpoint: Checkpoint, recipe: Recipe, encoding: Encoding | Scaled) -> list[Entry]:
+    """Every tensor under its unified name, the layers' matrices in this encoding."""
+    names = linear_names(checkpoint)
+    return [
+        replace(e, tensor=replace(e.tensor, native=e.encoding.dtype), encoding=encoding) if e.name in names else e
+        for e in unified_entries(checkpoint, recipe)
+    ]
