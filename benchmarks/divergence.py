@@ -2,10 +2,12 @@
 
     python -m benchmarks.divergence --source CHECKPOINT --tokens tokens.npy [--tokenizer FILE] [--mixes Q4_K_M ...]
                                     [--imatrix FILE] [--effort high] [--alone]
+    python -m benchmarks.divergence --source CHECKPOINT --tokens tokens.npy --folders
 
 Mean KL divergence over all positions; both files are made in the same run and compared with the same F16 file, with
 equal types for every tensor. `paired` is the mean difference of the sequences' divergences, ours less theirs, and two
 standard errors of it: ours is no further where the first is at most the second. With --alone only ours is made.
+--folders: bitsandbytes' and float8 folders instead, from the F16 folder, in float32 and in transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv import Recipe, imatrix, make_plan, open_checkpoint, run
+from neoxconv.catalog import RECIPES, option_of
 from neoxconv.quant.mixes import MIXES
+from neoxconv.verify.engines import ENGINES
+from neoxconv.verify.logits import compare_predictions
 from tests.oracles import llama_logits, llama_quantize
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
@@ -39,6 +44,22 @@ def divergence(reference: Logits, logits: Logits) -> npt.NDArray[np.float64]:
     return np.asarray((np.exp(p) * (p - q)).sum(axis=-1).mean(axis=-1))
 
 
+def folders(source: Path, tokens: Any) -> None:
+    """The table of folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf = run(make_plan(open_checkpoint(source), Recipe("hf", dtype="F16")), Path(folder) / "hf")
+        reference = open_checkpoint(hf)
+        print(f"{'':35} {'float32':>10} {'transformers':>12}")
+        for recipe in (recipe for recipe in RECIPES if recipe.format in ("bnb", "float8")):
+            target = run(make_plan(reference, recipe), Path(folder) / "made", overwrite=True)
+            made = open_checkpoint(target)
+            logits = ENGINES["transformers"](target, made, tokens)
+            as_run = compare_predictions(reference, made, tokens, engine="transformers", logits=logits)
+            alone = compare_predictions(reference, made, tokens)
+            means = alone.figures.mean, as_run.figures.mean
+            print(f"{recipe.format:6} {option_of(recipe):28} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, required=True)
@@ -48,7 +69,11 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path)
     parser.add_argument("--effort", default="normal")
     parser.add_argument("--alone", action="store_true")
+    parser.add_argument("--folders", action="store_true")
     given = parser.parse_args()
+    if given.folders:
+        folders(given.source, np.load(given.tokens))
+        return
     importances = imatrix.read(given.imatrix).entries if given.imatrix else None
     checkpoint, tokens = open_checkpoint(given.source), np.load(given.tokens)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaled [--layers 1] [--runs 3] [--tokenizer FILE]
 
-First the encoders on the same rows of float16 in turns. Then, end to end at 20B widths, shards to a folder against
-transformers, which loads the Hugging Face conversion, quantizes it with bitsandbytes on the CPU and saves it.
+First, end to end at 20B widths, shards to a folder against transformers, which loads the Hugging Face conversion,
+quantizes it with bitsandbytes on the CPU and saves it. Then the encoders on the same rows of float16 in turns.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from benchmarks.children import in_turns, measure, median, neoxconv, ratios, show
 from benchmarks.conversion import fresh
@@ -28,8 +27,11 @@ from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from neoxconv.tensor import LazyTensor
 
+if TYPE_CHECKING:
+    import torch
+
 SHAPE = (1024, 6144)
-FLOAT8 = {"F8_E4M3": (torch.float8_e4m3fn, 448.0), "F8_E5M2": (torch.float8_e5m2, 57344.0)}
+FLOAT8 = {"F8_E4M3": ("float8_e4m3fn", 448.0), "F8_E5M2": ("float8_e5m2", 57344.0)}
 TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -72,10 +74,12 @@ def line(name: str, tasks: tuple[Callable[[], object], Callable[[], object]], co
 
 
 def encoders() -> None:
-    """The first table."""
+    """The table of encoders. torch is imported here: a child's peak memory begins with its parent's."""
+    import torch
+
     torch.set_num_threads(1)
     weights = torch.from_numpy((np.random.default_rng(0).standard_normal(SHAPE) * 0.02).astype(np.float16))
-    print("million weights a second, one thread, all bytes equal")
+    print("\nmillion weights a second, one thread, all bytes equal")
     print(f"{'':12} {'ours':>8} {'theirs':>8} {'ratio':>9}")
     for name in ("NF4", "NF4_DQ", "FP4", "FP4_DQ", "INT8"):
         assert ours(name, weights) == theirs(name, weights), f"{name}: the bytes differ from bitsandbytes'"
@@ -83,12 +87,12 @@ def encoders() -> None:
         print(line(name, tasks, weights.numel()), flush=True)
     rows = weights.float()
     for name, (dtype, largest) in FLOAT8.items():
-        encode = ENCODINGS[name].encode
+        encode, kind = ENCODINGS[name].encode, getattr(torch, dtype)
 
         def mine(encode: Callable[[Floats], Any] = encode) -> Bytes:
             return np.asarray(encode(rows.numpy()))
 
-        def other(dtype: torch.dtype = dtype, largest: float = largest) -> torch.Tensor:
+        def other(dtype: torch.dtype = kind, largest: float = largest) -> torch.Tensor:
             return rows.clamp(-largest, largest).to(dtype)
 
         assert np.array_equal(mine(), other().view(torch.uint8).numpy()), f"{name}: the bytes differ from torch's"
@@ -124,12 +128,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--tokenizer", type=Path)
     given = parser.parse_args()
-    encoders()
     folder = Path(tempfile.mkdtemp(prefix="neoxconv-bench-"))
     try:
         conversions(given, folder)
     finally:
         shutil.rmtree(folder)
+    encoders()
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.catalog import RECIPES, option_of
 from neoxconv.errors import PlanError
-from neoxconv.quant.mixes import MIXES
 from neoxconv.verify.engines import ENGINES
 from neoxconv.verify.logits import compare_predictions
 from neoxconv.verify.text import LENGTH, tokens_for
 
-ENGINE = {"hf": "transformers", "gguf": "llama.cpp"}
+ENGINE = {"hf": "transformers", "gguf": "llama.cpp", "bnb": "transformers", "float8": "transformers"}
 ROWS = (
     *((Recipe("hf", dtype=dtype), norms) for dtype in ("F32", "F16", "BF16") for norms in ("mean", "fold", "rank0")),
     (Recipe("safetensors", dtype="F16"), "mean"),
     (Recipe("slim"), "mean"),
     (Recipe("slim", tp=1), "mean"),
-    *((Recipe("gguf", type=mix), "mean") for mix in MIXES),
+    *((recipe, "mean") for recipe in RECIPES if recipe.type),
 )
 
 
@@ -48,7 +48,7 @@ def row(source: Path, recipe: Recipe, norms: str, tokens: Any, folder: Path) -> 
             other = f"{mean:.2e} ({engine})"
         except PlanError:
             other = f"no {engine}"
-    kind = recipe.type or recipe.dtype or (f"TP {recipe.tp}" if recipe.tp else "as stored")
+    kind = option_of(recipe) or (f"TP {recipe.tp}" if recipe.tp else "as stored")
     numbers = f"{found.mean:.2e} | {found.p99:.1e} | {100 * found.top1:.2f} % | {found.perplexity.ratio:.5f}"
     return f"| {recipe.format} {kind} | {norms} | {numbers} | {other} |"
 

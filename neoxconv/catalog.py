@@ -63,14 +63,18 @@ def row(model: Checkpoint, recipe: Recipe) -> Row:
     """What one recipe makes of a model."""
     held = entries(model, recipe)
     nbytes = sum(entry.nbytes for entry in held)
-    option = "--type" if recipe.type else "--dtype"
-    kind = f"{recipe.type or recipe.dtype}{' --double-quant' * recipe.double_quant}"
-    kind += f" --scale {recipe.scale}" if recipe.scale else ""
     linear = next(entry.encoding for entry in held if "query_key_value.weight" in entry.unified)
     name = recipe.type if recipe.format == "gguf" else linear.name if linear.dtype.quantized else None
     bound = None if recipe.format == "gguf" or linear.bound is None else str(linear.bound)
     bits = 8 * nbytes / parameters(model)
-    return Row(recipe.format, option, kind, bits, nbytes, bound, DIVERGENCES.get(name) if name else None)
+    option = "--type" if recipe.type else "--dtype"
+    return Row(recipe.format, option, option_of(recipe), bits, nbytes, bound, DIVERGENCES.get(name) if name else None)
+
+
+def option_of(recipe: Recipe) -> str:
+    """What chooses a row of its format on the command line, behind --type or --dtype."""
+    scale = f" --scale {recipe.scale}" if recipe.scale else ""
+    return f"{recipe.type or recipe.dtype or ''}{' --double-quant' * recipe.double_quant}{scale}"
 
 
 def shapes(preset: str) -> Checkpoint:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.oracles import transformers_logits
+from tests.oracles import program, transformers_logits
 from tests.toy import toy
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ def example(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"to_hf", "to_gguf", "check"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"to_hf", "to_gguf", "quantized", "check"}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -40,6 +40,13 @@ def test_to_gguf_tells_how_far_it_is_and_check_accepts_it(tmp_path: Path) -> Non
     done = example("to_gguf", source, target, "Q8_0")
     assert done.returncode == 0 and done.stderr.split()[-4] == "100%", done.stderr
     assert example("check", source, target).returncode == 0
+
+
+def test_quantized_makes_folders_that_transformers_loads_and_runs(tmp_path: Path) -> None:
+    for name in ("transformers", "bitsandbytes", "compressed_tensors"):
+        program(name)
+    done = example("quantized", toy(tmp_path), tmp_path / "made")
+    assert done.returncode == 0 and done.stdout.count("bytes on disk") == 4, done.stderr
 
 
 def test_check_names_what_differs(tmp_path: Path) -> None:

@@ -119,8 +119,10 @@ def nest(scales: Floats) -> Nested:
     middle = mean(scales)
     groups = grains.whole_blocks(scales - middle, NESTED)
     sizes = grains.sizes(groups)
-    inverse = np.divide(np.float32(1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
-    points = np.clip(groups * inverse[:, None], -1, 1) + np.float32(1)
+    with np.errstate(over="ignore"):
+        inverse = np.divide(np.float32(1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused later, unless it is wanted
+        points = np.nan_to_num(np.clip(groups * inverse[:, None], -1, 1)) + np.float32(1)
     codes = nested_codes()[(points * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(np.int32)]
     codes[sizes == 0] = 0
     return Nested(codes.reshape(-1)[: len(scales)], sizes, middle)

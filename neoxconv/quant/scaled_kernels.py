@@ -97,8 +97,16 @@ def lane_sums(values: Floats) -> Floats:
 def mean(values: Floats) -> np.float32:
     """The mean of float32 numbers as torch gives it on one thread of an x86 CPU, bit for bit (SumKernel.cpp).
 
-    Four registers of eight lanes are summed side by side, then the registers, the rest of them, the rest, the lanes.
+    Four registers of eight lanes are summed side by side, then the registers, the rest of them, the rest, the lanes;
+    of less than one register four numbers side by side, then the rest.
     """
+    if values.size < LANES:
+        total = values[0]
+        for i in range(4, values.size):
+            total += values[i]
+        for i in range(1, min(4, values.size)):
+            total += values[i]
+        return f32(total / f32(values.size))
     registers = values.size // LANES
     quads = registers // 4
     sums = lane_sums(values[: quads * 4 * LANES].reshape(quads, 4 * LANES))

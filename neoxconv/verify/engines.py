@@ -30,12 +30,22 @@ def needed(module: str, package: str) -> ModuleType:
 
 
 def transformers(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
-    """The logits of a Hugging Face folder, in float32."""
+    """The logits of a Hugging Face folder, in float32; of bitsandbytes' weights in the type that the folder says.
+
+    Told another, transformers 5 leaves embeddings and norms of such a folder as they are, and fails.
+    """
     if candidate.index.format != "hf":
         raise PlanError(f"{target}: --engine transformers runs Hugging Face folders, this is {candidate.index.format}.")
     library = needed("transformers", "transformers")
     library.utils.logging.disable_progress_bar()
-    model = library.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    settings = candidate.index.settings.get("quantization_config")
+    packed = isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
+    try:
+        model = library.AutoModelForCausalLM.from_pretrained(target, dtype="auto" if packed else torch.float32).eval()
+    except ImportError as error:
+        raise PlanError(
+            f"{target}: transformers cannot load it ({str(error).strip().splitlines()[0]:.200})."
+        ) from error
     with torch.inference_mode():
         rows = [model(torch.from_numpy(row[None]), use_cache=False).logits[0].float().numpy() for row in tokens]
     return in_bands(np.stack(rows))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from neoxconv.model import Checkpoint
-from neoxconv.quant.divergences import DIVERGENCES
+from neoxconv.quant.divergences import DIVERGENCES, WEIGHTS_ALONE
 from neoxconv.quant.mixes import MIXES
 from neoxconv.verify.logits import Predictions
 
@@ -50,15 +50,16 @@ def type_of(candidate: Checkpoint) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def default_divergence(source: Checkpoint, candidate: Checkpoint) -> float:
+def default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str = "native") -> float:
     """The mean KL divergence that a target of this type, made with the source's norms policy, may have at most."""
+    known = DIVERGENCES | ROUNDING | (WEIGHTS_ALONE if engine == "native" else {})
     ranks = len(source.index.ranks)
     joined = ranks > 1 and ranks != len(candidate.index.ranks)
     joining = JOINING[source.norms] + SERIAL * (not source.config.parallel_residual)
     stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized}
     names = {type_of(candidate)} | {MAIN.get(name, name) for name in stored}
     usual = max(DIVERGENCES.values())  # of types that are only read
-    rounding = max(ROUNDING.get(name, DIVERGENCES.get(name, usual)) for name in names)
+    rounding = max(known.get(name, usual) for name in names)
     return ROOM * (joining * joined + rounding) + 1e-12
 
 
@@ -69,7 +70,11 @@ def check(
     figures = predictions.figures
     mean = asked.get("max_kl")
     limits = [
-        Limit("mean KL divergence", figures.mean, default_divergence(source, candidate) if mean is None else mean)
+        Limit(
+            "mean KL divergence",
+            figures.mean,
+            default_divergence(source, candidate, predictions.engine) if mean is None else mean,
+        )
     ]
     for name, what, found, least in (
         ("max_kl_p99", "99th percentile of KL", figures.p99, False),

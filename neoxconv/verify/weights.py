@@ -159,9 +159,10 @@ class Groups:
         weights = rounded(self.encoding, self.source, weights)
         with np.errstate(divide="ignore", invalid="ignore"):
             asked = np.where(size > 0, weights / size, 0)
-            found = nearest(np.where(scale > 0, values / scale, 0))
+            found = nearest(np.where(scale != 0, values / scale, 0))
         off_grid = ~(np.abs(values - found * scale) <= EXACT * np.abs(values) + slack)
         further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + EXACT * np.abs(asked))
+        further &= np.abs(scale) > slack  # else the scale is lost in its own rounding, and no code can be told
         return np.asarray((off_grid | further) & ~(np.isnan(weights) & np.isnan(values)))
 
 
