@@ -27,10 +27,11 @@ TARGETS = (
     ("slim-tp1",        Recipe("slim", tp=1),         "mean"),
     ("F16.gguf",        Recipe("gguf", type="F16"),   "mean"),
     ("Q8_0.gguf",       Recipe("gguf", type="Q8_0"),  "mean"),
-    ("Q5_1.gguf",       Recipe("gguf", type="Q5_1"),  "mean"),
-    ("Q5_0.gguf",       Recipe("gguf", type="Q5_0"),  "mean"),
-    ("Q4_1.gguf",       Recipe("gguf", type="Q4_1"),  "mean"),
+    ("Q4_K_M.gguf",     Recipe("gguf", type="Q4_K_M"), "mean"),
     ("Q4_0.gguf",       Recipe("gguf", type="Q4_0"),  "mean"),
+    ("nf4",             Recipe("bnb", type="NF4", double_quant=True), "mean"),
+    ("int8",            Recipe("bnb", type="INT8"),   "mean"),
+    ("e4m3",            Recipe("float8"),             "mean"),
 )  # fmt: skip
 HEADER = ("target", "size", "bits/weight", "convert", "verify", "largest relative error", "verdict")
 

@@ -5,50 +5,61 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from neoxconv.coverage import home
 from neoxconv.dtypes import F16, FLOATS, PLAIN, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.model import Index, Part, Scaled
 from neoxconv.quant import SCALED
 from neoxconv.quant.fourbit import BLOCK, NESTED, TORCH
+from neoxconv.quant.int8 import FORMAT
 from neoxconv.tensor import LazyTensor
 
-Tensors = dict[str, LazyTensor]
+NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
+STATE = "weight.quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
 LARGEST_STATE = 4096  # bytes of JSON
 DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH.items()}
+
+
+@dataclass(frozen=True)
+class Module:
+    """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in."""
+
+    where: Path
+    name: str
+    tensors: Mapping[str, LazyTensor]
+    native: DType
+
+    def error(self, part: str, problem: str) -> CheckpointError:
+        """What to raise about one of the tensors."""
+        return CheckpointError(f"{self.where}: {self.name}{part} {problem}")
 
 
 def assembled(index: Index) -> Index:
     """The index with one tensor for each weight and its scales. Raises CheckpointError where they do not fit."""
     if index.format not in ("hf", "safetensors"):
         return index
-    where = str(index.folder if index.format == "hf" else index.files[0].storage.path)
-    return replace(index, ranks=tuple(gathered(tensors, where) for tensors in index.ranks))
-
-
-def gathered(tensors: Tensors, where: str) -> Tensors:
-    """The tensors under the names of weights; whatever belongs to one is part of it."""
-    native = usual(tensors)
-    result, used = dict(tensors), set()
-    for name in tensors:
-        module = name.removesuffix("weight")
-        for marker, find in MARKERS.items():
-            if name != module and module + marker in tensors:
-                whole, names = find(tensors, module, native, where)
-                result[name] = whole
-                used |= names - {name}
-                break
-    return {name: plainly(tensor, native) for name, tensor in result.items() if name not in used}
-
-
-def plainly(tensor: LazyTensor, native: DType) -> LazyTensor:
-    """The tensor, its writers' default a type that is not quantized."""
-    return replace(tensor, native=native) if tensor.native.quantized else tensor
+    (tensors,) = index.ranks
+    native, where = usual(tensors), home(index, 0, "")
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if match := NAME.fullmatch(name):
+            modules.setdefault(match[1], {})[match[2]] = tensor
+    weights = {
+        name + "weight": weight
+        for name, found in modules.items()
+        if (weight := whole(Module(where, name, found, native), index.settings))
+    }
+    parts = {name + part for name, found in modules.items() if name + "weight" in weights for part in found}
+    kept = {name: weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name not in parts}
+    return replace(index, ranks=(kept,))
 
 
 def usual(tensors: Mapping[str, LazyTensor]) -> DType:
@@ -60,97 +71,108 @@ def usual(tensors: Mapping[str, LazyTensor]) -> DType:
     return PLAIN[sizes.most_common(1)[0][0]] if sizes else F16
 
 
-def four_bit(tensors: Tensors, module: str, native: DType, where: str) -> tuple[LazyTensor, set[str]]:
+def whole(module: Module, settings: Mapping[str, Any]) -> LazyTensor | None:
+    """The weight of a module with its scales; None where it has none."""
+    for marker, find in MARKERS.items():
+        if marker in module.tensors and "weight" in module.tensors:
+            return find(module)
+    weight = module.tensors.get("weight")
+    if weight is None or not weight.dtype.quantized:
+        return None
+    if isinstance(settings.get("quantization_config"), dict):
+        raise module.error("weight_scale", f"is missing for a weight of {weight.dtype.name}; download it again.")
+    return replace(weight, native=module.native)
+
+
+def four_bit(module: Module) -> LazyTensor:
     """A weight of bitsandbytes' 4-bit types: its state tells the shape."""
-    kind = next(kind for kind in KINDS if f"{module}weight.quant_state.bitsandbytes__{kind}" in tensors)
-    part = f"weight.quant_state.bitsandbytes__{kind}"
-    state = read_state(tensors[module + part], f"{where}: {module}{part}")
-    encoding = SCALED[kind.upper() + "_DQ" * ("nested_blocksize" in state)]
+    kind = next((kind for kind in KINDS if STATE + kind in module.tensors), None)
+    if kind is None:
+        raise module.error(f"{STATE}nf4", "is missing, or that of fp4; download it again.")
+    state = read_state(module, STATE + kind)
     shape: Any = state.get("shape")
     dtype = DTYPES.get(str(state.get("dtype")))
-    fits = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 40 for n in shape)
-    blocks = state.get("blocksize"), state.get("nested_blocksize", NESTED)
-    if not fits or not dtype or blocks != (BLOCK, NESTED) or type(state.get("nested_offset", 0.0)) is not float:
-        raise CheckpointError(
-            f"{where}: {module}{part} is {json.dumps(state):.300}; expected a shape of two sizes, a dtype among "
-            f"{', '.join(DTYPES)} and blocks of {BLOCK} weights and {NESTED} scales."
+    numbers = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 40 for n in shape)
+    blocks = state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize", NESTED)
+    double = "nested_blocksize" in state
+    mean: Any = state.get("nested_offset") if double else 0
+    finite = type(mean) in (int, float) and math.isfinite(mean)
+    if not numbers or not dtype or blocks != (kind, BLOCK, NESTED) or not finite:
+        raise module.error(
+            STATE + kind,
+            f"is {json.dumps(state):.300}; expected {kind}, a shape of two sizes, a dtype among {', '.join(DTYPES)}, "
+            f"blocks of {BLOCK} weights and {NESTED} scales, and with the latter a nested_offset.",
         )
-    return joined(encoding, like(tuple(shape), encoding, dtype), tensors, module, where)
+    return joined(module, SCALED[kind.upper() + "_DQ" * double], tuple(shape), dtype)
 
 
-def read_state(part: LazyTensor, where: str) -> dict[str, Any]:
+def read_state(module: Module, part: str) -> dict[str, Any]:
     """The JSON in a tensor of bytes."""
-    size = math.prod(part.shape)
+    tensor = module.tensors[part]
     try:
-        value = json.loads(part.read(0, part.rows).tobytes()) if size <= LARGEST_STATE else None
+        value = json.loads(tensor.read(0, tensor.rows).tobytes()) if math.prod(tensor.shape) <= LARGEST_STATE else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is no JSON object of up to {LARGEST_STATE} bytes; download it again.")
+        raise module.error(part, f"is no JSON object of up to {LARGEST_STATE} bytes; download it again.")
     return value
 
 
-def like(shape: tuple[int, ...], encoding: Scaled, native: DType) -> LazyTensor:
-    """A weight that cannot be read yet."""
-
-    def read(start: int, stop: int) -> Any:
-        raise AssertionError(f"rows {start} to {stop} of a tensor without its parts")
-
-    return LazyTensor(shape, encoding.dtype, read, native)
-
-
-def eight_bit(tensors: Tensors, module: str, native: DType, where: str) -> tuple[LazyTensor, set[str]]:
+def eight_bit(module: Module) -> LazyTensor:
     """A weight of LLM.int8, whose codes have its shape."""
-    encoding = SCALED["INT8"]
-    return joined(encoding, like(tensors[module + "weight"].shape, encoding, native), tensors, module, where)
+    order = module.tensors.get(FORMAT)
+    if order and (math.prod(order.shape) != 1 or int(order.read(0, 1).reshape(-1)[0]) != 0):
+        raise module.error(FORMAT, "is not 0: the codes are in a GPU's order; load and save it with bitsandbytes.")
+    return joined(module, SCALED["INT8"], module.tensors["weight"].shape, module.native)
 
 
-def float8(tensors: Tensors, module: str, native: DType, where: str) -> tuple[LazyTensor, set[str]]:
+def float8(module: Module) -> LazyTensor:
     """A weight of float8 with one scale, or one for each row."""
-    codes, scale = tensors[module + "weight"], tensors[module + "weight_scale"]
+    codes, scale = module.tensors["weight"], module.tensors["weight_scale"]
     by = "CHANNEL" if len(scale.shape) == 2 else "TENSOR"
     encoding = SCALED.get(f"{codes.dtype.name.removeprefix('F8_')}_{by}")
     if encoding is None:
-        raise CheckpointError(
-            f"{where}: {module}weight is of type {codes.dtype.name} with scales; expected F8_E4M3 or F8_E5M2."
-        )
-    return joined(encoding, like(codes.shape, encoding, native), tensors, module, where)
+        raise module.error("weight", f"is of type {codes.dtype.name} with scales; expected F8_E4M3 or F8_E5M2.")
+    return joined(module, encoding, codes.shape, module.native)
 
 
-def joined(
-    encoding: Scaled, weight: LazyTensor, tensors: Tensors, module: str, where: str
-) -> tuple[LazyTensor, set[str]]:
-    """The weight with its parts to read from, and their names. Raises CheckpointError where one does not fit."""
-    parts = encoding.parts(weight)
-    found = {part.name: tensors[module + part.name] for part in parts if module + part.name in tensors}
+def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> LazyTensor:
+    """The weight with its parts to read from. Raises CheckpointError where one is missing or does not fit."""
+
+    def unread(start: int, stop: int) -> Any:
+        raise AssertionError(f"rows {start} to {stop} of a tensor without its parts")
+
+    weight = LazyTensor(shape, encoding.dtype, unread, native)
+    parts, tensors = encoding.parts(weight), module.tensors
     raise_all(CheckpointError, (
-        f"{where}: lacks {module}{part.name}, which belongs to {module}weight; download it again."
+        f"{module.where}: lacks {module.name}{part.name}, which belongs to {module.name}weight; download it again."
         for part in parts
-        if part.name not in found
+        if part.name not in tensors and part.name != FORMAT
     ))  # fmt: skip
     raise_all(CheckpointError, (
-        f"{where}: {module}{part.name} is {describe(found[part.name])}; expected {part.dtype.name} {list(part.shape)} "
-        f"for a weight {list(weight.shape)} of {encoding.name}."
+        f"{module.where}: {module.name}{part.name} is {describe(tensors[part.name])}; expected {part.dtype.name} "
+        f"{list(part.shape)} for a weight {list(shape)} of {encoding.name}."
         for part in parts
-        if not fits(part, found[part.name])
+        if part.name in tensors and not fits(part, tensors[part.name])
     ))  # fmt: skip
-    whole = replace(weight, read=encoding.decode(found, weight.shape))
-    return whole, {module + name for name in found}
+    return replace(weight, read=encoding.decode(tensors, shape))
 
 
 def fits(part: Part, tensor: LazyTensor) -> bool:
     """Whether a stored tensor can be this part; scales may be of any float type, a state of any length."""
     alike = tensor.dtype.name == part.dtype.name or {tensor.dtype.name, part.dtype.name} <= set(FLOATS)
-    return alike and (tensor.shape == part.shape or (part.late and len(tensor.shape) == 1))
+    return alike and (tensor.shape == part.shape or (part.name.startswith(STATE) and len(tensor.shape) == 1))
 
 
 def describe(tensor: LazyTensor) -> str:
     return f"{tensor.dtype.name} {list(tensor.shape)}"
 
 
-# What stands beside a quantized weight, after the module's name, and how the two are found.
-MARKERS: dict[str, Callable[[Tensors, str, DType, str], tuple[LazyTensor, set[str]]]] = {
-    **{f"weight.quant_state.bitsandbytes__{kind}": four_bit for kind in KINDS},
+# What stands beside a quantized weight, and how the two are read together.
+MARKERS: dict[str, Callable[[Module], LazyTensor]] = {
+    **{STATE + kind: four_bit for kind in KINDS},
+    "weight.absmax": four_bit,
     "SCB": eight_bit,
+    FORMAT: eight_bit,
     "weight_scale": float8,
 }

@@ -198,7 +198,7 @@ def decode(form: Form, stored: Mapping[str, LazyTensor], shape: tuple[int, ...])
     def read(start: int, stop: int) -> Array:
         span = grains.blocks(BLOCK).span(start, stop, columns)
         first, last = span.start * BLOCK, min(span.stop * BLOCK, count)
-        table = stored["weight.quant_map"].read(0, 16)
+        table = stored["weight.quant_map"].floats(0, 16)
         pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # of each byte
         codes = stored["weight"].read(first // 2, -(-last // 2)).reshape(-1)
         values = grains.whole_blocks(pairs[codes].reshape(-1)[: last - first], BLOCK)
@@ -212,14 +212,14 @@ def scales_of(form: Form, stored: Mapping[str, LazyTensor]) -> Read:
     """A reader of the blocks' scales, float32."""
     absmax = stored["weight.absmax"]
     if not form.double:
-        return absmax.read
+        return absmax.floats
     mean = np.float32(read_state(stored[form.state])["nested_offset"])
 
     def read(start: int, stop: int) -> Array:
-        groups = stored["weight.nested_absmax"].read(start // NESTED, -(-stop // NESTED))
+        groups = stored["weight.nested_absmax"].floats(start // NESTED, -(-stop // NESTED))
         skipped = start % NESTED
         sizes = np.repeat(groups, NESTED)[skipped : skipped + stop - start]
-        return unnest(absmax.read(start, stop), stored["weight.nested_quant_map"].read(0, 256), sizes, mean)
+        return unnest(absmax.read(start, stop), stored["weight.nested_quant_map"].floats(0, 256), sizes, mean)
 
     return read
 

@@ -21,11 +21,12 @@ from neoxconv.quant.grains import ROWS
 from neoxconv.tensor import LazyTensor, Read
 
 LEVELS = 127
+FORMAT = "weight_format"
 
 
 def parts(tensor: LazyTensor) -> tuple[Part, ...]:
     """The stored tensors of a weight."""
-    return Part("weight", I8, tensor.shape), Part("SCB", F32, (tensor.rows,)), Part("weight_format", U8, ())
+    return Part("weight", I8, tensor.shape), Part("SCB", F32, (tensor.rows,)), Part(FORMAT, U8, ())
 
 
 def encode(rows: Floats, sizes: Floats) -> Array:
@@ -46,7 +47,7 @@ def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows. The product is rounded once, so that a code of 127 gives the row's largest weight."""
 
     def read(start: int, stop: int) -> Array:
-        scales = stored["SCB"].read(start, stop).astype(np.float64) / LEVELS
+        scales = stored["SCB"].floats(start, stop).astype(np.float64) / LEVELS
         return (stored["weight"].read(start, stop) * scales[:, None]).astype(np.float32)
 
     return read
