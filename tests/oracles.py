@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import runpy
 import struct
 import subprocess
@@ -131,12 +132,13 @@ def llama_quantize(
     ftype: str | int,
     threads: int = 2,
     imatrix: dict[str, npt.NDArray[np.float32]] | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Write `dst_gguf` as llama-quantize does; `ftype` is a name such as Q4_K_M or its number."""
     llama = program("llama_cpp")
     wanted = llama.llama_model_quantize_default_params()
     wanted.ftype = ftype if isinstance(ftype, int) else llama_ftype(llama, ftype)
-    wanted.nthread = threads
+    wanted.nthread, wanted.dry_run = threads, dry_run
     rows = [(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
             for name, values in (imatrix or {}).items()]  # fmt: skip
     entries = (llama.llama_model_imatrix_data * (len(rows) + 1))(*rows)  # one without a name ends the list
@@ -144,6 +146,24 @@ def llama_quantize(
         wanted.imatrix = entries
     code = llama.llama_model_quantize(os.fsencode(src_gguf), os.fsencode(dst_gguf), ctypes.byref(wanted))
     assert code == 0, f"llama-quantize {src_gguf} to {ftype} gave {code}; its reason is on stderr"
+
+
+def llama_types(
+    src_gguf: Path, ftype: str, imatrix: dict[str, npt.NDArray[np.float32]] | None = None
+) -> dict[str, str]:
+    """The type that llama-quantize would give each tensor, from what it tells of a dry run."""
+    llama = program("llama_cpp")
+    from neoxconv.verify import engines
+
+    lines: list[str] = []
+    heard = llama.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
+    llama.llama_log_set(heard, ctypes.c_void_p(0))
+    try:
+        llama_quantize(src_gguf, src_gguf.with_suffix(".none"), ftype, imatrix=imatrix, dry_run=True)
+    finally:
+        llama.llama_log_set(engines.silent(llama), ctypes.c_void_p(0))
+    told = re.split(r"\[ *\d+/ *\d+\] +", "".join(lines))[1:]
+    return {text.split()[0]: re.findall(r"(?:type = +|-> .*\()(\w+)", text)[-1].upper() for text in told}
 
 
 def write_imatrix(path: Path, model: Path, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:

@@ -19,7 +19,7 @@ from neoxconv.plan import Plan
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.divergences import DIVERGENCES
 from neoxconv.quant.mixes import MIXES
-from tests.oracles import fixtures, llama_logits, llama_quantize, write_imatrix
+from tests.oracles import fixtures, llama_logits, llama_quantize, llama_types, program, write_imatrix
 from tests.toy import toy
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
@@ -45,25 +45,22 @@ def types(plan: Plan) -> dict[str, str]:
     ("layers", "hidden"), [(3, 256), (17, 256), (2, 96), (2, 40)], ids=["shallow", "deep", "narrow", "odd"]
 )
 def test_types_are_those_of_llama_quantize(layers: int, hidden: int, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; run `make oracles`")
     source = toy(tmp_path, layers=layers, hidden=hidden, heads=4, rows=512)
     f16 = run(planned(source, type="F16"), tmp_path / "f16.gguf")
-    theirs, matrix = tmp_path / "theirs.gguf", tmp_path / "imatrix.gguf"
+    matrix = tmp_path / "imatrix.gguf"
     importances = write_imatrix(matrix, f16)
     for given in (None, importances):
-        for mix in [name for name in PACKED if layered(name, given is not None)] if layers > 3 else PACKED:
-            llama_quantize(f16, theirs, mix, imatrix=given)
-            expected = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(theirs).tensors}
+        for mix in PACKED:
+            expected = llama_types(f16, mix, given)
             assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
 
 
-def layered(mix: str, imatrix: bool) -> bool:
-    """Whether layers get different types; with an importance matrix, whether that changes them."""
-    rows = MIXES[mix].rows
-    if imatrix:
-        return any(row.when(0, 17, True) != row.when(0, 17, False) for row in rows)
-    return any(row.when(0, 17, False) != row.when(5, 17, False) for row in rows)
+def test_a_dry_run_tells_the_types_that_a_file_gets(tmp_path: Path) -> None:
+    gguf = program("gguf")
+    f16 = run(planned(toy(tmp_path, layers=3, hidden=256, heads=4), type="F16"), tmp_path / "f16.gguf")
+    llama_quantize(f16, tmp_path / "theirs.gguf", "Q3_K_M")
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors}
+    assert found == llama_types(f16, "Q3_K_M")
 
 
 def test_names_are_those_of_the_tables() -> None:
