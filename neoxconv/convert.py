@@ -1,6 +1,6 @@
 """Carry a plan out: read, join, encode and write each tensor band by band, with nothing half-made ever visible.
 
-All work happens in TARGET.partial/, whose journal lists the plan's fingerprint and the finished steps. Run again, the
+All work happens in TARGET.partial/, whose journal lists the plan's fingerprint and the written slots. Run again, the
 journal is only a hint: the bytes are hashed, what matches is kept, the rest is redone. A rename publishes.
 """
 
@@ -21,7 +21,8 @@ from neoxconv.errors import NeoxconvError
 from neoxconv.journal import Journal
 from neoxconv.model import Digest, Slot
 from neoxconv.plan import Memory, Plan, Step, memory_for
-from neoxconv.publish import check_space, check_target, explain, finish, partial_of, publish
+from neoxconv.publish import check_space, check_target, explain, finish, publish
+from neoxconv.workplace import locked, made_in, partial_of
 
 Progress = Callable[[int], None]
 DEFAULT_MEMORY = 512 << 20
@@ -65,14 +66,14 @@ def run(
     work = partial_of(target)
     try:
         check_space(plan, target, work)
-        work.mkdir(parents=True, exist_ok=True)
-        with Journal(work, resume_key(plan), checked=not allow_nonfinite) as journal:
-            context = Run(work, journal, shares, threading.Event(), progress, allow_nonfinite)
-            prepare_files(plan, work)
+        with locked(work), Journal(work, resume_key(plan), checked=not allow_nonfinite) as journal:
+            made = made_in(work)
+            context = Run(made, journal, shares, threading.Event(), progress, allow_nonfinite)
+            prepare_files(plan, made)
             with ThreadPoolExecutor(shares.jobs) as pool:
                 digests = run_steps(plan, context, pool)
-            finish(plan, work, digests)
-        publish(plan, work, target)
+            finish(plan, made, digests)
+            publish(plan, work, target)
     except OSError as error:
         raise NeoxconvError(explain(error, target)) from error
     return target
@@ -84,10 +85,11 @@ def resume_key(plan: Plan) -> str:
     return hashlib.sha256(f"{plan.fingerprint} {times}".encode()).hexdigest()
 
 
-def prepare_files(plan: Plan, work: Path) -> None:
+def prepare_files(plan: Plan, made: Path) -> None:
     """Every file at its full size (sparse), with the pieces that are known; sidecars whole."""
+    made.mkdir(exist_ok=True)
     for file in plan.files:
-        path = work / file.name
+        path = made / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "r+b" if path.exists() else "w+b") as stream:
             stream.truncate(file.size)
@@ -95,8 +97,8 @@ def prepare_files(plan: Plan, work: Path) -> None:
                 stream.seek(offset)
                 stream.write(piece)
     for name, data in plan.sidecars.items():
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_bytes(data)
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(data)
 
 
 def run_steps(plan: Plan, context: Run, pool: Executor) -> dict[str, Digest]:

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import ClassVar
 
 from neoxconv.errors import PlanError
-from neoxconv.manifest import MANIFEST
 from neoxconv.model import Digest
+from neoxconv.workplace import LOCK, made_in
 
 FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}
 
@@ -59,14 +59,15 @@ class Journal:
 
 
 def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Digest]:
-    """What an earlier run noted; lines cut short are skipped.
+    """What an earlier run noted, if it made files; lines cut short or damaged are skipped.
 
     Raises PlanError where the earlier run had another plan, and for a folder that no run of ours can have left.
     """
     if not path.exists():
-        present = {other.name for other in path.parent.glob("*")} - {path.with_suffix(".new").name}
-        if present and MANIFEST not in present:
+        if {other.name for other in path.parent.glob("*")} - {path.with_suffix(".new").name, LOCK}:
             raise PlanError(f"{path.parent}: is in the way, and not the unfinished work of a conversion; rename it.")
+        return {}
+    if not made_in(path.parent).exists():  # a run was killed just before its first file, or after its last rename
         return {}
     lines = [entry for line in path.read_text(errors="replace").splitlines() if (entry := parse(line))]
     if not lines or lines[0].get("fingerprint") != fingerprint:

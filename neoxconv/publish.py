@@ -13,16 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.journal import Journal
 from neoxconv.manifest import MANIFEST, beside, manifest
 from neoxconv.model import Digest
 from neoxconv.plan import Plan, slot_key
 from neoxconv.terminal import size
-
-
-def partial_of(target: Path) -> Path:
-    """Where a target is made."""
-    return target.with_name(target.name + ".partial")
+from neoxconv.workplace import made_in, partial_of
 
 
 def nearest_folder(target: Path) -> Path:
@@ -104,16 +99,16 @@ def explain(error: OSError, target: Path) -> str:
     return f"{error.filename or target}: {error.strerror or error}{kept}."
 
 
-def finish(plan: Plan, work: Path, digests: dict[str, Digest]) -> None:
+def finish(plan: Plan, made: Path, digests: dict[str, Digest]) -> None:
     """Fill the late ranges, write the manifest, and put everything on disk."""
     for file in plan.files:
         written = [digests[slot_key(file, slot)] for slot in file.slots]
-        with open(work / file.name, "r+b") as stream:
+        with open(made / file.name, "r+b") as stream:
             for late in file.late:
                 stream.seek(late.offset)
                 stream.write(late.make(written))
-    (work / MANIFEST).write_bytes(manifest(plan, work, digests))
-    for path in (*sorted(work.rglob("*")), work):
+    (made / MANIFEST).write_bytes(manifest(plan, made, digests))
+    for path in (*sorted(made.rglob("*")), made, made.parent):
         sync(path)
 
 
@@ -127,22 +122,24 @@ def sync(path: Path) -> None:
 
 
 def publish(plan: Plan, work: Path, target: Path) -> None:
-    """Give the finished work its name; what it replaces is set aside first and removed last."""
+    """Give the finished files their name; what they replace is set aside first and removed last.
+
+    Killed at any point, the next run finds its journal, hashes what it made, and publishes it.
+    """
+    made, aside = made_in(work), target.with_name(f".{target.name}.replaced-by-neoxconv")
     if plan.single:
-        os.replace(work / MANIFEST, beside(target))
-        os.replace(work / plan.files[0].name, target)
-        shutil.rmtree(work)
+        os.replace(made / MANIFEST, beside(target))
+        os.replace(made / plan.files[0].name, target)
     else:
-        aside = target.with_name(f".{target.name}.replaced-by-neoxconv")
         if target.exists():
             remove(aside)
             os.replace(target, aside)
-        (work / Journal.NAME).unlink(missing_ok=True)
-        os.replace(work, target)
-        if aside.is_file():
-            beside(target).unlink(missing_ok=True)
-        remove(aside)
+        os.replace(made, target)
     sync(target.parent)
+    if aside.is_file():
+        beside(target).unlink(missing_ok=True)
+    remove(aside)
+    shutil.rmtree(work)
 
 
 def remove(path: Path) -> None:

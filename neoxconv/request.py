@@ -21,10 +21,11 @@ from neoxconv.manifest import overflows
 from neoxconv.model import Checkpoint
 from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
 from neoxconv.plan import Memory, Plan, make_plan, memory_for
-from neoxconv.publish import check_target, nearest_folder, partial_of
+from neoxconv.publish import check_target, nearest_folder
 from neoxconv.recipe import Recipe
 from neoxconv.terminal import plural, progress_bar, size, table
 from neoxconv.verify.bytes import read_manifest
+from neoxconv.workplace import partial_of
 
 Given = Mapping[str, Any]  # the options by name; None where one was not given
 

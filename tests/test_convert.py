@@ -16,7 +16,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
 from neoxconv.journal import Journal
 from neoxconv.plan import Plan, memory_for
-from neoxconv.publish import partial_of
+from neoxconv.workplace import made_in, partial_of
 from tests.oracles import fixtures
 from tests.toy import toy
 
@@ -93,7 +93,7 @@ def test_what_the_journal_claims_is_hashed_again(tmp_path: Path) -> None:
     whole, cut = run(plan(Recipe("hf")), tmp_path / "whole"), tmp_path / "cut"
     with pytest.raises(PowerCut):
         run(plan(Recipe("hf")), cut, progress=cut_after(30), jobs=1)
-    file = partial_of(cut) / "model.safetensors"
+    file = made_in(partial_of(cut)) / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     file.write_bytes(data)

@@ -18,7 +18,7 @@ LAYERS = (
     "checkpoint",
     "targets",
     "plan",
-    "manifest",
+    "manifest workplace",
     "journal",
     "publish",
     "convert verify catalog inspection",

@@ -21,7 +21,7 @@ from neoxconv.cli import main
 from neoxconv.errors import CheckpointError, NeoxconvError
 from neoxconv.journal import Journal
 from neoxconv.manifest import overflows
-from neoxconv.publish import partial_of
+from neoxconv.workplace import partial_of
 from tests.test_bnb import (
     ALL,
     BNB,
