@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from neoxconv.errors import PlanError
 from neoxconv.model import Digest
-from neoxconv.workplace import LOCK, made_in
+from neoxconv.workplace import LOCK, has_files
 
 FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}
 
@@ -67,7 +67,7 @@ def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Diges
         if {other.name for other in path.parent.glob("*")} - {path.with_suffix(".new").name, LOCK}:
             raise PlanError(f"{path.parent}: is in the way, and not the unfinished work of a conversion; rename it.")
         return {}
-    if not made_in(path.parent).exists():  # a run was killed just before its first file, or after its last rename
+    if not has_files(path.parent):
         return {}
     lines = [entry for line in path.read_text(errors="replace").splitlines() if (entry := parse(line))]
     if not lines or lines[0].get("fingerprint") != fingerprint:

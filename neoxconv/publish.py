@@ -17,7 +17,7 @@ from neoxconv.manifest import MANIFEST, beside, manifest
 from neoxconv.model import Digest
 from neoxconv.plan import Plan, slot_key
 from neoxconv.terminal import size
-from neoxconv.workplace import made_in, partial_of
+from neoxconv.workplace import has_files, locked, made_in, partial_of
 
 
 def nearest_folder(target: Path) -> Path:
@@ -71,12 +71,27 @@ def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
         raise PlanError(f"{target}: cannot be made, because {parent} may not be written to; give another place.")
     occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     if occupied and not overwrite:
+        tidy(target)
         raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
     if occupied and target.is_dir() and not (target / MANIFEST).is_file():
         raise PlanError(
             f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
             "--overwrite replaces only what neoxconv made. Remove it yourself, or give another name."
         )
+
+
+def aside_of(target: Path) -> Path:
+    """Where a target lies that is being replaced."""
+    return target.with_name(f".{target.name}.replaced-by-neoxconv")
+
+
+def tidy(target: Path) -> None:
+    """Remove what a run left behind that was killed after it had published its target."""
+    work = partial_of(target)
+    if work.is_dir() and not has_files(work):
+        with locked(work):
+            remove(aside_of(target))
+            shutil.rmtree(work)
 
 
 def check_space(plan: Plan, target: Path, work: Path) -> None:
@@ -126,7 +141,7 @@ def publish(plan: Plan, work: Path, target: Path) -> None:
 
     Killed at any point, the next run finds its journal, hashes what it made, and publishes it.
     """
-    made, aside = made_in(work), target.with_name(f".{target.name}.replaced-by-neoxconv")
+    made, aside = made_in(work), aside_of(target)
     if plan.single:
         os.replace(made / MANIFEST, beside(target))
         os.replace(made / plan.files[0].name, target)

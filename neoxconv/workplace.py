@@ -27,6 +27,11 @@ def made_in(work: Path) -> Path:
     return work / "target"
 
 
+def has_files(work: Path) -> bool:
+    """Whether any file of a target is there; else a run was killed before its first one, or after its last rename."""
+    return any(path.is_file() for path in made_in(work).rglob("*"))
+
+
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
     """The folder `work`, made where it is missing, for this process alone.
