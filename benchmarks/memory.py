@@ -1,19 +1,22 @@
 """Peak memory of converting shards of 20B widths to each format, at N and at 2N layers, with the default options.
 
-    python -m benchmarks.memory [--layers 2] [--tokenizer FILE]
+    python -m benchmarks.memory [--layers 2] [--tokenizer FILE] [--limit 1GiB] [--jobs 8]
 
-The checkpoints are sparse (zeros that take no room), which changes nothing of what a conversion holds in memory.
+The checkpoints are sparse (zeros that take no room), which changes nothing of what a conversion holds in memory. With
+--limit the operating system gives no process more (RLIMIT_DATA): a conversion that needed more would fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import tempfile
 from pathlib import Path
 
 from benchmarks.children import measure, neoxconv
 from neoxconv import tokenizer
+from neoxconv.options import byte_count
 from neoxconv.synthetic import Synthetic, write_checkpoint
 
 TARGETS = (
@@ -26,6 +29,10 @@ TARGETS = (
     ("gguf Q8_0", ["--to", "gguf", "--type", "Q8_0"]),
     ("gguf Q4_0", ["--to", "gguf", "--type", "Q4_0"]),
     ("gguf Q5_1, folded", ["--to", "gguf", "--type", "Q5_1", "--norms", "fold"]),
+    ("gguf Q4_K_M", ["--to", "gguf", "--type", "Q4_K_M"]),
+    ("bnb NF4, double", ["--to", "bnb", "--type", "NF4", "--double-quant"]),
+    ("bnb INT8", ["--to", "bnb", "--type", "INT8"]),
+    ("float8", ["--to", "float8"]),
 )
 
 
@@ -33,7 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--limit", type=byte_count)
+    parser.add_argument("--jobs", type=int)
     given = parser.parse_args()
+    if given.limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (given.limit, given.limit))
+    jobs = ["--jobs", str(given.jobs)] if given.jobs else []
     words = tokenizer.load(given.tokenizer) if given.tokenizer else None
     folder = Path(tempfile.mkdtemp(prefix="neoxconv-bench-"))
     layers = (given.layers, 2 * given.layers)
@@ -43,7 +55,7 @@ def main() -> None:
             write_checkpoint(folder / str(count), model, words=words, sparse=True)
         print(f"peak memory in MB        {layers[0]:4} layers {layers[1]:4} layers   (goal: 600 at most, equal)")
         for name, options in TARGETS:
-            peaks = [peak(folder, count, options) / 1e6 for count in layers]
+            peaks = [peak(folder, count, [*options, *jobs]) / 1e6 for count in layers]
             print(f"{name:22} {peaks[0]:10.0f} {peaks[1]:11.0f}")
     finally:
         shutil.rmtree(folder)

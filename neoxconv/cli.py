@@ -181,6 +181,9 @@ def formats(**given: Any) -> None:
 @norms
 @configuration
 @of_logits
+@click.option(
+    "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."
+)
 @jobs
 @as_json
 @click.option("--quiet", is_flag=True, help="Print the verdict only.")
@@ -191,8 +194,16 @@ def verify(paths: tuple[Path, ...], **given: Any) -> int:
     SRC is then run as it was trained, rank by rank, and TARGET beside it, streamed from disk layer by layer. The last
     line says which levels ran and whether they passed; the exit code is 3 where anything differs.
     """
-    if len(paths) > 2:
-        raise click.UsageError(f"expected TARGET or SRC TARGET, found {len(paths)} paths.")
+    if len(paths) > (1 if given["sha256sums"] else 2):
+        raise click.UsageError(
+            f"expected TARGET{'' if given['sha256sums'] else ' or SRC TARGET'}, found {len(paths)} paths."
+        )
+    if given["sha256sums"]:
+        from neoxconv.verify.bytes import sha256sums
+
+        for name, digest in sha256sums(paths[0]):
+            click.echo(f"{digest}  {name}")
+        return 0
     level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
     if level != "bytes" and len(paths) == 1:
         raise click.UsageError(f"--level {level} needs the source too: neoxconv verify SRC TARGET.")

@@ -1,4 +1,4 @@
-"""Runs that are killed, run twice at once, or meet a disk that fails: nothing is lost, and the same command finishes."""
+"""Runs that are killed, doubled, or meet a disk that fails: nothing is lost, and the same command finishes."""
 
 from __future__ import annotations
 
@@ -118,6 +118,6 @@ def test_a_source_that_vanishes_is_named(tmp_path: Path) -> None:
     plan, target = planned(tmp_path), tmp_path / "x"
     for file in sorted((tmp_path / "toy").rglob("layer_03*")):
         file.rename(file.with_suffix(".away"))
-    with pytest.raises((CheckpointError, NeoxconvError), match="layer_03.*No such file"):
+    with pytest.raises((CheckpointError, NeoxconvError), match=r"layer_03.*No such file"):
         run(plan, target)
     assert not target.exists()

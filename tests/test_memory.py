@@ -15,6 +15,7 @@ WIDE = Synthetic(layers=1, hidden=6144, heads=64, rows=50432, tp=2, pp=1, contex
 COMMAND = (sys.executable, "-m", "neoxconv", "convert")
 WATCH = """
 import resource, subprocess, sys
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
 subprocess.check_call(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
@@ -27,7 +28,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peak(command: list[str]) -> int:
-    """Peak resident bytes of a command that must succeed; a small process runs it, as a peak begins at the parent's."""
+    """Peak resident bytes of a command that must succeed in 1 GiB; a small process runs it, as a peak begins so."""
     report = subprocess.check_output([sys.executable, "-c", WATCH, *command], text=True)
     return int(report) * UNIT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
+from neoxconv.cli import main
 from neoxconv.errors import CheckpointError
 from tests.oracles import fixtures
 from tests.toy import toy
@@ -20,6 +22,18 @@ from tests.toy import toy
 
 def made(source: Path, target: Path, **recipe: Any) -> Path:
     return run(make_plan(open_checkpoint(source), Recipe(**recipe)), target)
+
+
+def test_sums_are_those_that_sha256sum_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = toy(tmp_path)
+    for name, single in (("hf", False), ("safetensors", True)):
+        target = made(source, tmp_path / "made" / name, format=name)
+        assert main(["verify", str(target), "--sha256sums"]) == 0
+        told = dict(line.split("  ")[::-1] for line in capsys.readouterr().out.splitlines())
+        files = [target] if single else [path for path in target.rglob("*") if path.is_file()]
+        assert told == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert main(["verify", str(source), str(target), "--sha256sums"]) == 2
+    assert main(["verify", str(tmp_path / "none"), "--sha256sums"]) == 1
 
 
 def test_float64_is_compared_exactly(tmp_path: Path) -> None:

@@ -72,6 +72,20 @@ def verify_bytes(target: Path | str, *, progress: Progress = lambda count: None)
     return Report("bytes", f"{len(files)} files, {sum(file['bytes'] for file in files):,} bytes", tuple(findings))
 
 
+def sha256sums(target: Path) -> Iterator[tuple[str, str]]:
+    """The names of a target's files, in order, and the SHA-256 of each: of all in a folder, or of the one file.
+
+    Names are relative to the folder that holds them. Raises CheckpointError where the target is missing.
+    """
+    if not target.exists():
+        raise CheckpointError(f"{target}: does not exist.")
+    files = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
+    for path in files:
+        with open(path, "rb") as stream:
+            name = path.relative_to(target if target.is_dir() else target.parent)
+            yield str(name), hash_range(stream, Range("", 0, path.stat().st_size))
+
+
 def check_file(target: Path, file: dict[str, Any], progress: Progress) -> Iterator[Finding]:
     """What is wrong with one file."""
     path = target / file["name"] if target.is_dir() else target
