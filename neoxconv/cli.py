@@ -24,6 +24,7 @@ from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, FORMATS, MIXES, SCAL
 from neoxconv.options import (
     PATH,
     as_json,
+    check,
     check_logits_options,
     choice_option,
     configuration,
@@ -50,15 +51,25 @@ def commands() -> None:
 @click.argument("source", type=PATH, metavar="SRC")
 @configuration
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@check
+@jobs
 @as_json
 @verbose
-def inspect(source: Path, **given: Any) -> None:
-    """Show what SRC is, its configuration, and what its bytes are for."""
-    from neoxconv import inspection
-    from neoxconv.request import opened
+def inspect(source: Path, **given: Any) -> int:
+    """Show what SRC is, its configuration, and what its bytes are for.
 
-    facts = inspection.inspect(opened(source, given))
-    click.echo(json.dumps(facts) if given["json"] else inspection.render(facts, given["tensors"]))
+    With --check the exit code is 3 where any byte is not as its format's checksums say.
+    """
+    from neoxconv import inspection
+    from neoxconv.request import checked, opened
+
+    checkpoint = opened(source, given)
+    found = checked(checkpoint, given, quiet=given["json"])
+    facts = inspection.inspect(checkpoint, found)
+    click.echo(
+        json.dumps(finite(facts), allow_nan=False) if given["json"] else inspection.render(facts, given["tensors"])
+    )
+    return DIFFERS if found and found.damage else 0
 
 
 @commands.command()
@@ -91,6 +102,7 @@ def inspect(source: Path, **given: Any) -> None:
 @size_option("--split-size", help="gguf: DST is a folder of files of this size at most.")
 @jobs
 @size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within.")
+@check
 @click.option("--overwrite", is_flag=True, help="Replace DST where it exists.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write infinities and NaN as they are.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing.")

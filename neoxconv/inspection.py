@@ -13,10 +13,11 @@ from typing import Any
 
 from neoxconv.checkpoint import describe, parameters, rank_difference
 from neoxconv.formats import deepspeed
+from neoxconv.integrity import Integrity
 from neoxconv.manifest import MANIFEST
 from neoxconv.model import Checkpoint, Index
 from neoxconv.tensor import LazyTensor
-from neoxconv.terminal import size, table
+from neoxconv.terminal import plural, size, table
 
 FORMATS = {
     "neox": "gpt-neox checkpoint",
@@ -27,13 +28,17 @@ FORMATS = {
 GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
 KINDS = ("weights", "optimizer states", "bookkeeping", "config and tokenizer", "other")
 SUFFIXES = (".yml", ".yaml", ".json", ".txt", ".model", ".jinja")
+SHOWN = 20  # findings of a check
 BOOKKEEPING = ("latest", MANIFEST)
 
 
-def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
-    """All that names and headers tell of a source, and how far its ranks' norms are apart, as plain values."""
+def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str, Any]:
+    """All that names and headers tell of a source, and how far its ranks' norms are apart, as plain values.
+
+    With a check also what that found; norms of a damaged source are not compared.
+    """
     index = checkpoint.index
-    return {
+    facts = {
         "source": source(checkpoint),
         "config": describe(checkpoint.config),
         "parameters": parameters(checkpoint),
@@ -43,10 +48,18 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
             for name, t in checkpoint.tensors.items()
         ],
         "files": files_by_kind(index),
-        "rank_difference": rank_difference(checkpoint) if len(index.ranks) > 1 else 0.0,
+        "rank_difference": norms_apart(checkpoint, check),
         "dropped": list(checkpoint.dropped),
         "notes": list(checkpoint.notes),
     }
+    return facts | ({"check": check.facts} if check else {})
+
+
+def norms_apart(checkpoint: Checkpoint, check: Integrity | None) -> float | None:
+    """The largest difference between ranks in any norm; None where the source is damaged."""
+    if check and check.damage:
+        return None
+    return rank_difference(checkpoint) if len(checkpoint.index.ranks) > 1 else 0.0
 
 
 def source(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -131,6 +144,7 @@ def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
         ("tensors", tensor_table(facts)),
         *([("every tensor", every(facts))] if every_tensor else []),
         ("files", file_table(facts)),
+        *([("check", check_table(facts["check"]))] if "check" in facts else []),
         *([("notes", "\n".join(f"  {note}" for note in facts["notes"]))] if facts["notes"] else []),
     ]
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
@@ -147,7 +161,8 @@ def what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("configs", ", ".join(Path(path).name for path in found["configs"]) or "none"),
         ]
     if found["tensor_parallel"] > 1:
-        rows.append(("ranks' norms", f"differ by {facts['rank_difference']:.3g} at most"))
+        apart = facts["rank_difference"]
+        rows.append(("ranks' norms", "not compared" if apart is None else f"differ by {apart:.3g} at most"))
     return [*rows, ("parameters", f"{facts['parameters']:,}"), ("dropped", dropped(facts["dropped"]))]
 
 
@@ -182,3 +197,13 @@ def file_table(facts: Mapping[str, Any]) -> str:
     rows = [(file["kind"], file["count"], f"{file['bytes']:,}", size(file["bytes"])) for file in files]
     count, total = (sum(file[key] for file in files) for key in ("count", "bytes"))
     return table("<>>>", [("kind", "files", "bytes", "size"), *rows, ("sum", count, f"{total:,}", size(total))])
+
+
+def check_table(check: Mapping[str, Any]) -> str:
+    """What was read, what came of it, and up to twenty findings."""
+    read = f"{plural(check['files'], 'file')}, {plural(check['records'], 'record')}, {check['bytes']:,} bytes"
+    bare = plural(check["files_without_checksums"], "file"), plural(check["records_without_checksum"], "record")
+    lines = [table("<<", [("read", read), ("without a checksum", ", ".join(bare)), ("result", check["verdict"])])]
+    lines += [f"    {finding['message']}" for finding in check["findings"][:SHOWN]]
+    more = len(check["findings"]) - SHOWN
+    return "\n".join([*lines, *([f"    ... and {more} more"] if more > 0 else [])])

@@ -70,6 +70,7 @@ configuration = options(
 )
 norms = choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (default), exact fold, or rank 0's.")
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; the processors, 8 at most.")
+check = click.option("--check", is_flag=True, help="Read every byte of SRC first, and compare its checksums.")
 of_logits = options(
     click.option("--text", type=PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]"),
     click.option("--tokens", type=PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),

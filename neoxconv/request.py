@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
@@ -12,9 +13,9 @@ from typing import Any
 
 import click
 
-from neoxconv import convert
+from neoxconv import convert, integrity
 from neoxconv.checkpoint import open_checkpoint, rank_difference
-from neoxconv.errors import PlanError
+from neoxconv.errors import CheckpointError, PlanError, raise_all
 from neoxconv.inspection import FORMATS
 from neoxconv.journal import Journal, read_journal
 from neoxconv.manifest import overflows
@@ -53,6 +54,15 @@ def opened(source: Path, given: Given, norms: str = "mean") -> Checkpoint:
     return open_checkpoint(source, config=given["config"], preset=given["preset"], norms=norms)
 
 
+def checked(checkpoint: Checkpoint, given: Given, quiet: bool) -> integrity.Integrity | None:
+    """What reading every byte of the source finds, with a bar; None where --check is not given."""
+    if not given["check"]:
+        return None
+    total = sum(file.storage.size for file in checkpoint.index.files)
+    with progress_bar(total, "checking", quiet) as progress:
+        return integrity.check(checkpoint, jobs=given["jobs"] or min(os.cpu_count() or 1, 8), progress=progress)
+
+
 def check_options(given: Given) -> None:
     """Raise UsageError where an option is for another format than the one asked for."""
     name = given["format"]
@@ -82,6 +92,7 @@ class Request:
     memory: Memory
     given: Given
     done: int
+    check: integrity.Integrity | None = None  # of the source, where it was asked for
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -140,6 +151,8 @@ class Request:
         if ranks > 1:
             difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
             rows.append(("norms", f"{plan.checkpoint.norms}; {difference}"))
+        if self.check:
+            rows.append(("check", self.check.verdict))
         return table("<<", rows + [("note", note) for note in self.notes])
 
     @property
@@ -199,7 +212,9 @@ def prepare(source: Path, target: Path, given: Given) -> Request:
     plan = make_plan(checkpoint, recipe)
     check_target(plan, target, given["overwrite"])
     done = read_journal(partial_of(target) / Journal.NAME, convert.resume_key(plan), not given["allow_nonfinite"])
-    return Request(source, target, plan, memory, given, len(done))
+    check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
+    raise_all(CheckpointError, map(str, check.damage if check else ()))
+    return Request(source, target, plan, memory, given, len(done), check)
 
 
 def check_apart(checkpoint: Checkpoint, source: Path, target: Path) -> None:

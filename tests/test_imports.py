@@ -16,7 +16,7 @@ LAYERS = (
     "imatrix coverage encode",
     "scales",
     "checkpoint",
-    "targets",
+    "targets integrity",
     "plan",
     "manifest workplace",
     "journal",

@@ -27,7 +27,7 @@ LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt")
 PARTS = (re.compile("latest"), LAYER, STATES, OPTIMIZER)
-SEQUENTIAL = "sequential."
+MODULE, SEQUENTIAL = "module.", "sequential."
 
 
 def layer_file(layer: int, rank: int) -> str:
@@ -38,6 +38,16 @@ def layer_file(layer: int, rank: int) -> str:
 def states_file(rank: int) -> str:
     """The name of a rank's bookkeeping file."""
     return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def source_name(file: str, path: str) -> tuple[str, int | None]:
+    """The index's name for what a file holds under `path`, and its rank; None where it is no weight."""
+    if match := LAYER.fullmatch(file):
+        return f"{int(match[1])}.{path}", int(match[2])
+    match, name = STATES.fullmatch(file), path.removeprefix(MODULE)
+    if match and name != path:
+        return name.removeprefix(SEQUENTIAL), int(match[1])
+    return path, None
 
 
 def by_layer_file(ranks: Sequence[Mapping[str, Entry]], container: type[dict[Any, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import io
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from neoxconv.errors import CheckpointError
@@ -26,24 +26,13 @@ END = struct.Struct("<4s4H2IH")
 END64 = struct.Struct("<4sQ2H2I4Q")
 LOCATOR64 = struct.Struct("<4sIQI")
 FULL = 0xFFFFFFFF  # a field whose value stands in the zip64 extra
+WIDEST = (0xFFFF,) * 4 + (FULL,) * 2  # the fields of the last record when it leaves them to the zip64 one
 
 
 def read_zip(file: Storage) -> PtFile:
     """Index a zip: its directory, the local headers and the pickle are read, no storage is."""
     members, directory = read_directory(file)
-    pickles = [name for name in members if name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise CheckpointError(
-            f"{file.path}: is a zip with {len(pickles)} data.pkl, not a PyTorch file; download it again."
-        )
-    root, found = pickles[0].removesuffix("data.pkl"), members[pickles[0]]
-    if found.size > MAX_PICKLE:
-        raise CheckpointError(f"{file.path}: its data.pkl has {found.size} bytes; at most {MAX_PICKLE} are read.")
-    text = file.text(found.offset, found.size)
-    if found.crc32 and zlib.crc32(text) != found.crc32:
-        raise CheckpointError(
-            f"{file.path}: its data.pkl does not have the CRC-32 that the zip holds; download it again."
-        )
+    root, text = read_pickle(file, members)
     order = members.get(root + "byteorder")
     if order and file.text(order.offset, min(order.size, 16)) != b"little":
         raise CheckpointError(f"{file.path}: its numbers are not little-endian, which is not supported.")
@@ -58,45 +47,80 @@ def read_zip(file: Storage) -> PtFile:
     return PtFile(value, hashlib.sha256(directory + text).hexdigest(), records)
 
 
+def read_pickle(file: Storage, members: Mapping[str, Record]) -> tuple[str, bytes]:
+    """What stands before every member's name, and the pickle; raises CheckpointError where it is not as written."""
+    pickles = [name for name in members if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(
+            f"{file.path}: is a zip with {len(pickles)} data.pkl, not a PyTorch file; download it again."
+        )
+    root, found = pickles[0].removesuffix("data.pkl"), members[pickles[0]]
+    if found.size > MAX_PICKLE:
+        raise CheckpointError(f"{file.path}: its data.pkl has {found.size} bytes; at most {MAX_PICKLE} are read.")
+    text = file.text(found.offset, found.size)
+    if found.crc32 and zlib.crc32(text) != found.crc32:
+        raise CheckpointError(
+            f"{file.path}: its data.pkl does not have the CRC-32 that the zip holds; download it again."
+        )
+    return root, text
+
+
 def read_directory(file: Storage) -> tuple[dict[str, Record], bytes]:
     """The members by name, each stored, whole, inside the file, apart from the others; and the directory's bytes."""
+    headers, directory, limit = read_headers(file)
+    members = {header.name: locate(file, header, limit) for header in headers}
+    if len(members) < len(headers):
+        raise CheckpointError(f"{file.path}: holds a member twice; download it again.")
+    check_apart(file, headers, members)
+    return members, directory
+
+
+def read_headers(file: Storage) -> tuple[list[Central], bytes, int]:
+    """The directory's entries, its bytes and where it begins."""
     cut = f"{file.path}: is cut short or damaged"
     tail_size = min(file.size, END.size + 0xFFFF)
     tail = file.text(file.size - tail_size, tail_size)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < END.size:
         raise CheckpointError(f"{cut}: it has no zip directory at its end; download it again.")
-    _, _, _, _, count, size, offset, comment = END.unpack_from(tail, at)
+    *short, comment = END.unpack_from(tail, at)[1:]
+    told = short
     end = file.size - tail_size + at
     if end + END.size + comment != file.size:
         raise CheckpointError(f"{cut}: its zip does not end where the file does; download it again.")
     if at >= LOCATOR64.size and tail[at - LOCATOR64.size :][:4] == b"PK\x06\x07":
-        end = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)[2]
+        _, disk, end, disks = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
         wide_end = file.text(end, END64.size)
         if wide_end[:4] != b"PK\x06\x06":
             raise CheckpointError(f"{cut}: its zip64 directory is not where it should be; download it again.")
-        count, size, offset = END64.unpack(wide_end)[7:]
+        _, length, _, _, *told = END64.unpack(wide_end)
+        if (disk, disks, length) != (0, 1, END64.size - 12):
+            raise CheckpointError(f"{cut}: its zip64 directory is not alone; download it again.")
+    if told[:2] != [0, 0] or told[2] != told[3] or any(map(differ, short, told, WIDEST)):
+        raise CheckpointError(f"{cut}: the records at its end contradict each other; download it again.")
+    count, size, offset = told[3:]
     if size > MAX_DIRECTORY or count > MAX_MEMBERS or count * CENTRAL.size > size or offset + size != end:
         raise CheckpointError(
             f"{cut}: its zip directory claims {count} members in {size} bytes at {offset}; download it again."
         )
     directory = file.text(offset, size)
-    headers = list(central_entries(file, directory, count))
-    members = {header.name: locate(file, header, offset) for header in headers}
-    if len(members) < count:
-        raise CheckpointError(f"{file.path}: holds a member twice; download it again.")
-    check_apart(file, headers, members)
-    return members, directory
+    return list(central_entries(file, directory, count)), directory, offset
+
+
+def differ(short: int, wide: int, widest: int) -> bool:
+    """Whether a field says otherwise than its zip64 double; it may leave it to that."""
+    return short not in (wide, widest)
 
 
 @dataclass(frozen=True)
 class Central:
-    """What the directory says of a member."""
+    """What the directory says of a member; `repeated` (flags, method, time, date) stands in its local header too."""
 
     name: str
     crc32: int
     size: int
     offset: int
+    repeated: tuple[int, ...]
 
 
 def central_entries(file: Storage, directory: bytes, count: int) -> Iterator[Central]:
@@ -115,7 +139,7 @@ def central_entries(file: Storage, directory: bytes, count: int) -> Iterator[Cen
         size, packed, offset = wide(extra, (size, packed, offset))
         if method or flags & 1 or packed != size:
             raise CheckpointError(f"{file.path}: {name} is compressed or encrypted, which torch.save never does.")
-        yield Central(name, crc, size, offset)
+        yield Central(name, crc, size, offset, fields[3:7])
         at += name_length + extra_length + comment_length
     if at != len(directory):
         raise CheckpointError(f"{file.path}: its zip directory is damaged; download it again.")
