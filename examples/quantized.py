@@ -2,7 +2,7 @@
 
     python examples/quantized.py CHECKPOINT FOLDER
 
-Needs transformers, bitsandbytes (for FOLDER/nf4 and FOLDER/int8) and compressed-tensors (for FOLDER/e4m3).
+Needs transformers, bitsandbytes and accelerate (for FOLDER/nf4 and FOLDER/int8), compressed-tensors (FOLDER/e4m3).
 """
 
 import sys

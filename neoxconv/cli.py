@@ -104,7 +104,7 @@ def inspect(source: Path, **given: Any) -> int:
 @size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within.")
 @check
 @click.option("--overwrite", is_flag=True, help="Replace DST where it exists.")
-@click.option("--allow-nonfinite", is_flag=True, help="Write infinities and NaN as they are.")
+@click.option("--allow-nonfinite", is_flag=True, default=None, help="Write infinities and NaN as they are.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing.")
 @as_json
 @click.option("--quiet", is_flag=True, help="Print errors only.")

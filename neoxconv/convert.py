@@ -61,7 +61,7 @@ def run(
     holds what is done.
     """
     target = Path(target).resolve()
-    shares = memory_for(jobs, memory)
+    shares = memory_for(jobs, memory, plan.kept)
     check_target(plan, target, overwrite)
     work = partial_of(target)
     try:
@@ -155,13 +155,13 @@ def hashed(slot: Slot, descriptor: int, context: Run) -> str:
 def write_step(step: Step, descriptor: int, context: Run) -> list[Digest]:
     """Write one tensor at its planned places; the digests of their bytes."""
     entry, name = step.entry, step.file.name
-    tallies = [Tally(bool(step.file.late)) for _ in step.slots]
+    tallies = [Tally(step.file.crcs) for _ in step.slots]
     bad, overflow, text = 0, 0, b""
     for piece in pieces(entry, context.memory.slab):
         if context.stop.is_set():
             raise Stopped
         bad, overflow = bad + piece.nonfinite, overflow + piece.overflow
-        if piece.number == len(step.slots):  # a late part has no place of its own
+        if entry.parts[piece.number].late:  # it has no place of its own
             text = piece.data.tobytes()
             continue
         tally = tallies[piece.number]
@@ -171,7 +171,7 @@ def write_step(step: Step, descriptor: int, context: Run) -> list[Digest]:
     if bad and not context.allow_nonfinite:
         raise NeoxconvError(
             f"{name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
-            "Choose a wider type (--dtype bf16 or f32), or write them as they are with --allow-nonfinite."
+            "Choose a wider type (--dtype or --type), or write them as they are with --allow-nonfinite."
         )
     for slot, tally in zip(step.slots, tallies, strict=True):
         if tally.count != slot.part.nbytes:

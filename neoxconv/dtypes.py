@@ -19,7 +19,10 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class DType:
-    """How numbers are stored: `block` of them take `nbytes` bytes, read as arrays of `stored`."""
+    """How numbers are stored: `block` of them take `nbytes` bytes, read as arrays of `stored`.
+
+    Of types whose scales lie beside them (`Scaled`), `stored` is float32: whoever reads them decodes them.
+    """
 
     name: str
     block: int

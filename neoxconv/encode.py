@@ -68,27 +68,30 @@ def count_bad(entry: Entry, encoding: Encoding, rows: Array, values: Floats | No
 
 def scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[Piece]:
     """The codes of a tensor, then the parts that need the sizes of all its groups."""
-    tensor, known = entry.tensor, sizes_of(encoding, entry.tensor, slab) if encoding.whole else None
-    found = []
-    for values in bands(encoding, tensor, slab):
-        sizes = encoding.grain.sizes(values) if known is None else known
-        found.append(sizes)
-        yield Piece(0, as_bytes(encoding.encode(values, sizes)), nonfinite(values, F32))
-    sizes = np.concatenate(found) if known is None else known
+    tensor, grain = entry.tensor, encoding.grain
+    sizes = sizes_of(encoding, tensor, slab) if encoding.whole else np.empty(encoding.groups(tensor), np.float32)
+    for start, values in bands(encoding, tensor, slab):
+        span = grain.span(start, start + len(values), tensor.columns)
+        if not encoding.whole:
+            sizes[span] = grain.sizes(values)
+        yield Piece(0, as_bytes(encoding.encode(values, sizes[span])), nonfinite(values, F32))
     for number, data in enumerate(encoding.finish(tensor, sizes), 1):
         yield Piece(number, np.frombuffer(data, np.uint8))
 
 
 def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int) -> Floats:
-    """The size of every group of a tensor, which is read for it."""
-    found = np.concatenate([encoding.grain.sizes(values) for values in bands(encoding, tensor, slab)])
-    return found.max(keepdims=True) if encoding.whole else found
+    """The size of every group of a tensor, or of the tensor where that is one, which is read for it."""
+    sizes = np.zeros(encoding.groups(tensor), np.float32)
+    for start, values in bands(encoding, tensor, slab):
+        found, span = encoding.grain.sizes(values), encoding.grain.span(start, start + len(values), tensor.columns)
+        sizes[span] = np.maximum(sizes, found) if encoding.whole else found
+    return sizes
 
 
-def bands(encoding: Scaled, tensor: LazyTensor, slab: int) -> Iterator[Floats]:
-    """The rows of a tensor in float32, rounded as the encoding wants them, in bands of whole groups."""
+def bands(encoding: Scaled, tensor: LazyTensor, slab: int) -> Iterator[tuple[int, Floats]]:
+    """The first row and the rows in float32, rounded as the encoding wants them, of bands of whole groups."""
     for start, stop in slabs(tensor, slab, encoding.grain.unit(tensor.columns)):
-        yield rounded(encoding, tensor, floats(tensor.read(start, stop), tensor.dtype))
+        yield start, rounded(encoding, tensor, floats(tensor.read(start, stop), tensor.dtype))
 
 
 def rounded(encoding: Scaled, tensor: LazyTensor, values: Floats) -> Floats:

@@ -44,7 +44,7 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
         "parameters": parameters(checkpoint),
         "groups": groups(checkpoint),
         "tensors": [
-            {"name": name, "dtype": t.native.name, "shape": list(t.shape), "bytes": native_bytes(t)}
+            {"name": name, "dtype": type_name(t), "shape": list(t.shape), "bytes": native_bytes(t)}
             for name, t in checkpoint.tensors.items()
         ],
         "files": files_by_kind(index),
@@ -83,9 +83,14 @@ def generation(checkpoint: Checkpoint) -> str:
     return next((era for era, name in zip(GENERATIONS, spelled, strict=True) if name in endings), "unknown")
 
 
+def type_name(tensor: LazyTensor) -> str:
+    """The type in which the source holds a tensor."""
+    return tensor.dtype.name if tensor.dtype.quantized else tensor.native.name
+
+
 def native_bytes(tensor: LazyTensor) -> int:
-    """Bytes of a whole tensor in the source's own number type."""
-    return tensor.rows * tensor.native.size(tensor.columns)
+    """Bytes of a whole tensor in that type."""
+    return tensor.nbytes if tensor.dtype.quantized else tensor.rows * tensor.native.size(tensor.columns)
 
 
 def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -94,7 +99,7 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     total: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for _, weight in checkpoint.architecture.names(checkpoint.config):
         tensor = checkpoint.tensors[weight.unified]
-        key = weight.role, tensor.native.name, tensor.shape
+        key = weight.role, type_name(tensor), tensor.shape
         count[key] += 1
         total[key] += native_bytes(tensor)
     return [

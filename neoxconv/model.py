@@ -180,9 +180,10 @@ class Bound:
 
     part: float
     of: str
+    least: str = ""  # what small weights may be rounded by, where that is more
 
     def __str__(self) -> str:
-        return f"{self.part:.3g} of the {self.of}"
+        return f"{self.part:.3g} of the {self.of}{', or ' * bool(self.least)}{self.least}"
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,10 @@ class Scaled:
     rounded: Callable[[DType], DType] | None = None
     whole: bool = False
 
+    def groups(self, tensor: LazyTensor) -> int:
+        """How many groups, each with a size, a tensor has."""
+        return 1 if self.whole else int(self.grain.span(0, tensor.rows, tensor.columns).stop)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -286,6 +291,11 @@ class Entry:
         """Bytes of all parts, late ones at their longest."""
         return sum(part.nbytes for part in self.parts)
 
+    @property
+    def kept(self) -> int:
+        """Bytes that are held until the last row is encoded: sizes, and what is made of them."""
+        return 2 * 4 * self.encoding.groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -302,7 +312,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Digest:
-    """What is kept of written bytes: their SHA-256, and their CRC-32 where the container holds one, else 0.
+    """What is kept of written bytes: their SHA-256, and their CRC-32 where the layout wants it, else 0.
 
     Of an entry's first slot also how many of its weights were beyond its encoding's limit, and its late part.
     """
@@ -331,6 +341,7 @@ class FileLayout:
     pieces: tuple[tuple[int, bytes], ...]
     slots: tuple[Slot, ...]
     late: tuple[Late, ...] = ()
+    crcs: bool = False  # whether late ranges want the slots' CRC-32s
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,11 @@ class Plan:
         return sum(self.sizes.values())
 
     @property
+    def kept(self) -> int:
+        """Bytes that a worker holds at most until a tensor is done."""
+        return max((step.entry.kept for step in self.steps), default=0)
+
+    @property
     def encodings(self) -> dict[str, int]:
         """How many tensors each encoding gets."""
         return dict(Counter(step.entry.encoding.name for step in self.steps))
@@ -176,22 +181,23 @@ class Memory:
 
     jobs: int
     slab: int
+    kept: int  # bytes that a worker holds until a tensor is done
 
     @property
     def peak(self) -> int:
         """Bytes expected at most."""
-        return BASE + COPIES * self.jobs * self.slab
+        return BASE + self.jobs * (COPIES * self.slab + self.kept)
 
 
-def memory_for(jobs: int | None, memory: int) -> Memory:
+def memory_for(jobs: int | None, memory: int, kept: int = 0) -> Memory:
     """As many jobs as wanted (default: processors, 8 at most) and slabs of 2 MiB at most, within `memory` bytes.
 
     Jobs fall before a slab gets under 1 MiB. Raises PlanError where not even one fits.
     """
     wanted = jobs or min(os.cpu_count() or 1, 8)
-    room = (memory - BASE) // COPIES
-    if room < SMALLEST_SLAB:
-        least = (BASE + COPIES * SMALLEST_SLAB) // MIB
-        raise PlanError(f"--memory {size(memory)} is too little; at least {least} MiB are needed.")
-    workers = min(wanted, room // SMALLEST_SLAB)
-    return Memory(workers, min(SLAB, room // workers))
+    least = COPIES * SMALLEST_SLAB + kept
+    if memory - BASE < least:
+        needed = -(-(BASE + least) // MIB)
+        raise PlanError(f"--memory {size(memory)} is too little; at least {needed} MiB are needed.")
+    workers = min(wanted, (memory - BASE) // least)
+    return Memory(workers, min(SLAB, ((memory - BASE) // workers - kept) // COPIES), kept)

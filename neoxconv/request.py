@@ -41,6 +41,7 @@ ONLY_FOR = {
     "shard_size": FOLDERS,
     "split_size": ("gguf",),
     **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),
+    "allow_nonfinite": (*PLAIN_TARGETS, "gguf"),
     "double_quant": ("bnb",),
     "compute_dtype": ("bnb",),
     "scale": ("float8",),
@@ -205,16 +206,18 @@ def prepare(source: Path, target: Path, given: Given) -> Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
     check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
-    memory = memory_for(given["jobs"], given["memory"])
+    memory_for(given["jobs"], given["memory"])  # too little is told before anything is opened
     checkpoint = opened(source, given, given["norms"] or "mean")
     target = target.resolve()
     check_apart(checkpoint, source, target)
     plan = make_plan(checkpoint, recipe)
+    memory = memory_for(given["jobs"], given["memory"], plan.kept)
     check_target(plan, target, given["overwrite"])
     done = read_journal(partial_of(target) / Journal.NAME, convert.resume_key(plan), not given["allow_nonfinite"])
     check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
     raise_all(CheckpointError, map(str, check.damage if check else ()))
-    return Request(source, target, plan, memory, given, len(done), check)
+    finished = sum(all(key in done for key in step.keys) for step in plan.steps)
+    return Request(source, target, plan, memory, given, finished, check)
 
 
 def check_apart(checkpoint: Checkpoint, source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.coverage import home
-from neoxconv.dtypes import F16, FLOATS, PLAIN, DType
+from neoxconv.dtypes import F16, FLOATS, PLAIN, U8, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.model import Index, Part, Scaled
 from neoxconv.quant import SCALED
@@ -25,6 +25,7 @@ NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may be
 STATE = "weight.quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
 LARGEST_STATE = 4096  # bytes of JSON
+LARGEST_MEAN = 3.4e38  # what float32 holds
 DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH.items()}
 
 
@@ -52,14 +53,15 @@ def assembled(index: Index) -> Index:
     for name, tensor in tensors.items():
         if match := NAME.fullmatch(name):
             modules.setdefault(match[1], {})[match[2]] = tensor
-    weights = {
-        name + "weight": weight
-        for name, found in modules.items()
-        if (weight := whole(Module(where, name, found, native), index.settings))
-    }
-    parts = {name + part for name, found in modules.items() if name + "weight" in weights for part in found}
+    weights: dict[str, LazyTensor] = {}
+    parts: set[str] = set()
+    for name, found in modules.items():
+        if weight := joined_weight(Module(where, name, found, native), index.settings):
+            weights[name + "weight"] = weight.tensor
+            parts |= {name + part for part in weight.parts}
     kept = {name: weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name not in parts}
-    return replace(index, ranks=(kept,))
+    plain = {name: replace(t, native=native) if t.native.quantized else t for name, t in kept.items()}
+    return replace(index, ranks=(plain,))
 
 
 def usual(tensors: Mapping[str, LazyTensor]) -> DType:
@@ -71,7 +73,15 @@ def usual(tensors: Mapping[str, LazyTensor]) -> DType:
     return PLAIN[sizes.most_common(1)[0][0]] if sizes else F16
 
 
-def whole(module: Module, settings: Mapping[str, Any]) -> LazyTensor | None:
+@dataclass(frozen=True)
+class Joined:
+    """A weight that can be read, and which tensors of its module it is read from."""
+
+    tensor: LazyTensor
+    parts: tuple[str, ...]
+
+
+def joined_weight(module: Module, settings: Mapping[str, Any]) -> Joined | None:
     """The weight of a module with its scales; None where it has none."""
     for marker, find in MARKERS.items():
         if marker in module.tensors and "weight" in module.tensors:
@@ -80,11 +90,11 @@ def whole(module: Module, settings: Mapping[str, Any]) -> LazyTensor | None:
     if weight is None or not weight.dtype.quantized:
         return None
     if isinstance(settings.get("quantization_config"), dict):
-        raise module.error("weight_scale", f"is missing for a weight of {weight.dtype.name}; download it again.")
-    return replace(weight, native=module.native)
+        raise module.error("weight", f"is of type {weight.dtype.name}, but has no weight_scale that can be read.")
+    return None
 
 
-def four_bit(module: Module) -> LazyTensor:
+def four_bit(module: Module) -> Joined:
     """A weight of bitsandbytes' 4-bit types: its state tells the shape."""
     kind = next((kind for kind in KINDS if STATE + kind in module.tensors), None)
     if kind is None:
@@ -96,7 +106,7 @@ def four_bit(module: Module) -> LazyTensor:
     blocks = state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize", NESTED)
     double = "nested_blocksize" in state
     mean: Any = state.get("nested_offset") if double else 0
-    finite = type(mean) in (int, float) and math.isfinite(mean)
+    finite = type(mean) in (int, float) and abs(mean) <= LARGEST_MEAN
     if not numbers or not dtype or blocks != (kind, BLOCK, NESTED) or not finite:
         raise module.error(
             STATE + kind,
@@ -118,15 +128,15 @@ def read_state(module: Module, part: str) -> dict[str, Any]:
     return value
 
 
-def eight_bit(module: Module) -> LazyTensor:
+def eight_bit(module: Module) -> Joined:
     """A weight of LLM.int8, whose codes have its shape."""
     order = module.tensors.get(FORMAT)
-    if order and (math.prod(order.shape) != 1 or int(order.read(0, 1).reshape(-1)[0]) != 0):
+    if order and order.dtype is U8 and (math.prod(order.shape) != 1 or order.read(0, 1).any()):
         raise module.error(FORMAT, "is not 0: the codes are in a GPU's order; load and save it with bitsandbytes.")
     return joined(module, SCALED["INT8"], module.tensors["weight"].shape, module.native)
 
 
-def float8(module: Module) -> LazyTensor:
+def float8(module: Module) -> Joined:
     """A weight of float8 with one scale, or one for each row."""
     codes, scale = module.tensors["weight"], module.tensors["weight_scale"]
     by = "CHANNEL" if len(scale.shape) == 2 else "TENSOR"
@@ -136,7 +146,7 @@ def float8(module: Module) -> LazyTensor:
     return joined(module, encoding, codes.shape, module.native)
 
 
-def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> LazyTensor:
+def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> Joined:
     """The weight with its parts to read from. Raises CheckpointError where one is missing or does not fit."""
 
     def unread(start: int, stop: int) -> Any:
@@ -155,7 +165,8 @@ def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DTy
         for part in parts
         if part.name in tensors and not fits(part, tensors[part.name])
     ))  # fmt: skip
-    return replace(weight, read=encoding.decode(tensors, shape))
+    names = tuple(part.name for part in parts if part.name in tensors)
+    return Joined(replace(weight, read=encoding.decode(tensors, shape)), names)
 
 
 def fits(part: Part, tensor: LazyTensor) -> bool:
@@ -169,7 +180,7 @@ def describe(tensor: LazyTensor) -> str:
 
 
 # What stands beside a quantized weight, and how the two are read together.
-MARKERS: dict[str, Callable[[Module], LazyTensor]] = {
+MARKERS: dict[str, Callable[[Module], Joined]] = {
     **{STATE + kind: four_bit for kind in KINDS},
     "weight.absmax": four_bit,
     "SCB": eight_bit,

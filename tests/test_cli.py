@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "shard_size": ["1MB"], "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
           "imatrix": ["m.gguf"], "effort": ["high"], "double_quant": [], "compute_dtype": ["f16"],
-          "scale": ["none"]}  # fmt: skip
+          "scale": ["none"],
+          "allow_nonfinite": []}  # fmt: skip
 
 
 @pytest.fixture

@@ -93,10 +93,14 @@ def plain(name: str) -> bool:
 def layout(entries: Sequence[Entry], shard_size: int) -> tuple[FileLayout, ...]:
     """Files of at most `shard_size` bytes of tensors, filled in order; a larger tensor has one to itself."""
     groups: list[list[Entry]] = [[]]
+    size = 0
     for entry in entries:
-        if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > shard_size:
+        nbytes = entry.nbytes
+        if groups[-1] and size + nbytes > shard_size:
             groups.append([])
+            size = 0
         groups[-1].append(entry)
+        size += nbytes
     count = len(groups)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [FILES[0][0]]
     return tuple(safetensors.layout(n, group, {"format": "pt"}) for n, group in zip(names, groups, strict=True))

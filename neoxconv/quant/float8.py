@@ -54,7 +54,17 @@ class Form:
     @property
     def bound(self) -> Bound:
         """How far a normal number is rounded; smaller ones no further than the smallest normal one."""
-        return Bound(2.0 ** -(self.mantissa + 1), "weight")
+        return Bound(2.0 ** -(self.mantissa + 1), "weight", f"{self.smallest / 2:.2g}")
+
+    @property
+    def scaled_bound(self) -> Bound:
+        """The same of what is scaled, by twice the largest weight over the largest number at most."""
+        return Bound(self.bound.part, "weight", f"{self.smallest / self.largest:.2g} of the largest")
+
+    @property
+    def smallest(self) -> float:
+        """The smallest number above 0."""
+        return float(2.0 ** (1 - self.bias - self.mantissa))
 
 
 @cache
@@ -180,7 +190,7 @@ def scaled(form: Form, name: str, by_row: bool) -> Scaled:
         partial(decode_scaled, form, by_row),
         partial(nearest, form),
         partial(settle, form),
-        form.bound,
+        form.scaled_bound,
         whole=not by_row,
     )
 

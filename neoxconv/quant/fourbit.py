@@ -29,6 +29,7 @@ from neoxconv.tensor import LazyTensor, Read
 
 BLOCK, NESTED = 64, 256
 LONGEST = 24  # characters of a float32 in JSON
+CHUNK = 4096 * NESTED  # scales that are nested at a time
 STEPS = 65536  # bitsandbytes looks the nearest number of a nested table up on a grid of so many points
 WIDEST = 0.0142  # the largest distance of two neighbours in the nested table: a step that rounding may decide
 TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -116,16 +117,19 @@ def nest(scales: Floats) -> Nested:
     """The scales of a tensor's blocks, quantized to 8 bits."""
     from neoxconv.quant.scaled_kernels import mean
 
-    middle = mean(scales)
-    groups = grains.whole_blocks(scales - middle, NESTED)
-    sizes = grains.sizes(groups)
-    with np.errstate(over="ignore"):
-        inverse = np.divide(np.float32(1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused later, unless it is wanted
-        points = np.nan_to_num(np.clip(groups * inverse[:, None], -1, 1)) + np.float32(1)
-    codes = nested_codes()[(points * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(np.int32)]
-    codes[sizes == 0] = 0
-    return Nested(codes.reshape(-1)[: len(scales)], sizes, middle)
+    codes, sizes = np.empty(len(scales), np.uint8), np.empty(-(-len(scales) // NESTED), np.float32)
+    with np.errstate(all="ignore"):  # what is not finite is refused when all is written, unless it is wanted
+        middle = np.float32(mean(scales))
+        for start in range(0, len(scales), CHUNK):
+            groups = grains.whole_blocks(scales[start : start + CHUNK] - middle, NESTED)
+            found = grains.sizes(groups)
+            inverse = np.divide(np.float32(1), found, out=np.zeros_like(found), where=found > 0)
+            points = np.nan_to_num(np.clip(groups * inverse[:, None], -1, 1)) + np.float32(1)
+            nearest = nested_codes()[(points * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(np.int32)]
+            nearest[found == 0] = 0
+            codes[start : start + CHUNK] = nearest.reshape(-1)[: len(scales) - start]
+            sizes[start // NESTED : start // NESTED + len(found)] = found
+    return Nested(codes, sizes, middle)
 
 
 def unnest(codes: Bytes, table: Floats, sizes: Floats, mean: np.float32) -> Floats:
@@ -255,7 +259,9 @@ def scaled(form: Form) -> Scaled:
         partial(decode, form),
         partial(nearest, form),
         partial(settle, form),
-        Bound(float(np.diff(form.values[form.order]).max() / 2), "block's largest"),
+        Bound(
+            float(np.diff(form.values[form.order]).max() / 2), "block's largest", "more where that is rounded" * form.double
+        ),
         lambda native: native,
     )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from neoxconv.errors import PlanError
 from neoxconv.model import Checkpoint, Content, Scaled
+from neoxconv.names import BNB_TYPES
 from neoxconv.quant import SCALED
 from neoxconv.recipe import Recipe
 from neoxconv.targets.hf import TORCH_NAMES, hf_folder, main_dtype
@@ -24,8 +26,13 @@ def to_bnb(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 
 
 def encoding_of(recipe: Recipe) -> Scaled:
-    """The encoding of linear layers that a recipe asks for."""
-    return SCALED[(recipe.type or DEFAULT) + "_DQ" * recipe.double_quant]
+    """The encoding of linear layers that a recipe asks for. Raises PlanError where there is none."""
+    kind = recipe.type or DEFAULT
+    if kind not in BNB_TYPES or (recipe.double_quant and kind + "_DQ" not in SCALED):
+        raise PlanError(f"bnb has {', '.join(BNB_TYPES)}, the first two also with double quantization; found {kind}.")
+    if recipe.compute_dtype not in (None, *TORCH_NAMES):
+        raise PlanError(f"compute dtype {recipe.compute_dtype}: expected one of {', '.join(TORCH_NAMES)}.")
+    return SCALED[kind + "_DQ" * recipe.double_quant]
 
 
 def eight_bit() -> dict[str, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from neoxconv.errors import PlanError
 from neoxconv.model import Checkpoint, Content, Encoding, Scaled
+from neoxconv.names import SCALES
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.recipe import Recipe
 from neoxconv.targets.hf import hf_folder
 from neoxconv.targets.linear import quantized_entries
 
 DEFAULT = "E4M3"
-SCALES = {"E4M3": "channel", "E5M2": "none"}  # the defaults
-STORAGE = "float8 for storage: transformers widens these weights when it loads them, neoxconv reads them as they are"
+DEFAULTS = {"E4M3": "channel", "E5M2": "none"}  # the scales, where none are asked for
+STORAGE = "float8 for storage: transformers 5 widens these weights when it loads them, neoxconv reads them as they are"
 
 
 def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
@@ -27,7 +29,11 @@ def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 def choice(recipe: Recipe) -> tuple[str, str]:
     """The type and the kind of scale that a recipe asks for."""
     kind = recipe.type or DEFAULT
-    return kind, recipe.scale or SCALES[kind]
+    if kind not in DEFAULTS or recipe.scale not in (None, *SCALES):
+        raise PlanError(
+            f"float8 has {', '.join(DEFAULTS)} with scales {', '.join(SCALES)}; found {kind} {recipe.scale}."
+        )
+    return kind, recipe.scale or DEFAULTS[kind]
 
 
 def encoding_of(recipe: Recipe) -> Encoding | Scaled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,13 +44,18 @@ def hf_folder(
     sidecars = {
         "config.json": as_json(config),
         "generation_config.json": hf.generation_config(config),
-        "README.md": hf.model_card(title(checkpoint), provenance(checkpoint)),
+        "README.md": hf.model_card(title(checkpoint), [*provenance(checkpoint), ("Tensors", held(entries))]),
         **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
         **(tokenizer.hf_files(words, checkpoint.config.context) if words else {}),
     }
     return Content(
         files, sidecars, () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
     )
+
+
+def held(entries: Sequence[Entry]) -> str:
+    """How many tensors have each type."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(entry.encoding.name for entry in entries).items())
 
 
 def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:

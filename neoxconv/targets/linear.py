@@ -20,6 +20,7 @@ def linear_names(checkpoint: Checkpoint) -> set[str]:
 def quantized_entries(checkpoint: Checkpoint, recipe: Recipe, encoding: Encoding | Scaled) -> list[Entry]:
     """Every tensor under its unified name, the layers' matrices in this encoding."""
     names = linear_names(checkpoint)
+    # The type in which a plain target would keep a weight is the one that it is rounded to, and said to have been.
     return [
         replace(e, tensor=replace(e.tensor, native=e.encoding.dtype), encoding=encoding) if e.name in names else e
         for e in unified_entries(checkpoint, recipe)

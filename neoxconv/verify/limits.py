@@ -39,7 +39,7 @@ class Limit:
 
 
 def type_of(candidate: Checkpoint) -> str:
-    """The mix of a GGUF file, else the type of most matrix bytes."""
+    """The mix of a GGUF file, else the type of most bytes, a quantized one if there is any."""
     number = candidate.index.settings.get("general.file_type")
     named = [name for name, mix in MIXES.items() if mix.file_type == number]
     if candidate.index.format == "gguf" and named:
@@ -47,7 +47,8 @@ def type_of(candidate: Checkpoint) -> str:
     sizes: Counter[str] = Counter()
     for tensor in candidate.tensors.values():
         sizes[tensor.dtype.name if tensor.dtype.quantized else tensor.native.name] += tensor.nbytes
-    return sizes.most_common(1)[0][0]
+    quantized = [tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized]
+    return max(quantized or sizes, key=lambda name: sizes[name])
 
 
 def default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str = "native") -> float:

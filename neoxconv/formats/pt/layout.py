@@ -80,7 +80,7 @@ def layout_zip(name: str, members: Sequence[Member]) -> FileLayout:
         position += member.size + trailer
     directory = directory_of(members, offsets, position, [0] * len(slots))
     late.append(Late(position, len(directory), late_directory(members, offsets, position)))
-    return FileLayout(name, position + len(directory), tuple(pieces), tuple(slots), tuple(late))
+    return FileLayout(name, position + len(directory), tuple(pieces), tuple(slots), tuple(late), crcs=True)
 
 
 def late_descriptor(member: Member, number: int) -> Any:
