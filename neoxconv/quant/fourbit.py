@@ -260,7 +260,9 @@ def scaled(form: Form) -> Scaled:
         partial(nearest, form),
         partial(settle, form),
         Bound(
-            float(np.diff(form.values[form.order]).max() / 2), "block's largest", "more where that is rounded" * form.double
+            float(np.diff(form.values[form.order]).max() / 2),
+            "block's largest",
+            "more where that is rounded" * form.double,
         ),
         lambda native: native,
     )
