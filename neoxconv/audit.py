@@ -13,12 +13,10 @@ from neoxconv.errors import CheckpointError, VerifyError
 from neoxconv.model import Checkpoint
 from neoxconv.publish import check_side_file
 from neoxconv.request import Given, opened
-from neoxconv.terminal import progress_bar, table
+from neoxconv.terminal import first_of, progress_bar, table
 from neoxconv.verify import verify_bytes, verify_weights
 from neoxconv.verify.bytes import read_manifest
 from neoxconv.verify.report import Finding, Report, TensorError, verdicts
-
-SHOWN = 20  # findings of a level
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ class Outcome:
 
 def findings(report: Report) -> list[str]:
     """What is wrong, up to twenty lines of it."""
-    more = [f"    ... and {len(report.findings) - SHOWN} more"] if len(report.findings) > SHOWN else []
-    return [f"    {finding}" for finding in report.findings[:SHOWN]] + more
+    return first_of(report.findings)
 
 
 def errors(report: Report) -> str:

@@ -17,7 +17,7 @@ from neoxconv.integrity import Integrity
 from neoxconv.manifest import MANIFEST
 from neoxconv.model import Checkpoint, Index
 from neoxconv.tensor import LazyTensor
-from neoxconv.terminal import plural, size, table
+from neoxconv.terminal import first_of, plural, size, table
 
 FORMATS = {
     "neox": "gpt-neox checkpoint",
@@ -28,7 +28,6 @@ FORMATS = {
 GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
 KINDS = ("weights", "optimizer states", "bookkeeping", "config and tokenizer", "other")
 SUFFIXES = (".yml", ".yaml", ".json", ".txt", ".model", ".jinja")
-SHOWN = 20  # findings of a check
 BOOKKEEPING = ("latest", MANIFEST)
 
 
@@ -209,6 +208,4 @@ def check_table(check: Mapping[str, Any]) -> str:
     read = f"{plural(check['files'], 'file')}, {plural(check['records'], 'record')}, {check['bytes']:,} bytes"
     bare = plural(check["files_without_checksums"], "file"), plural(check["records_without_checksum"], "record")
     lines = [table("<<", [("read", read), ("without a checksum", ", ".join(bare)), ("result", check["verdict"])])]
-    lines += [f"    {finding['message']}" for finding in check["findings"][:SHOWN]]
-    more = len(check["findings"]) - SHOWN
-    return "\n".join([*lines, *([f"    ... and {more} more"] if more > 0 else [])])
+    return "\n".join([*lines, *first_of([finding["message"] for finding in check["findings"]])])

@@ -29,7 +29,7 @@ AGAIN = "download the file again"
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """What one thread reads: a record of a zip, or a band of a file without checksums."""
 
     file: Storage
@@ -81,7 +81,7 @@ class Damage:
 class Found:
     """What reading a part gave: the bytes that could be read, whether its zip holds no checksum of it, any damage."""
 
-    part: Part
+    part: Stretch
     nbytes: int
     bare: bool = False
     damage: Damage | None = None
@@ -145,14 +145,14 @@ def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: Progress = lambda 
     )
 
 
-def parts_of(file: Storage, format: str) -> list[Part]:
+def parts_of(file: Storage, format: str) -> list[Stretch]:
     """A file's parts: the records of a torch zip, else bands."""
     if format in ("neox", "hf") and file.path.suffix != ".safetensors" and file.text(0, min(2, file.size)) == b"PK":
-        return [Part(file, record.offset, record.size, record) for record in records_of(file)]
-    return [Part(file, start, min(BAND, file.size - start)) for start in range(0, file.size, BAND)]
+        return [Stretch(file, record.offset, record.size, record) for record in records_of(file)]
+    return [Stretch(file, start, min(BAND, file.size - start)) for start in range(0, file.size, BAND)]
 
 
-def read_part(part: Part, progress: Progress) -> Found:
+def read_part(part: Stretch, progress: Progress) -> Found:
     """Read a part, slab by slab, and compare its CRC-32 if it has one."""
     crc, done, end = 0, 0, part.offset + part.size
     try:
@@ -168,12 +168,12 @@ def read_part(part: Part, progress: Progress) -> Found:
         return Found(part, done, damage=Damage(part.file.path, part.name, f"from byte {part.offset + done} on {what}"))
 
 
-def bare(part: Part, crc32: int) -> bool:
+def bare(part: Stretch, crc32: int) -> bool:
     """Whether the zip holds no CRC-32 of a record."""
     return part.record is not None and part.record.crc32 == 0 != crc32
 
 
-def judged(part: Part, crc32: int) -> Damage | None:
+def judged(part: Stretch, crc32: int) -> Damage | None:
     """What is wrong with a part that could be read; its bytes have the CRC-32."""
     record, path = part.record, part.file.path
     if record is None:

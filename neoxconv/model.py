@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -278,7 +279,7 @@ class Entry:
         """What decides its bytes besides the weights."""
         return [self.name, self.encoding.name, *([self.context.digest] if self.context else [])]
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The tensors that the target holds of it: one, or codes and what belongs to them."""
         if isinstance(self.encoding, Encoding):

@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.coverage import home
-from neoxconv.dtypes import F16, FLOATS, PLAIN, U8, DType
+from neoxconv.dtypes import F16, FLOATS, PLAIN, TORCH_NAMES, U8, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.model import Index, Part, Scaled
-from neoxconv.quant import SCALED
-from neoxconv.quant.fourbit import BLOCK, NESTED, TORCH
+from neoxconv.quant import SCALED, fourbit
+from neoxconv.quant.fourbit import BLOCK, NESTED, STATE
 from neoxconv.quant.int8 import FORMAT
 from neoxconv.tensor import LazyTensor
 
 NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
-STATE = "weight.quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
 LARGEST_STATE = 4096  # bytes of JSON
 LARGEST_MEAN = 3.4e38  # what float32 holds
-DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH.items()}
+DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def read_state(module: Module, part: str) -> dict[str, Any]:
     """The JSON in a tensor of bytes."""
     tensor = module.tensors[part]
     try:
-        value = json.loads(tensor.read(0, tensor.rows).tobytes()) if math.prod(tensor.shape) <= LARGEST_STATE else None
+        value = fourbit.read_state(tensor) if math.prod(tensor.shape) <= LARGEST_STATE else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

@@ -62,3 +62,9 @@ def progress_bar(total: int, what: str, quiet: bool, unit: str = "B") -> Iterato
                 bar.update(count)
 
         yield advance
+
+
+def first_of(items: Sequence[object], most: int = 20) -> list[str]:
+    """The first of the items as indented lines, and how many more there are."""
+    more = [f"    ... and {len(items) - most} more"] if len(items) > most else []
+    return [f"    {item}" for item in items[:most]] + more

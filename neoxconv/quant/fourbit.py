@@ -22,17 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv.dtypes import F32, U8, Array, Bytes, DType, Floats
+from neoxconv.dtypes import F32, TORCH_NAMES, U8, Array, Bytes, DType, Floats
 from neoxconv.model import Bound, Part, Scaled, Settled
 from neoxconv.quant import grains
 from neoxconv.tensor import LazyTensor, Read
 
 BLOCK, NESTED = 64, 256
+STATE = "weight.quant_state.bitsandbytes__"  # and the kind
 LONGEST = 24  # characters of a float32 in JSON
 CHUNK = 4096 * NESTED  # scales that are nested at a time
 STEPS = 65536  # bitsandbytes looks the nearest number of a nested table up on a grid of so many points
 WIDEST = 0.0142  # the largest distance of two neighbours in the nested table: a step that rounding may decide
-TORCH = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Form:
     @property
     def state(self) -> str:
         """The name of the part that holds the quantization's state."""
-        return f"weight.quant_state.bitsandbytes__{self.kind}"
+        return STATE + self.kind
 
 
 @cache
@@ -174,7 +174,7 @@ def state(form: Form, tensor: LazyTensor, mean: float) -> bytes:
     facts: dict[str, Any] = {
         "quant_type": form.kind,
         "blocksize": BLOCK,
-        "dtype": TORCH[tensor.native.name],
+        "dtype": TORCH_NAMES[tensor.native.name],
         "shape": list(tensor.shape),
     }
     if form.double:
@@ -228,9 +228,9 @@ def scales_of(form: Form, stored: Mapping[str, LazyTensor]) -> Read:
     return read
 
 
-def read_state(part: LazyTensor) -> dict[str, Any]:
-    """The values in a quantization's state."""
-    return dict(json.loads(part.read(0, part.rows).tobytes()))
+def read_state(part: LazyTensor) -> Any:
+    """The JSON in a quantization's state. Raises ValueError where it is none."""
+    return json.loads(part.read(0, part.rows).tobytes())
 
 
 def settle(form: Form, sizes: Floats) -> Settled:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from neoxconv.dtypes import TORCH_NAMES
 from neoxconv.errors import PlanError
 from neoxconv.model import Checkpoint, Content, Scaled
 from neoxconv.names import BNB_TYPES
 from neoxconv.quant import SCALED
 from neoxconv.recipe import Recipe
-from neoxconv.targets.hf import TORCH_NAMES, hf_folder, main_dtype
+from neoxconv.targets.hf import hf_folder, main_dtype
 from neoxconv.targets.linear import quantized_entries
 
 DEFAULT = "NF4"

@@ -9,6 +9,7 @@ from typing import Any
 
 from neoxconv import tokenizer
 from neoxconv.checkpoint import tokenizer_of
+from neoxconv.dtypes import TORCH_NAMES
 from neoxconv.formats import hf, safetensors
 from neoxconv.model import Checkpoint, Content, Encoding, Entry
 from neoxconv.quant import ENCODINGS
@@ -64,9 +65,6 @@ def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     facts = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries))
     config = json.dumps(facts | token_ids(checkpoint, None), separators=(",", ":"))
     return Content((safetensors.layout("model.safetensors", entries, {"format": "pt", "config": config}),), {})
-
-
-TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 def main_dtype(entries: Sequence[Entry]) -> str:
