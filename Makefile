@@ -12,7 +12,7 @@ INSTALL := $(VENV)/bin/pip install -q -c constraints.txt
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check bench verify-table oracles clean
+.PHONY: help demo test lint check bench fuzz verify-table oracles clean
 
 help:     ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
@@ -33,13 +33,16 @@ check:    lint test ## all that CI checks
 bench:    $(VENV)/.run ## measure speed and memory
 	@for name in encoders conversion memory; do echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
 
+fuzz:     $(VENV)/.run ## feed damaged and hostile files to every parser: FUZZ_ARGS='--inputs 1000 zip'
+	$(VENV)/bin/python -m tests.fuzz $(FUZZ_ARGS)
+
 verify-table: $(VENV)/.test ## how far every target's predictions are: SOURCE=checkpoint TOKENS=ids.npy
 	$(VENV)/bin/python -m benchmarks.verify_table --source $(SOURCE) $(if $(TOKENS),--tokens $(TOKENS))
 
 oracles:  $(VENV)/.llama $(TF4)/.oracles $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
 
 clean:    ## remove the environments and all that was made here
-	rm -rf $(VENV) $(TF4) build dist demo-out *.egg-info .*_cache .hypothesis
+	rm -rf $(VENV) $(TF4) build dist demo-out fuzz-failures *.egg-info .*_cache .hypothesis
 
 $(VENV)/bin/pip $(TF4)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \

@@ -99,7 +99,7 @@ def find_architecture(index: Index) -> Architecture:
     key = {"hf": "model_type", "safetensors": "model_type", "gguf": "general.architecture"}.get(index.format)
     name = index.settings.get(key, "gpt_neox") if key else "gpt_neox"
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise CheckpointError(f"{index.folder}: is a {name} model; expected {' or '.join(ARCHITECTURES)}.")
+        raise CheckpointError(f"{index.where}: is a {name} model; expected {' or '.join(ARCHITECTURES)}.")
     return ARCHITECTURES[name]
 
 
@@ -118,7 +118,7 @@ def patterns(architecture: Architecture, naming: str) -> list[Pattern]:
     for weight in architecture.weights:
         spelled = {"neox": weight.source, "unified": (weight.unified,), "gguf": (weight.gguf,)}[naming]
         for name in spelled:
-            text = re.escape(name).replace(re.escape("{i}"), r"(\d+)")
+            text = re.escape(name).replace(re.escape("{i}"), r"(\d{1,9})")
             prefix, shift = (r"(\d+)\.", FIRST_LAYER) if naming == "neox" else ("", 0)
             found.append(Pattern(re.compile(prefix + text), weight, shift))
     return found

@@ -32,7 +32,7 @@ def check(index: Index, named: Named, left: list[list[str]], architecture: Archi
     names = {weight.unified for _, weight in architecture.names(config)}
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         problems += [
-            f"{index.folder}: {name} does not belong to a model of {config.layers} layers"
+            f"{index.where}: {name} does not belong to a model of {config.layers} layers"
             f"{' whose head is its embedding (tied)' * config.tied}."
             for name in known
             if name not in names
@@ -53,7 +53,7 @@ def check_degree(index: Index) -> list[str]:
     if degree == len(index.ranks):
         return []
     return [
-        f"{index.folder}: the configuration says model_parallel_size {degree} but the files are those of "
+        f"{index.where}: the configuration says model_parallel_size {degree} but the files are those of "
         f"{len(index.ranks)} rank(s). Download the missing ranks' files, or give the right YAML with --config."
     ]
 
@@ -65,7 +65,7 @@ def check_layers(index: Index, named: Named, architecture: Architecture, config:
     found = sum(fnmatchcase(name, pattern) for name in named[0])
     if found == config.layers:
         return []
-    where = ", ".join(map(str, index.configs)) or str(index.folder)
+    where = ", ".join(map(str, index.configs)) or str(index.where)
     return [
         f"{where}: the configuration says {config.layers} layers but the files hold {found}; "
         "download what is missing, or give the right one with --config or --preset."
@@ -94,7 +94,7 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
     problems = []
     if config.hidden % config.heads:
         problems.append(
-            f"{index.folder}: {config.heads} heads do not divide hidden size {config.hidden}; "
+            f"{index.where}: {config.heads} heads do not divide hidden size {config.hidden}; "
             "give the right configuration."
         )
     for layer, weight in architecture.names(config):

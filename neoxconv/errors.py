@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-SHOWN = 10
+SHOWN, LONGEST = 10, 700  # problems, and characters of one
 
 
 class NeoxconvError(Exception):
-    """Any failure that the user can understand and act on; the command line prints it as one line."""
+    """Any failure that the user can understand and act on. Each argument is a problem, printed as one line."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(one_line, self.args))
 
 
 class CheckpointError(NeoxconvError):
@@ -23,9 +26,18 @@ class VerifyError(NeoxconvError):
     """The result is not what it should be."""
 
 
+def one_line(problem: object) -> str:
+    """A text that may hold what a file says, without anything that ends a line or that a terminal obeys, not too long.
+
+    A name in a file could otherwise print a verdict of its own.
+    """
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(problem))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-100:]}"
+
+
 def raise_all(kind: type[NeoxconvError], problems: Iterable[str]) -> None:
     """Raise `kind` with up to ten of `problems`, one a line; do nothing when there are none."""
     found = list(problems)
     if found:
         more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise kind("\n".join(found[:SHOWN] + more))
+        raise kind(*found[:SHOWN], *more)

@@ -115,6 +115,12 @@ class Index:
     configs: tuple[Path, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
 
+    @property
+    def where(self) -> Path:
+        """What messages call the source: the file that it is, or the folder."""
+        alone = self.format in ("gguf", "safetensors") and len(self.files) == 1
+        return self.files[0].storage.path if alone else self.folder
+
 
 @dataclass(frozen=True)
 class Context:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from neoxconv.errors import one_line
+
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -38,7 +40,7 @@ def plural(count: int, noun: str) -> str:
 
 def table(align: str, rows: Sequence[Sequence[object]]) -> str:
     """Rows as lines with columns of equal width; `align` has `<` or `>` for each column."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(align, widths, strict=True))
     return "\n".join("  " + line.format(*row).rstrip() for row in cells)

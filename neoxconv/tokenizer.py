@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,7 +53,7 @@ class Tokenizer:
     def parsed(self) -> dict[str, Any]:
         """What `data` says. Raises CheckpointError where that is not a byte-level BPE tokenizer.json."""
         try:
-            parsed = json.loads(self.data)
+            parsed = json.loads(self.data.decode())
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.name}: is not JSON ({error}). {WANTED}") from error
         found = _misfit(parsed)
@@ -201,8 +202,8 @@ def _beyond_gguf(parsed: Mapping[str, Any]) -> list[str]:
     greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
     plain = isinstance(splitter, dict) and {**BYTE_LEVEL, **splitter, "trim_offsets": True} == BYTE_LEVEL
     faults = (
-        (parsed.get("normalizer") not in NORMALIZERS.values(), f"normalizer {parsed.get('normalizer')}"),
-        (not plain, f"pre_tokenizer {splitter}"),
+        (parsed.get("normalizer") not in NORMALIZERS.values(), f"normalizer {reprlib.repr(parsed.get('normalizer'))}"),
+        (not plain, f"pre_tokenizer {reprlib.repr(splitter)}"),
         (isinstance(after, dict) and after.get("type") != "ByteLevel", "a post_processor that adds tokens"),
         (options, f"BPE with {', '.join(options)}"),
         (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),

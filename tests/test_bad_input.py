@@ -130,7 +130,7 @@ BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "latest of nothing": (empty_step, ("global_step10: holds neither layer_NN",)),
     "lists without end": (
         lambda step: next((step / "configs").glob("*")).write_text(ENDLESS),
-        ("num_layers is missing",),
+        ("cannot be read as YAML (it is nested deeper",),
     ),
     "empty latest": (lambda step: (step.parent / "latest").write_text(""), ("latest: names ''",)),
 }

@@ -8,8 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "neoxconv"
 LAYERS = (
-    "errors dtypes names recipe terminal __version__",
-    "storage",
+    "errors dtypes names recipe __version__",
+    "storage terminal",
     "tensor tokenizer",
     "model tokenizer_find",
     "arch formats quant fold",

@@ -146,7 +146,7 @@ def from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[M
         )
     which = f"{' and '.join(p.name for p in fits)} have these shapes" if fits else "no released model has these shapes"
     raise CheckpointError(
-        f"{index.folder}: there is no configuration beside the weights, and {which} ({known}). Unknown: "
+        f"{index.where}: there is no configuration beside the weights, and {which} ({known}). Unknown: "
         "num_attention_heads, max_position_embeddings, rotary_pct, rotary_emb_base, gpt_j_residual, bias_gelu_fusion, "
         "layernorm_epsilon. "
         "Give the training YAML with --config FILE, or --preset NAME."
@@ -166,8 +166,9 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
     rope, scaling = (as_table(settings.get(key)) for key in ("rope_parameters", "rope_scaling"))
     rope_type = next((t[key] for t in (scaling, rope) for key in ("rope_type", "type") if key in t), "default")
     activation = settings.get("hidden_act", "gelu")
+    where = str(index.folder / "config.json")
     problems = [
-        f"config.json: {key} is {found!r}, which is not supported; expected {expected}."
+        f"{where}: {key} is {found!r:.80}, which is not supported; expected {expected}."
         for key, found, expected in (
             ("rope_type", rope_type, "default"),
             ("hidden_act", activation, " or ".join(ACTIVATIONS)),
@@ -176,7 +177,7 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
         if found not in ((*ACTIVATIONS,) if key == "hidden_act" else (expected,))
     ]
     raise_all(CheckpointError, problems)
-    read = Settings(str(index.folder / "config.json"), settings)
+    read = Settings(where, settings)
     config = ModelConfig(
         layers=read.count("num_hidden_layers"),
         hidden=read.count("hidden_size"),

@@ -11,6 +11,7 @@ Which kind it is shows in the files, never in the YAML. Every weight is named `N
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.pt import read_pt
+from neoxconv.formats.training_yaml import read_configs
 from neoxconv.model import Entry, Index, SourceFile
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor
@@ -26,6 +28,7 @@ from neoxconv.tensor import LazyTensor
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt")
+MAX_TAG = 4096  # bytes
 PARTS = (re.compile("latest"), LAYER, STATES, OPTIMIZER)
 MODULE, SEQUENTIAL = "module.", "sequential."
 
@@ -71,8 +74,9 @@ def tag_folder(path: Path) -> Path | None:
         return path
     latest = path / "latest"
     if latest.is_file():
-        tag = latest.read_text(errors="replace").strip()
-        if not tag or "/" in tag or not (path / tag).is_dir():
+        file = open_storage(latest)
+        tag = file.text(0, min(file.size, MAX_TAG)).decode("utf-8", "replace").strip()
+        if not tag or "/" in tag or tag in (".", "..") or not os.path.isdir(path / tag):
             raise CheckpointError(
                 f"{latest}: names {tag!r:.80}, which is not a folder beside it; give the global_stepN folder itself."
             )
@@ -174,31 +178,6 @@ def find_configs(folder: Path) -> tuple[Path, ...]:
     return ()
 
 
-def read_configs(paths: Sequence[Path]) -> dict[str, Any]:
-    """All settings of the YAML files with `_` for `-`; a key given twice must have one value."""
-    import yaml
-
-    merged: dict[str, Any] = {}
-    home: dict[str, Path] = {}
-    for path in paths:
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
-        if not isinstance(settings, dict):
-            raise CheckpointError(
-                f"{path}: expected the settings of gpt-neox (key: value), found {type(settings).__name__}."
-            )
-        for key, value in ((str(key).replace("-", "_"), value) for key, value in settings.items()):
-            if merged.setdefault(key, value) != value:
-                raise CheckpointError(
-                    f"{path}: {key} is {value!r} but {merged[key]!r} in {home[key].name}; "
-                    "give the right file with --config."
-                )
-            home.setdefault(key, path)
-    return merged
-
-
 def stage_starts(index: Index) -> tuple[int, ...]:
     """The first layer index of every pipeline stage but the first, where the bookkeeping tells; sorted.
 
@@ -209,6 +188,6 @@ def stage_starts(index: Index) -> tuple[int, ...]:
         shapes = state.get("param_shapes") if isinstance(state, Mapping) else None
         groups = shapes if isinstance(shapes, list) else [shapes]
         names = [name for group in groups if isinstance(group, Mapping) for name in group if isinstance(name, str)]
-        numbers = [int(name.split(".")[0]) for name in names if name.split(".")[0].isdigit()]
+        numbers = [int(match[0]) for name in names if (match := re.match(r"\d{1,9}(?=\.|$)", name))]
         starts |= {min(numbers)} if numbers else set()
     return tuple(sorted(starts))[1:]

@@ -24,6 +24,7 @@ from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor, stored
 
 MAX_HEADER = 100 << 20
+MAX_JSON = 16 << 20  # of a file beside the weights
 MAX_NAME = 1024  # characters: what a message can show
 METADATA = "__metadata__"
 ALIGNMENT = 8
@@ -145,8 +146,8 @@ def index(path: Path) -> Index:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a small file."""
     file = open_storage(path)
-    if file.size > MAX_HEADER:
-        raise CheckpointError(f"{path}: has {file.size} bytes, expected at most {MAX_HEADER}; download it again.")
+    if file.size > MAX_JSON:
+        raise CheckpointError(f"{path}: has {file.size} bytes, expected at most {MAX_JSON}; download it again.")
     return read_object(file.text(), path)
 
 

@@ -230,7 +230,7 @@ def scales_of(form: Form, stored: Mapping[str, LazyTensor]) -> Read:
 
 def read_state(part: LazyTensor) -> Any:
     """The JSON in a quantization's state. Raises ValueError where it is none."""
-    return json.loads(part.read(0, part.rows).tobytes())
+    return json.loads(part.read(0, part.rows).tobytes().decode())
 
 
 def settle(form: Form, sizes: Floats) -> Settled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_text(encoding="utf-8"))
         for file in value["files"]:
             check_entry(file)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is damaged, or not a manifest of neoxconv. Remove it to compare weights alone."
         ) from error
@@ -42,6 +43,8 @@ def check_entry(file: Any) -> None:
     texts = [file["name"], file["sha256"], *(entry["sha256"] for entry in file["ranges"])]
     if [*(part.offset for part in parts), file["bytes"]] != ends or not all(isinstance(text, str) for text in texts):
         raise ValueError("ranges with gaps")
+    if "\0" in os.fsdecode(os.fsencode(file["name"])):  # raises ValueError for half a character
+        raise ValueError("no file's name")
 
 
 def part_of(entry: Any) -> Range:
@@ -93,7 +96,7 @@ def check_file(target: Path, file: dict[str, Any], progress: Progress) -> Iterat
     if target.is_dir() and not path.resolve().is_relative_to(target.resolve()):
         yield Finding(name, "lies outside the target")
         return
-    if not path.is_file():
+    if not os.path.isfile(path):  # no error for a name longer than any
         yield Finding(name, "is missing")
         return
     if path.stat().st_size != file["bytes"]:

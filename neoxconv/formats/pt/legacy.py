@@ -42,15 +42,17 @@ def read_legacy(file: Storage) -> PtFile:
     widths = {place.ref.key: place.ref.dtype.nbytes for place in places}
     position = described
     for key in keys if isinstance(keys, list) else []:
-        if str(key) not in widths:
+        if not isinstance(key, str):
+            raise CheckpointError(f"{file.path}: its list of storages is damaged; download it again.")
+        if key not in widths:
             raise CheckpointError(f"{file.path}: storage {key} holds numbers of a type that is not supported.")
         count = int.from_bytes(file.text(position, 8), "little")
-        size = count * widths[str(key)]
+        size = count * widths[key]
         if position + 8 + size > file.size:
             raise CheckpointError(
                 f"{file.path}: storage {key} claims {count} numbers beyond the file's end; download it again."
             )
-        records[str(key)] = Record(position + 8, size, 0)
+        records[key] = Record(position + 8, size, 0)
         position += 8 + size
     checksum = hashlib.sha256(file.text(0, min(described, MAX_DESCRIBED))).hexdigest()
     return PtFile(settle(value, file, records), checksum, records)

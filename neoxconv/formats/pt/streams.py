@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 from neoxconv.storage import Storage
 
-MAX_STEPS = 4_000_000
+MAX_STEPS = 2_000_000
 MAX_READ = 64 << 20
+CHUNK = 1 << 20
 
 
 class Stream(io.RawIOBase):
@@ -46,10 +48,19 @@ class Bounded:
         self.spend(1)
         if not 0 <= count <= MAX_READ:
             raise ValueError(f"an item claims {count} bytes")
-        data: bytes = self.stream.read(count)
-        if len(data) != count:
-            raise EOFError("it ends early")
+        data: bytes = self.stream.read(min(count, CHUNK))  # which takes all the memory that it may return
+        if len(data) < count:
+            data += b"".join(self.chunks(count - len(data)))
         return data
+
+    def chunks(self, count: int) -> Iterator[bytes]:
+        """The next `count` bytes, piece by piece; raises EOFError where the stream ends before."""
+        while count:
+            data = self.stream.read(min(count, CHUNK))
+            if not data:
+                raise EOFError("it ends early")
+            yield data
+            count -= len(data)
 
     def readline(self) -> bytes:
         self.spend(1)

@@ -8,6 +8,7 @@ larger, with every reference followed, than any checkpoint.
 from __future__ import annotations
 
 import pickle
+import reprlib
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
@@ -37,6 +38,7 @@ TORCH_DTYPES: dict[str, DType] = {
 }  # fmt: skip
 MAX_DEPTH = 64
 MAX_NODES = 2_000_000
+SET_STEPS, KEY_STEPS = 16, 1000
 KEYS = (str, int, float, bool, bytes, type(None))
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, LookupError, MemoryError,
@@ -135,13 +137,21 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         }
         return admitted.get(where) or Placeholder(where)
 
+    def key(self, key: Any) -> Any:
+        """A dictionary's key, if it can be hashed in no time. From 2^61 on integers may share a hash: a few only."""
+        if not isinstance(key, KEYS):
+            raise TypeError(f"a dictionary has a key of type {type(key).__name__}")
+        if isinstance(key, int) and key.bit_length() > 60:
+            self.spend(KEY_STEPS)
+        return key
+
     def ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
         self.spend(len(items))
-        return OrderedDict((plain_key(key), value) for key, value in items)
+        return OrderedDict((self.key(key), value) for key, value in items)
 
     def set_of(self, items: Any = ()) -> set[Any]:
         self.spend(len(items))
-        return set(map(plain_key, items))
+        return set(map(self.key, items))
 
     def encoded(self, text: str = "", encoding: str = "latin1") -> Any:
         """Bytes, as protocol 2 spells them."""
@@ -168,7 +178,11 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
     def persistent_load(self, pid: Any) -> Placeholder:
         """The storage that `('storage', class, key, location, numel)` names; a placeholder for types not known here."""
         named = (
-            isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], Placeholder)
+            isinstance(pid, tuple)
+            and len(pid) in (5, 6)
+            and pid[0] == "storage"
+            and isinstance(pid[1], Placeholder)
+            and isinstance(pid[2], str)
         )
         if not named:
             raise ValueError("it refers to something that is not a storage")
@@ -176,7 +190,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         dtype = STORAGES.get(kind.removeprefix("torch.").removeprefix("storage."))
         view = pid[5] if len(pid) == 6 else None  # files older than the zip: (key, first number, count)
         start = natural(view[1]) if isinstance(view, tuple) and len(view) == 3 else 0
-        return StorageRef(kind, str(pid[2]), dtype, natural(pid[4]), start) if dtype else Placeholder(kind)
+        return StorageRef(kind, pid[2], dtype, natural(pid[4]), start) if dtype else Placeholder(kind)
 
     def load_frame(self) -> None:
         """Pass over a frame's length: what it holds is read through `Bounded` like everything else."""
@@ -188,13 +202,20 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         if not isinstance(self.stack[-1], OrderedDict | Placeholder | set):
             raise TypeError(f"it gives a state to a {type(self.stack[-1]).__name__}")
 
-    def load_newobj(self) -> None:
-        args, cls = self.stack.pop(), self.stack.pop()
-        self.stack.append(cls(*args))
+    def load_reduce(self) -> None:
+        """A call's arguments are copied, however often a pickle refers to them."""
+        args, function = self.stack.pop(), self.stack.pop()
+        self.spend(len(args))
+        self.append(function(*args))
 
     def load_newobj_ex(self) -> None:
         _, _, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
         self.stack.append(cls if isinstance(cls, Placeholder) else Placeholder("object"))
+
+    def load_empty_set(self) -> None:
+        """A set takes far more memory than the byte that asks for it."""
+        self.spend(SET_STEPS)
+        self.append(set())
 
     def load_frozenset(self) -> None:
         self.pop_mark()
@@ -203,29 +224,30 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
     def load_additems(self) -> None:
         items = self.pop_mark()
         if isinstance(self.stack[-1], set):
-            self.stack[-1].update(map(plain_key, items))
+            self.stack[-1].update(map(self.key, items))
         elif not isinstance(self.stack[-1], Placeholder):
             raise TypeError(f"it adds to a {type(self.stack[-1]).__name__} as to a set")
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][plain_key(key)] = value
+        self.stack[-1][self.key(key)] = value
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
-            self.stack[-1][plain_key(key)] = value
+            self.stack[-1][self.key(key)] = value
 
     def load_dict(self) -> None:
         items = self.pop_mark()
-        self.append({plain_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+        self.append({self.key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
 
 
 for opcode, load in {
     pickle.FRAME: Unpickler.load_frame,
     pickle.BUILD: Unpickler.load_build,
-    pickle.NEWOBJ: Unpickler.load_newobj,
+    **dict.fromkeys((pickle.REDUCE, pickle.NEWOBJ), Unpickler.load_reduce),
     pickle.NEWOBJ_EX: Unpickler.load_newobj_ex,
+    pickle.EMPTY_SET: Unpickler.load_empty_set,
     pickle.FROZENSET: Unpickler.load_frozenset,
     pickle.ADDITEMS: Unpickler.load_additems,
     pickle.SETITEM: Unpickler.load_setitem,
@@ -235,13 +257,6 @@ for opcode, load in {
                      pickle.EXT4, pickle.PERSID, pickle.INST, pickle.OBJ), refuse),
 }.items():  # fmt: skip
     Unpickler.dispatch[opcode[0]] = load
-
-
-def plain_key(key: Any) -> Any:
-    """A dictionary's key, if it can be hashed in no time."""
-    if not isinstance(key, KEYS):
-        raise TypeError(f"a dictionary has a key of type {type(key).__name__}")
-    return key
 
 
 def make_size(items: Any = ()) -> Size:
@@ -255,7 +270,7 @@ def first_of(value: Any, *rest: Any) -> Any:
 def natural(value: Any) -> int:
     """A count or a position."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
-        raise ValueError(f"{str(value)[:40]} stands where a count is expected")
+        raise ValueError(f"{reprlib.repr(value):.40} stands where a count is expected")
     return value
 
 
