@@ -65,7 +65,7 @@ def run(
     check_target(plan, target, overwrite)
     work = partial_of(target)
     try:
-        check_space(plan, target, work)
+        check_space(plan, target)
         with locked(work), Journal(work, resume_key(plan), checked=not allow_nonfinite) as journal:
             made = made_in(work)
             context = Run(made, journal, shares, threading.Event(), progress, allow_nonfinite)
@@ -75,7 +75,7 @@ def run(
             finish(plan, made, digests)
             publish(plan, work, target)
     except OSError as error:
-        raise NeoxconvError(explain(error, target)) from error
+        raise NeoxconvError(explain(error, plan, target)) from error
     return target
 
 

@@ -36,6 +36,8 @@ def check_side_file(path: Path, inputs: Iterable[Path | None], overwrite: bool =
         raise PlanError(f"{path}: exists already; give another name, or --overwrite.")
     if not path.resolve().parent.is_dir():
         raise PlanError(f"{path.parent}: is no folder; make it first.")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise PlanError(f"{path}: cannot be made, because {path.parent} may not be written to; give another place.")
     for given in filter(None, inputs):
         if given.resolve() in (path.resolve(), *path.resolve().parents):
             raise PlanError(f"{path}: would be written into {given}, which is read; give another name.")
@@ -94,22 +96,31 @@ def tidy(target: Path) -> None:
             shutil.rmtree(work)
 
 
-def check_space(plan: Plan, target: Path, work: Path) -> None:
+def check_space(plan: Plan, target: Path) -> None:
     """Raise PlanError where the disk cannot hold what is still to be written."""
-    place = nearest_folder(target)
-    present = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
-    needed, free = plan.total - present, shutil.disk_usage(place).free
+    needed, free = room(plan, target)
     if needed > free:
         raise PlanError(
-            f"{place}: {size(needed)} are needed and {size(free)} are free; "
+            f"{nearest_folder(target)}: {size(needed)} are needed and {size(free)} are free; "
             f"free {size(needed - free)} or choose another disk."
         )
 
 
-def explain(error: OSError, target: Path) -> str:
+def room(plan: Plan, target: Path) -> tuple[int, int]:
+    """The bytes that are still to be written, and those that the disk has free."""
+    work = partial_of(target)
+    present = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
+    return max(plan.total - present, 0), shutil.disk_usage(nearest_folder(target)).free
+
+
+def explain(error: OSError, plan: Plan, target: Path) -> str:
     """An operating system's error in terms of the target."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{target}: the disk is full; free some space and run the same command again to continue."
+        needed, free = room(plan, target)
+        return (
+            f"{target}: {os.strerror(error.errno)}: {size(needed)} are still to be written and {size(free)} are free; "
+            "make room and run the same command again to continue."
+        )
     kept = f"; what is done is kept in {partial_of(target).name}" if partial_of(target).is_dir() else ""
     return f"{error.filename or target}: {error.strerror or error}{kept}."
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from neoxconv.plan import Plan
 from neoxconv.publish import aside_of
 from neoxconv.workplace import LOCK, partial_of
 from tests.oracles import ROOT
+from tests.small_disk import CANNOT_MOUNT
 from tests.test_convert import digests
 from tests.toy import toy
 
@@ -93,8 +95,8 @@ def failing(function: Callable[..., Any], after: int, number: int) -> Callable[.
 @pytest.mark.parametrize(
     ("name", "number", "kind", "said"),
     [
-        ("pwrite", errno.ENOSPC, NeoxconvError, "the disk is full; free some space and run the same command again"),
-        ("pwrite", errno.EDQUOT, NeoxconvError, "the disk is full"),
+        ("pwrite", errno.ENOSPC, NeoxconvError, "No space left on device: "),
+        ("pwrite", errno.EDQUOT, NeoxconvError, "make room and run the same command again to continue"),
         ("pwrite", errno.EIO, NeoxconvError, "Input/output error"),
         ("fsync", errno.EIO, NeoxconvError, "Input/output error"),
         ("preadv", errno.EIO, CheckpointError, "cannot be read (Input/output error)"),
@@ -112,6 +114,20 @@ def test_a_disk_that_fails_is_told_and_the_same_command_continues(
     assert said in str(caught.value) and str(tmp_path) in str(caught.value)
     assert not target.exists()
     assert digests(run(plan, target)) == whole
+
+
+def test_a_real_disk_that_is_too_small_fills_up_or_is_read_only() -> None:
+    """A tmpfs in a mount namespace of its own."""
+    if not shutil.which("unshare"):
+        pytest.skip("no tmpfs can be mounted here")
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", "tests.small_disk"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    if "unshare:" in done.stderr or done.returncode == CANNOT_MOUNT:
+        pytest.skip("no tmpfs can be mounted here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("No space left on device: ") == 1 and done.stdout.count("are needed and 0 bytes are") == 1
+    assert done.stderr.count("are needed and 512.00 KiB are free") == 1
+    assert done.stderr.count("may not be written to; give another place") == 4
 
 
 def test_a_source_that_vanishes_is_named(tmp_path: Path) -> None:
