@@ -15,7 +15,7 @@ from neoxconv.arch.gpt_neox import GPT_NEOX
 from neoxconv.arch.gpt_neox_config import PRESETS
 from neoxconv.checkpoint import parameters
 from neoxconv.dtypes import F16, Array
-from neoxconv.model import Checkpoint, Entry, Index
+from neoxconv.model import Checkpoint, Entry, Index, ModelConfig, Opening
 from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, MIXES, SCALES
 from neoxconv.quant.divergences import DIVERGENCES
 from neoxconv.quant.mixes import Choice
@@ -55,7 +55,7 @@ class Row:
 
 def catalog(preset: str = "20B") -> list[Row]:
     """Every target and type, with the size of the released model `preset` in it."""
-    model = shapes(preset)
+    model = shapes(PRESETS[preset].config)
     return [row(model, recipe) for recipe in RECIPES]
 
 
@@ -77,14 +77,13 @@ def option_of(recipe: Recipe) -> str:
     return f"{recipe.type or recipe.dtype or ''}{' --double-quant' * recipe.double_quant}{scale}"
 
 
-def shapes(preset: str) -> Checkpoint:
-    """A checkpoint of a released model's shapes in float16, with nothing to read in it."""
-    config = PRESETS[preset].config
+def shapes(config: ModelConfig) -> Checkpoint:
+    """A checkpoint of a model's shapes in float16, with nothing to read in it."""
     weights = {weight.unified: weight for _, weight in GPT_NEOX.names(config)}
     tensors = {name: hollow(tuple(config.sizes[size] for size in w.shape)) for name, w in weights.items()}
     parts = {name: weights[name].join.split(tensor, DEGREE, config) for name, tensor in tensors.items()}
     ranks = tuple({name: split[rank] for name, split in parts.items()} for rank in range(DEGREE))
-    return Checkpoint(Index("neox", Path(preset), (), ranks, {}), GPT_NEOX, config, tensors, (), ())
+    return Checkpoint(Opening(Path()), Index("neox", Path(), (), ranks, {}), GPT_NEOX, config, tensors, (), ())
 
 
 def hollow(shape: tuple[int, ...]) -> LazyTensor:

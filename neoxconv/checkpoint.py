@@ -22,7 +22,7 @@ from neoxconv.coverage import FIRST_LAYER, check, home
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.fold import folded
 from neoxconv.formats import deepspeed, gguf, hf, safetensors
-from neoxconv.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Weight
+from neoxconv.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, Weight
 from neoxconv.scales import assembled
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor, reordered
@@ -41,14 +41,19 @@ def open_checkpoint(
     `config` are gpt-neox YAML files, used instead of those beside the weights; `preset` names a released model;
     `norms` says how ranks' norms are joined: mean, fold (exact) or rank0. Raises CheckpointError.
     """
-    index = read_index(Path(path), config)
+    return reopen(Opening(Path(path), tuple(config), preset, norms))
+
+
+def reopen(opening: Opening) -> Checkpoint:
+    """The checkpoint that was asked for so."""
+    index = read_index(opening.path, opening.config)
     architecture = find_architecture(index)
     named, left = name_tensors(index, architecture)
     measured = measure(named, architecture)
-    model, notes = architecture.config_of[index.format](index, measured, preset)
+    model, notes = architecture.config_of[index.format](index, measured, opening.preset)
     check(index, named, left, architecture, model)
     dropped = tuple(dict.fromkeys(name for names in left for name in names))
-    checkpoint = Checkpoint(index, architecture, model, {}, dropped, notes, norms)
+    checkpoint = Checkpoint(opening, index, architecture, model, {}, dropped, notes)
     return replace(checkpoint, tensors=unify(checkpoint, named))
 
 

@@ -32,6 +32,7 @@ from neoxconv.options import (
     norms,
     of_logits,
     override,
+    scheduler,
     size_option,
     verbose,
 )
@@ -102,6 +103,7 @@ def inspect(source: Path, **given: Any) -> int:
 @size_option("--split-size", help="gguf: DST is a folder of files of this size at most.")
 @jobs
 @size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within.")
+@click.option("--executor", type=scheduler, metavar="dask://HOST:PORT", help="A Dask cluster's workers do the work.")
 @check
 @click.option("--overwrite", is_flag=True, help="Replace DST where it exists.")
 @click.option("--allow-nonfinite", is_flag=True, default=None, help="Write infinities and NaN as they are.")

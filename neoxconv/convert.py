@@ -1,4 +1,4 @@
-"""Carry a plan out: read, join, encode and write each tensor band by band, with nothing half-made ever visible.
+"""Carry a plan out, with nothing half-made ever visible.
 
 All work happens in TARGET.partial/, whose journal lists the plan's fingerprint and the written slots. Run again, the
 journal is only a hint: the bytes are hashed, what matches is kept, the rest is redone. A rename publishes.
@@ -8,40 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-import zlib
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
-from neoxconv.dtypes import Bytes
-from neoxconv.encode import pieces
+from neoxconv import cluster
 from neoxconv.errors import NeoxconvError
 from neoxconv.journal import Journal
-from neoxconv.model import Digest, Slot
-from neoxconv.plan import Memory, Plan, Step, memory_for
+from neoxconv.plan import Plan, memory_for
 from neoxconv.publish import check_space, check_target, explain, finish, publish
+from neoxconv.steps import Digests, Progress, Work, run_step
 from neoxconv.workplace import locked, made_in, partial_of
 
-Progress = Callable[[int], None]
+Submit = Callable[[int], Future[Digests]]  # of the number of a step
 DEFAULT_MEMORY = 512 << 20
-
-
-class Stopped(Exception):
-    """Another step failed, or the user wants to stop; this one ends between two slabs."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every step of a run shares."""
-
-    folder: Path
-    journal: Journal
-    memory: Memory
-    stop: threading.Event
-    progress: Progress
-    allow_nonfinite: bool
 
 
 def run(
@@ -52,28 +33,34 @@ def run(
     memory: int = DEFAULT_MEMORY,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    executor: str | None = None,
     progress: Progress = lambda count: None,
 ) -> Path:
     """Make `target` as planned and return its path; after an interruption, continue.
 
-    `progress` is called with counts of bytes written (or found written already). Raises PlanError before anything is
-    written, NeoxconvError when the disk or a value stops the run; then `target` does not exist and TARGET.partial
-    holds what is done.
+    `executor` is dask://HOST:PORT, a scheduler whose workers see the same files, instead of threads here; `jobs` and
+    `memory` are then a worker's. `progress` is called with counts of bytes written (or found written already). Raises
+    PlanError before anything is written, NeoxconvError when the disk or a value stops the run; then `target` does not
+    exist and TARGET.partial holds what is done.
     """
     target = Path(target).resolve()
     shares = memory_for(jobs, memory, plan.kept)
     check_target(plan, target, overwrite)
-    work = partial_of(target)
+    folder = partial_of(target)
     try:
         check_space(plan, target)
-        with locked(work), Journal(work, resume_key(plan), checked=not allow_nonfinite) as journal:
-            made = made_in(work)
-            context = Run(made, journal, shares, threading.Event(), progress, allow_nonfinite)
+        with locked(folder), Journal(folder, resume_key(plan), checked=not allow_nonfinite) as journal:
+            made = made_in(folder)
             prepare_files(plan, made)
-            with ThreadPoolExecutor(shares.jobs) as pool:
-                digests = run_steps(plan, context, pool)
+            work = Work(made, journal.known, shares.slab, allow_nonfinite, progress)
+            if executor:
+                with cluster.connected(executor, plan, work) as submit:
+                    digests = run_steps(plan, submit, journal, progress)
+            else:
+                with threads(plan, work, shares.jobs) as submit:
+                    digests = run_steps(plan, submit, journal)
             finish(plan, made, digests)
-            publish(plan, work, target)
+            publish(plan, folder, target)
     except OSError as error:
         raise NeoxconvError(explain(error, plan, target)) from error
     return target
@@ -101,113 +88,30 @@ def prepare_files(plan: Plan, made: Path) -> None:
         (made / name).write_bytes(data)
 
 
-def run_steps(plan: Plan, context: Run, pool: Executor) -> dict[str, Digest]:
-    """The digests of all slots by key; the largest steps start first, so that none is left alone at the end."""
-    order = sorted(plan.steps, key=lambda step: -step.nbytes)
-    futures: list[Future[dict[str, Digest]]] = [pool.submit(run_step, step, context) for step in order]
+@contextmanager
+def threads(plan: Plan, work: Work, jobs: int) -> Iterator[Submit]:
+    """What gives steps to threads of this process, which stop when it is left."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield lambda number: pool.submit(run_step, work, plan.steps[number])
+        finally:
+            work.stop.set()
+
+
+def run_steps(plan: Plan, submit: Submit, journal: Journal, finished: Progress = lambda count: None) -> Digests:
+    """The digests of all slots, each noted as soon as its step is done, whose bytes `finished` is then told.
+
+    The largest steps start first, so that none is left alone at the end.
+    """
+    futures = {submit(n): n for n in sorted(range(len(plan.steps)), key=lambda n: -plan.steps[n].nbytes)}
+    digests: Digests = {}
     try:
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        failed = [error for future in done if (error := future.exception())]
-        if failed:
-            raise next((e for e in failed if not isinstance(e, Stopped)), failed[0])
+        for future in as_completed(futures):
+            for key, digest in future.result().items():
+                journal.add(key, digest)
+                digests[key] = digest
+            finished(plan.steps[futures[future]].nbytes)
     finally:
-        context.stop.set()
         for future in futures:
             future.cancel()
-    return {key: digest for future in futures for key, digest in future.result().items()}
-
-
-def run_step(step: Step, context: Run) -> dict[str, Digest]:
-    """One tensor written, or found written already, and noted in the journal: the digests of its slots by key."""
-    descriptor = os.open(context.folder / step.file.name, os.O_RDWR)
-    try:
-        digests = written(step, descriptor, context) or write_step(step, descriptor, context)
-    finally:
-        os.close(descriptor)
-    noted = dict(zip(step.keys, digests, strict=True))
-    for key, digest in noted.items():
-        context.journal.add(key, digest)
-    return noted
-
-
-def written(step: Step, descriptor: int, context: Run) -> list[Digest]:
-    """What the journal notes of a step, if the bytes on disk are still those; else nothing."""
-    known = [context.journal.known[key] for key in step.keys if key in context.journal.known]
-    if len(known) < len(step.slots):
-        return []
-    for slot, digest in zip(step.slots, known, strict=True):
-        if hashed(slot, descriptor, context) != digest.sha256:
-            return []
-    context.progress(step.nbytes)
-    return known
-
-
-def hashed(slot: Slot, descriptor: int, context: Run) -> str:
-    """The SHA-256 of a slot's bytes as they are on disk."""
-    digest, end, size = hashlib.sha256(), slot.offset + slot.part.nbytes, context.memory.slab
-    for offset in range(slot.offset, end, size):
-        if context.stop.is_set():
-            raise Stopped
-        digest.update(os.pread(descriptor, min(size, end - offset), offset))
-    return digest.hexdigest()
-
-
-def write_step(step: Step, descriptor: int, context: Run) -> list[Digest]:
-    """Write one tensor at its planned places; the digests of their bytes."""
-    entry, name = step.entry, step.file.name
-    tallies = [Tally(step.file.crcs) for _ in step.slots]
-    bad, overflow, text = 0, 0, b""
-    for piece in pieces(entry, context.memory.slab):
-        if context.stop.is_set():
-            raise Stopped
-        bad, overflow = bad + piece.nonfinite, overflow + piece.overflow
-        if entry.parts[piece.number].late:  # it has no place of its own
-            text = piece.data.tobytes()
-            continue
-        tally = tallies[piece.number]
-        write_all(descriptor, piece.data, step.slots[piece.number].offset + tally.count)
-        tally.add(piece.data)
-        context.progress(piece.data.size)
-    if bad and not context.allow_nonfinite:
-        raise NeoxconvError(
-            f"{name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
-            "Choose a wider type (--dtype or --type), or write them as they are with --allow-nonfinite."
-        )
-    for slot, tally in zip(step.slots, tallies, strict=True):
-        if tally.count != slot.part.nbytes:
-            raise NeoxconvError(f"{name}: {slot.part.name} came to {tally.count} bytes, not {slot.part.nbytes}.")
-    start_writeback(descriptor, step.slots[0])
-    first, *others = tallies
-    return [first.digest(overflow, text.decode()), *(tally.digest() for tally in others)]
-
-
-def write_all(descriptor: int, data: Bytes, offset: int) -> None:
-    """Write all of `data` at `offset`; one pwrite may write less."""
-    view = data.data
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def start_writeback(descriptor: int, slot: Slot) -> None:
-    """Set the disk to work on a finished step: Linux does so with what it is told is not needed any more.
-
-    Else it would begin at the fsync, when all we can do is wait.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, slot.offset, slot.part.nbytes, os.POSIX_FADV_DONTNEED)
-
-
-class Tally:
-    """Running SHA-256, CRC-32 (only where a zip wants it) and count of a tensor's bytes."""
-
-    def __init__(self, with_crc: bool) -> None:
-        self.sha256, self.with_crc, self.crc, self.count = hashlib.sha256(), with_crc, 0, 0
-
-    def add(self, data: Bytes) -> None:
-        self.sha256.update(data.data)
-        self.crc = zlib.crc32(data.data, self.crc) if self.with_crc else 0
-        self.count += data.size
-
-    def digest(self, overflow: int = 0, text: str = "") -> Digest:
-        return Digest(self.sha256.hexdigest(), self.crc, overflow, text)
+    return digests

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +29,7 @@ class Journal:
     NAME: ClassVar[str] = "journal.jsonl"
 
     def __init__(self, folder: Path, fingerprint: str, *, checked: bool) -> None:
-        self.path, self.lock = folder / self.NAME, threading.Lock()
+        self.path = folder / self.NAME
         self.known = read_journal(self.path, fingerprint, checked)
         fresh = self.path.with_suffix(".new")
         self.stream = fresh.open("w", encoding="utf-8")
@@ -45,9 +44,8 @@ class Journal:
         self.stream.flush()
 
     def add(self, key: str, digest: Digest) -> None:
-        """Note the written bytes of a slot; safe from any thread."""
-        with self.lock:
-            self.write({"slot": key, **asdict(digest)})
+        """Note the written bytes of a slot."""
+        self.write({"slot": key, **asdict(digest)})
 
     def __enter__(self) -> Journal:
         return self

@@ -394,13 +394,28 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """What was asked for when a checkpoint was opened, with which it is opened anew elsewhere."""
+
+    path: Path
+    config: tuple[Path, ...] = ()  # gpt-neox YAML files, instead of those beside the weights
+    preset: str | None = None  # a released model
+    norms: str = "mean"  # how the ranks' norms are joined
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model from any source under unified names: nothing is read until rows are asked for."""
 
+    opening: Opening
     index: Index
     architecture: Architecture
     config: ModelConfig
     tensors: dict[str, LazyTensor]  # unified names, in the order of the forward pass
     dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
     notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
-    norms: str = "mean"  # how the ranks' norms were joined
+
+    @property
+    def norms(self) -> str:
+        """How the ranks' norms were joined."""
+        return self.opening.norms

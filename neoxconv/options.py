@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,13 @@ def override(text: str) -> tuple[str, str]:
     if not (pattern and equals) or name.upper() not in TYPES:
         raise click.BadParameter(f"{text!r} is no PATTERN=TYPE; TYPE is one of {', '.join(TYPES)}.")
     return pattern, name.upper()
+
+
+def scheduler(text: str) -> str:
+    """The address of a Dask scheduler."""
+    if not re.fullmatch(r"dask://[^/\s]+:\d+", text):
+        raise click.BadParameter(f"{text!r} is no scheduler; write it as dask://HOST:PORT.")
+    return text
 
 
 def size_option(name: str, **settings: Any) -> Callable[[Command], Command]:

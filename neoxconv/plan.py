@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from neoxconv import __version__
@@ -75,8 +76,9 @@ class Plan:
     notes: tuple[str, ...]
     single: bool
 
-    @property
+    @cached_property
     def steps(self) -> list[Step]:
+        """A tensor each, in the order of files and offsets."""
         return [step for file in self.files for step in steps_of(file)]
 
     @property

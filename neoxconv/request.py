@@ -147,7 +147,7 @@ class Request:
             ("target", f"{plan.recipe.format} {self.target}"),
             ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
             ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
-            ("memory", f"{size(self.memory.peak)} at most with {plural(self.memory.jobs, 'thread')}"),
+            ("memory", f"{size(self.memory.peak)} at most with {plural(self.memory.jobs, 'thread')}{self.place}"),
         ]
         if ranks > 1:
             difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
@@ -155,6 +155,11 @@ class Request:
         if self.check:
             rows.append(("check", self.check.verdict))
         return table("<<", rows + [("note", note) for note in self.notes])
+
+    @property
+    def place(self) -> str:
+        """Where else than here the work is done."""
+        return f", on each worker of {self.given['executor']}" if self.given["executor"] else ""
 
     @property
     def listing(self) -> str:
@@ -176,6 +181,7 @@ class Request:
                     memory=given["memory"],
                     overwrite=given["overwrite"],
                     allow_nonfinite=given["allow_nonfinite"],
+                    executor=given["executor"],
                     progress=progress,
                 )
             except KeyboardInterrupt as stop:

@@ -120,10 +120,10 @@ class Trial:
         """Run in a child, which is killed before change number `fatal`; it reports how many tensors it wrote."""
 
         def task() -> int:
-            from neoxconv import convert
+            from neoxconv import steps
 
-            written, write_step = [], convert.write_step
-            convert.write_step = lambda *given: (written.append(1), write_step(*given))[1]  # type: ignore[assignment]
+            written, write_step = [], steps.write_step
+            steps.write_step = lambda *given: (written.append(1), write_step(*given))[1]  # type: ignore[assignment]
             Disk(fatal)
             run(self.plan, self.target, jobs=2, overwrite=self.case.overwrite)
             if report:

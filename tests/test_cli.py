@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from neoxconv import __version__, convert, publish
+from neoxconv import __version__, publish, steps
 from neoxconv.names import FORMATS
 from neoxconv.request import ONLY_FOR
 from tests.oracles import fixtures
@@ -228,7 +228,7 @@ def test_stopped_in_the_middle_the_same_command_finishes(
     whole, target = source.parent / "whole", source.parent / "out"
     command = ("--to", "hf", "--jobs", "1", "--quiet")
     assert cli("convert", source, whole, *command) == 0
-    write, calls = convert.write_all, []
+    write, calls = steps.write_all, []
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
@@ -237,7 +237,7 @@ def test_stopped_in_the_middle_the_same_command_finishes(
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_all", interrupted)
+        patch.setattr(steps, "write_all", interrupted)
         assert cli("convert", source, target, *command) == code
     assert "run the same command again to continue" in capsys.readouterr().err
     assert not target.exists() and publish.partial_of(target).is_dir()

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.divergence import divergence
 from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.arch.gpt_neox_config import PRESETS
 from neoxconv.catalog import catalog
 from neoxconv.cli import main
 from neoxconv.errors import PlanError
@@ -78,7 +79,7 @@ def test_the_classic_recipe_has_its_sizes() -> None:
     from neoxconv.quant.mixes import Choice
     from neoxconv.targets.gguf import gguf_entries
 
-    model = shapes("20B")
+    model = shapes(PRESETS["20B"].config)
     for mix, expected in CLASSIC.items():
         size = sum(entry.nbytes for entry in gguf_entries(model, Choice(mix, classic=True))) / 2**30
         assert abs(size - expected) < 0.0051, mix

@@ -1,0 +1,166 @@
+"""Runs on a Dask cluster of real worker processes: the same bytes as here, whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.cli import main
+from neoxconv.cluster import Errand, do, origin_of
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.workplace import partial_of
+from tests.oracles import ROOT
+from tests.test_convert import digests
+from tests.toy import toy
+
+pytest.importorskip("distributed")
+RECIPES = (Recipe("gguf", type="Q8_0"), Recipe("hf", shard_size=3_000_000), Recipe("slim"), Recipe("bnb", type="NF4"))
+THREADS = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class Cluster:
+    """A scheduler and its workers, each started by Dask's own command, in another working directory than ours."""
+
+    folder: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    address: str = ""
+
+    def start(self, command: str, *options: str) -> None:
+        arguments = [sys.executable, "-m", f"distributed.cli.dask_{command}", "--no-dashboard", *options]
+        env = os.environ | THREADS | {"PYTHONPATH": str(ROOT)}
+        with open(self.folder / f"{command}.log", "a") as log:
+            self.processes.append(subprocess.Popen(arguments, cwd=self.folder, env=env, stderr=log))
+
+    def start_scheduler(self) -> None:
+        self.start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", "scheduler.json")
+        file = self.folder / "scheduler.json"
+        while not file.exists() or not file.read_text().endswith("}"):
+            time.sleep(0.05)
+        self.address = json.loads(file.read_text())["address"].removeprefix("tcp://")
+
+    def start_worker(self) -> None:
+        local = str(self.folder / f"worker{len(self.processes)}")
+        self.start("worker", f"tcp://{self.address}", "--no-nanny", "--nthreads", "2", "--local-directory", local)
+
+    def kill_worker(self) -> None:
+        self.processes.pop().kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    made.start_scheduler()
+    made.start_worker()
+    made.start_worker()
+    yield made
+    for process in made.processes[::-1]:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy(tmp_path_factory.mktemp("source"), layers=6, hidden=256, rows=2048)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.format)
+def test_a_cluster_writes_the_same_bytes(cluster: Cluster, source: Path, recipe: Recipe, tmp_path: Path) -> None:
+    plan = make_plan(open_checkpoint(source, norms="fold" if recipe.format == "hf" else "mean"), recipe)
+    told: list[int] = []
+    run(plan, tmp_path / "there", executor=f"dask://{cluster.address}", progress=told.append)
+    assert digests(tmp_path / "there") == digests(run(plan, tmp_path / "here"))
+    assert sum(told) == sum(step.nbytes for step in plan.steps)
+
+
+def test_a_worker_that_dies_in_the_middle_is_replaced(cluster: Cluster, source: Path, tmp_path: Path) -> None:
+    cluster.start_worker()
+    plan, told = make_plan(open_checkpoint(source), RECIPES[0]), []
+
+    def kill_one(count: int) -> None:
+        told.append(count)
+        if len(told) == 5:
+            cluster.kill_worker()
+
+    run(plan, tmp_path / "there", executor=f"dask://{cluster.address}", progress=kill_one)
+    assert digests(tmp_path / "there") == digests(run(plan, tmp_path / "here"))
+
+
+def test_a_run_on_a_cluster_continues_here_and_the_other_way(cluster: Cluster, source: Path, tmp_path: Path) -> None:
+    plan, target = make_plan(open_checkpoint(source), RECIPES[1]), tmp_path / "x"
+    whole = digests(run(plan, tmp_path / "whole"))
+
+    class Enough(Exception):
+        pass
+
+    for executor in (None, f"dask://{cluster.address}"):
+        said: list[int] = []
+
+        def stop(count: int, said: list[int] = said) -> None:
+            said.append(count)
+            if sum(said) > plan.total / 3:
+                raise Enough
+
+        with pytest.raises(Enough):
+            run(plan, target, jobs=1, executor=executor, progress=stop)
+        assert partial_of(target).is_dir()
+    assert digests(run(plan, target, executor=f"dask://{cluster.address}")) == whole
+
+
+def test_the_command_line_takes_a_scheduler(
+    cluster: Cluster, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are ours, not the workers'."""
+    monkeypatch.chdir(source.parent)
+    options = ["--to", "gguf", "--type", "Q8_0", "--executor", f"dask://{cluster.address}"]
+    assert main(["convert", source.name, str(tmp_path / "x.gguf"), *options]) == 0
+    assert main(["verify", source.name, str(tmp_path / "x.gguf")]) == 0
+    assert f"on each worker of dask://{cluster.address}" in capsys.readouterr().err
+
+
+def test_values_that_stop_a_run_stop_it_from_a_worker(cluster: Cluster, tmp_path: Path) -> None:
+    """Weights beyond float16, as in a bfloat16 model."""
+    source = toy(tmp_path, dtype="BF16")
+    layer = next(source.rglob("layer_03-model_00*"))
+    data = bytearray(layer.read_bytes())
+    middle = len(data) // 4 * 2
+    data[middle : middle + 64] = b"\x00\x7f" * 32  # 1.7e38, in the middle of the largest record
+    layer.write_bytes(data)
+    plan = make_plan(open_checkpoint(source), Recipe("hf", dtype="F16"))
+    with pytest.raises(NeoxconvError, match="values that are not finite as F16"):
+        run(plan, tmp_path / "x", executor=f"dask://{cluster.address}")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_worker_that_comes_to_another_plan_refuses(cluster: Cluster, tmp_path: Path) -> None:
+    """The source's tokenizer was changed after the plan was made."""
+    plan = make_plan(open_checkpoint(toy(tmp_path)), Recipe("hf"))
+    words = tmp_path / "toy" / "tokenizer.json"
+    words.write_text(words.read_text() + " ")
+    with pytest.raises(PlanError, match="a worker comes to another plan; it must see the same files"):
+        run(plan, tmp_path / "x", executor=f"dask://{cluster.address}")
+
+
+def test_a_worker_that_does_not_see_the_target_says_so(cluster: Cluster, source: Path, tmp_path: Path) -> None:
+    plan = make_plan(open_checkpoint(source), Recipe("hf"))
+    errand = Errand(origin_of(plan), 0, tmp_path / "elsewhere", {}, 1 << 20, False)
+    with pytest.raises(NeoxconvError, match="is not there on a worker"):
+        do(errand)
+
+
+def test_no_scheduler_is_said_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neoxconv.cluster.PATIENCE", 0.5)
+    plan = make_plan(open_checkpoint(source), RECIPES[2])
+    with pytest.raises(PlanError, match=r"dask://127.0.0.1:9: no Dask scheduler answers there"):
+        run(plan, tmp_path / "x", executor="dask://127.0.0.1:9")
+    for address in ("tcp://a:1", "dask://", "dask://host"):
+        assert main(["convert", str(source), str(tmp_path / "x"), "--to", "hf", "--executor", address]) == 2
