@@ -17,11 +17,12 @@ from pathlib import Path
 
 from neoxconv.dtypes import Bytes
 from neoxconv.encode import pieces
-from neoxconv.errors import NeoxconvError
+from neoxconv.errors import CheckpointError, NeoxconvError, raise_all
 from neoxconv.journal import Journal
 from neoxconv.model import Digest, Slot
-from neoxconv.plan import Memory, Plan, Step, memory_for
+from neoxconv.plan import Memory, Plan, Step, memory_for, threads_for
 from neoxconv.publish import check_space, check_target, explain, finish, publish
+from neoxconv.remote import Remote, together
 from neoxconv.workplace import locked, made_in, partial_of
 
 Progress = Callable[[int], None]
@@ -61,7 +62,7 @@ def run(
     holds what is done.
     """
     target = Path(target).resolve()
-    shares = memory_for(jobs, memory, plan.kept)
+    shares = memory_for(threads_for(plan.checkpoint, jobs), memory, plan.kept)
     check_target(plan, target, overwrite)
     work = partial_of(target)
     try:
@@ -72,6 +73,7 @@ def run(
             prepare_files(plan, made)
             with ThreadPoolExecutor(shares.jobs) as pool:
                 digests = run_steps(plan, context, pool)
+            check_sources(plan)
             finish(plan, made, digests)
             publish(plan, work, target)
     except OSError as error:
@@ -81,8 +83,18 @@ def run(
 
 def resume_key(plan: Plan) -> str:
     """What unfinished work must agree in: the plan, and sources unchanged since; headers say nothing of the weights."""
-    times = [os.stat(file.storage.path).st_mtime_ns for file in plan.checkpoint.index.files]
-    return hashlib.sha256(f"{plan.fingerprint} {times}".encode()).hexdigest()
+    states = [file.storage.state for file in plan.checkpoint.index.files]
+    return hashlib.sha256(f"{plan.fingerprint} {states}".encode()).hexdigest()
+
+
+def check_sources(plan: Plan) -> None:
+    """Raise CheckpointError where a file far away is not the one that was opened; not every store tells on reading."""
+    files = [file.storage for file in plan.checkpoint.index.files if isinstance(file.storage.path, Remote)]
+    changed = together(lambda file: file.has_changed(), files, plan.checkpoint.index.folder)
+    raise_all(CheckpointError, (
+        f"{file.path}: has changed while it was read; convert again from a source that stays."
+        for file, differs in zip(files, changed, strict=True) if differs
+    ))  # fmt: skip
 
 
 def prepare_files(plan: Plan, made: Path) -> None:

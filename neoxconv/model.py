@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Array, DType, Floats
+from neoxconv.remote import Place
 from neoxconv.storage import Storage
 from neoxconv.tensor import LazyTensor, Read
 
@@ -105,18 +105,18 @@ class Index:
     """
 
     format: str  # neox, hf, safetensors, gguf
-    folder: Path
+    folder: Place
     files: tuple[SourceFile, ...]
     ranks: tuple[dict[str, LazyTensor], ...]
     settings: dict[str, Any]  # merged YAML, config.json or GGUF keys, as found
     states: dict[int, Any] = field(default_factory=dict)  # gpt-neox: number of an mp_rank file -> its bookkeeping
     sequential: bool = False  # gpt-neox: the weights lie in the mp_rank files
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
-    configs: tuple[Path, ...] = ()  # gpt-neox: the YAML files
+    configs: tuple[Place, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
 
     @property
-    def where(self) -> Path:
+    def where(self) -> Place:
         """What messages call the source: the file that it is, or the folder."""
         alone = self.format in ("gguf", "safetensors") and len(self.files) == 1
         return self.files[0].storage.path if alone else self.folder
