@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from neoxconv.checkpoint import open_checkpoint, read_index
 from neoxconv.errors import CheckpointError, VerifyError
 from neoxconv.model import Checkpoint
+from neoxconv.plan import threads_for
 from neoxconv.publish import check_side_file
+from neoxconv.remote import Place
 from neoxconv.request import Given, opened
 from neoxconv.terminal import first_of, progress_bar, table
 from neoxconv.verify import verify_bytes, verify_weights
@@ -75,7 +75,7 @@ def errors(report: Report) -> str:
     return table("<>><", [("encoding", "relative error", "largest", "in the worst tensor"), *rows])
 
 
-def audit(paths: Sequence[Path], level: str, given: Given) -> Outcome:
+def audit(paths: Sequence[Place], level: str, given: Given) -> Outcome:
     """The levels up to `level` on the last path: bytes (where it has a manifest), then weights against the first."""
     target = paths[-1]
     if level == "bytes":
@@ -109,7 +109,7 @@ def policy(manifest: Mapping[str, Any] | None, given: Given) -> tuple[str, str]:
     return "mean", "the default"
 
 
-def check_bytes(target: Path, given: Given) -> Report:
+def check_bytes(target: Place, given: Given) -> Report:
     """The first level, with a bar."""
     manifest = read_manifest(target) if target.exists() else None
     total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
@@ -117,7 +117,7 @@ def check_bytes(target: Path, given: Given) -> Report:
         return verify_bytes(target, progress=progress)
 
 
-def check_logits(source: Checkpoint, made: Checkpoint, target: Path, before: Sequence[Report], given: Given) -> Report:
+def check_logits(source: Checkpoint, made: Checkpoint, target: Place, before: Sequence[Report], given: Given) -> Report:
     """The third level, with a bar that counts layers; a page where one was asked for."""
     from neoxconv.verify.predictions import compare
 
@@ -133,10 +133,11 @@ def check_weights(source: Checkpoint, made: Checkpoint, given: Given) -> Report:
     """The second level, with a bar."""
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", given["json"] or given["quiet"]) as progress:
-        return verify_weights(source, made, jobs=given["jobs"] or min(os.cpu_count() or 1, 8), progress=progress)
+        threads = max(threads_for(checkpoint, given["jobs"]) for checkpoint in (source, made))
+        return verify_weights(source, made, jobs=threads, progress=progress)
 
 
-def open_target(target: Path, given: Given) -> Checkpoint:
+def open_target(target: Place, given: Given) -> Checkpoint:
     """The target as a checkpoint; one without settings of its own gets the source's preset."""
     preset = None if read_index(target, ()).settings else given["preset"]
     return open_checkpoint(target, preset=preset)

@@ -12,6 +12,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.imatrix import COUNTS, SUMS
 from neoxconv.model import Checkpoint
 from neoxconv.publish import check_side_file, whole
+from neoxconv.remote import Place
 from neoxconv.request import Given, opened
 from neoxconv.terminal import progress_bar
 from neoxconv.verify.forward import running, side
@@ -19,7 +20,7 @@ from neoxconv.verify.metrics import Doubles, Numbers
 from neoxconv.verify.text import tokens_for
 
 
-def make_matrix(source: Path, given: Given) -> str:
+def make_matrix(source: Place, given: Given) -> str:
     """Carry the command out; returns what was made. Raises PlanError where the output may not be written."""
     output = given["output"]
     check_side_file(output, (source, given["text"], given["tokens"]), given["overwrite"])

@@ -23,6 +23,7 @@ from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.fold import folded
 from neoxconv.formats import deepspeed, gguf, hf, safetensors
 from neoxconv.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, Weight
+from neoxconv.remote import Place, place, together
 from neoxconv.scales import assembled
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor, reordered
@@ -33,15 +34,15 @@ Named = list[dict[str, LazyTensor]]
 
 
 def open_checkpoint(
-    path: Path | str, *, config: Sequence[Path] = (), preset: str | None = None, norms: str = "mean"
+    path: Place | str, *, config: Sequence[Path] = (), preset: str | None = None, norms: str = "mean"
 ) -> Checkpoint:
     """The model at `path`: a gpt-neox checkpoint (its folder, its global_stepN, or a file in it), a Hugging Face
-    folder, a .safetensors or a .gguf file.
+    folder, a .safetensors or a .gguf file; here, or at any URL that fsspec knows.
 
     `config` are gpt-neox YAML files, used instead of those beside the weights; `preset` names a released model;
     `norms` says how ranks' norms are joined: mean, fold (exact) or rank0. Raises CheckpointError.
     """
-    return reopen(Opening(Path(path), tuple(config), preset, norms))
+    return reopen(Opening(place(path), tuple(config), preset, norms))
 
 
 def reopen(opening: Opening) -> Checkpoint:
@@ -57,16 +58,17 @@ def reopen(opening: Opening) -> Checkpoint:
     return replace(checkpoint, tensors=unify(checkpoint, named))
 
 
-def read_index(path: Path, config: Sequence[Path]) -> Index:
+def read_index(path: Place, config: Sequence[Path]) -> Index:
     """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist.")
     return assembled(read_file(path, config) if path.is_file() else read_folder(path, config))
 
 
-def read_file(path: Path, config: Sequence[Path]) -> Index:
+def read_file(path: Place, config: Sequence[Path]) -> Index:
     """Index a single file, or the whole that it is a part of."""
-    start = open_storage(path).text(0, min(9, path.stat().st_size))
+    file = open_storage(path)
+    start = file.text(0, min(9, file.size))
     if start[:4] == gguf.MAGIC:
         return gguf.index(path)
     if any(part.fullmatch(path.name) for part in deepspeed.PARTS):
@@ -81,14 +83,14 @@ def read_file(path: Path, config: Sequence[Path]) -> Index:
     )
 
 
-def read_folder(path: Path, config: Sequence[Path]) -> Index:
+def read_folder(path: Place, config: Sequence[Path]) -> Index:
     """Index what a folder holds."""
     if folder := deepspeed.tag_folder(path):
         return deepspeed.index(folder, config)
     if (path / "config.json").is_file():
         return hf.index(path)
     for suffix, read in ((".gguf", gguf.index), (".safetensors", safetensors.index)):
-        files = sorted(path.glob("*" + suffix))
+        files: list[Place] = sorted(path.glob("*" + suffix), key=str)
         if files and (len(files) == 1 or (suffix == ".gguf" and re.search(r"-00001-of-\d{5}$", files[0].stem))):
             return read(files[0])
         if files:
@@ -204,13 +206,13 @@ def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> tokeni
 def rank_difference(checkpoint: Checkpoint) -> float:
     """The largest difference between ranks in any norm, which are copies of each other in theory; 0 for one rank."""
     named, _ = name_tensors(checkpoint.index, checkpoint.architecture)
-    largest = 0.0
-    for _, weight in checkpoint.architecture.names(checkpoint.config):
-        if weight.role == "norm":
-            parts = [known[weight.unified] for known in named]
-            values = np.stack([part.floats(0, part.rows) for part in parts])
-            largest = max(largest, float(np.ptp(values, axis=0).max()))
-    return largest
+    names = checkpoint.architecture.names(checkpoint.config)
+    norms = [[known[weight.unified] for known in named] for _, weight in names if weight.role == "norm"]
+
+    def difference(parts: Sequence[LazyTensor]) -> float:
+        return float(np.ptp(np.stack([part.floats(0, part.rows) for part in parts]), axis=0).max())
+
+    return max(together(difference, norms, checkpoint.index.folder), default=0.0)
 
 
 def parameters(checkpoint: Checkpoint) -> int:

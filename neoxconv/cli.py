@@ -36,6 +36,7 @@ from neoxconv.options import (
     size_option,
     verbose,
 )
+from neoxconv.remote import Place, place
 from neoxconv.terminal import table
 
 FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
@@ -49,14 +50,14 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("source", type=PATH, metavar="SRC")
+@click.argument("source", type=place, metavar="SRC")
 @configuration
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @check
 @jobs
 @as_json
 @verbose
-def inspect(source: Path, **given: Any) -> int:
+def inspect(source: Place, **given: Any) -> int:
     """Show what SRC is, its configuration, and what its bytes are for.
 
     With --check the exit code is 3 where any byte is not as its format's checksums say.
@@ -74,7 +75,7 @@ def inspect(source: Path, **given: Any) -> int:
 
 
 @commands.command()
-@click.argument("source", type=PATH, metavar="SRC")
+@click.argument("source", type=place, metavar="SRC")
 @click.argument("target", type=PATH, metavar="DST")
 @choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
 @choice_option(
@@ -111,11 +112,12 @@ def inspect(source: Path, **given: Any) -> int:
 @as_json
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @verbose
-def convert(source: Path, target: Path, **given: Any) -> None:
+def convert(source: Place, target: Path, **given: Any) -> None:
     """Convert SRC into DST. Interrupted, the same command continues.
 
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
-    or a .gguf file. DST is a folder, or the file itself for safetensors and gguf.
+    or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
+    gguf.
     """
     from neoxconv.request import prepare
 
@@ -135,7 +137,7 @@ def convert(source: Path, target: Path, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("source", type=PATH, metavar="SRC")
+@click.argument("source", type=place, metavar="SRC")
 @click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The matrix: a GGUF file.")
 @click.option("--text", type=PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more.")
 @click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file.")
@@ -149,7 +151,7 @@ def convert(source: Path, target: Path, **given: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace FILE where it exists.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @verbose
-def calibrate(source: Path, **given: Any) -> None:
+def calibrate(source: Place, **given: Any) -> None:
     """Make an importance matrix of SRC from a text, for `convert --imatrix` and for llama.cpp's tools.
 
     SRC is run layer by layer from disk. The matrix has, for each column of each layer's matrices, the mean square of
@@ -190,7 +192,7 @@ def formats(**given: Any) -> None:
 
 
 @commands.command()
-@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="[SRC] TARGET")
+@click.argument("paths", type=place, nargs=-1, required=True, metavar="[SRC] TARGET")
 @choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]")
 @norms
 @configuration
@@ -202,7 +204,7 @@ def formats(**given: Any) -> None:
 @as_json
 @click.option("--quiet", is_flag=True, help="Print the verdict only.")
 @verbose
-def verify(paths: tuple[Path, ...], **given: Any) -> int:
+def verify(paths: tuple[Place, ...], **given: Any) -> int:
     """Check TARGET: its bytes, with SRC every weight, and with --level logits what it predicts.
 
     SRC is then run as it was trained, rank by rank, and TARGET beside it, streamed from disk layer by layer. The last

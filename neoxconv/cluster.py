@@ -20,6 +20,7 @@ from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.model import Opening
 from neoxconv.plan import Plan, make_plan
 from neoxconv.recipe import Recipe
+from neoxconv.remote import Remote
 from neoxconv.steps import Digests, Work, run_step
 
 SCHEME = "dask://"
@@ -81,7 +82,8 @@ def connected(address: str, plan: Plan, work: Work) -> Iterator[Callable[[int], 
 def origin_of(plan: Plan) -> Origin:
     """How a plan was made, in paths that hold in any working directory."""
     opening, recipe = plan.checkpoint.opening, plan.recipe
-    opening = replace(opening, path=opening.path.absolute(), config=tuple(path.absolute() for path in opening.config))
+    path = opening.path if isinstance(opening.path, Remote) else opening.path.absolute()
+    opening = replace(opening, path=path, config=tuple(path.absolute() for path in opening.config))
     files = {name: path.absolute() for name in ("tokenizer", "imatrix") if (path := getattr(recipe, name))}
     return Origin(opening, replace(recipe, **files), plan.fingerprint)
 

@@ -7,17 +7,17 @@ journal is only a hint: the bytes are hashed, what matches is kept, the rest is 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
 from neoxconv import cluster
-from neoxconv.errors import NeoxconvError
+from neoxconv.errors import CheckpointError, NeoxconvError, raise_all
 from neoxconv.journal import Journal
-from neoxconv.plan import Plan, memory_for
+from neoxconv.plan import Plan, memory_for, threads_for
 from neoxconv.publish import check_space, check_target, explain, finish, publish
+from neoxconv.remote import Remote, together
 from neoxconv.steps import Digests, Progress, Work, run_step
 from neoxconv.workplace import locked, made_in, partial_of
 
@@ -44,7 +44,7 @@ def run(
     exist and TARGET.partial holds what is done.
     """
     target = Path(target).resolve()
-    shares = memory_for(jobs, memory, plan.kept)
+    shares = memory_for(threads_for(plan.checkpoint, jobs), memory, plan.kept)
     check_target(plan, target, overwrite)
     folder = partial_of(target)
     try:
@@ -59,6 +59,7 @@ def run(
             else:
                 with threads(plan, work, shares.jobs) as submit:
                     digests = run_steps(plan, submit, journal)
+            check_sources(plan)
             finish(plan, made, digests)
             publish(plan, folder, target)
     except OSError as error:
@@ -68,8 +69,18 @@ def run(
 
 def resume_key(plan: Plan) -> str:
     """What unfinished work must agree in: the plan, and sources unchanged since; headers say nothing of the weights."""
-    times = [os.stat(file.storage.path).st_mtime_ns for file in plan.checkpoint.index.files]
-    return hashlib.sha256(f"{plan.fingerprint} {times}".encode()).hexdigest()
+    states = [file.storage.state for file in plan.checkpoint.index.files]
+    return hashlib.sha256(f"{plan.fingerprint} {states}".encode()).hexdigest()
+
+
+def check_sources(plan: Plan) -> None:
+    """Raise CheckpointError where a file far away is not the one that was opened; not every store tells on reading."""
+    files = [file.storage for file in plan.checkpoint.index.files if isinstance(file.storage.path, Remote)]
+    changed = together(lambda file: file.has_changed(), files, plan.checkpoint.index.folder)
+    raise_all(CheckpointError, (
+        f"{file.path}: has changed while it was read; convert again from a source that stays."
+        for file, differs in zip(files, changed, strict=True) if differs
+    ))  # fmt: skip
 
 
 def prepare_files(plan: Plan, made: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from neoxconv.arch.joins import join
 from neoxconv.dtypes import FLOATS
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats import deepspeed
 from neoxconv.model import Architecture, Index, ModelConfig, Weight
+from neoxconv.remote import Place
 from neoxconv.tensor import LazyTensor
 
 FIRST_LAYER = 2  # of gpt-neox: 0 is the embedding, 1 a function without weights
@@ -132,7 +132,7 @@ def joined_shape(weight: Weight, parts: Sequence[LazyTensor], config: ModelConfi
     return join(weight.join, parts, config).shape
 
 
-def home(index: Index, rank: int, name: str) -> Path:
+def home(index: Index, rank: int, name: str) -> Place:
     """The file that holds (or should hold) a rank's tensor, as well as names tell."""
     if index.format != "neox":
         return index.files[0].storage.path if len(index.files) == 1 else index.folder

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from neoxconv.checkpoint import describe, parameters, rank_difference
@@ -16,6 +16,8 @@ from neoxconv.formats import deepspeed
 from neoxconv.integrity import Integrity
 from neoxconv.manifest import MANIFEST
 from neoxconv.model import Checkpoint, Index
+from neoxconv.remote import Place, together
+from neoxconv.storage import size_of
 from neoxconv.tensor import LazyTensor
 from neoxconv.terminal import first_of, plural, size, table
 
@@ -112,24 +114,25 @@ def files_by_kind(index: Index) -> list[dict[str, Any]]:
     """How many files of each kind there are, and their bytes."""
     count: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for path in source_files(index):
+    files = source_files(index)
+    for path, nbytes in zip(files, together(size_of, files, index.folder), strict=True):
         kind = kind_of(path, index)
         count[kind] += 1
-        total[kind] += path.stat().st_size
+        total[kind] += nbytes
     return [{"kind": kind, "count": count[kind], "bytes": total[kind]} for kind in KINDS if count[kind]]
 
 
-def source_files(index: Index) -> Iterable[Path]:
+def source_files(index: Index) -> list[Place]:
     """The files that make up a source: all of its folder's, and those beside `latest`; single files alone."""
     if index.format not in ("neox", "hf"):
         return [file.storage.path for file in index.files]
-    found = {path for path in index.folder.rglob("*") if path.is_file()} | set(index.configs)
+    found: set[Place] = {path for path in index.folder.rglob("*") if path.is_file()} | set(index.configs)
     if (index.folder.parent / "latest").is_file():
         found |= {path for path in index.folder.parent.iterdir() if path.is_file()}
-    return sorted(found)
+    return sorted(found, key=str)
 
 
-def kind_of(path: Path, index: Index) -> str:
+def kind_of(path: Place, index: Index) -> str:
     """What a file is for, by its name and by what was read from it."""
     if path.name in index.set_aside or deepspeed.OPTIMIZER.fullmatch(path.name):
         return "optimizer states"
@@ -162,7 +165,7 @@ def what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("parallel", f"TP {found['tensor_parallel']}, PP {found['pipeline_parallel']} ({found['layout']})"),
             ("names", found["names"]),
-            ("configs", ", ".join(Path(path).name for path in found["configs"]) or "none"),
+            ("configs", ", ".join(PurePath(path).name for path in found["configs"]) or "none"),
         ]
     if found["tensor_parallel"] > 1:
         apart = facts["rank_difference"]

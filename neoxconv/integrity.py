@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from neoxconv.checkpoint import NAMING, patterns, unified_name
@@ -18,6 +17,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt.records import ZipRecord, contradicted, records_of, tensors_on
 from neoxconv.model import Checkpoint
+from neoxconv.remote import Place
 from neoxconv.storage import Storage, open_storage
 from neoxconv.terminal import plural
 
@@ -43,16 +43,16 @@ class Stretch:
         return self.record.name if self.record else f"bytes {self.offset} to {self.offset + self.size}"
 
     @property
-    def place(self) -> tuple[Path, int]:
+    def place(self) -> tuple[str, int]:
         """What parts are listed by."""
-        return self.file.path, self.offset
+        return str(self.file.path), self.offset
 
 
 @dataclass(frozen=True)
 class Damage:
     """What is wrong with a stretch of a file: the tensors on it, and the CRC-32s where they are what differs."""
 
-    file: Path
+    file: Place
     record: str
     what: str
     tensors: tuple[str, ...] = ()
@@ -189,14 +189,14 @@ def judged(part: Stretch, crc32: int) -> Damage | None:
 
 def with_tensors(checkpoint: Checkpoint, damage: Iterable[Damage]) -> Iterator[Damage]:
     """The damage with the names of the tensors that lie there."""
-    known: dict[Path, dict[str, list[str]]] = {}
+    known: dict[Place, dict[str, list[str]]] = {}
     for item in damage:
         if item.file not in known:
             known[item.file] = tensors_of(checkpoint, item.file)
         yield replace(item, tensors=tuple(known[item.file].get(item.record, ())))
 
 
-def tensors_of(checkpoint: Checkpoint, path: Path) -> dict[str, list[str]]:
+def tensors_of(checkpoint: Checkpoint, path: Place) -> dict[str, list[str]]:
     """The tensors on each record of a zip as the model and the source name them; none where that cannot be read."""
     try:
         file = open_storage(path)
@@ -206,7 +206,7 @@ def tensors_of(checkpoint: Checkpoint, path: Path) -> dict[str, list[str]]:
     return {record: [spelled(checkpoint, path, name) for name in names] for record, names in on.items()}
 
 
-def spelled(checkpoint: Checkpoint, path: Path, inside: str) -> str:
+def spelled(checkpoint: Checkpoint, path: Place, inside: str) -> str:
     """The unified name of what a file holds under the name `inside`, and the source's where it is another."""
     if checkpoint.index.format != "neox":
         return inside

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Array, DType, Floats
+from neoxconv.remote import Place
 from neoxconv.storage import Storage
 from neoxconv.tensor import LazyTensor, Read
 
@@ -105,18 +106,18 @@ class Index:
     """
 
     format: str  # neox, hf, safetensors, gguf
-    folder: Path
+    folder: Place
     files: tuple[SourceFile, ...]
     ranks: tuple[dict[str, LazyTensor], ...]
     settings: dict[str, Any]  # merged YAML, config.json or GGUF keys, as found
     states: dict[int, Any] = field(default_factory=dict)  # gpt-neox: number of an mp_rank file -> its bookkeeping
     sequential: bool = False  # gpt-neox: the weights lie in the mp_rank files
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
-    configs: tuple[Path, ...] = ()  # gpt-neox: the YAML files
+    configs: tuple[Place, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
 
     @property
-    def where(self) -> Path:
+    def where(self) -> Place:
         """What messages call the source: the file that it is, or the folder."""
         alone = self.format in ("gguf", "safetensors") and len(self.files) == 1
         return self.files[0].storage.path if alone else self.folder
@@ -397,7 +398,7 @@ class Architecture:
 class Opening:
     """What was asked for when a checkpoint was opened, with which it is opened anew elsewhere."""
 
-    path: Path
+    path: Place
     config: tuple[Path, ...] = ()  # gpt-neox YAML files, instead of those beside the weights
     preset: str | None = None  # a released model
     norms: str = "mean"  # how the ranks' norms are joined

@@ -20,10 +20,11 @@ from neoxconv.checkpoint import describe
 from neoxconv.errors import PlanError
 from neoxconv.model import Checkpoint, Entry, FileLayout, Slot
 from neoxconv.recipe import Recipe
+from neoxconv.remote import THREADS, Remote
 from neoxconv.targets import TARGETS
 from neoxconv.terminal import plural, size
 
-__all__ = ["Memory", "Plan", "Recipe", "Step", "make_plan", "memory_for"]
+__all__ = ["Memory", "Plan", "Recipe", "Step", "make_plan", "memory_for", "threads_for"]
 
 MIB = 1 << 20
 BASE = 200 * MIB  # what Python, numpy, the kernels and a tokenizer take before the first weight (measured: 170)
@@ -189,6 +190,14 @@ class Memory:
     def peak(self) -> int:
         """Bytes expected at most."""
         return BASE + self.jobs * (COPIES * self.slab + self.kept)
+
+
+def threads_for(checkpoint: Checkpoint, jobs: int | None) -> int:
+    """How many threads read a checkpoint: as many as wanted, else the processors, 8 at most.
+
+    Of a remote source more, which mostly wait for the network: while one encodes a band, others' are on their way.
+    """
+    return jobs or (THREADS if isinstance(checkpoint.index.folder, Remote) else min(os.cpu_count() or 1, 8))
 
 
 def memory_for(jobs: int | None, memory: int, kept: int = 0) -> Memory:

@@ -16,6 +16,7 @@ from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.manifest import MANIFEST, beside, manifest
 from neoxconv.model import Digest
 from neoxconv.plan import Plan, slot_key
+from neoxconv.remote import Place
 from neoxconv.terminal import size
 from neoxconv.workplace import has_files, locked, made_in, partial_of
 
@@ -25,7 +26,7 @@ def nearest_folder(target: Path) -> Path:
     return next(folder for folder in target.parents if folder.exists())
 
 
-def check_side_file(path: Path, inputs: Iterable[Path | None], overwrite: bool = True) -> None:
+def check_side_file(path: Path, inputs: Iterable[Place | None], overwrite: bool = True) -> None:
     """Raise PlanError unless a file beside the main business may be written: a report, an importance matrix.
 
     It may be neither one of the `inputs` nor in a folder among them.
@@ -38,8 +39,8 @@ def check_side_file(path: Path, inputs: Iterable[Path | None], overwrite: bool =
         raise PlanError(f"{path.parent}: is no folder; make it first.")
     if not os.access(path.resolve().parent, os.W_OK):
         raise PlanError(f"{path}: cannot be made, because {path.parent} may not be written to; give another place.")
-    for given in filter(None, inputs):
-        if given.resolve() in (path.resolve(), *path.resolve().parents):
+    for given in inputs:
+        if isinstance(given, Path) and given.resolve() in (path.resolve(), *path.resolve().parents):
             raise PlanError(f"{path}: would be written into {given}, which is read; give another name.")
 
 

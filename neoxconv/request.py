@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
@@ -21,9 +20,10 @@ from neoxconv.journal import Journal, read_journal
 from neoxconv.manifest import overflows
 from neoxconv.model import Checkpoint
 from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
-from neoxconv.plan import Memory, Plan, make_plan, memory_for
+from neoxconv.plan import Memory, Plan, make_plan, memory_for, threads_for
 from neoxconv.publish import check_target, nearest_folder
 from neoxconv.recipe import Recipe
+from neoxconv.remote import Place, Remote
 from neoxconv.terminal import plural, progress_bar, size, table
 from neoxconv.verify.bytes import read_manifest
 from neoxconv.workplace import partial_of
@@ -48,7 +48,7 @@ ONLY_FOR = {
 }
 
 
-def opened(source: Path, given: Given, norms: str = "mean") -> Checkpoint:
+def opened(source: Place, given: Given, norms: str = "mean") -> Checkpoint:
     """The checkpoint at `source` with the configuration that the options give."""
     if given["config"] and given["preset"]:
         raise click.UsageError("--config and --preset exclude each other; give one of them.")
@@ -61,7 +61,7 @@ def checked(checkpoint: Checkpoint, given: Given, quiet: bool) -> integrity.Inte
         return None
     total = sum(file.storage.size for file in checkpoint.index.files)
     with progress_bar(total, "checking", quiet) as progress:
-        return integrity.check(checkpoint, jobs=given["jobs"] or min(os.cpu_count() or 1, 8), progress=progress)
+        return integrity.check(checkpoint, jobs=threads_for(checkpoint, given["jobs"]), progress=progress)
 
 
 def check_options(given: Given) -> None:
@@ -87,7 +87,7 @@ def check_options(given: Given) -> None:
 class Request:
     """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
 
-    source: Path
+    source: Place
     target: Path
     plan: Plan
     memory: Memory
@@ -208,7 +208,7 @@ class Request:
         )
 
 
-def prepare(source: Path, target: Path, given: Given) -> Request:
+def prepare(source: Place, target: Path, given: Given) -> Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
     check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
@@ -217,7 +217,7 @@ def prepare(source: Path, target: Path, given: Given) -> Request:
     target = target.resolve()
     check_apart(checkpoint, source, target)
     plan = make_plan(checkpoint, recipe)
-    memory = memory_for(given["jobs"], given["memory"], plan.kept)
+    memory = memory_for(threads_for(checkpoint, given["jobs"]), given["memory"], plan.kept)
     check_target(plan, target, given["overwrite"])
     done = read_journal(partial_of(target) / Journal.NAME, convert.resume_key(plan), not given["allow_nonfinite"])
     check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
@@ -226,12 +226,14 @@ def prepare(source: Path, target: Path, given: Given) -> Request:
     return Request(source, target, plan, memory, given, finished, check)
 
 
-def check_apart(checkpoint: Checkpoint, source: Path, target: Path) -> None:
+def check_apart(checkpoint: Checkpoint, source: Place, target: Path) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
-    folders = [source] if source.is_dir() else []
+    if isinstance(source, Remote):
+        return
+    folders: list[Place] = [source] if source.is_dir() else []
     folders += [index.folder] if index.format in ("neox", "hf") else []
-    files = {file.storage.path.resolve() for file in index.files}
+    files = {path.resolve() for file in index.files if isinstance(path := file.storage.path, Path)}
     for made in (target.resolve(), partial_of(target).resolve()):
         for folder in (folder.resolve() for folder in folders):
             if made == folder or folder in made.parents:

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from neoxconv.coverage import home
@@ -19,6 +18,7 @@ from neoxconv.model import Index, Part, Scaled
 from neoxconv.quant import SCALED, fourbit
 from neoxconv.quant.fourbit import BLOCK, NESTED, STATE
 from neoxconv.quant.int8 import FORMAT
+from neoxconv.remote import Place
 from neoxconv.tensor import LazyTensor
 
 NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
@@ -32,7 +32,7 @@ DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH_NAMES.items()}
 class Module:
     """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in."""
 
-    where: Path
+    where: Place
     name: str
     tensors: Mapping[str, LazyTensor]
     native: DType

@@ -13,10 +13,10 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.remote import Place
 from neoxconv.storage import open_storage
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these texts
@@ -42,7 +42,7 @@ class Tokenizer:
     """The bytes of a tokenizer.json, and the file they were read from (None: made here)."""
 
     data: bytes
-    path: Path | None = None
+    path: Place | None = None
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class Tokenizer:
         return {**parsed, "added_tokens": parsed.get("added_tokens") or []}
 
 
-def load(path: Path) -> Tokenizer:
+def load(path: Place) -> Tokenizer:
     """The tokenizer in the file `path`. Raises CheckpointError where that is not a byte-level BPE tokenizer.json."""
     tokenizer = Tokenizer(read_bytes(path), path)
     _ = tokenizer.parsed  # raises for what is no tokenizer
@@ -144,7 +144,7 @@ def tiny() -> Tokenizer:
     return Tokenizer(_tokenizer_json(vocab, TINY_PAIRS, special + spaces, NORMALIZERS["olmo"]))
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Place) -> bytes:
     """The bytes of a file that may be a tokenizer. Raises CheckpointError for one that is far too large."""
     file = open_storage(path)
     if file.size > MAX_BYTES:

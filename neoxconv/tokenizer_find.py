@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.remote import Place, Remote
+from neoxconv.storage import is_file
 from neoxconv.tokenizer import read_bytes
 
 USUAL = ("tokenizer.json", "20B_tokenizer.json")
 
 
-def find(explicit: Path | None, folder: Path, configs: Mapping[str, Any], config_dirs: Sequence[Path]) -> Path | None:
+def find(
+    explicit: Path | None, folder: Place, configs: Mapping[str, Any], config_dirs: Sequence[Place]
+) -> Place | None:
     """The tokenizer file of the source in `folder`, or None where there is none.
 
     `explicit` (a file, or a folder that holds one) wins. Else what lies in `folder`, in the checkpoint's folder (the
@@ -22,15 +26,15 @@ def find(explicit: Path | None, folder: Path, configs: Mapping[str, Any], config
     nothing, or where two candidates differ.
     """
     if explicit is not None:
-        chosen = _only([explicit] if os.path.isfile(explicit) else _inside(explicit, None))
+        chosen = _only([explicit] if is_file(explicit) else _inside(explicit, None))
         if chosen is None:
             raise CheckpointError(f"{explicit}: is no file, and no folder with a tokenizer.json. Correct --tokenizer.")
         return chosen
     named = _named(configs)
     near = next(filter(None, (_inside(place, named) for place in _places(folder))), [])
     pointed = [directory / named for directory in config_dirs] if named else []
-    found = [path for path in (*near, *pointed) if os.path.isfile(path)]
-    if not found and named and os.path.isfile(named):
+    found = [path for path in (*near, *pointed) if is_file(path)]
+    if not found and named and is_file(Path(named)):
         return Path(named)
     return _only(found)
 
@@ -42,23 +46,23 @@ def _named(configs: Mapping[str, Any]) -> str | None:
     return named if isinstance(named, str) and kind == "HFTokenizer" else None
 
 
-def _places(folder: Path) -> list[Path]:
+def _places(folder: Place) -> list[Place]:
     """Where to look, nearest first: never further up than one above the folder that holds `latest`."""
-    folder = Path(os.path.abspath(folder))
-    saved = [path for path in (folder, folder.parent) if os.path.isfile(path / "latest")]
+    folder = folder if isinstance(folder, Remote) else Path(os.path.abspath(folder))
+    saved = [path for path in (folder, folder.parent) if is_file(path / "latest")]
     return list(dict.fromkeys([folder, *(place for path in saved for place in (path, path.parent))]))
 
 
-def _inside(folder: Path, named: str | None) -> list[Path]:
+def _inside(folder: Place, named: str | None) -> list[Place]:
     """The candidates in one folder: the named file, else those of usual names, else every tokenizer-like one."""
     first = [folder / Path(named).name] if named else []
     usual = [folder / name for name in USUAL]
     others = sorted(path for path in folder.glob("*tokenizer*.json") if path.name != "tokenizer_config.json")
-    present = ([path for path in tier if os.path.isfile(path)] for tier in (first, usual, others))
+    present = ([path for path in tier if is_file(path)] for tier in (first, usual, others))
     return next(filter(None, present), [])
 
 
-def _only(candidates: Sequence[Path]) -> Path | None:
+def _only(candidates: Sequence[Place]) -> Place | None:
     """The first candidate, or None; all must hold the same bytes."""
     for other in candidates[1:]:
         if read_bytes(candidates[0]) != read_bytes(other):

@@ -9,6 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "neoxconv"
 LAYERS = (
     "errors dtypes names recipe __version__",
+    "fetch",
+    "remote",
     "storage terminal",
     "tensor tokenizer",
     "model tokenizer_find",
@@ -28,7 +30,7 @@ LAYERS = (
     "__init__ __main__",
 )
 LAYER = {unit: height for height, units in enumerate(LAYERS) for unit in units.split()}
-HEAVY = {"torch", "numba", "transformers", "bitsandbytes", "fsspec", "dask", "gguf", "tokenizers"}
+HEAVY = {"torch", "numba", "transformers", "bitsandbytes", "fsspec", "aiohttp", "s3fs", "dask", "gguf", "tokenizers"}
 
 
 def imported(file: Path) -> Iterator[str]:

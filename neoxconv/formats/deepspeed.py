@@ -11,18 +11,17 @@ Which kind it is shows in the files, never in the YAML. Every weight is named `N
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.training_yaml import read_configs
 from neoxconv.model import Entry, Index, SourceFile
-from neoxconv.storage import open_storage
+from neoxconv.remote import Place, together
+from neoxconv.storage import is_folder, open_storage
 from neoxconv.tensor import LazyTensor
 
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -63,12 +62,12 @@ def by_layer_file(ranks: Sequence[Mapping[str, Entry]], container: type[dict[Any
     return files
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Place) -> bool:
     """Whether `folder` itself (a `global_stepN`) holds files with weights of gpt-neox."""
     return any(LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
 
 
-def tag_folder(path: Path) -> Path | None:
+def tag_folder(path: Place) -> Place | None:
     """The `global_stepN` that `path` means: itself, the one named by `latest`, or the only one; else None."""
     if is_checkpoint(path):
         return path
@@ -76,7 +75,7 @@ def tag_folder(path: Path) -> Path | None:
     if latest.is_file():
         file = open_storage(latest)
         tag = file.text(0, min(file.size, MAX_TAG)).decode("utf-8", "replace").strip()
-        if not tag or "/" in tag or tag in (".", "..") or not os.path.isdir(path / tag):
+        if not tag or "/" in tag or tag in (".", "..") or not is_folder(path / tag):
             raise CheckpointError(
                 f"{latest}: names {tag!r:.80}, which is not a folder beside it; give the global_stepN folder itself."
             )
@@ -87,7 +86,7 @@ def tag_folder(path: Path) -> Path | None:
     return steps[0] if steps else None
 
 
-def index(folder: Path, config: Sequence[Path] = ()) -> Index:
+def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     """Index the checkpoint in `folder` (a `global_stepN`), reading zip directories and pickles only."""
     names = sorted(p.name for p in folder.iterdir())
     found = [((int(m[1]), int(m[2])), name) for name in names if (m := LAYER.fullmatch(name))]
@@ -103,13 +102,15 @@ def index(folder: Path, config: Sequence[Path] = ()) -> Index:
         raise CheckpointError(
             f"{folder}: holds neither layer_NN-model_MM-model_states.pt nor mp_rank_MM_model_states.pt files."
         )
-    files = {name: read_pt(open_storage(folder / name)) for name in [*layers.values(), *states.values()]}
+    wanted = [*layers.values(), *states.values()]
+    storages = together(lambda name: open_storage(folder / name), wanted, folder)
+    files = dict(zip(wanted, together(read_pt, storages, folder), strict=True))
     configs = tuple(config) or find_configs(folder)
     ranks = pipeline_ranks(folder, layers, files) if layers else sequential_ranks(folder, states, files)
     return Index(
         format="neox",
         folder=folder,
-        files=tuple(SourceFile(open_storage(folder / name), file.checksum) for name, file in files.items()),
+        files=tuple(SourceFile(file, files[file.name].checksum) for file in storages),
         ranks=ranks,
         settings=read_configs(configs),
         states={rank: files[name].value for rank, name in states.items()},
@@ -121,7 +122,7 @@ def index(folder: Path, config: Sequence[Path] = ()) -> Index:
 
 
 def pipeline_ranks(
-    folder: Path, layers: dict[tuple[int, int], str], files: dict[str, Any]
+    folder: Place, layers: dict[tuple[int, int], str], files: dict[str, Any]
 ) -> tuple[dict[str, LazyTensor], ...]:
     """Each rank's tensors from its layer files, in the order of the layers."""
     numbers, degree = sorted({layer for layer, _ in layers}), 1 + max(rank for _, rank in layers)
@@ -139,7 +140,7 @@ def pipeline_ranks(
     )
 
 
-def sequential_ranks(folder: Path, states: dict[int, str], files: dict[str, Any]) -> tuple[dict[str, LazyTensor], ...]:
+def sequential_ranks(folder: Place, states: dict[int, str], files: dict[str, Any]) -> tuple[dict[str, LazyTensor], ...]:
     """Each rank's tensors from `module` in its mp_rank file."""
     missing = sorted(set(range(max(states) + 1)) - set(states))
     raise_all(CheckpointError, (f"{folder / states_file(rank)}: is missing; download it again." for rank in missing))
@@ -155,7 +156,7 @@ def sequential_ranks(folder: Path, states: dict[int, str], files: dict[str, Any]
     return tuple(ranks)
 
 
-def tensors_of(path: Path, value: Any) -> dict[str, LazyTensor]:
+def tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
     """A dictionary's tensors; TransformerEngine's extra states, which are not tensors, are left out."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(value).__name__}.")
@@ -166,7 +167,7 @@ def tensors_of(path: Path, value: Any) -> dict[str, LazyTensor]:
     return {name: t for name, t in value.items() if isinstance(t, LazyTensor)}
 
 
-def find_configs(folder: Path) -> tuple[Path, ...]:
+def find_configs(folder: Place) -> tuple[Place, ...]:
     """The YAML files in `configs/`, else beside the weights, else in the folder that holds `latest`."""
     places = [folder / "configs", folder]
     if (folder.parent / "latest").is_file() or folder.name.startswith("global_step"):

@@ -16,7 +16,6 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ import numpy as np
 from neoxconv.dtypes import F16, F32, FLOATS, PLAIN, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.model import Index, SourceFile
+from neoxconv.remote import Place, together
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor, stored
 
@@ -56,12 +56,12 @@ STRUCTS = {letter: struct.Struct("<" + letter) for letter in SCALARS.values()}
 LEAST = {STRING: 8, ARRAY: 12, **{kind: STRUCTS[letter].size for kind, letter in SCALARS.items()}}  # bytes of an item
 
 
-def index(path: Path) -> Index:
+def index(path: Place) -> Index:
     """Index a GGUF file, or all parts of the split file that `path` is one part of.
 
     The settings are the keys of the first part, without `split.*`. Raises CheckpointError for whatever is malformed.
     """
-    headers = [read_header(open_storage(part)) for part in parts(path)]
+    headers = together(lambda part: read_header(open_storage(part)), parts(path), path)
     check_parts(headers)
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
     return Index(
@@ -73,7 +73,7 @@ def index(path: Path) -> Index:
     )
 
 
-def parts(path: Path) -> list[Path]:
+def parts(path: Place) -> list[Place]:
     """The file, or every part of a split one; raises CheckpointError naming the parts that are missing."""
     match = SPLIT.fullmatch(path.name)
     if not match:
@@ -255,7 +255,7 @@ def read_alignment(file: Storage, keys: dict[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class Span:
     """A tensor as the header describes it; the offset counts from the data's start."""
 
     shape: tuple[int, ...]
@@ -264,9 +264,9 @@ class Place:
     nbytes: int
 
 
-def read_places(cursor: Cursor, count: int) -> dict[str, Place]:
+def read_places(cursor: Cursor, count: int) -> dict[str, Span]:
     """The descriptions of the next `count` tensors."""
-    places: dict[str, Place] = {}
+    places: dict[str, Span] = {}
     for _ in range(count):
         name = cursor.name("tensor", places)
         dims = cursor.number("I")
@@ -280,11 +280,11 @@ def read_places(cursor: Cursor, count: int) -> dict[str, Place]:
         row = shape[-1] if dims > 1 else 1  # a vector's rows are single numbers
         if 0 in shape or row % dtype.block:
             raise cursor.damaged(f"has shape {list(shape)}, expected rows of a multiple of {dtype.block} weights")
-        places[name] = Place(shape, dtype, offset, math.prod(shape) // dtype.block * dtype.nbytes)
+        places[name] = Span(shape, dtype, offset, math.prod(shape) // dtype.block * dtype.nbytes)
     return places
 
 
-def check_places(file: Storage, places: dict[str, Place], base: int, alignment: int) -> None:
+def check_places(file: Storage, places: dict[str, Span], base: int, alignment: int) -> None:
     """Raise CheckpointError where a tensor is not aligned, shares bytes with another or reaches beyond the file."""
     end, before = 0, ""
     for name, place in sorted(places.items(), key=lambda item: item[1].offset):

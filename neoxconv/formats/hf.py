@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
@@ -14,6 +13,7 @@ from neoxconv.formats import safetensors
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.safetensors import read_json
 from neoxconv.model import Entry, FileLayout, Index, SourceFile
+from neoxconv.remote import Place, together
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor
 
@@ -26,7 +26,7 @@ PART = re.compile(r"config\.json|(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensor
 Header = tuple[dict[str, LazyTensor], str]
 
 
-def index(folder: Path) -> Index:
+def index(folder: Place) -> Index:
     """Index the folder's safetensors, or else its .bin files; raises CheckpointError naming what is missing."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json; download it into this folder.")
@@ -54,7 +54,7 @@ def read_header(file: Storage) -> Header:
     return found.value, found.checksum
 
 
-def sharded(folder: Path, path: Path, settings: dict[str, Any]) -> Index:
+def sharded(folder: Place, path: Place, settings: dict[str, Any]) -> Index:
     """Index the shards that an index file lists: every tensor where it says, and no other."""
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
@@ -65,8 +65,8 @@ def sharded(folder: Path, path: Path, settings: dict[str, Any]) -> Index:
     present = {file.name for file in folder.iterdir() if file.is_file()}
     missing = (n for n in names if n not in present)
     raise_all(CheckpointError, (f"{folder}: lacks {n!r:.300}, which {path.name} names; download it." for n in missing))
-    files = {name: open_storage(folder / name) for name in names}
-    headers = {name: read_header(file) for name, file in files.items()}
+    files = dict(zip(names, together(lambda name: open_storage(folder / name), names, folder), strict=True))
+    headers = dict(zip(names, together(read_header, files.values(), folder), strict=True))
     absent = (
         f"{folder / n}: lacks {t:.200}, which {path.name} places there; download both again."
         for t, n in places.items()

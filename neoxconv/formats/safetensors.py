@@ -14,12 +14,12 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from neoxconv.dtypes import STORED
 from neoxconv.errors import CheckpointError
 from neoxconv.model import Digest, Entry, FileLayout, Index, Late, Part, Slot, SourceFile
+from neoxconv.remote import Place
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor, stored
 
@@ -59,7 +59,7 @@ def read_header(file: Storage) -> Header:
     return Header(tensors, metadata, hashlib.sha256(text).hexdigest())
 
 
-def read_object(text: bytes | str, path: Path, what: str = "the file") -> dict[str, Any]:
+def read_object(text: bytes | str, path: Place, what: str = "the file") -> dict[str, Any]:
     """The JSON object in `text`, which `what` names in messages: UTF-8, and no name twice; else CheckpointError."""
     try:
         value = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
@@ -131,7 +131,7 @@ def check_coverage(file: Storage, entries: Mapping[str, tuple[int, int]], base: 
         )
 
 
-def index(path: Path) -> Index:
+def index(path: Place) -> Index:
     """Index a single file; its settings come from config.json beside it, or from its own metadata."""
     file = open_storage(path)
     header = read_header(file)
@@ -143,7 +143,7 @@ def index(path: Path) -> Index:
     return Index("safetensors", path.parent, (SourceFile(file, header.checksum),), (header.tensors,), settings)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """The JSON object in a small file."""
     file = open_storage(path)
     if file.size > MAX_JSON:

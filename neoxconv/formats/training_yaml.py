@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.remote import Place
 from neoxconv.storage import open_storage
 
 LARGEST = 1 << 17  # bytes of a file
@@ -14,10 +14,10 @@ DEEPEST, MOST_VALUES, LONGEST_VALUE = 64, 1 << 16, 3000  # levels; values, every
 ODD_SCALARS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # what PyYAML raises for them
 
 
-def read_configs(paths: Sequence[Path]) -> dict[str, Any]:
+def read_configs(paths: Sequence[Place]) -> dict[str, Any]:
     """All settings of the YAML files with `_` for `-`; a key given twice must have one value."""
     merged: dict[str, Any] = {}
-    home: dict[str, Path] = {}
+    home: dict[str, Place] = {}
     for path in paths:
         for key, value in ((str(key).replace("-", "_"), value) for key, value in read_yaml(path).items()):
             if merged.setdefault(key, value) != value:
@@ -29,7 +29,7 @@ def read_configs(paths: Sequence[Path]) -> dict[str, Any]:
     return merged
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Place) -> dict[str, Any]:
     """The settings in one YAML file, in bounded time and memory: nothing is built before its size is known."""
     import yaml
 

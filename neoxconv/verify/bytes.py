@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from neoxconv.errors import CheckpointError
-from neoxconv.manifest import MANIFEST, Range, beside, combined, hash_range
+from neoxconv.manifest import MANIFEST, Range, combined, hash_range
+from neoxconv.remote import Place, place
+from neoxconv.storage import is_file, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
 Progress = Callable[[int], None]
 
 
-def manifest_path(target: Path) -> Path:
+def manifest_path(target: Place) -> Place:
     """Where a target's manifest lies: inside a folder, beside a file."""
-    return target / MANIFEST if target.is_dir() else beside(target)
+    return target / MANIFEST if target.is_dir() else target.with_name(f"{target.name}.{MANIFEST}")
 
 
-def read_manifest(target: Path) -> dict[str, Any] | None:
+def read_manifest(target: Place) -> dict[str, Any] | None:
     """The manifest of a target, or None where there is none; raises CheckpointError where it cannot be understood."""
     path = manifest_path(target)
     if not path.is_file():
@@ -52,12 +54,12 @@ def part_of(entry: Any) -> Range:
     return Range(str(entry["name"]), int(entry["offset"]), int(entry["bytes"]))
 
 
-def verify_bytes(target: Path | str, *, progress: Progress = lambda count: None) -> Report:
+def verify_bytes(target: Place | str, *, progress: Progress = lambda count: None) -> Report:
     """Whether the files of `target` are byte for byte those that its manifest describes.
 
     Raises CheckpointError where the target or its manifest is missing. `progress` gets counts of bytes read.
     """
-    target = Path(target)
+    target = place(target)
     if not target.exists():
         raise CheckpointError(f"{target}: does not exist.")
     manifest = read_manifest(target)
@@ -70,12 +72,12 @@ def verify_bytes(target: Path | str, *, progress: Progress = lambda count: None)
     findings = [finding for file in files for finding in check_file(target, file, progress)]
     if target.is_dir():
         known = {file["name"] for file in files} | {MANIFEST}
-        present = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+        present = sorted(inside(path, target) for path in target.rglob("*") if path.is_file())
         findings += [Finding(name, "is not in the manifest") for name in present if name not in known]
     return Report("bytes", f"{len(files)} files, {sum(file['bytes'] for file in files):,} bytes", tuple(findings))
 
 
-def sha256sums(target: Path) -> Iterator[tuple[str, str]]:
+def sha256sums(target: Place) -> Iterator[tuple[str, str]]:
     """The names of a target's files, in order, and the SHA-256 of each: of all in a folder, or of the one file.
 
     Names are relative to the folder that holds them. Raises CheckpointError where the target is missing.
@@ -84,26 +86,33 @@ def sha256sums(target: Path) -> Iterator[tuple[str, str]]:
         raise CheckpointError(f"{target}: does not exist.")
     files = sorted(path for path in target.rglob("*") if path.is_file()) if target.is_dir() else [target]
     for path in files:
-        with open(path, "rb") as stream:
-            name = path.relative_to(target if target.is_dir() else target.parent)
-            yield str(name), hash_range(stream, Range("", 0, path.stat().st_size))
+        with stream_of(path) as stream:
+            yield (
+                inside(path, target if target.is_dir() else target.parent),
+                hash_range(stream, Range("", 0, size_of(path))),
+            )
 
 
-def check_file(target: Path, file: dict[str, Any], progress: Progress) -> Iterator[Finding]:
+def inside(path: Place, folder: Place) -> str:
+    """The name of a file relative to a folder that it lies in."""
+    return str(PurePosixPath(str(path)).relative_to(str(folder)))
+
+
+def check_file(target: Place, file: dict[str, Any], progress: Progress) -> Iterator[Finding]:
     """What is wrong with one file."""
     path = target / file["name"] if target.is_dir() else target
     name = file["name"] if target.is_dir() else target.name
-    if target.is_dir() and not path.resolve().is_relative_to(target.resolve()):
+    if target.is_dir() and not PurePosixPath(str(path.resolve())).is_relative_to(str(target.resolve())):
         yield Finding(name, "lies outside the target")
         return
-    if not os.path.isfile(path):  # no error for a name longer than any
+    if not is_file(path):
         yield Finding(name, "is missing")
         return
-    if path.stat().st_size != file["bytes"]:
-        yield Finding(name, f"has {path.stat().st_size} bytes; {file['bytes']} were written")
+    if size_of(path) != file["bytes"]:
+        yield Finding(name, f"has {size_of(path)} bytes; {file['bytes']} were written")
     if combined(entry["sha256"] for entry in file["ranges"]) != file["sha256"]:
         yield Finding(name, "the manifest's digest of the file does not fit those of its ranges")
-    with open(path, "rb") as stream:
+    with stream_of(path) as stream:
         for entry in file["ranges"]:
             part = part_of(entry)
             if hash_range(stream, part) != entry["sha256"]:

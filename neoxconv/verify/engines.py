@@ -17,6 +17,7 @@ import torch
 
 from neoxconv.errors import PlanError, VerifyError
 from neoxconv.model import Checkpoint
+from neoxconv.remote import Place
 from neoxconv.verify.logits import Logits
 from neoxconv.verify.metrics import Numbers
 
@@ -29,13 +30,21 @@ def needed(module: str, package: str) -> ModuleType:
         raise PlanError(f"{package} is not installed; pip install {package}, or leave --engine out.") from error
 
 
-def transformers(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
+def here(target: Place) -> Path:
+    """A target that other programs can open. Raises PlanError for a URL."""
+    if isinstance(target, Path):
+        return target
+    raise PlanError(f"{target}: other engines read local files only; download it, or leave --engine out.")
+
+
+def transformers(target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits:
     """The logits of a Hugging Face folder, in float32; of bitsandbytes' weights in the type that the folder says.
 
     Told another, transformers 5 leaves embeddings and norms of such a folder as they are, and fails.
     """
     if candidate.index.format != "hf":
         raise PlanError(f"{target}: --engine transformers runs Hugging Face folders, this is {candidate.index.format}.")
+    target = here(target)
     library = needed("transformers", "transformers")
     library.utils.logging.disable_progress_bar()
     settings = candidate.index.settings.get("quantization_config")
@@ -51,13 +60,13 @@ def transformers(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits
     return in_bands(np.stack(rows))
 
 
-def llama_cpp(target: Path, candidate: Checkpoint, tokens: Numbers) -> Logits:
+def llama_cpp(target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits:
     """The logits of a GGUF file, on the CPU."""
     if candidate.index.format != "gguf":
         raise PlanError(f"{target}: --engine llama.cpp runs GGUF files, this is {candidate.index.format}.")
     llama = needed("llama_cpp", "llama-cpp-python")
     llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
-    return in_bands(llama_logits(candidate.index.files[0].storage.path, tokens))
+    return in_bands(llama_logits(here(candidate.index.files[0].storage.path), tokens))
 
 
 def llama_logits(path: Path, tokens: Numbers) -> npt.NDArray[np.float32]:
@@ -107,7 +116,7 @@ def in_bands(logits: npt.NDArray[np.float32]) -> Logits:
     return lambda start, stop: whole[..., start:stop]
 
 
-ENGINES: dict[str, Callable[[Path, Checkpoint, Numbers], Logits]] = {
+ENGINES: dict[str, Callable[[Place, Checkpoint, Numbers], Logits]] = {
     "transformers": transformers,
     "llama.cpp": llama_cpp,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from neoxconv.checkpoint import tokenizer_of
 from neoxconv.errors import PlanError
 from neoxconv.model import Checkpoint
+from neoxconv.remote import Place
 from neoxconv.verify.engines import ENGINES
 from neoxconv.verify.logits import run_both
 from neoxconv.verify.metrics import Doubles, Running, as_array
@@ -44,7 +44,7 @@ def with_error(scores: Mapping[str, float], name: str) -> str:
     return f"{scores[name]:.6g}" if error is None else f"{scores[name]:.4f} +- {error:.4f}"
 
 
-def examine(source: Checkpoint, candidate: Checkpoint, target: Path, given: Mapping[str, Any]) -> Exam:
+def examine(source: Checkpoint, candidate: Checkpoint, target: Place, given: Mapping[str, Any]) -> Exam:
     """Both sides' scores on the task that the options name. Raises PlanError where the source has no tokenizer."""
     words = tokenizer_of(source)
     if words is None:

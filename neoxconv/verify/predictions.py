@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from neoxconv.model import Checkpoint
 from neoxconv.publish import whole
+from neoxconv.remote import Place
 from neoxconv.terminal import table
 from neoxconv.verify.bisect import bisect
 from neoxconv.verify.engines import ENGINES
@@ -26,7 +26,7 @@ CONTEXT = 40  # tokens shown before a position
 def compare(
     source: Checkpoint,
     candidate: Checkpoint,
-    target: Path,
+    target: Place,
     before: Sequence[Report],
     given: Mapping[str, Any],
     progress: Callable[[int], None],
@@ -90,7 +90,7 @@ def layer_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
 
 
 def page_facts(
-    source: Checkpoint, target: Path, predictions: Predictions, limits: Sequence[Limit], reports: Sequence[Report]
+    source: Checkpoint, target: Place, predictions: Predictions, limits: Sequence[Limit], reports: Sequence[Report]
 ) -> dict[str, Any]:
     """What the page shows, as plain values."""
     f, spell = predictions.figures, speller(source)

@@ -1,35 +1,13 @@
-"""Streams that pickles are read from: a file's bytes, and a guard that bounds what is asked of them."""
+"""The guard of streams that pickles are read from: it bounds what is asked of them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any
-
-from neoxconv.storage import Storage
 
 MAX_STEPS = 2_000_000
 MAX_READ = 64 << 20
 CHUNK = 1 << 20
-
-
-class Stream(io.RawIOBase):
-    """A file as a stream, for pickles that lie one after the other."""
-
-    def __init__(self, file: Storage) -> None:
-        self.file, self.position = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), self.file.size - self.position)
-        buffer[:count] = self.file.text(self.position, count)
-        self.position += count
-        return count
 
 
 class Bounded:

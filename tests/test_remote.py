@@ -1,0 +1,294 @@
+"""Sources far away: the same bytes as from here, few of them fetched, and a clear message where a server fails."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neoxconv import convert, fetch, inspection, open_checkpoint
+from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.plan import Recipe, make_plan
+from neoxconv.remote import Remote, place
+from neoxconv.synthetic import Synthetic, write_checkpoint
+from tests.far import SECRET, Fault, Request, Web, s3, upload, web
+from tests.test_bad_input import cli, digests
+
+pytest.importorskip("aiohttp", reason="aiohttp is not installed; pip install 'neoxconv[remote]'")
+__all__ = ["s3"]
+
+MODEL = {"hidden": 128, "rows": 1024}
+FORMATS = {
+    "pipeline": "pipeline",
+    "sequential": "sequential",
+    "hf": "hf",
+    "safetensors": "one.safetensors",
+    "gguf": "one.gguf",
+}
+HEADERS = 192 << 10  # bytes of a file that opening may read besides its weights
+LAYER = "global_step10/layer_02-model_00-model_states.pt"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one model in every format that can be read."""
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoint(folder / "pipeline", Synthetic(**MODEL), optimizer_bytes=1 << 20)
+    write_checkpoint(folder / "sequential", Synthetic(**MODEL, sequential=True))
+    for recipe, name in (
+        (Recipe("hf", shard_size=300_000), "hf"),
+        (Recipe("safetensors"), FORMATS["safetensors"]),
+        (Recipe("gguf", type="Q8_0"), FORMATS["gguf"]),
+    ):
+        convert.run(make_plan(open_checkpoint(folder / "pipeline"), recipe), folder / name)
+    return folder
+
+
+@pytest.fixture
+def server(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """The models on a web server; failures are over soon."""
+    monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(fetch, "TIMEOUT", 5.0)
+    with web(models) as served:
+        yield served
+
+
+def facts(source: str | Path) -> Any:
+    """What inspect says, apart from where things are."""
+    found = inspection.inspect(open_checkpoint(source))
+    found["source"] = {k: v for k, v in found["source"].items() if k not in ("path", "configs")}
+    return found
+
+
+def failing(pattern: str, *faults: str) -> Fault:
+    """Requests for files of that pattern go wrong, one after the other as listed, the last for ever."""
+    return lambda request, number: faults[min(number, len(faults) - 1)] * bool(re.search(pattern, request.path))
+
+
+# --- the same as from here -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS.values(), ids=FORMATS)
+def test_a_web_server_gives_the_same_facts_and_bytes(name: str, models: Path, server: Web, tmp_path: Path) -> None:
+    assert facts(f"{server.url}/{name}") == facts(models / name)
+    server.log.clear()
+    for source, target in ((models / name, tmp_path / "here"), (f"{server.url}/{name}", tmp_path / "far")):
+        convert.run(make_plan(open_checkpoint(source), Recipe("hf")), target)
+    assert digests(tmp_path / "here") == digests(tmp_path / "far")
+    index = open_checkpoint(models / name).index
+    weights = sum(file.storage.size for file in index.files)
+    assert server.nbytes() < 1.1 * weights + len(index.files) * HEADERS
+    assert server.nbytes("optim") == 0
+
+
+@pytest.mark.parametrize("name", FORMATS.values(), ids=FORMATS)
+def test_s3_gives_the_same_facts_and_bytes(name: str, models: Path, s3: Any, tmp_path: Path) -> None:
+    where = upload(s3, models, "models") if name == FORMATS["pipeline"] else "s3://bucket/models"
+    assert facts(f"{where}/{name}") == facts(models / name)
+    for source, target in ((models / name, tmp_path / "here"), (f"{where}/{name}", tmp_path / "far")):
+        convert.run(make_plan(open_checkpoint(source), Recipe("hf")), target)
+    assert digests(tmp_path / "here") == digests(tmp_path / "far")
+
+
+def test_what_is_in_memory_is_a_source_too(models: Path) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(models / "hf"), "/models/hf", recursive=True)
+    assert facts("memory://models/hf") == facts(models / "hf")
+
+
+def test_slim_never_asks_for_an_optimizer_file(server: Web, models: Path, tmp_path: Path) -> None:
+    source = f"{server.url}/pipeline"
+    assert cli("convert", source, tmp_path / "slim", "--to", "slim", "--quiet") == 0
+    assert not [request for request in server.log if "optim" in request.name]
+    assert cli("verify", source, tmp_path / "slim", "--quiet") == 0
+    assert cli("verify", models / "hf", f"{server.url}/hf") == 0
+
+
+def test_an_opened_file_costs_few_requests(server: Web) -> None:
+    open_checkpoint(f"{server.url}/pipeline")
+    requests = [request for request in server.log if LAYER.endswith(request.name) and request.name]
+    assert [request.method for request in requests] == ["HEAD", *["GET"] * (len(requests) - 1)]
+    assert len(requests) <= 6
+    assert len({request.path for request in server.log if request.name == ""}) == len(
+        [request for request in server.log if request.name == ""]
+    )  # no folder is listed twice
+
+
+def test_checks_read_every_byte(server: Web, models: Path, tmp_path: Path) -> None:
+    assert cli("inspect", f"{server.url}/sequential", "--check") == 0
+    assert cli("verify", f"{server.url}/hf") == 0
+    assert cli("verify", "--sha256sums", f"{server.url}/hf") == 0
+    damaged = tmp_path / "damaged"
+    shutil.copytree(models / "hf", damaged)
+    (damaged / "config.json").write_bytes((damaged / "config.json").read_bytes().replace(b"0", b"1", 1))
+    with web(tmp_path) as other:
+        assert cli("verify", f"{other.url}/damaged") == 3
+
+
+# --- servers that fail -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["drop", "less", "more", "elsewhere", "503", "429"])
+def test_what_fails_twice_is_asked_again(fault: str, server: Web, models: Path, tmp_path: Path) -> None:
+    server.fault = failing(LAYER, "", "", fault, fault, "")
+    target = convert.run(make_plan(open_checkpoint(f"{server.url}/pipeline"), Recipe("hf")), tmp_path / "far")
+    convert.run(make_plan(open_checkpoint(models / "pipeline"), Recipe("hf")), tmp_path / "here")
+    assert digests(target) == digests(tmp_path / "here")
+
+
+def test_a_server_that_stalls_is_asked_again(server: Web, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.5)
+    server.fault = failing("config.json", "", "stall", "stall", "")
+    assert facts(f"{server.url}/hf") == facts(models / "hf")
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected", "requests"),
+    [
+        ("drop", "the connection fails (ClientPayloadError) (4 times asked; run the same command again", 4),
+        ("less", "bytes 0 to 533 were asked for, and 266 bytes came", 4),
+        ("more", "bytes 0 to 533 were asked for, and more came", 4),
+        ("elsewhere", "bytes 0 to 533 were asked for, and others came", 4),
+        ("stall", "no answer within 0.5 seconds", 4),
+        ("500", "the server answers 500", 4),
+        ("whole", "the server gives no ranges of bytes, only whole files", 1),
+        ("changed", "has changed since it was opened", 1),
+        ("403", "may not be read (403); give credentials", 1),
+        ("401", "may not be read (401); give credentials", 1),
+        ("404", "was there when it was opened", 1),
+        ("400", "the server answers 400", 1),
+    ],
+)
+def test_a_server_that_goes_on_failing_is_named(
+    fault: str, expected: str, requests: int, server: Web, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fetch, "TIMEOUT", 0.5 if fault == "stall" else 5.0)
+    server.fault = failing("hf/config.json", "", fault)
+    assert cli("inspect", f"{server.secret_url}/hf", "-v") == 1
+    error = capsys.readouterr().err
+    size = (server.root / "hf" / "config.json").stat().st_size
+    assert expected.replace("533", str(size)).replace("266", str(size // 2)) in error
+    assert f"{server.url}/hf/config.json: " in error and SECRET not in error
+    assert len([r for r in server.log if r.path == "/hf/config.json" and r.method == "GET"]) == requests
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [("403", "may not be read (403)"), ("404", "does not exist"), ("503", "the server answers 503 (4 times asked")],
+)
+def test_a_source_that_cannot_be_opened_is_named(
+    status: str, expected: str, server: Web, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fault = failing("one.gguf", status)
+    assert cli("inspect", f"{server.secret_url}/one.gguf?sig={SECRET}", "-v") == 1
+    error = capsys.readouterr().err
+    assert f"{server.url}/one.gguf: {expected}" in error and SECRET not in error
+
+
+def test_a_file_that_changes_during_a_run_is_noticed(models: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(str(models / "one.gguf"), "/changing.gguf")
+    plan = make_plan(open_checkpoint("memory://changing.gguf"), Recipe("hf"))
+    key = convert.resume_key(plan)
+    store.put(str(models / "one.gguf"), "/changing.gguf")
+    with pytest.raises(CheckpointError, match=r"memory://changing.gguf: has changed while it was read"):
+        convert.run(plan, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    assert convert.resume_key(make_plan(open_checkpoint("memory://changing.gguf"), Recipe("hf"))) != key
+
+
+def test_an_object_that_changes_is_not_read(models: Path, s3: Any, tmp_path: Path) -> None:
+    s3.upload_file(str(models / "one.safetensors"), "bucket", "changing.safetensors")
+    checkpoint = open_checkpoint("s3://bucket/changing.safetensors")
+    s3.upload_file(str(models / "one.gguf"), "bucket", "changing.safetensors")
+    with pytest.raises(CheckpointError, match="has changed since it was opened"):
+        convert.run(make_plan(checkpoint, Recipe("gguf", type="F16")), tmp_path / "x.gguf")
+
+
+# --- a run that is interrupted ---------------------------------------------------------------------------------------
+
+
+def test_a_run_continues_with_what_is_left(server: Web, models: Path, tmp_path: Path) -> None:
+    source, target = f"{server.url}/one.safetensors", tmp_path / "hf"
+    plan = make_plan(open_checkpoint(source), Recipe("hf"))
+    written = 0
+
+    def cut(count: int) -> None:
+        nonlocal written
+        written += count
+        if written > plan.total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.run(plan, target, jobs=1, progress=cut)
+    server.log.clear()
+    convert.run(make_plan(open_checkpoint(source), Recipe("hf")), target, jobs=1)
+    assert server.nbytes() < 0.6 * plan.total + HEADERS
+    convert.run(make_plan(open_checkpoint(models / "one.safetensors"), Recipe("hf")), tmp_path / "here")
+    assert digests(target) == digests(tmp_path / "here")
+
+
+# --- credentials -----------------------------------------------------------------------------------------------------
+
+
+def test_credentials_are_sent_and_never_shown(server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def locked(request: Request, number: int) -> str:
+        return "" if request.authorized else "401"
+
+    server.fault = locked
+    signed = f"{server.secret_url}/{{}}?sig={SECRET}"
+    for name, target in (("pipeline", "hf"), ("one.gguf", "slim")):
+        cli("inspect", signed.format(name), "--json")
+        cli("convert", signed.format(name), tmp_path / target, "--to", "hf", "-v")
+        cli("verify", signed.format(name), tmp_path / target)
+    server.fault = failing("", "500")
+    assert cli("convert", signed.format("hf"), tmp_path / "failed", "--to", "hf", "-v") == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("PASS") == 2 and f"verify {server.url}/pipeline " in shown.out
+    files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert SECRET not in shown.out + shown.err and SECRET.encode() not in files
+
+
+def test_a_place_shows_no_credentials_and_travels(server: Web) -> None:
+    source = place(f"{server.secret_url}/hf/?sig={SECRET}")
+    assert isinstance(source, Remote)
+    for text in (str(source), repr(source), str(source / "config.json"), str(source.parent), source.name):
+        assert SECRET not in text
+    again = pickle.loads(pickle.dumps(source))
+    assert again == source and hash(again) == hash(source)
+    assert json.loads((again / "config.json").read_text())["model_type"] == "gpt_neox"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("nowhere://a/b", "nowhere://a/b: fsspec knows no protocol nowhere"),
+        (f"https://user:{SECRET}/x@host/b", "this URL cannot be understood"),
+        (f"https://user:1/{SECRET}@host/b", "this URL cannot be understood"),
+        (f"simplecache::https://user:{SECRET}@host/b", "this URL cannot be understood"),
+        ("dropbox://a/b", "dropbox needs a package that is not installed"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused(url: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("inspect", url, "-v") == 1
+    error = capsys.readouterr().err
+    assert expected in error and SECRET not in error
+
+
+def test_without_fsspec_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(PlanError, match=r"^s3://a/b: needs fsspec; pip install 'neoxconv\[remote\]'.$"):
+        place("s3://a/b")
+    assert place("a/b") == Path("a/b") and place("file:///a/b") == Path("/a/b")
