@@ -76,7 +76,7 @@ def inspect(source: Place, **given: Any) -> int:
 
 @commands.command()
 @click.argument("source", type=place, metavar="SRC")
-@click.argument("target", type=PATH, metavar="DST")
+@click.argument("target", type=place, metavar="DST")
 @choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
 @choice_option(
     "--type",
@@ -112,12 +112,12 @@ def inspect(source: Place, **given: Any) -> int:
 @as_json
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @verbose
-def convert(source: Place, target: Path, **given: Any) -> None:
+def convert(source: Place, target: Place, **given: Any) -> None:
     """Convert SRC into DST. Interrupted, the same command continues.
 
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
     or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
-    gguf.
+    gguf, here or in an object store (s3://, gs://, ...).
     """
     from neoxconv.request import prepare
 

@@ -1,13 +1,14 @@
-"""A run on a Dask cluster whose workers see the same files: each makes the plan once, and then takes steps.
+"""A run on a Dask cluster: each worker makes the plan once, and then takes steps, or whole files for an object store.
 
-What travels to a worker is how the plan is made and a step's number, never an open file or a weight; what comes back
-are digests. Dask queues, retries and replaces workers that die: a step done twice writes the same bytes twice.
+What travels to a worker is how the plan is made and a number, never an open file or a weight; what comes back are
+digests. Dask queues, retries and replaces workers that die: a step done twice writes the same bytes twice.
 """
 
 from __future__ import annotations
 
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,15 +18,17 @@ from typing import Any
 
 from neoxconv.checkpoint import reopen
 from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.files import begin_file, finish_file
 from neoxconv.model import Opening
-from neoxconv.plan import Plan, make_plan
+from neoxconv.plan import Plan, Step, make_plan
 from neoxconv.recipe import Recipe
 from neoxconv.remote import Remote
 from neoxconv.steps import Digests, Work, run_step
+from neoxconv.workers import Submit
 
 SCHEME = "dask://"
 PATIENCE = 10  # seconds until a scheduler must have answered
-RETRIES = 2  # of a step that failed on a worker
+RETRIES = 2  # of what failed on a worker
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Errand:
-    """One step for a worker: its number, and what it needs of the run."""
+    """One step for a worker, in files that it sees: its number, and what it needs of the run."""
 
     origin: Origin
     number: int
@@ -49,9 +52,20 @@ class Errand:
     allow_nonfinite: bool
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """One file for a worker, which makes it on a disk of its own and sends it to `place`."""
+
+    origin: Origin
+    number: int
+    place: Remote
+    slab: int
+    allow_nonfinite: bool
+
+
 @contextmanager
-def connected(address: str, plan: Plan, work: Work) -> Iterator[Callable[[int], Future[Digests]]]:
-    """What takes a step's number to the workers of the scheduler at `address`; raises PlanError where there is none."""
+def connected(address: str) -> Iterator[Executor]:
+    """The workers of the scheduler at `address`; raises PlanError where there is none."""
     try:
         from distributed import Client
         from distributed.scheduler import KilledWorker
@@ -61,22 +75,25 @@ def connected(address: str, plan: Plan, work: Work) -> Iterator[Callable[[int], 
         client: Any = Client(f"tcp://{address.removeprefix(SCHEME)}", timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise PlanError(f"{address}: no Dask scheduler answers there; start one with `dask scheduler`.") from error
-    origin = origin_of(plan)
     with client:
-        pool: Executor = client.get_executor(pure=False, retries=RETRIES)
-
-        def submit(number: int) -> Future[Digests]:
-            known = {key: work.known[key] for key in plan.steps[number].keys if key in work.known}
-            errand = Errand(origin, number, work.folder, known, work.slab, work.allow_nonfinite)
-            return pool.submit(do, errand)
-
         try:
-            yield submit
+            yield client.get_executor(pure=False, retries=RETRIES)
         except KilledWorker as error:
             raise NeoxconvError(
                 f"{address}: one step ended its worker each time; look for `memory` in the workers' logs, "
                 "and give them a smaller --memory."
             ) from error
+
+
+def steps_there(pool: Executor, plan: Plan, work: Work) -> Submit:
+    """What gives steps to workers that see the same files under the same paths."""
+    origin = origin_of(plan)
+
+    def submit(step: Step) -> Future[Digests]:
+        known = {key: work.known[key] for key in step.keys if key in work.known}
+        return pool.submit(do, Errand(origin, step.number, work.folder, known, work.slab, work.allow_nonfinite))
+
+    return submit
 
 
 def origin_of(plan: Plan) -> Origin:
@@ -90,8 +107,7 @@ def origin_of(plan: Plan) -> Origin:
 
 def do(errand: Errand) -> Digests:
     """Take a step, on a worker."""
-    with MAKING:
-        plan = plan_of(errand.origin)
+    plan = plan_of(errand.origin)
     work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite)
     try:
         return run_step(work, plan.steps[errand.number])
@@ -102,11 +118,31 @@ def do(errand: Errand) -> Digests:
         ) from error
 
 
+def deliver(delivery: Delivery) -> dict[str, Any]:
+    """Make a file and send it, on a worker: the manifest's entry for it."""
+    plan = plan_of(delivery.origin)
+    file = plan.files[delivery.number]
+    with tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
+        folder = Path(made)
+        begin_file(file, folder)
+        work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite)
+        digests = {key: digest for step in plan.steps_of(file) for key, digest in run_step(work, step).items()}
+        described = finish_file(file, folder, digests)
+        delivery.place.put(folder / file.name, work.stop)
+    return described
+
+
 MAKING = threading.Lock()  # one thread of a worker makes the plan, the others wait for it
 
 
-@lru_cache(maxsize=1)
 def plan_of(origin: Origin) -> Plan:
+    """The plan of a run, on a worker."""
+    with MAKING:
+        return made_anew(origin)
+
+
+@lru_cache(maxsize=1)
+def made_anew(origin: Origin) -> Plan:
     """The plan made anew; raises PlanError where this machine comes to another one."""
     plan = make_plan(reopen(origin.opening), origin.recipe)
     if plan.fingerprint != origin.fingerprint:

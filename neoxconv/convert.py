@@ -6,28 +6,24 @@ journal is only a hint: the bytes are hashed, what matches is kept, the rest is 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from pathlib import Path
-
 from neoxconv import cluster
-from neoxconv.errors import CheckpointError, NeoxconvError, raise_all
+from neoxconv.errors import NeoxconvError
+from neoxconv.files import begin_file, finish_file
 from neoxconv.journal import Journal
-from neoxconv.plan import Plan, memory_for, threads_for
-from neoxconv.publish import check_space, check_target, explain, finish, publish
-from neoxconv.remote import Remote, together
-from neoxconv.steps import Digests, Progress, Work, run_step
+from neoxconv.plan import Plan, check_sources, memory_for, resume_key, threads_for
+from neoxconv.publish import check_space, check_target, explain, publish, settle
+from neoxconv.remote import Place, Remote, place
+from neoxconv.send import Sending, send
+from neoxconv.steps import Progress, Work
+from neoxconv.workers import run_steps, threads
 from neoxconv.workplace import locked, made_in, partial_of
 
-Submit = Callable[[int], Future[Digests]]  # of the number of a step
 DEFAULT_MEMORY = 512 << 20
 
 
 def run(
     plan: Plan,
-    target: Path | str,
+    target: Place | str,
     *,
     jobs: int | None = None,
     memory: int = DEFAULT_MEMORY,
@@ -35,94 +31,37 @@ def run(
     allow_nonfinite: bool = False,
     executor: str | None = None,
     progress: Progress = lambda count: None,
-) -> Path:
+) -> Place:
     """Make `target` as planned and return its path; after an interruption, continue.
 
+    A target in an object store is sent file by file, the manifest last, and what is done is kept in NAME.partial here.
     `executor` is dask://HOST:PORT, a scheduler whose workers see the same files, instead of threads here; `jobs` and
     `memory` are then a worker's. `progress` is called with counts of bytes written (or found written already). Raises
     PlanError before anything is written, NeoxconvError when the disk or a value stops the run; then `target` does not
     exist and TARGET.partial holds what is done.
     """
-    target = Path(target).resolve()
+    target = place(target).resolve()
     shares = memory_for(threads_for(plan.checkpoint, jobs), memory, plan.kept)
+    if isinstance(target, Remote):
+        return send(plan, target, Sending(shares, allow_nonfinite, executor, progress))
     check_target(plan, target, overwrite)
     folder = partial_of(target)
     try:
         check_space(plan, target)
         with locked(folder), Journal(folder, resume_key(plan), checked=not allow_nonfinite) as journal:
             made = made_in(folder)
-            prepare_files(plan, made)
+            for file in plan.files:
+                begin_file(file, made)
             work = Work(made, journal.known, shares.slab, allow_nonfinite, progress)
             if executor:
-                with cluster.connected(executor, plan, work) as submit:
-                    digests = run_steps(plan, submit, journal, progress)
+                with cluster.connected(executor) as pool:
+                    digests = run_steps(plan.steps, cluster.steps_there(pool, plan, work), journal, progress)
             else:
-                with threads(plan, work, shares.jobs) as submit:
-                    digests = run_steps(plan, submit, journal)
+                with threads(work, shares.jobs) as submit:
+                    digests = run_steps(plan.steps, submit, journal)
             check_sources(plan)
-            finish(plan, made, digests)
+            settle(plan, made, [finish_file(file, made, digests) for file in plan.files])
             publish(plan, folder, target)
     except OSError as error:
         raise NeoxconvError(explain(error, plan, target)) from error
     return target
-
-
-def resume_key(plan: Plan) -> str:
-    """What unfinished work must agree in: the plan, and sources unchanged since; headers say nothing of the weights."""
-    states = [file.storage.state for file in plan.checkpoint.index.files]
-    return hashlib.sha256(f"{plan.fingerprint} {states}".encode()).hexdigest()
-
-
-def check_sources(plan: Plan) -> None:
-    """Raise CheckpointError where a file far away is not the one that was opened; not every store tells on reading."""
-    files = [file.storage for file in plan.checkpoint.index.files if isinstance(file.storage.path, Remote)]
-    changed = together(lambda file: file.has_changed(), files, plan.checkpoint.index.folder)
-    raise_all(CheckpointError, (
-        f"{file.path}: has changed while it was read; convert again from a source that stays."
-        for file, differs in zip(files, changed, strict=True) if differs
-    ))  # fmt: skip
-
-
-def prepare_files(plan: Plan, made: Path) -> None:
-    """Every file at its full size (sparse), with the pieces that are known; sidecars whole."""
-    made.mkdir(exist_ok=True)
-    for file in plan.files:
-        path = made / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "r+b" if path.exists() else "w+b") as stream:
-            stream.truncate(file.size)
-            for offset, piece in file.pieces:
-                stream.seek(offset)
-                stream.write(piece)
-    for name, data in plan.sidecars.items():
-        (made / name).parent.mkdir(parents=True, exist_ok=True)
-        (made / name).write_bytes(data)
-
-
-@contextmanager
-def threads(plan: Plan, work: Work, jobs: int) -> Iterator[Submit]:
-    """What gives steps to threads of this process, which stop when it is left."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            yield lambda number: pool.submit(run_step, work, plan.steps[number])
-        finally:
-            work.stop.set()
-
-
-def run_steps(plan: Plan, submit: Submit, journal: Journal, finished: Progress = lambda count: None) -> Digests:
-    """The digests of all slots, each noted as soon as its step is done, whose bytes `finished` is then told.
-
-    The largest steps start first, so that none is left alone at the end.
-    """
-    futures = {submit(n): n for n in sorted(range(len(plan.steps)), key=lambda n: -plan.steps[n].nbytes)}
-    digests: Digests = {}
-    try:
-        for future in as_completed(futures):
-            for key, digest in future.result().items():
-                journal.add(key, digest)
-                digests[key] = digest
-            finished(plan.steps[futures[future]].nbytes)
-    finally:
-        for future in futures:
-            future.cancel()
-    return digests

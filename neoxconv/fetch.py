@@ -7,11 +7,12 @@ error of theirs is chained to ours.
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import unescape
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from neoxconv.errors import CheckpointError
@@ -19,6 +20,7 @@ from neoxconv.errors import CheckpointError
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each repetition of a request
 TIMEOUT = 60.0  # seconds that an answer may take
 LARGEST = 8 << 20  # bytes of one answer
+PART, MOST_PARTS = 16 << 20, 9000  # of an object that is written; S3 takes 10,000
 PAGE = 16 << 20  # bytes of a listing in HTML
 FOLDER, FILE = "directory", "file"
 # What tells one content from another under the same name: the first that a store gives is kept.
@@ -55,8 +57,8 @@ def changed(before: Facts, now: Facts) -> bool:
     return bool(versions) or None is not now.size != before.size
 
 
-def persist(where: object, ask: Callable[[], Answered]) -> Answered:
-    """What `ask` gives, asked again after a pause where a failure may pass.
+def persist(where: object, ask: Callable[[], Answered], deed: str = "read") -> Answered:
+    """What `ask` gives, asked again after a pause where a failure may pass; `deed` is what it does.
 
     Raises CheckpointError, or FileNotFoundError where there is nothing.
     """
@@ -64,7 +66,7 @@ def persist(where: object, ask: Callable[[], Answered]) -> Answered:
         try:
             return ask()
         except Exception as error:
-            what, again = judged(error)
+            what, again = judged(error, deed)
             if status_of(error) in MISSING:
                 raise FileNotFoundError(f"{where}: {what}") from None
             if not again or pause is None:
@@ -74,7 +76,7 @@ def persist(where: object, ask: Callable[[], Answered]) -> Answered:
     raise AssertionError(where)
 
 
-def judged(error: Exception) -> tuple[str, bool]:
+def judged(error: Exception, deed: str) -> tuple[str, bool]:
     """What went wrong, in words that hold nothing of the request, and whether it may pass."""
     status, kind = status_of(error), type(error).__name__
     if isinstance(error, Unusable):
@@ -82,13 +84,13 @@ def judged(error: Exception) -> tuple[str, bool]:
     if status in MISSING:
         return f"is not there ({status}); correct the address", False
     if status in REFUSED:
-        return f"may not be read ({status}); give credentials that may, in the way fsspec takes them", False
+        return f"may not be {deed} ({status}); give credentials that may, in the way fsspec takes them", False
     if status:
         return f"the server answers {status}", status in AGAIN or status >= 500
     if isinstance(error, TimeoutError) or "Timeout" in kind:
         return f"no answer within {TIMEOUT:g} seconds", True
     if isinstance(error, TypeError | ValueError | LookupError | NotImplementedError | AttributeError):
-        return f"cannot be read by way of fsspec ({kind})", False
+        return f"cannot be {deed} by way of fsspec ({kind})", False
     return f"the connection fails ({kind})", True
 
 
@@ -170,6 +172,20 @@ def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
         raise Unusable(f"bytes {start} to {stop} were asked for, and {len(data)} bytes came")
     whole: bytes = data
     return whole
+
+
+def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event) -> None:
+    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
+    block = max(PART, size // MOST_PARTS)
+    with fs.open(path, "wb", block_size=block) as target:
+        while data := source.read(block):
+            if stop.is_set():
+                target.discard()
+                raise Unusable("was stopped", again=False)
+            target.write(data)
+    found = look(fs, path)
+    if found.size not in (None, size):
+        raise Unusable(f"{size} bytes were sent, and {found.size} are there")
 
 
 def headers(fs: Any, **more: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,8 @@ def beside(target: Path) -> Path:
     return target.with_name(f"{target.name}.{MANIFEST}")
 
 
-def manifest(plan: Plan, folder: Path, digests: Mapping[str, Digest]) -> bytes:
-    """The manifest of the finished files in `folder`, as JSON with a fixed order of keys."""
+def manifest(plan: Plan, described: Sequence[Mapping[str, Any]]) -> bytes:
+    """The manifest of a target whose files of tensors are `described`, as JSON with a fixed order of keys."""
     value = {
         "neoxconv": __version__,
         "format": plan.recipe.format,
@@ -49,8 +49,7 @@ def manifest(plan: Plan, folder: Path, digests: Mapping[str, Digest]) -> bytes:
         "notes": list(plan.notes),
         "sources": plan.sources,
         "dropped": list(plan.checkpoint.dropped),
-        "files": [describe_file(file, folder, digests) for file in plan.files]
-        + [describe_sidecar(name, data) for name, data in plan.sidecars.items()],
+        "files": [*described, *(describe_sidecar(name, data) for name, data in plan.sidecars.items())],
     }
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from neoxconv import __version__
 from neoxconv.checkpoint import describe
-from neoxconv.errors import PlanError
+from neoxconv.errors import CheckpointError, PlanError, raise_all
 from neoxconv.model import Checkpoint, Entry, FileLayout, Slot
 from neoxconv.recipe import Recipe
-from neoxconv.remote import THREADS, Remote
+from neoxconv.remote import THREADS, Remote, together
 from neoxconv.targets import TARGETS
 from neoxconv.terminal import plural, size
 
@@ -37,6 +37,7 @@ SMALLEST_SLAB = MIB
 class Step:
     """A tensor to be written: the places of its parts in a file of the plan, that of the codes first."""
 
+    number: int  # among the plan's steps
     file: FileLayout
     slots: tuple[Slot, ...]
 
@@ -58,12 +59,12 @@ def slot_key(file: FileLayout, slot: Slot) -> str:
     return f"{file.name}@{slot.offset}"
 
 
-def steps_of(file: FileLayout) -> list[Step]:
-    """A step for every entry of a file, in the order of their codes."""
+def by_entry(file: FileLayout) -> list[tuple[Slot, ...]]:
+    """The slots of every entry of a file, in the order of their codes."""
     slots: dict[str, list[Slot]] = {slot.entry.name: [] for slot in file.slots if slot.number == 0}
     for slot in sorted(file.slots, key=lambda slot: slot.number):
         slots[slot.entry.name].append(slot)
-    return [Step(file, tuple(group)) for group in slots.values()]
+    return [tuple(group) for group in slots.values()]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,12 @@ class Plan:
     @cached_property
     def steps(self) -> list[Step]:
         """A tensor each, in the order of files and offsets."""
-        return [step for file in self.files for step in steps_of(file)]
+        found = [(file, slots) for file in self.files for slots in by_entry(file)]
+        return [Step(number, file, slots) for number, (file, slots) in enumerate(found)]
+
+    def steps_of(self, file: FileLayout) -> list[Step]:
+        """The steps that write a file."""
+        return [step for step in self.steps if step.file is file]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -212,3 +218,19 @@ def memory_for(jobs: int | None, memory: int, kept: int = 0) -> Memory:
         raise PlanError(f"--memory {size(memory)} is too little; at least {needed} MiB are needed.")
     workers = min(wanted, (memory - BASE) // least)
     return Memory(workers, min(SLAB, ((memory - BASE) // workers - kept) // COPIES), kept)
+
+
+def resume_key(plan: Plan) -> str:
+    """What unfinished work must agree in: the plan, and sources unchanged since; headers say nothing of the weights."""
+    states = [file.storage.state for file in plan.checkpoint.index.files]
+    return hashlib.sha256(f"{plan.fingerprint} {states}".encode()).hexdigest()
+
+
+def check_sources(plan: Plan) -> None:
+    """Raise CheckpointError where a file far away is not the one that was opened; not every store tells on reading."""
+    files = [file.storage for file in plan.checkpoint.index.files if isinstance(file.storage.path, Remote)]
+    changed = together(lambda file: file.has_changed(), files, plan.checkpoint.index.folder)
+    raise_all(CheckpointError, (
+        f"{file.path}: has changed while it was read; convert again from a source that stays."
+        for file, differs in zip(files, changed, strict=True) if differs
+    ))  # fmt: skip

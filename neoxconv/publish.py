@@ -8,14 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.manifest import MANIFEST, beside, manifest
-from neoxconv.model import Digest
-from neoxconv.plan import Plan, slot_key
+from neoxconv.plan import Plan
 from neoxconv.remote import Place
 from neoxconv.terminal import size
 from neoxconv.workplace import has_files, locked, made_in, partial_of
@@ -126,15 +126,12 @@ def explain(error: OSError, plan: Plan, target: Path) -> str:
     return f"{error.filename or target}: {error.strerror or error}{kept}."
 
 
-def finish(plan: Plan, made: Path, digests: dict[str, Digest]) -> None:
-    """Fill the late ranges, write the manifest, and put everything on disk."""
-    for file in plan.files:
-        written = [digests[slot_key(file, slot)] for slot in file.slots]
-        with open(made / file.name, "r+b") as stream:
-            for late in file.late:
-                stream.seek(late.offset)
-                stream.write(late.make(written))
-    (made / MANIFEST).write_bytes(manifest(plan, made, digests))
+def settle(plan: Plan, made: Path, described: Sequence[Mapping[str, Any]]) -> None:
+    """Write the small files and the manifest of a folder whose files are `described`, and put everything on disk."""
+    for name, data in plan.sidecars.items():
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_bytes(data)
+    (made / MANIFEST).write_bytes(manifest(plan, described))
     for path in (*sorted(made.rglob("*")), made, made.parent):
         sync(path)
 

@@ -6,6 +6,7 @@ credentials: neither `user:password@` nor what follows a question mark (a signat
 
 from __future__ import annotations
 
+import io
 import posixpath
 import re
 import threading
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.fetch import FILE, FOLDER, LARGEST, Facts, changed, entries, look, part, persist
+from neoxconv.fetch import FILE, FOLDER, LARGEST, Facts, changed, entries, look, part, persist, store
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 LOCAL, WEB = ("file", "local"), ("http", "https")  # a web server's listings may lack what it has
@@ -215,6 +216,19 @@ class Remote:
             return persist(self, lambda: part(self.fs, self.address, start, stop, known)) if stop > start else b""
         except FileNotFoundError:
             raise CheckpointError(f"{self}: was there when it was opened, and is not any more.") from None
+
+    def put(self, file: Path, stop: threading.Event) -> None:
+        """Make this the object with a file's bytes; nothing appears before it is whole, or where `stop` is set."""
+
+        def send() -> None:
+            with open(file, "rb") as source:
+                store(self.fs, self.address, source, file.stat().st_size, stop)
+
+        persist(self, send, "written")
+
+    def write(self, data: bytes) -> None:
+        """Make this the object with these bytes."""
+        persist(self, lambda: store(self.fs, self.address, io.BytesIO(data), len(data), threading.Event()), "written")
 
     def changed(self, known: Facts) -> bool:
         """Whether the store, asked anew, has another file here."""

@@ -20,13 +20,14 @@ from neoxconv.journal import Journal, read_journal
 from neoxconv.manifest import overflows
 from neoxconv.model import Checkpoint
 from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
-from neoxconv.plan import Memory, Plan, make_plan, memory_for, threads_for
+from neoxconv.plan import Memory, Plan, make_plan, memory_for, resume_key, threads_for
 from neoxconv.publish import check_target, nearest_folder
 from neoxconv.recipe import Recipe
 from neoxconv.remote import Place, Remote
+from neoxconv.send import check_free
 from neoxconv.terminal import plural, progress_bar, size, table
 from neoxconv.verify.bytes import read_manifest
-from neoxconv.workplace import partial_of
+from neoxconv.workplace import partial_of, work_of
 
 Given = Mapping[str, Any]  # the options by name; None where one was not given
 
@@ -88,7 +89,7 @@ class Request:
     """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
 
     source: Place
-    target: Path
+    target: Place
     plan: Plan
     memory: Memory
     given: Given
@@ -123,8 +124,8 @@ class Request:
 
     @property
     def free(self) -> int:
-        """Bytes free on the target's disk."""
-        return shutil.disk_usage(nearest_folder(self.target)).free
+        """Bytes free on the disk where the target is made."""
+        return shutil.disk_usage(nearest_folder(work_of(self.target))).free
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -208,7 +209,7 @@ class Request:
         )
 
 
-def prepare(source: Place, target: Path, given: Given) -> Request:
+def prepare(source: Place, target: Place, given: Given) -> Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
     check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
@@ -218,18 +219,21 @@ def prepare(source: Place, target: Path, given: Given) -> Request:
     check_apart(checkpoint, source, target)
     plan = make_plan(checkpoint, recipe)
     memory = memory_for(threads_for(checkpoint, given["jobs"]), given["memory"], plan.kept)
-    check_target(plan, target, given["overwrite"])
-    done = read_journal(partial_of(target) / Journal.NAME, convert.resume_key(plan), not given["allow_nonfinite"])
+    if isinstance(target, Remote):
+        check_free(plan, target, given["overwrite"])
+    else:
+        check_target(plan, target, given["overwrite"])
+    done = read_journal(work_of(target) / Journal.NAME, resume_key(plan), not given["allow_nonfinite"])
     check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
     raise_all(CheckpointError, map(str, check.damage if check else ()))
     finished = sum(all(key in done for key in step.keys) for step in plan.steps)
     return Request(source, target, plan, memory, given, finished, check)
 
 
-def check_apart(checkpoint: Checkpoint, source: Place, target: Path) -> None:
+def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
-    if isinstance(source, Remote):
+    if isinstance(source, Remote) or isinstance(target, Remote):
         return
     folders: list[Place] = [source] if source.is_dir() else []
     folders += [index.folder] if index.format in ("neox", "hf") else []

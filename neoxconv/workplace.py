@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neoxconv.errors import PlanError
+from neoxconv.remote import Place, Remote
 
 LOCK = "lock"
 
@@ -20,6 +21,11 @@ LOCK = "lock"
 def partial_of(target: Path) -> Path:
     """Where a target is made."""
     return target.with_name(target.name + ".partial")
+
+
+def work_of(target: Place) -> Path:
+    """Where a run works on a target: beside it, or for one in a store in the working folder."""
+    return partial_of(Path.cwd() / target.name if isinstance(target, Remote) else target)
 
 
 def made_in(work: Path) -> Path:

@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.convert import resume_key
 from neoxconv.errors import PlanError
 from neoxconv.journal import Journal, read_journal
 from neoxconv.manifest import beside
-from neoxconv.plan import Plan
+from neoxconv.plan import Plan, resume_key
 from neoxconv.publish import aside_of, check_target
 from neoxconv.workplace import has_files, partial_of
 from tests.test_convert import digests

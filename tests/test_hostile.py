@@ -7,6 +7,7 @@ lie (test_safetensors, test_gguf), names in an index that climb out of the folde
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import tracemalloc
@@ -429,6 +430,11 @@ YAMLS: dict[str, tuple[bytes | str, str]] = {
 def test_a_hostile_yaml_is_refused(case: str, tmp_path: Path) -> None:
     data, words = YAMLS[case]
     assert_refused(lambda path: read_configs([path]), placed(tmp_path, "model.yml", data), words)
+
+
+def test_a_number_that_equals_nothing_is_a_setting_like_others(tmp_path: Path) -> None:
+    read = read_configs([placed(tmp_path, "model.yml", "rotary-pct: .nan"), placed(tmp_path, "b.yml", "a: 1")])
+    assert math.isnan(read["rotary_pct"]) and read["a"] == 1
 
 
 # --- tokenizers, manifests, GGUF -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 
 from neoxconv import convert, fetch, inspection, open_checkpoint
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.plan import Recipe, make_plan
+from neoxconv.plan import Recipe, make_plan, resume_key
 from neoxconv.remote import Remote, place
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from tests.far import SECRET, Fault, Request, Web, s3, upload, web
@@ -199,12 +199,12 @@ def test_a_file_that_changes_during_a_run_is_noticed(models: Path, tmp_path: Pat
     store = fsspec.filesystem("memory")
     store.put(str(models / "one.gguf"), "/changing.gguf")
     plan = make_plan(open_checkpoint("memory://changing.gguf"), Recipe("hf"))
-    key = convert.resume_key(plan)
+    key = resume_key(plan)
     store.put(str(models / "one.gguf"), "/changing.gguf")
     with pytest.raises(CheckpointError, match=r"memory://changing.gguf: has changed while it was read"):
         convert.run(plan, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-    assert convert.resume_key(make_plan(open_checkpoint("memory://changing.gguf"), Recipe("hf"))) != key
+    assert resume_key(make_plan(open_checkpoint("memory://changing.gguf"), Recipe("hf"))) != key
 
 
 def test_an_object_that_changes_is_not_read(models: Path, s3: Any, tmp_path: Path) -> None:

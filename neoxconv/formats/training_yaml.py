@@ -20,12 +20,12 @@ def read_configs(paths: Sequence[Place]) -> dict[str, Any]:
     home: dict[str, Place] = {}
     for path in paths:
         for key, value in ((str(key).replace("-", "_"), value) for key, value in read_yaml(path).items()):
-            if merged.setdefault(key, value) != value:
+            if key in merged and merged[key] != value:
                 raise CheckpointError(
                     f"{path}: {key} is {value!r} but {merged[key]!r} in {home[key].name}; "
                     "give the right file with --config."
                 )
-            home.setdefault(key, path)
+            merged[key], home[key] = value, home.get(key, path)
     return merged
 
 

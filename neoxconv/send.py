@@ -1,0 +1,191 @@
+"""A target in an object store: each file is made here, sent whole, noted and removed; the manifest comes last.
+
+A store has no rename, but an object appears at once and whole. So a target is there when its manifest is; before the
+files of tensors nothing is sent that a loader begins with (config.json, an index). NAME.partial in the working folder
+holds the file at work, its journal, and in `sent` the manifest's entry for every file that is in the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from neoxconv import cluster
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.files import begin_file, finish_file
+from neoxconv.journal import Journal
+from neoxconv.manifest import MANIFEST, manifest
+from neoxconv.model import FileLayout
+from neoxconv.plan import Memory, Plan, check_sources, resume_key
+from neoxconv.publish import explain
+from neoxconv.remote import WEB, Remote
+from neoxconv.steps import Progress, Work
+from neoxconv.terminal import size
+from neoxconv.workers import run_steps, threads
+from neoxconv.workplace import locked, made_in, work_of
+
+Described = dict[str, Any]  # the manifest's entry for a file
+
+
+@dataclass(frozen=True)
+class Sending:
+    """How a run goes about it."""
+
+    memory: Memory
+    allow_nonfinite: bool
+    executor: str | None
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Notes on the files that are in the store, in a folder; those of another run do not count."""
+
+    folder: Path
+    key: str
+
+    def path(self, name: str) -> Path:
+        return self.folder / quote(name, safe="")
+
+    def add(self, described: Described) -> None:
+        path = self.path(described["name"])
+        path.with_suffix(".new").write_text(json.dumps({"key": self.key, "file": described}))
+        os.replace(path.with_suffix(".new"), path)
+
+    def find(self, file: FileLayout, there: Remote) -> Described | None:
+        """The entry of a file that was sent, if the store still has it."""
+        try:
+            note = json.loads(self.path(file.name).read_text())
+        except (OSError, ValueError):
+            return None
+        facts = there.ask()
+        if note["key"] != self.key or facts is None or facts.size != file.size:
+            return None
+        found: Described = note["file"]
+        return found
+
+
+def place_of(plan: Plan, target: Remote, name: str) -> Remote:
+    """Where a file of a target goes."""
+    return target if plan.single else target / name
+
+
+def manifest_of(plan: Plan, target: Remote) -> Remote:
+    """Where its manifest goes."""
+    return target.with_name(f"{target.name}.{MANIFEST}") if plan.single else target / MANIFEST
+
+
+def check_free(plan: Plan, target: Remote, overwrite: bool = False) -> None:
+    """Raise PlanError where the target cannot be written, or holds anything that this run has not sent."""
+    if target.protocol in WEB:
+        raise PlanError(f"{target}: a web server takes no files; give a store, such as s3://BUCKET/NAME.")
+    begun = (work_of(target) / Journal.NAME).is_file()
+    if overwrite or manifest_of(plan, target).exists() or (target.exists() and not begun):
+        raise PlanError(
+            f"{target}: exists already, and a store cannot replace it all at once; give another name, or remove it."
+            if not overwrite
+            else f"{target}: --overwrite is for targets on a disk; a store cannot replace one all at once. "
+            "Give another name, or remove the old one."
+        )
+
+
+def check_disk(plan: Plan, scratch: Path) -> None:
+    """Raise PlanError where the disk here cannot hold the file at work and the one that is being sent."""
+    needed = sum(sorted((file.size for file in plan.files), reverse=True)[:2])
+    free = shutil.disk_usage(scratch.parent).free
+    if needed > free:
+        raise PlanError(
+            f"{scratch}: two files are made here at a time, {size(needed)}, and {size(free)} are free; "
+            "make room, work in another folder, or make smaller files with --shard-size or --split-size."
+        )
+
+
+def send(plan: Plan, target: Remote, sending: Sending) -> Remote:
+    """Make a target in a store; after an interruption, continue."""
+    check_free(plan, target)
+    scratch, key = work_of(target), resume_key(plan)
+    check_disk(plan, scratch)
+    try:
+        with locked(scratch), Journal(scratch, key, checked=not sending.allow_nonfinite) as journal:
+            sent = Sent(scratch / "sent", key)
+            sent.folder.mkdir(exist_ok=True)
+            done = {file.name: sent.find(file, place_of(plan, target, file.name)) for file in plan.files}
+            described = {name: entry for name, entry in done.items() if entry}
+            left = [file for file in plan.files if file.name not in described]
+            sending.progress(sum(step.nbytes for step in plan.steps if step.file.name in described))
+            make = there if sending.executor else here
+            for entry in make(plan, left, target, sending, journal):
+                sent.add(entry)
+                described[entry["name"]] = entry
+            check_sources(plan)
+            finish(plan, target, [described[file.name] for file in plan.files])
+            shutil.rmtree(scratch)
+    except OSError as error:
+        raise NeoxconvError(explain(error, plan, scratch)) from error
+    return target
+
+
+def here(
+    plan: Plan, files: list[FileLayout], target: Remote, sending: Sending, journal: Journal
+) -> Iterator[Described]:
+    """Make files one after the other; while one is made, the one before it is sent."""
+    made = made_in(journal.path.parent)
+    work = Work(made, journal.known, sending.memory.slab, sending.allow_nonfinite, sending.progress)
+
+    def post(file: FileLayout, described: Described) -> Described:
+        place_of(plan, target, file.name).put(made / file.name, work.stop)
+        (made / file.name).unlink()
+        return described
+
+    with ThreadPoolExecutor(1) as postman, threads(work, sending.memory.jobs) as submit:
+        under_way: list[Future[Described]] = []
+        for file in files:
+            begin_file(file, made)
+            described = finish_file(file, made, run_steps(plan.steps_of(file), submit, journal))
+            yield from (future.result() for future in under_way)
+            under_way = [postman.submit(post, file, described)]
+        yield from (future.result() for future in under_way)
+
+
+def there(
+    plan: Plan, files: list[FileLayout], target: Remote, sending: Sending, journal: Journal
+) -> Iterator[Described]:
+    """Have workers of a cluster make files and send them."""
+    if not sending.executor:
+        return
+    origin, numbers = cluster.origin_of(plan), {file.name: number for number, file in enumerate(plan.files)}
+    with cluster.connected(sending.executor) as pool:
+        futures = {
+            pool.submit(
+                cluster.deliver,
+                cluster.Delivery(
+                    origin,
+                    numbers[file.name],
+                    place_of(plan, target, file.name),
+                    sending.memory.slab,
+                    sending.allow_nonfinite,
+                ),
+            ): file
+            for file in files
+        }
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+                sending.progress(sum(step.nbytes for step in plan.steps_of(futures[future])))
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def finish(plan: Plan, target: Remote, described: list[Described]) -> None:
+    """Send the small files, and when all of that is in the store the manifest."""
+    for name, data in plan.sidecars.items():
+        (target / name).write(data)
+    manifest_of(plan, target).write(manifest(plan, described))

@@ -1,0 +1,176 @@
+"""Targets in an object store: whole objects, the manifest last, continued after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
+from neoxconv.cli import main
+from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
+from neoxconv.plan import Plan
+from neoxconv.remote import Remote, place
+from neoxconv.workplace import work_of
+from tests.far import SECRET, s3
+from tests.test_cluster import Cluster, cluster
+from tests.test_convert import digests
+from tests.toy import toy
+
+__all__ = ["cluster", "s3"]
+RECIPES = (
+    Recipe("hf", shard_size=100_000), Recipe("safetensors"), Recipe("slim"), Recipe("gguf", type="Q8_0"),
+    Recipe("gguf", type="F16", split_size=100_000), Recipe("bnb", type="NF4", double_quant=True),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is where files are made."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return make_plan(open_checkpoint(toy(tmp_path)), RECIPES[0])
+
+
+def fetched(target: Remote, folder: Path) -> dict[str, str]:
+    """The digests of a target in a store, copied to `folder`."""
+    target.fs.invalidate_cache()
+    target.fs.get(target.path, str(folder), recursive=True)
+    return digests(folder)
+
+
+def objects(target: Remote) -> list[str]:
+    """The names of what is in the store."""
+    target.fs.invalidate_cache()
+    return sorted(name.removeprefix(f"{target.path}/") for name in target.fs.find(target.path))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.format}{' split' * bool(r.split_size)}")
+def test_a_store_gets_the_same_bytes(s3: Any, recipe: Recipe, tmp_path: Path) -> None:
+    plan = make_plan(open_checkpoint(toy(tmp_path)), recipe)
+    name = f"{recipe.format}-{recipe.split_size}" + f".{recipe.format}" * plan.single
+    target = place(f"s3://bucket/made/{name}")
+    assert isinstance(target, Remote)
+    told: list[int] = []
+    assert run(plan, f"s3://bucket/made/{name}", progress=told.append) == target
+    assert fetched(target, tmp_path / "there") == digests(run(plan, tmp_path / "here"))
+    assert sum(told) == sum(step.nbytes for step in plan.steps)
+    assert verify_bytes(target).passed
+    assert not work_of(target).exists()
+
+
+def test_the_manifest_comes_last_and_a_loader_s_files_after_the_weights(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neoxconv import remote
+
+    order, store = [], remote.store
+    monkeypatch.setattr(remote, "store", lambda fs, path, *rest: (store(fs, path, *rest), order.append(path)))
+    run(plan, "memory://order/hf")
+    names = [path.rpartition("/")[2] for path in order]
+    assert len(plan.files) > 2 and names[-1] == "manifest.json"
+    assert all(name.endswith(".safetensors") for name in names[: len(plan.files)])
+    assert set(names[len(plan.files) : -1]) == set(plan.sidecars)
+
+
+def test_what_was_sent_is_not_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neoxconv import remote
+
+    whole = digests(run(plan, tmp_path / "whole"))
+    store, sent = remote.store, []
+
+    def failing(fs: Any, path: str, *rest: Any) -> None:
+        if len(sent) == 2:
+            raise PermissionError(f"{path}?key={SECRET}")
+        sent.append(path)
+        store(fs, path, *rest)
+
+    target = place("memory://again/hf")
+    assert isinstance(target, Remote)
+    with monkeypatch.context() as patched:
+        patched.setattr(remote, "store", failing)
+        with pytest.raises(CheckpointError, match=r"memory://again/hf/.*: may not be written \(403\)") as caught:
+            run(plan, target)
+        assert SECRET not in str(caught.value)
+    assert not (target / "manifest.json").exists() and len(objects(target)) == 2
+    monkeypatch.setattr(remote, "store", lambda fs, path, *rest: (store(fs, path, *rest), sent.append(path)))
+    told: list[int] = []
+    run(plan, place("memory://again/hf"), progress=told.append)
+    assert len(sent) == len(set(sent)) == len(plan.files) + len(plan.sidecars) + 1
+    assert fetched(target, tmp_path / "there") == whole and not work_of(target).exists()
+    assert sum(told) == sum(step.nbytes for step in plan.steps)
+
+
+def test_an_object_that_is_gone_is_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notes are a hint; what the store has is the proof."""
+    from neoxconv import send
+
+    target = place("memory://gone/hf")
+    assert isinstance(target, Remote)
+    with monkeypatch.context() as patched:
+        patched.setattr(send, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, target)
+    target.fs.rm(f"{target.path}/{plan.files[1].name}")
+    run(plan, place("memory://gone/hf"))
+    assert fetched(target, tmp_path / "there") == digests(run(plan, tmp_path / "here"))
+
+
+def test_what_is_there_is_left_alone(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    run(plan, "memory://taken/hf")
+    before = objects(place("memory://taken/hf"))  # type: ignore[arg-type]
+    for target in ("memory://taken/hf", "memory://taken"):
+        with pytest.raises(PlanError, match="exists already, and a store cannot replace it all at once"):
+            run(plan, target)
+    source = str(plan.checkpoint.opening.path)
+    assert main(["convert", source, "memory://taken/hf", "--to", "hf", "--overwrite"]) == 1
+    assert "--overwrite is for targets on a disk" in capsys.readouterr().err
+    assert main(["convert", source, "https://example.invalid/x", "--to", "hf"]) == 1
+    assert "a web server takes no files; give a store" in capsys.readouterr().err
+    assert objects(place("memory://taken/hf")) == before  # type: ignore[arg-type]
+
+
+def test_the_command_line_sends_and_verifies(s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(toy(tmp_path))
+    command = ["convert", source, "s3://bucket/cli/hf", "--to", "hf", "--shard-size", "100kB"]
+    assert main([*command, "--dry-run"]) == 0
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["target"] == "s3://bucket/cli/hf"
+    assert main(["verify", source, "s3://bucket/cli/hf"]) == 0
+    assert main(["convert", "s3://bucket/cli/hf", "s3://bucket/cli/x.gguf", "--to", "gguf", "--quiet"]) == 0
+    assert main(["verify", "s3://bucket/cli/hf", "s3://bucket/cli/x.gguf", "--quiet"]) == 0
+
+
+def test_a_disk_that_holds_no_two_files_is_said_before(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neoxconv import send
+
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(send.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(PlanError, match=r"two files are made here at a time, .* and 1000 bytes are free"):
+        run(plan, "memory://small/hf")
+
+
+def test_a_cluster_sends_whole_files(s3: Any, cluster: Cluster, tmp_path: Path) -> None:
+    plan = make_plan(open_checkpoint(toy(tmp_path)), RECIPES[0])
+    target = place("s3://bucket/cluster/hf")
+    assert isinstance(target, Remote)
+    run(plan, target, executor=f"dask://{cluster.address}")
+    assert fetched(target, tmp_path / "there") == digests(run(plan, tmp_path / "here"))
+
+
+def test_a_full_disk_here_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neoxconv import send
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(send, "begin_file", full)
+    with pytest.raises(NeoxconvError, match="make room and run the same command again"):
+        run(plan, "memory://full/hf")
