@@ -97,7 +97,11 @@ def inspect(source: Place, **given: Any) -> int:
 @choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]")
 @choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
 @norms
-@click.option("--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC]")
+@click.option(
+    "--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC, else 1]"
+)
+@click.option("--pp", type=click.IntRange(min=0), metavar="M",
+              help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]")  # fmt: skip
 @configuration
 @click.option("--tokenizer", type=PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]")
 @size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]")

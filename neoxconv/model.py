@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +87,15 @@ class Weight:
         return replace(
             self, unified=self.unified.replace("{i}", number), gguf=self.gguf.replace("{i}", number), norm=norm
         )
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor of every layer that gpt-neox stored until 2024, though it follows from the hyperparameters."""
+
+    source: str  # its name in a layer file
+    after: str  # the oldest name of the weight that it follows there
+    values: Callable[[ModelConfig], Floats]
 
 
 @dataclass(frozen=True)
@@ -385,6 +394,8 @@ class Architecture:
     config_of: Mapping[str, Callable[[Index, Measured, str | None], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
+    to_neox: Callable[[ModelConfig], dict[str, Any]]
+    buffers: tuple[Buffer, ...] = ()
 
     def names(self, config: ModelConfig) -> list[tuple[int | None, Weight]]:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
@@ -392,6 +403,12 @@ class Architecture:
         layers = [(i, w.at(i)) for i in range(config.layers) for w in self.weights if w.stage == "layer"]
         after = [(None, w) for w in self.weights if w.stage == "norm" or (w.stage == "head" and not config.tied)]
         return [*before, *layers, *after]
+
+    def stored(self, config: ModelConfig) -> Iterator[tuple[int | None, Weight, Buffer | None]]:
+        """Every tensor of 2022's layer files in their order: a weight, or the buffer that follows it."""
+        for layer, weight in self.names(config):
+            yield layer, weight, None
+            yield from ((layer, weight, buffer) for buffer in self.buffers if buffer.after == weight.source[0])
 
 
 @dataclass(frozen=True)

@@ -162,14 +162,14 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         recipe,
         content.files,
         content.sidecars,
-        (*checkpoint.notes, *content.notes, *lossy_notes(entries)),
+        (*checkpoint.notes, *content.notes, *lossy_notes(checkpoint, entries)),
         target.single and len(content.files) == 1 and not recipe.split_size,
     )
 
 
-def lossy_notes(entries: Sequence[Entry]) -> list[str]:
+def lossy_notes(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[str]:
     """What is lost because the source is quantized already."""
-    types = [e.tensor.dtype.name for e in entries if e.tensor.dtype.quantized]
+    types = [tensor.dtype.name for tensor in checkpoint.tensors.values() if tensor.dtype.quantized]
     again = [e for e in entries if e.tensor.dtype.quantized and e.encoding.dtype.quantized and not e.copied]
     notes = []
     if types:

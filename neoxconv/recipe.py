@@ -15,6 +15,7 @@ class Recipe:
     type: str | None = None
     dtype: str | None = None
     tp: int | None = None  # slim: tensor-parallel degree, the source's by default
+    pp: int | None = None  # slim: pipeline stages, the source's by default; 0: sequential files
     shard_size: int = 5_000_000_000  # hf, bnb, float8
     split_size: int | None = None  # gguf
     mix: str = "current"  # gguf: or classic, the older recipe for attn_qkv

@@ -39,6 +39,7 @@ ONLY_FOR = {
     "type": tuple(TYPES_OF),
     "dtype": PLAIN_TARGETS,
     "tp": ("slim",),
+    "pp": ("slim",),
     "shard_size": FOLDERS,
     "split_size": ("gguf",),
     **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),

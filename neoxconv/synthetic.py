@@ -25,7 +25,7 @@ from neoxconv.coverage import number_name
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
-from neoxconv.model import Digest, Entry, FileLayout, ModelConfig, Weight
+from neoxconv.model import Buffer, Digest, Entry, FileLayout, ModelConfig, Weight
 from neoxconv.targets.slim import unchanged
 from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.tokenizer import Tokenizer
@@ -113,13 +113,12 @@ def contents(model: Synthetic) -> dict[str, Any]:
 
 def rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
     """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
-    for layer, weight in GPT_NEOX.names(model.config):
-        spelled = spellings(weight)[model.generation]
+    for layer, weight, buffer in GPT_NEOX.stored(model.config):
+        if buffer and model.generation:
+            continue
+        spelled = buffer.source if buffer else spellings(weight)[model.generation]
         name = number_name(weight, layer, model.layers, spelled)
-        yield name, entry_of(name, rank_tensor(model, weight, name, rank))
-        if spelled == "attention.query_key_value.bias" and not model.generation:
-            name = number_name(weight, layer, model.layers, "attention.rotary_emb.inv_freq")
-            yield name, entry_of(name, frequencies(model))
+        yield name, entry_of(name, buffered(model, buffer) if buffer else rank_tensor(model, weight, name, rank))
 
 
 def spellings(weight: Weight) -> tuple[str, str, str]:
@@ -176,10 +175,9 @@ def with_noise(model: Synthetic, tensor: LazyTensor, name: str) -> LazyTensor:
     return LazyTensor(tensor.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
 
 
-def frequencies(model: Synthetic) -> LazyTensor:
-    """The rotary frequencies, which 2022's gpt-neox stored in every layer."""
-    dims = model.config.rotary_dims
-    values = narrow((1 / 1e4 ** (np.arange(0, dims, 2) / dims)).astype(np.float32), model.stored)
+def buffered(model: Synthetic, buffer: Buffer) -> LazyTensor:
+    """A buffer in the type of the weights."""
+    values = narrow(buffer.values(model.config), model.stored)
     return LazyTensor(values.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
 
 

@@ -66,6 +66,11 @@ def computed(like: LazyTensor, read: Callable[[int, int], Floats], shape: tuple[
     return LazyTensor(shape or like.shape, F32, read, like.native)
 
 
+def constant(values: Floats) -> LazyTensor:
+    """A small tensor that is held in memory."""
+    return LazyTensor(values.shape, F32, lambda start, stop: values[start:stop], F32)
+
+
 def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Rows `start` to `stop` as a tensor."""
     return replace(tensor, shape=(stop - start, *tensor.shape[1:]), read=lambda a, b: tensor.read(start + a, start + b))

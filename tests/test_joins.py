@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from neoxconv.arch.gpt_neox import WEIGHTS
 from neoxconv.arch.gpt_neox_config import PRESETS
-from neoxconv.arch.joins import NORMS, abreast, averaged, head_join, join, row_bias, stacked, summed
+from neoxconv.arch.joins import NORMS, abreast, averaged, by_columns, head_join, join, row_bias, stacked, summed
 from neoxconv.dtypes import BF16, F16, F32, Array, DType, narrow, widen
 from neoxconv.tensor import LazyTensor, reordered, slabs
 
@@ -44,6 +44,13 @@ def test_stacked_rows_are_read_from_any_band(start: int, length: int, heights: l
 def test_columns_side_by_side() -> None:
     parts = [lazy(noise(6, 4, seed=i)) for i in range(3)]
     assert np.array_equal(abreast(parts, CONFIG).floats(2, 5), np.concatenate([whole(p)[2:5] for p in parts], axis=1))
+
+
+@given(st.integers(0, 6), st.integers(1, 7), st.integers(1, 4))
+def test_columns_apart_are_read_from_any_band(start: int, length: int, ranks: int) -> None:
+    values = noise(13, 3 * ranks)
+    parts = [part.floats(start, start + length) for part in by_columns(lazy(values), ranks, CONFIG)]
+    assert np.array_equal(np.concatenate(parts, axis=1), whole(lazy(values))[start : start + length])
 
 
 def test_the_head_joins_by_its_shape() -> None:

@@ -15,7 +15,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.checkpoint import parameters
 from neoxconv.cli import main
 from neoxconv.synthetic import Synthetic, write_checkpoint
-from neoxconv.targets.slim import RANDOM_STATES
+from neoxconv.targets.training import RANDOM_STATES
 from tests.oracles import transformers_logits
 
 MODEL = Synthetic()

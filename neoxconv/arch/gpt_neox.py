@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.gpt_neox_config import from_gguf, from_hf, from_neox, to_gguf, to_hf
+from neoxconv.arch.gpt_neox_training import inverse_frequencies, to_neox
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.model import Architecture, ModelConfig, Weight
+from neoxconv.model import Architecture, Buffer, ModelConfig, Weight
 
 
 def qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
@@ -60,6 +61,8 @@ WEIGHTS = (
 )
 # fmt: on
 
+BUFFERS = (Buffer("attention.rotary_emb.inv_freq", QKV + "bias", inverse_frequencies),)
+
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
 DROPPED = (
     "*attention.rotary_emb.inv_freq",
@@ -77,4 +80,6 @@ GPT_NEOX = Architecture(
     config_of={"neox": from_neox, "hf": from_hf, "safetensors": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
     to_gguf=to_gguf,
+    to_neox=to_neox,
+    buffers=BUFFERS,
 )

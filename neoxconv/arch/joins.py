@@ -93,11 +93,15 @@ def by_rows(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTen
 
 def by_columns(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTensor]:
     """Equal bands of columns."""
+    if ranks == 1:
+        return [tensor]
     part = tensor.columns // ranks
 
     def columns(rank: int) -> LazyTensor:
         def read(start: int, stop: int) -> Array:
-            return tensor.read(start, stop)[:, rank * part : (rank + 1) * part]
+            step = max(1, (stop - start) // ranks)  # so that no more is read at once than is asked for
+            bands = (tensor.read(a, min(a + step, stop)) for a in range(start, stop, step))
+            return np.concatenate([rows[:, rank * part : (rank + 1) * part].copy() for rows in bands])
 
         return replace(tensor, shape=(tensor.rows, part), read=read)
 

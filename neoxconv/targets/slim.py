@@ -1,51 +1,97 @@
 """The slim target: the NeoX layout without optimizer and random-number states.
 
-At the source's tensor-parallel degree every tensor is the rank's own, byte for byte, and nothing is merged. At another
-degree the unified tensors are split anew.
+From gpt-neox shards at their own tensor-parallel degree every tensor is the rank's own, byte for byte, and nothing is
+merged. At another degree, and from any other source, the unified tensors are split anew, under the names of 2022 where
+the source has no own. Pipeline stages are a matter of the bookkeeping: each layer has files of its own anyway.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from neoxconv import tokenizer_find
+from neoxconv import tokenizer
+from neoxconv.checkpoint import tokenizer_of
 from neoxconv.coverage import number_name
 from neoxconv.dtypes import FLOATS, DType
-from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
-from neoxconv.formats.pt.unpickle import Placeholder
-from neoxconv.model import Checkpoint, Content, Encoding, Entry
-from neoxconv.quant import ENCODINGS
+from neoxconv.model import Checkpoint, Content, Encoding, Entry, ModelConfig, Weight
+from neoxconv.quant import ENCODINGS, floats
 from neoxconv.recipe import Recipe
-from neoxconv.tensor import LazyTensor
-
-RANDOM_STATES = ("random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states")
-LOCAL_SHAPES = ("param_shapes", "param_slice_mappings")  # true of the source's degree only
+from neoxconv.targets import training
+from neoxconv.targets.training import Degrees, States
+from neoxconv.tensor import LazyTensor, computed, constant
 
 Ranks = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
 
 def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
-    """A folder with `latest`, one global_stepN in the source's kind of files, its YAML and its tokenizer."""
+    """A folder with `latest`, one global_stepN, its YAML and its tokenizer."""
+    return from_shards(checkpoint, recipe) if checkpoint.index.format == "neox" else from_others(checkpoint, recipe)
+
+
+def from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """The source's own step, kind of files, names and YAML, as far as they need not change."""
     index = checkpoint.index
-    if index.format != "neox":
-        raise PlanError(f"--to slim: the source is {index.format}; slim is made from gpt-neox checkpoints only.")
-    degree = recipe.tp or len(index.ranks)
-    ranks = as_stored(checkpoint, recipe) if degree == len(index.ranks) else split_anew(checkpoint, recipe, degree)
-    states = bookkeeping(checkpoint, degree)
-    tag = index.folder.name if index.folder.name.startswith("global_step") else f"global_step{iteration(states)}"
-    files = sequential_files(ranks, states) if index.sequential else pipeline_files(ranks, states, index.ordered)
+    before = training.degrees_of(checkpoint)
+    after = training.degrees_for(recipe, before, checkpoint.config)
+    ranks = (
+        as_stored(checkpoint, recipe)
+        if after.tp == before.tp
+        else split_anew(named_as_found(checkpoint), after.tp, checkpoint.config, recipe.dtype)
+    )
+    states = training.bookkeeping(checkpoint, before, after)
+    step = f"global_step{training.iteration(states)}"
+    tag = index.folder.name if index.folder.name.startswith("global_step") else step
     return Content(
-        tuple(layout_pt(f"{tag}/{name}", value) for name, value in files.items()),
-        {"latest": tag.encode(), **configs(checkpoint, degree, tag), **tokenizers(checkpoint, recipe)},
+        tuple(layout_pt(f"{tag}/{name}", value) for name, value in files(ranks, states, after, index.ordered).items()),
+        {
+            "latest": tag.encode(),
+            **{f"{tag}/configs/{name}": data for name, data in training.configs(checkpoint, before, after).items()},
+            **training.own_tokenizer(checkpoint, recipe),
+        },
         () if index.states else ("the source has no mp_rank files; minimal ones are written",),
     )
+
+
+def from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """Step 0, as gpt-neox would have written it in 2022, with a YAML made for it."""
+    before = Degrees(1, 1)
+    after = training.degrees_for(recipe, before, checkpoint.config)
+    dtype, notes = number_type(checkpoint, recipe)
+    words = tokenizer_of(checkpoint, recipe.tokenizer)
+    config = training.new_config(checkpoint, after, dtype, words)
+    ranks = split_anew(named_as_in_2022(checkpoint), after.tp, checkpoint.config, dtype)
+    states = training.bookkeeping(checkpoint, before, after)
+    sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
+    if words:
+        tokenizer.check_rows(words, checkpoint.config.rows)
+        sidecars[training.TOKENIZER] = words.data
+    else:
+        notes = (*notes, "no tokenizer found; give one with --tokenizer to have it included")
+    return Content(
+        tuple(layout_pt(f"global_step0/{name}", value) for name, value in files(ranks, states, after, False).items()),
+        sidecars,
+        notes,
+    )
+
+
+def number_type(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, tuple[str, ...]]:
+    """The type that all weights get: the one asked for, else what most of them have, else F16 with a note."""
+    if recipe.dtype:
+        return recipe.dtype, ()
+    sizes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.native.name] += tensor.rows * tensor.columns
+    ((usual, _),) = sizes.most_common(1)
+    if usual in training.PRECISION:
+        return usual, ()
+    return "F16", (f"the source holds {usual}; gpt-neox trains in 16 bits, so F16 is written (or give --dtype BF16)",)
 
 
 def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
@@ -77,29 +123,65 @@ def as_stored(checkpoint: Checkpoint, recipe: Recipe) -> Ranks:
     ]
 
 
-def split_anew(checkpoint: Checkpoint, recipe: Recipe, degree: int) -> Ranks:
-    """The unified tensors split over `degree` ranks, under rank 0's names; buffers are rank 0's."""
-    config, index = checkpoint.config, checkpoint.index
-    sizes = {"attention heads": config.heads, "MLP rows": config.ff, "vocabulary rows": config.rows}
-    raise_all(
-        PlanError,
-        (f"--tp {degree}: does not divide {count} {what}." for what, count in sizes.items() if count % degree),
-    )
-    weights = {number_name(weight, layer, config.layers, name): (weight.unified, weight)
+@dataclass(frozen=True)
+class Whole:
+    """A tensor of all ranks together, under its `N.name`; a buffer, which every rank has a copy of, has no weight."""
+
+    name: str
+    unified: str
+    tensor: LazyTensor
+    weight: Weight | None = None
+
+
+def named_as_found(checkpoint: Checkpoint) -> Iterator[Whole]:
+    """The unified tensors under rank 0's names, and rank 0's buffers, in its order."""
+    config = checkpoint.config
+    weights = {number_name(weight, layer, config.layers, name): weight
                for layer, weight in checkpoint.architecture.names(config) for name in weight.source}  # fmt: skip
+    for name, tensor in checkpoint.index.ranks[0].items():
+        weight = weights.get(name)
+        unified = weight.unified if weight else name
+        yield Whole(name, unified, checkpoint.tensors[unified] if weight else tensor, weight)
+
+
+def named_as_in_2022(checkpoint: Checkpoint) -> Iterator[Whole]:
+    """The unified tensors as numbers, and the buffers, under the names and in the order of 2022."""
+    config = checkpoint.config
+    for layer, weight, buffer in checkpoint.architecture.stored(config):
+        if buffer:
+            name = number_name(weight, layer, config.layers, buffer.source)
+            yield Whole(name, name, constant(buffer.values(config)))
+        else:
+            name, tensor = number_name(weight, layer, config.layers), checkpoint.tensors[weight.unified]
+            yield Whole(name, weight.unified, decoded(tensor) if tensor.dtype.quantized else tensor, weight)
+
+
+def decoded(tensor: LazyTensor) -> LazyTensor:
+    """A quantized tensor as numbers, whose columns can be taken apart."""
+    return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
+
+
+def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype: str | None) -> Ranks:
+    """The tensors split over `degree` ranks."""
     result: Ranks = [{} for _ in range(degree)]
-    for name, tensor in index.ranks[0].items():
-        unified, weight = weights.get(name, (name, None))
-        parts = weight.join.split(checkpoint.tensors[unified], degree, config) if weight else [tensor] * degree
-        for rank, part in enumerate(parts):
-            result[rank][name] = Entry(name, f"{unified} of rank {rank}", part, encoding_for(part, recipe.dtype))
+    for whole in tensors:
+        split = whole.weight.join.split(whole.tensor, degree, config) if whole.weight else [whole.tensor] * degree
+        for rank, part in enumerate(split):
+            result[rank][whole.name] = Entry(
+                whole.name, f"{whole.unified} of rank {rank}", part, encoding_for(part, dtype)
+            )
     return result
+
+
+def files(ranks: Ranks, states: States, degrees: Degrees, ordered: bool) -> dict[str, Any]:
+    """What each .pt file holds."""
+    return pipeline_files(ranks, states, ordered) if degrees.pp else sequential_files(ranks, states)
 
 
 def pipeline_files(ranks: Ranks, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
     """A file for each layer and rank, and the bookkeeping files."""
-    files = deepspeed.by_layer_file(ranks, OrderedDict if ordered else dict)
-    return files | {name: {"module": None, **state} for name, state in states.items()}
+    layers = deepspeed.by_layer_file(ranks, OrderedDict if ordered else dict)
+    return layers | {name: {"module": None, **state} for name, state in states.items()}
 
 
 def sequential_files(ranks: Ranks, states: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,106 +190,3 @@ def sequential_files(ranks: Ranks, states: Mapping[str, Any]) -> dict[str, Any]:
         name: {"module": OrderedDict((deepspeed.SEQUENTIAL + key, e) for key, e in entries.items()), **state}
         for entries, (name, state) in zip(ranks, states.items(), strict=True)
     }
-
-
-@dataclass(frozen=True)
-class Degree:
-    """The source's and the target's tensor-parallel degree."""
-
-    source: int
-    target: int
-
-
-def bookkeeping(checkpoint: Checkpoint, degree: int) -> dict[str, dict[str, Any]]:
-    """The mp_rank files without `module`, optimizer and random states; one for each stage and new rank."""
-    index = checkpoint.index
-    change = Degree(len(index.ranks), degree)
-    stages = -(-len(index.states) // change.source) or 1
-    if index.states and list(index.states) != list(range(stages * change.source)):
-        raise PlanError(
-            f"{index.folder}: has mp_rank files {list(index.states)}, but ranks 0 to {stages * change.source - 1} are "
-            "needed. Download the missing ones, or move them all away to have minimal ones written."
-        )
-    found = [stripped(state, change) for state in index.states.values()] or [
-        minimal(checkpoint, degree)
-    ] * change.source
-    sources = [
-        found[stage * change.source + min(rank, change.source - 1)] for stage in range(stages) for rank in range(degree)
-    ]
-    if change.source != degree:
-        sources = [resized(state, stages, degree) for state in sources]
-    return {deepspeed.states_file(rank): state for rank, state in enumerate(sources)}
-
-
-def stripped(state: Mapping[str, Any], change: Degree) -> dict[str, Any]:
-    """What fine-tuning from the weights needs: plain values only."""
-    dropped = {"module", *RANDOM_STATES, *(LOCAL_SHAPES if change.source != change.target else ())}
-    kept = {key: value for key, value in state.items() if key not in dropped and is_plain(value)}
-    return kept | {"optimizer": None}
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value holds neither tensors nor objects of classes that were not loaded."""
-    if isinstance(value, Mapping):
-        return all(is_plain(item) for pair in value.items() for item in pair)
-    if isinstance(value, list | tuple | set):
-        return all(map(is_plain, value))
-    return not isinstance(value, Placeholder | LazyTensor)
-
-
-def resized(state: Mapping[str, Any], stages: int, degree: int) -> dict[str, Any]:
-    """The bookkeeping for another tensor-parallel degree."""
-    args = state.get("args")
-    changed = {"args": {**args, "model_parallel_size": degree}} if isinstance(args, dict) else {}
-    return {**state, "mp_world_size": stages * degree, **changed}
-
-
-def minimal(checkpoint: Checkpoint, degree: int) -> dict[str, Any]:
-    """Bookkeeping for a source that has none."""
-    config = checkpoint.config
-    args = {
-        "num_layers": config.layers,
-        "hidden_size": config.hidden,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.context,
-        "padded_vocab_size": config.rows,
-        "model_parallel_size": degree,
-    }
-    zeros = dict.fromkeys(("iteration", "skipped_steps", "global_steps", "global_samples"), 0)
-    nothing: dict[str, Any] = {"optimizer": None, "lr_scheduler": None, "csr_tensor_module_names": set()}
-    return {**nothing, **zeros, "dp_world_size": 1, "mp_world_size": degree, "args": args}
-
-
-def iteration(states: Mapping[str, Mapping[str, Any]]) -> int:
-    """The training step that the bookkeeping names; 0 where it does not."""
-    state = next(iter(states.values()), {})
-    step = state.get("iteration", state.get("global_steps", 0))
-    return step if isinstance(step, int) else 0
-
-
-def configs(checkpoint: Checkpoint, degree: int, tag: str) -> dict[str, bytes]:
-    """The YAML files: as they are, or with the new degree and a padding that gives the same vocabulary rows."""
-    import yaml
-
-    index = checkpoint.index
-    names = [path.name + ".yml" * (path.suffix not in (".yml", ".yaml")) for path in index.configs]
-    if len(set(names)) < len(names):
-        raise PlanError(f"{', '.join(map(str, index.configs))}: two have one name but go to one folder; rename one.")
-    files = {f"{tag}/configs/{name}": path.read_bytes() for name, path in zip(names, index.configs, strict=True)}
-    if degree == len(index.ranks):
-        return files
-    changes = {"model_parallel_size": degree, "make_vocab_size_divisible_by": checkpoint.config.rows // degree,
-               "output_layer_parallelism": "column"}  # fmt: skip
-    result = {}
-    for number, (name, data) in enumerate(files.items()):
-        settings = {k: v for k, v in yaml.safe_load(data).items() if str(k).replace("-", "_") not in changes}
-        result[name] = yaml.safe_dump(settings | (changes if number == 0 else {}), sort_keys=False).encode()
-    return result
-
-
-def tokenizers(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
-    """The tokenizer file, under its own name beside `latest`."""
-    index = checkpoint.index
-    places = [config.parent for config in index.configs]
-    path = tokenizer_find.find(recipe.tokenizer, index.folder, index.settings, places)
-    return {path.name: path.read_bytes()} if path else {}
