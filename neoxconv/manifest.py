@@ -45,6 +45,7 @@ def manifest(plan: Plan, folder: Path, digests: Mapping[str, Digest]) -> bytes:
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe.facts,
         "norms": plan.checkpoint.norms,
+        **plan.checkpoint.unusual,
         "config": plan.facts["config"],
         "notes": list(plan.notes),
         "sources": plan.sources,

@@ -114,6 +114,7 @@ class Index:
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
     configs: tuple[Path, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
+    stored: tuple[dict[str, LazyTensor], ...] = ()  # gpt-neox: what fp32 masters in `ranks` stand in for, if they do
 
     @property
     def where(self) -> Path:
@@ -404,3 +405,9 @@ class Checkpoint:
     dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
     notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
     norms: str = "mean"  # how the ranks' norms were joined
+    weights: str = "stored"  # or master: the optimizer's fp32 copies
+
+    @property
+    def unusual(self) -> dict[str, str]:
+        """Which weights it is made of, for fingerprints and manifests; nothing where they are the stored ones."""
+        return {"weights": self.weights} if self.weights != "stored" else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
 from neoxconv.formats.pt.unpickle import Placeholder
-from neoxconv.model import Checkpoint, Content, Encoding, Entry
+from neoxconv.model import Checkpoint, Content, Encoding, Entry, Index
 from neoxconv.quant import ENCODINGS
 from neoxconv.recipe import Recipe
 from neoxconv.tensor import LazyTensor
@@ -37,6 +37,7 @@ def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     if index.format != "neox":
         raise PlanError(f"--to slim: the source is {index.format}; slim is made from gpt-neox checkpoints only.")
     degree = recipe.tp or len(index.ranks)
+    recipe = replace(recipe, dtype=recipe.dtype or trained_type(index))
     ranks = as_stored(checkpoint, recipe) if degree == len(index.ranks) else split_anew(checkpoint, recipe, degree)
     states = bookkeeping(checkpoint, degree)
     tag = index.folder.name if index.folder.name.startswith("global_step") else f"global_step{iteration(states)}"
@@ -46,6 +47,11 @@ def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         {"latest": tag.encode(), **configs(checkpoint, degree, tag), **tokenizers(checkpoint, recipe)},
         () if index.states else ("the source has no mp_rank files; minimal ones are written",),
     )
+
+
+def trained_type(index: Index) -> str | None:
+    """The layer files' type where the weights are fp32 masters of them, for gpt-neox wants that; else None."""
+    return next(iter(index.stored[0].values())).native.name if index.stored else None
 
 
 def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
