@@ -71,7 +71,7 @@ def find_files(index: Index) -> dict[At, Path]:
     found = sorted(((int(match["mp"]), int(match["dp"])), match[0]) for match in matches)
     names = dict(found)
     twice = (
-        f"{index.folder / name}: is of the same ranks as {names[at]}; move the one of another run away."
+        f"{index.folder / name}: is of the same ranks as {names[at]}; move one away, or leave --weights master out."
         for at, name in found
         if names[at] != name
     )
