@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
+from neoxconv.checkpoint import read_index
 from neoxconv.cli import main
 from neoxconv.dtypes import F32, Floats, narrow
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import Placeholder, read_pt
 from neoxconv.formats.pt.unpickle import Size
-from neoxconv.formats.zero import flat
+from neoxconv.formats.zero import flat, with_masters
 from neoxconv.integrity import check, work
 from neoxconv.model import Checkpoint
 from neoxconv.names import FORMATS, NORMS
@@ -425,6 +427,65 @@ def test_padding_is_what_the_files_say(told: int | None, kept: bool, small: Path
         return
     with pytest.raises(CheckpointError, match=r"group 0: .* but the parameters have"):
         open_checkpoint(small, weights="master")
+
+
+JUNK = (
+    None,
+    -1,
+    0,
+    3,
+    1 << 61,
+    0.5,
+    "x",
+    True,
+    [],
+    {},
+    (),
+    [[]],
+    [None],
+    {"x": Size((1 << 40,))},
+    Size(()),
+    Size((0,)),
+)
+
+
+def spots(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a value with each of its keys."""
+    if isinstance(value, dict | list):
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            yield value, key
+            yield from spots(item)
+
+
+@pytest.mark.parametrize("kind", ["elastic", "padded", "whole"])
+def test_whatever_a_file_says_is_read_or_refused(kind: str, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_optimizer(small, 2, kind)
+    index, random, outcomes = read_index(small, ()), np.random.default_rng(0), Counter[bool]()
+    files = {path: read_pt(open_storage(path)) for path in small.glob("*optim_states.pt")}
+    for _ in range(400):
+        values = {path: copy_of(file.value) for path, file in files.items()}
+        states = {rank: copy_of(state) for rank, state in index.states.items()}
+        wanted = {key: state.get("param_shapes") for key, state in states.items()}
+        places = [*spots(values), *spots(wanted), *spots(states)]
+        for _ in range(random.integers(1, 3)):
+            container, key = places[random.integers(len(places))]
+            container[key] = copy_of(JUNK[random.integers(len(JUNK))])
+        made = {path: replace(file, value=values[path]) for path, file in files.items()}
+        monkeypatch.setattr("neoxconv.formats.zero.files.read_pt", lambda storage, made=made: made[storage.path])
+        try:
+            with_masters(replace(index, states=states))
+            outcomes[True] += 1
+        except CheckpointError as error:
+            assert str(error)
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 20, outcomes
+
+
+def copy_of(value: Any) -> Any:
+    """The value with containers of its own."""
+    if isinstance(value, dict):
+        return type(value)((key, copy_of(item)) for key, item in value.items())
+    return list(map(copy_of, value)) if isinstance(value, list) else value
 
 
 # --- bands, and all rows --------------------------------------------------------------------------------------------
