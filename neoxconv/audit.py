@@ -82,10 +82,12 @@ def audit(paths: Sequence[Place], level: str, given: Given) -> Outcome:
         return Outcome({}, (check_bytes(target, given),))
     manifest = read_manifest(target) if target.exists() else None
     reports: tuple[Report, ...] = (check_bytes(target, given),) if manifest else ()
-    norms, whence = policy(manifest, given)
-    source = opened(paths[0], given, norms)
+    norms, whence = policy("norms", "mean", manifest, given)
+    weights, told = policy("weights", "stored", manifest, given)
+    source = opened(paths[0], given, norms, weights)
     settings = given["preset"] or ", ".join(path.name for path in source.index.configs) or "the source's own"
     basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
+    basis |= {"weights": f"{weights} ({told})"} if weights != "stored" else {}
     if given["html"]:
         check_side_file(given["html"], (*paths, given["text"], given["tokens"], given["data"]))
     try:
@@ -100,13 +102,13 @@ def audit(paths: Sequence[Place], level: str, given: Given) -> Outcome:
     return Outcome(basis, reports)
 
 
-def policy(manifest: Mapping[str, Any] | None, given: Given) -> tuple[str, str]:
-    """How the target's norms were joined, and who says so."""
-    if given["norms"]:
-        return given["norms"], "as asked"
-    if manifest and "norms" in manifest:
-        return str(manifest["norms"]), "from the manifest"
-    return "mean", "the default"
+def policy(name: str, default: str, manifest: Mapping[str, Any] | None, given: Given) -> tuple[str, str]:
+    """How the target's norms were joined, or which weights it was made of, and who says so."""
+    if given[name]:
+        return given[name], "as asked"
+    if manifest and name in manifest:
+        return str(manifest[name]), "from the manifest"
+    return default, "the default"
 
 
 def check_bytes(target: Place, given: Given) -> Report:

@@ -21,8 +21,9 @@ from neoxconv.arch.joins import NORMS, join
 from neoxconv.coverage import FIRST_LAYER, check, home
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.fold import folded
-from neoxconv.formats import deepspeed, gguf, hf, safetensors
+from neoxconv.formats import deepspeed, gguf, hf, safetensors, zero
 from neoxconv.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, Weight
+from neoxconv.names import WEIGHTS
 from neoxconv.remote import Place, place, together
 from neoxconv.scales import assembled
 from neoxconv.storage import open_storage
@@ -34,20 +35,29 @@ Named = list[dict[str, LazyTensor]]
 
 
 def open_checkpoint(
-    path: Place | str, *, config: Sequence[Path] = (), preset: str | None = None, norms: str = "mean"
+    path: Place | str,
+    *,
+    config: Sequence[Path] = (),
+    preset: str | None = None,
+    norms: str = "mean",
+    weights: str = "stored",
 ) -> Checkpoint:
     """The model at `path`: a gpt-neox checkpoint (its folder, its global_stepN, or a file in it), a Hugging Face
     folder, a .safetensors or a .gguf file; here, or at any URL that fsspec knows.
 
     `config` are gpt-neox YAML files, used instead of those beside the weights; `preset` names a released model;
-    `norms` says how ranks' norms are joined: mean, fold (exact) or rank0. Raises CheckpointError.
+    `norms` says how ranks' norms are joined: mean, fold (exact) or rank0; `weights` which ones are read: stored, or
+    master, the fp32 copies in gpt-neox's optimizer files. Raises CheckpointError, or PlanError for what is not there.
     """
-    return reopen(Opening(place(path), tuple(config), preset, norms))
+    return reopen(Opening(place(path), tuple(config), preset, norms, weights))
 
 
 def reopen(opening: Opening) -> Checkpoint:
     """The checkpoint that was asked for so."""
+    if opening.weights not in WEIGHTS:
+        raise PlanError(f"--weights {opening.weights}: expected one of {', '.join(WEIGHTS)}.")
     index = read_index(opening.path, opening.config)
+    index = zero.with_masters(index) if opening.weights == "master" else index
     architecture = find_architecture(index)
     named, left = name_tensors(index, architecture)
     measured = measure(named, architecture)

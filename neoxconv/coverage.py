@@ -136,9 +136,7 @@ def home(index: Index, rank: int, name: str) -> Place:
     """The file that holds (or should hold) a rank's tensor, as well as names tell."""
     if index.format != "neox":
         return index.files[0].storage.path if len(index.files) == 1 else index.folder
-    if index.sequential:
-        return index.folder / deepspeed.states_file(rank)
-    return index.folder / deepspeed.layer_file(int(name.split(".")[0]), rank)
+    return deepspeed.home(index, rank, name)
 
 
 def number_name(weight: Weight, layer: int | None, layers: int, name: str | None = None) -> str:

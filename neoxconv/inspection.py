@@ -73,6 +73,7 @@ def source(checkpoint: Checkpoint) -> dict[str, Any]:
         "pipeline_parallel": max(1, len(index.states) // len(index.ranks)),
         "layout": "sequential" if index.sequential else "pipeline",
         "names": generation(checkpoint),
+        "weights": checkpoint.weights,
         "configs": [str(path) for path in index.configs],
     }
 
@@ -165,6 +166,7 @@ def what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("parallel", f"TP {found['tensor_parallel']}, PP {found['pipeline_parallel']} ({found['layout']})"),
             ("names", found["names"]),
+            *([("weights", "master: the optimizer's fp32")] if found["weights"] == "master" else []),
             ("configs", ", ".join(PurePath(path).name for path in found["configs"]) or "none"),
         ]
     if found["tensor_parallel"] > 1:

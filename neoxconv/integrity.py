@@ -14,11 +14,12 @@ from typing import Any
 
 from neoxconv.checkpoint import NAMING, patterns, unified_name
 from neoxconv.errors import CheckpointError
-from neoxconv.formats import deepspeed
+from neoxconv.formats import deepspeed, zero
 from neoxconv.formats.pt.records import ZipRecord, contradicted, records_of, tensors_on
-from neoxconv.model import Checkpoint
+from neoxconv.model import Checkpoint, Index
 from neoxconv.remote import Place
 from neoxconv.storage import Storage, open_storage
+from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.terminal import plural
 
 Progress = Callable[[int], None]
@@ -97,6 +98,7 @@ class Integrity:
     bare_files: int  # of a format without checksums
     bare_records: int  # of zips whose writer computed none
     damage: tuple[Damage, ...]
+    masters: int = 0  # tensors compared with the fp32 masters that stand in for them
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -116,17 +118,25 @@ class Integrity:
         """What came of it, in a few words."""
         counts = plural(self.bare_files, "file"), plural(self.bare_records, "record")
         bare = " and ".join(text for text in counts if not text.startswith("0 "))
+        masters = f"; {plural(self.masters, 'tensor')} equal to the masters rounded" * bool(self.masters)
         if self.damage:
             return f"{plural(len(self.damage), 'finding')}: the source is damaged"
         if self.files == self.bare_files:
             return "no checksums in this format; every byte can be read, and the headers fit the files' sizes"
-        return f"every checksum fits; {bare} without one" if bare else "every checksum fits"
+        return (f"every checksum fits; {bare} without one" if bare else "every checksum fits") + masters
+
+
+def work(checkpoint: Checkpoint) -> int:
+    """The bytes that `check` reads."""
+    files = sum(file.storage.size for file in checkpoint.index.files)
+    return files + sum(pair.master.nbytes for pair in pairs(checkpoint.index))
 
 
 def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: Progress = lambda count: None) -> Integrity:
-    """Read every file that a checkpoint's index names, and compare each record with its CRC-32.
+    """Read every file that a checkpoint's index names, and compare each record with its CRC-32; and every master, if it
+    has any, with what is stored.
 
-    `progress` gets counts of bytes, in all those of the files.
+    `progress` gets counts of bytes, in all those that `work` tells.
     """
     files = [file.storage for file in checkpoint.index.files]
     listed = {file.path: parts_of(file, checkpoint.index.format) for file in files}
@@ -134,6 +144,7 @@ def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: Progress = lambda 
     progress(sum(file.size for file in files) - sum(part.size for part in parts))
     with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(lambda part: read_part(part, progress), parts))
+        held = list(pool.map(lambda pair: compared(checkpoint, pair, progress), pairs(checkpoint.index)))
     damage = [item.damage for item in sorted(found, key=lambda item: item.part.place) if item.damage]
     return Integrity(
         files=len(files),
@@ -141,8 +152,51 @@ def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: Progress = lambda 
         nbytes=sum(item.nbytes for item in found),
         bare_files=sum(all(part.record is None for part in some) for some in listed.values()),
         bare_records=sum(item.bare for item in found),
-        damage=tuple(with_tensors(checkpoint, damage)),
+        damage=(*with_tensors(checkpoint, damage), *filter(None, held)),
+        masters=len(held),
     )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A parameter of a rank, `N.name`: its fp32 master, and what is stored of it."""
+
+    rank: int
+    name: str
+    master: LazyTensor
+    stored: LazyTensor
+
+
+def pairs(index: Index) -> list[Pair]:
+    """Every parameter that a master stands in for."""
+    ranks = zip(index.ranks, index.stored, strict=True) if index.stored else ()
+    return [
+        Pair(rank, name, masters[name], tensor)
+        for rank, (masters, stored) in enumerate(ranks)
+        for name, tensor in stored.items()
+        if masters[name] is not tensor
+    ]
+
+
+def compared(checkpoint: Checkpoint, pair: Pair, progress: Progress) -> Damage | None:
+    """What is wrong with a parameter whose master, rounded, is not what is stored; slab by slab."""
+    path = deepspeed.home(checkpoint.index, pair.rank, pair.name)
+    name = spelled_name(checkpoint, pair.name, pair.rank)
+    try:
+        found = zero.difference(pair.master, pair.stored, slabs(pair.master, SLAB))
+    except CheckpointError as error:
+        return Damage(path, pair.name, f"cannot be compared with its master: {error}", (name,))
+    finally:
+        progress(pair.master.nbytes)
+    if not found.count:
+        return None
+    count = pair.stored.rows * pair.stored.columns
+    row = found.first // pair.stored.columns
+    what = (
+        f"{found.count} of {count} numbers are not their masters as {pair.stored.dtype.name}, the first in row {row}, "
+        f"off by {found.largest:.3g} at most; files of different steps, or damaged: download them again."
+    )
+    return Damage(path, pair.name, what, (name,))
 
 
 def parts_of(file: Storage, format: str) -> list[Stretch]:
@@ -213,6 +267,11 @@ def spelled(checkpoint: Checkpoint, path: Place, inside: str) -> str:
     name, rank = deepspeed.source_name(path.name, inside)
     if rank is None:
         return name
+    return spelled_name(checkpoint, name, rank)
+
+
+def spelled_name(checkpoint: Checkpoint, name: str, rank: int) -> str:
+    """The unified name of a rank's `N.name`, with that."""
     unified = unified_name(name, patterns(checkpoint.architecture, NAMING["neox"]))
     source = f"{name} of rank {rank}"
     return f"{unified} ({source})" if unified else source

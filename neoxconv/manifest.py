@@ -45,6 +45,7 @@ def manifest(plan: Plan, described: Sequence[Mapping[str, Any]]) -> bytes:
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe.facts,
         "norms": plan.checkpoint.norms,
+        **plan.checkpoint.unusual,
         "config": plan.facts["config"],
         "notes": list(plan.notes),
         "sources": plan.sources,

@@ -124,6 +124,7 @@ class Index:
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
     configs: tuple[Place, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
+    stored: tuple[dict[str, LazyTensor], ...] = ()  # gpt-neox: what fp32 masters in `ranks` stand in for, if they do
 
     @property
     def where(self) -> Place:
@@ -419,6 +420,7 @@ class Opening:
     config: tuple[Path, ...] = ()  # gpt-neox YAML files, instead of those beside the weights
     preset: str | None = None  # a released model
     norms: str = "mean"  # how the ranks' norms are joined
+    weights: str = "stored"  # or master, the optimizer's fp32 copies
 
 
 @dataclass(frozen=True)
@@ -437,3 +439,13 @@ class Checkpoint:
     def norms(self) -> str:
         """How the ranks' norms were joined."""
         return self.opening.norms
+
+    @property
+    def weights(self) -> str:
+        """Which weights were read."""
+        return self.opening.weights
+
+    @property
+    def unusual(self) -> dict[str, str]:
+        """Which weights it is made of, for fingerprints and manifests; nothing where they are the stored ones."""
+        return {"weights": self.weights} if self.weights != "stored" else {}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from neoxconv.names import NORMS, PRESETS, TYPES
+from neoxconv.names import NORMS, PRESETS, TYPES, WEIGHTS
 from neoxconv.terminal import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -75,6 +75,7 @@ as_json = click.option("--json", is_flag=True, help="Print one JSON object for m
 configuration = options(
     click.option("--config", type=PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
     choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
+    choice_option("--weights", choices=WEIGHTS, help="SRC's weights: as stored (default), or the optimizer's fp32."),
 )
 norms = choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (default), exact fold, or rank 0's.")
 jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; the processors, 8 at most.")

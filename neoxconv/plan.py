@@ -128,6 +128,7 @@ class Plan:
             "sources": self.sources,
             "config": describe(self.checkpoint.config),
             "norms": self.checkpoint.norms,
+            **self.checkpoint.unusual,
             "recipe": self.recipe.facts,
             "files": [
                 [

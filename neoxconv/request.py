@@ -50,19 +50,19 @@ ONLY_FOR = {
 }
 
 
-def opened(source: Place, given: Given, norms: str = "mean") -> Checkpoint:
-    """The checkpoint at `source` with the configuration that the options give."""
+def opened(source: Place, given: Given, norms: str = "mean", weights: str | None = None) -> Checkpoint:
+    """The checkpoint at `source` with the configuration, and unless told here the weights, that the options give."""
     if given["config"] and given["preset"]:
         raise click.UsageError("--config and --preset exclude each other; give one of them.")
-    return open_checkpoint(source, config=given["config"], preset=given["preset"], norms=norms)
+    weights = weights or given["weights"] or "stored"
+    return open_checkpoint(source, config=given["config"], preset=given["preset"], norms=norms, weights=weights)
 
 
 def checked(checkpoint: Checkpoint, given: Given, quiet: bool) -> integrity.Integrity | None:
     """What reading every byte of the source finds, with a bar; None where --check is not given."""
     if not given["check"]:
         return None
-    total = sum(file.storage.size for file in checkpoint.index.files)
-    with progress_bar(total, "checking", quiet) as progress:
+    with progress_bar(integrity.work(checkpoint), "checking", quiet) as progress:
         return integrity.check(checkpoint, jobs=threads_for(checkpoint, given["jobs"]), progress=progress)
 
 
@@ -146,6 +146,7 @@ class Request:
         ranks = len(index.ranks)
         rows = [
             ("source", f"{FORMATS[index.format]} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
+            *([("weights", "master: the optimizer's fp32")] if index.stored else []),
             ("target", f"{plan.recipe.format} {self.target}"),
             ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
             ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),

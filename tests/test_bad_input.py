@@ -290,7 +290,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_same_command_finishes(
         patch.setattr(os, "pwrite", full)
         assert cli("convert", source, target, *command) == 1
     message = capsys.readouterr().err
-    assert "out: the disk is full" in message and len(message.splitlines()) == 1
+    assert "out: No space left on device: " in message and len(message.splitlines()) == 1
     assert not target.exists()
     assert cli("convert", source, target, *command) == 0
 

@@ -3,7 +3,7 @@
     SAVE/latest                                     the tag
     SAVE/global_stepN/layer_02-model_01-model_states.pt     weights of layer 2, tensor-parallel rank 1
     SAVE/global_stepN/mp_rank_05_model_states.pt            bookkeeping; in a sequential run also the weights
-    SAVE/global_stepN/*zero_pp_rank_3_mp_rank_05_optim_states.pt    optimizer states: never opened here
+    SAVE/global_stepN/*zero_pp_rank_3_mp_rank_05_optim_states.pt    optimizer states: see zero/
     SAVE/global_stepN/configs/*.yml                         the training configuration
 
 Which kind it is shows in the files, never in the YAML. Every weight is named `N.name`, N the layer index.
@@ -26,7 +26,7 @@ from neoxconv.tensor import LazyTensor
 
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-OPTIMIZER = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_?optim_states\.pt")
+OPTIMIZER = re.compile(r"(?P<prefix>.*)zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
 MAX_TAG = 4096  # bytes
 PARTS = (re.compile("latest"), LAYER, STATES, OPTIMIZER)
 MODULE, SEQUENTIAL = "module.", "sequential."
@@ -40,6 +40,11 @@ def layer_file(layer: int, rank: int) -> str:
 def states_file(rank: int) -> str:
     """The name of a rank's bookkeeping file."""
     return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def home(index: Index, rank: int, name: str) -> Place:
+    """The file that holds (or should hold) a rank's tensor `N.name`."""
+    return index.folder / (states_file(rank) if index.sequential else layer_file(int(name.split(".")[0]), rank))
 
 
 def source_name(file: str, path: str) -> tuple[str, int | None]:

@@ -40,6 +40,7 @@ def provenance(checkpoint: Checkpoint) -> list[tuple[str, str]]:
             "Shape",
             f"{config.layers} layers, hidden {config.hidden}, {config.heads} heads, {config.rows} vocabulary rows",
         ),
+        *([("Weights", "the optimizer's fp32 masters")] if index.stored else []),
         ("Norms of the ranks", checkpoint.norms if len(index.ranks) > 1 else "one rank"),
         ("Converted by", f"neoxconv {__version__}"),
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from neoxconv.coverage import number_name
 from neoxconv.dtypes import FLOATS, DType
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
-from neoxconv.model import Checkpoint, Content, Encoding, Entry, ModelConfig, Weight
+from neoxconv.model import Checkpoint, Content, Encoding, Entry, Index, ModelConfig, Weight
 from neoxconv.quant import ENCODINGS, floats
 from neoxconv.recipe import Recipe
 from neoxconv.targets import training
@@ -38,6 +38,7 @@ def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 def from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """The source's own step, kind of files, names and YAML, as far as they need not change."""
     index = checkpoint.index
+    recipe = replace(recipe, dtype=recipe.dtype or trained_type(index))
     before = training.degrees_of(checkpoint)
     after = training.degrees_for(recipe, before, checkpoint.config)
     ranks = (
@@ -92,6 +93,11 @@ def number_type(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, tuple[str,
     if usual in training.PRECISION:
         return usual, ()
     return "F16", (f"the source holds {usual}; gpt-neox trains in 16 bits, so F16 is written (or give --dtype BF16)",)
+
+
+def trained_type(index: Index) -> str | None:
+    """The layer files' type where the weights are fp32 masters of them, for gpt-neox wants that; else None."""
+    return next(iter(index.stored[0].values())).native.name if index.stored else None
 
 
 def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
