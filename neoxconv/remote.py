@@ -25,7 +25,7 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 LOCAL, WEB = ("file", "local"), ("http", "https")  # a web server's listings may lack what it has
 INSTALL, INSTALLED = "pip install 'neoxconv[remote]'", (*WEB, "s3", "s3a")
 BLOCK, BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
-SMALL = 128 << 10  # bytes: what the end of a zip is looked for in, and more
+SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
 THREADS = 16  # requests at the same time
 
 Item = TypeVar("Item")

@@ -46,7 +46,8 @@ class Web:
     root: Path
     port: int = 0
     fault: Fault = nothing
-    log: list[Request] = field(default_factory=list)
+    log: list[Request] = field(default_factory=list)  # of what was answered
+    arrived: list[Request] = field(default_factory=list)
     stalled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -70,7 +71,7 @@ def web(root: Path) -> Iterator[Web]:
     class Handler(Answer):
         web = served
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Quiet(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     served.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -81,6 +82,13 @@ def web(root: Path) -> Iterator[Web]:
         served.stalled.set()
         server.shutdown()
         server.server_close()
+
+
+class Quiet(ThreadingHTTPServer):
+    """A server that says nothing of clients that go away."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -98,7 +106,8 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         asked = Request(self.command, path, "Authorization" in self.headers or "sig=" in self.path)
-        fault = self.web.fault(asked, sum(old.path == path for old in self.web.log))
+        fault = self.web.fault(asked, sum(old.path == path for old in self.web.arrived))
+        self.web.arrived.append(asked)
         place = self.web.root / path.strip("/")
         if not place.exists():
             self.reply(404)
