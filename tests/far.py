@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -129,23 +129,25 @@ class Answer(BaseHTTPRequestHandler):
         if fault.isdigit():
             self.reply(int(fault))
             return asked
-        data = path.read_bytes()
+        size = path.stat().st_size
         given = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start, stop = (int(given[1]), min(int(given[2]) + 1, len(data))) if given else (0, len(data))
+        start, stop = (int(given[1]), min(int(given[2]) + 1, size)) if given else (0, size)
         told = {"ETag": f'"{fault or "first"}"' if fault == "changed" else '"first"', "Accept-Ranges": "bytes"}
         if fault == "stall":
             self.web.stalled.wait(5)
         if fault == "whole" or not given:
-            self.reply(200, data, **told)
-            return Request(asked.method, asked.path, asked.authorized, len(data) * (self.command == "GET"))
-        told["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        body = data[start:stop]
+            self.reply(200, path.read_bytes(), **told)
+            return replace(asked, nbytes=size * (self.command == "GET"))
+        told["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        with path.open("rb") as stream:
+            stream.seek(start)
+            body = stream.read(stop - start)
         if fault == "less":
             body = body[: len(body) // 2]
         elif fault == "more":
             body += MORE
         elif fault == "elsewhere":
-            told["Content-Range"] = f"bytes {start + 1}-{stop}/{len(data)}"
+            told["Content-Range"] = f"bytes {start + 1}-{stop}/{size}"
         elif fault == "drop":
             told["Content-Length"] = str(len(body))
             body = body[: len(body) // 2]
@@ -153,7 +155,7 @@ class Answer(BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             self.connection.close()
-        return Request(asked.method, asked.path, asked.authorized, len(body))
+        return replace(asked, nbytes=len(body))
 
     def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
