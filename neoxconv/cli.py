@@ -95,6 +95,8 @@ def inspect(source: Place, **given: Any) -> int:
 @choice_option("--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]")
 @choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]")
 @choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
+@click.option("--only", multiple=True, metavar="PATTERN",
+              help="hf, safetensors: only tensors whose names hold the pattern; repeat for several.")  # fmt: skip
 @norms
 @click.option("--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC]")
 @configuration

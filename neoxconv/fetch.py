@@ -205,6 +205,8 @@ async def http_part(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Fa
     session = await fs.set_session()
     async with session.get(fs.encode_url(url), **headers(fs, Range=f"bytes={start}-{stop - 1}")) as answer:
         answer.raise_for_status()
+        if answer.status == 200 and start == 0 and answer.content_length == stop:
+            return await answer.content.readexactly(stop), http_answer(answer)
         if answer.status != 206:
             told = "gives no ranges of bytes, only whole files; download it, or put it on another server"
             raise Unusable(f"the server {told}", again=False)

@@ -38,6 +38,7 @@ ONLY_FOR = {
     "type": tuple(TYPES_OF),
     "dtype": PLAIN_TARGETS,
     "tp": ("slim",),
+    "only": ("hf", "safetensors"),
     "shard_size": FOLDERS,
     "split_size": ("gguf",),
     **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),

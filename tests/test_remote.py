@@ -159,7 +159,6 @@ def test_a_server_that_stalls_is_asked_again(server: Web, models: Path, monkeypa
         ("elsewhere", "bytes 0 to 533 were asked for, and others came", 4),
         ("stall", "no answer within 0.5 seconds", 4),
         ("500", "the server answers 500", 4),
-        ("whole", "the server gives no ranges of bytes, only whole files", 1),
         ("changed", "has changed since it was opened", 1),
         ("403", "may not be read (403); give credentials", 1),
         ("401", "may not be read (401); give credentials", 1),
@@ -192,6 +191,13 @@ def test_a_source_that_cannot_be_opened_is_named(
     assert cli("inspect", f"{server.secret_url}/one.gguf?sig={SECRET}", "-v") == 1
     error = capsys.readouterr().err
     assert f"{server.url}/one.gguf: {expected}" in error and SECRET not in error
+
+
+def test_a_server_without_ranges_is_refused_at_once(server: Web, capsys: pytest.CaptureFixture[str]) -> None:
+    server.fault = failing("", "whole")
+    assert cli("inspect", f"{server.url}/one.safetensors") == 1
+    assert "one.safetensors: the server gives no ranges of bytes, only whole files" in capsys.readouterr().err
+    assert json.loads((place(f"{server.url}/hf/config.json")).read_text())["model_type"] == "gpt_neox"  # it is small
 
 
 def test_a_file_that_changes_during_a_run_is_noticed(models: Path, tmp_path: Path) -> None:
@@ -237,6 +243,40 @@ def test_a_run_continues_with_what_is_left(server: Web, models: Path, tmp_path: 
     assert server.nbytes() < 0.6 * plan.total + OTHERS
     convert.run(make_plan(open_checkpoint(models / "one.safetensors"), Recipe("hf")), tmp_path / "here")
     assert digests(target) == digests(tmp_path / "here")
+
+
+# --- a part of a model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("format", "target"), [("hf", "part"), ("safetensors", "part.safetensors")])
+def test_a_part_of_a_model_is_fetched_alone(
+    format: str, target: str, server: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, made = f"{server.url}/hf", tmp_path / target
+    words = ("--to", format, "--only", r"layers\.1\.", "--only", "^embed_out")
+    assert cli("convert", source, made, *words) == 0
+    assert "13 of 28 tensors, whose names hold layers" in capsys.readouterr().err
+    assert server.nbytes("safetensors") < 0.6 * sum(
+        path.stat().st_size for path in server.root.glob("hf/*.safetensors")
+    )
+    whole = open_checkpoint(server.root / "hf").tensors
+    part = open_checkpoint(made, partial=True).tensors
+    assert set(part) == {name for name in whole if "layers.1." in name or name.startswith("embed_out")}
+    for name, tensor in part.items():
+        assert np.array_equal(tensor.read(0, tensor.rows), whole[name].read(0, tensor.rows))
+    assert cli("verify", source, made) == 0
+    assert "13 tensors of 28" in capsys.readouterr().out
+    assert cli("verify", source, made, "--level", "logits") == 1
+    assert cli("inspect", made) == 1
+    assert "holds some of a model's tensors only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [("nothing", "no tensor's name holds it"), ("(", "is not a regular")])
+def test_a_part_that_is_none_is_refused(
+    pattern: str, expected: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("convert", models / "hf", tmp_path / "part", "--to", "hf", "--only", pattern) == 1
+    assert expected in capsys.readouterr().err
 
 
 # --- credentials -----------------------------------------------------------------------------------------------------
