@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -29,14 +29,17 @@ from neoxconv.options import (
     choice_option,
     configuration,
     jobs,
+    location,
     norms,
     of_logits,
     override,
     size_option,
     verbose,
 )
-from neoxconv.remote import Place, place
 from neoxconv.terminal import table
+
+if TYPE_CHECKING:
+    from neoxconv.remote import Place
 
 FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
 
@@ -49,7 +52,7 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("source", type=place, metavar="SRC")
+@click.argument("source", type=location, metavar="SRC")
 @configuration
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @check
@@ -74,7 +77,7 @@ def inspect(source: Place, **given: Any) -> int:
 
 
 @commands.command()
-@click.argument("source", type=place, metavar="SRC")
+@click.argument("source", type=location, metavar="SRC")
 @click.argument("target", type=PATH, metavar="DST")
 @choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
 @choice_option(
@@ -137,7 +140,7 @@ def convert(source: Place, target: Path, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("source", type=place, metavar="SRC")
+@click.argument("source", type=location, metavar="SRC")
 @click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The matrix: a GGUF file.")
 @click.option("--text", type=PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more.")
 @click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file.")
@@ -192,7 +195,7 @@ def formats(**given: Any) -> None:
 
 
 @commands.command()
-@click.argument("paths", type=place, nargs=-1, required=True, metavar="[SRC] TARGET")
+@click.argument("paths", type=location, nargs=-1, required=True, metavar="[SRC] TARGET")
 @choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]")
 @norms
 @configuration

@@ -255,8 +255,8 @@ def place(text: Place | str) -> Place:
 def split(text: str) -> SplitResult | None:
     """The parts of a URL; None where a password may be in a part where it is not looked for."""
     try:
-        url = urlsplit(text)
-        doubtful = url.port == 0 or (url.scheme in WEB and "@" in url.path)
+        url = urlsplit(text, allow_fragments=False)
+        doubtful = url.port == 0 or (url.scheme in WEB and ("@" in url.path or not url.hostname))
     except ValueError:
         return None
     return None if doubtful else url
