@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.fetch import FILE, FOLDER, LARGEST, Facts, changed, entries, look, part, persist
+from neoxconv.fetch import FILE, FOLDER, LARGEST, Absent, Facts, changed, entries, look, part, persist
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 LOCAL, WEB = ("file", "local"), ("http", "https")  # a web server's listings may lack what it has
@@ -123,7 +123,9 @@ class Remote:
         """What is here now."""
         try:
             return persist(self, lambda: look(self.fs, self.address))
-        except FileNotFoundError:
+        except Absent as error:
+            if error.refused:
+                raise
             return None
 
     def exists(self) -> bool:
@@ -144,7 +146,7 @@ class Remote:
             return listed.kind
         try:
             found = self.look()
-        except CheckpointError:
+        except Absent:
             return ""
         return found.kind if found else ""
 
@@ -152,17 +154,14 @@ class Remote:
         """What is in the folder, in the order of names. Raises CheckpointError where the store does not tell."""
         folders = self.memory.folders
         if self.path not in folders:
-            try:
-                folders[self.path] = persist(self, lambda: entries(self.fs, self.address))
-            except FileNotFoundError as error:
-                raise CheckpointError(str(error)) from None
+            folders[self.path] = persist(self, lambda: entries(self.fs, self.address))
         return (self / name for name in folders[self.path])
 
     def glob(self, pattern: str) -> Iterator[Remote]:
-        """What the folder holds under names of that pattern; nothing where it cannot be listed."""
+        """What the folder holds under names of that pattern; nothing where there is none to be seen."""
         try:
             return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
-        except CheckpointError:
+        except Absent:
             return iter(())
 
     def rglob(self, pattern: str) -> Iterator[Remote]:
@@ -213,8 +212,8 @@ class Remote:
         """Bytes from the store."""
         try:
             return persist(self, lambda: part(self.fs, self.address, start, stop, known)) if stop > start else b""
-        except FileNotFoundError:
-            raise CheckpointError(f"{self}: was there when it was opened, and is not any more.") from None
+        except Absent as error:
+            raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 
     def changed(self, known: Facts) -> bool:
         """Whether the store, asked anew, has another file here."""

@@ -109,7 +109,9 @@ class Answer(BaseHTTPRequestHandler):
         fault = self.web.fault(asked, sum(old.path == path for old in self.web.arrived))
         self.web.arrived.append(asked)
         place = self.web.root / path.strip("/")
-        if not place.exists():
+        if place.is_dir() and fault.isdigit():
+            self.reply(int(fault))
+        elif not place.exists():
             self.reply(404)
         elif place.is_dir():
             self.page(place)

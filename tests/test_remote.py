@@ -32,7 +32,7 @@ FORMATS = {
     "safetensors": "one.safetensors",
     "gguf": "one.gguf",
 }
-HEADERS = {"gguf": 1 << 20}  # bytes of a file that opening may read besides its weights
+HEADERS = {"gguf": 2 << 20}  # bytes of a file that opening may read besides its weights
 OTHERS = 160 << 10
 LAYER = "global_step10/layer_02-model_00-model_states.pt"
 
@@ -155,11 +155,12 @@ def test_a_server_that_stalls_is_asked_again(server: Web, models: Path, monkeypa
     [
         ("drop", "the connection fails (ClientPayloadError) (4 times asked; run the same command again", 4),
         ("less", "bytes 0 to 533 were asked for, and 266 bytes came", 4),
-        ("more", "bytes 0 to 533 were asked for, and more came", 4),
+        ("more", "more came than the 533 bytes that were asked for", 4),
         ("elsewhere", "bytes 0 to 533 were asked for, and others came", 4),
         ("stall", "no answer within 0.5 seconds", 4),
         ("500", "the server answers 500", 4),
         ("changed", "has changed since it was opened", 1),
+        ("416", "has changed since it was opened", 1),
         ("403", "may not be read (403); give credentials", 1),
         ("401", "may not be read (401); give credentials", 1),
         ("404", "was there when it was opened", 1),
@@ -191,6 +192,20 @@ def test_a_source_that_cannot_be_opened_is_named(
     assert cli("inspect", f"{server.secret_url}/one.gguf?sig={SECRET}", "-v") == 1
     error = capsys.readouterr().err
     assert f"{server.url}/one.gguf: {expected}" in error and SECRET not in error
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(server: Web, capsys: pytest.CaptureFixture[str]) -> None:
+    server.fault = failing("/configs/$", "503")
+    assert cli("inspect", f"{server.url}/pipeline") == 1  # and not a guess at what the configuration was
+    assert "/configs: the server answers 503" in capsys.readouterr().err
+
+
+def test_a_long_listing_is_read_whole(tmp_path: Path) -> None:
+    names = [f"{number:05d}-{'x' * 200}" for number in range(3000)]
+    for name in names:
+        (tmp_path / name).touch()
+    with web(tmp_path) as served:
+        assert [path.name for path in place(served.url).iterdir()] == names
 
 
 def test_a_server_without_ranges_is_refused_at_once(server: Web, capsys: pytest.CaptureFixture[str]) -> None:
