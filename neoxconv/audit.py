@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from neoxconv.checkpoint import open_checkpoint, read_index
-from neoxconv.errors import CheckpointError, VerifyError
+from neoxconv.coverage import is_partial
+from neoxconv.errors import CheckpointError, PlanError, VerifyError
 from neoxconv.model import Checkpoint
 from neoxconv.plan import threads_for
 from neoxconv.publish import check_side_file
@@ -97,6 +98,10 @@ def audit(paths: Sequence[Place], level: str, given: Given) -> Outcome:
         if all(report.passed for report in reports):
             raise
         return Outcome(basis, (*reports, Report("weights", "cannot be opened", (Finding(str(target), str(error)),))))
+    if level == "logits" and is_partial(made.index):
+        raise PlanError(
+            f"{target}: holds a part of the model only (--only), which predicts nothing; leave --level out."
+        )
     if level == "logits":
         reports = (*reports, check_logits(source, made, target, reports, given))
     return Outcome(basis, reports)
@@ -142,4 +147,4 @@ def check_weights(source: Checkpoint, made: Checkpoint, given: Given) -> Report:
 def open_target(target: Place, given: Given) -> Checkpoint:
     """The target as a checkpoint; one without settings of its own gets the source's preset."""
     preset = None if read_index(target, ()).settings else given["preset"]
-    return open_checkpoint(target, preset=preset)
+    return open_checkpoint(target, preset=preset, partial=True)

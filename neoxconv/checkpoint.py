@@ -18,7 +18,7 @@ import numpy as np
 from neoxconv import tokenizer, tokenizer_find
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.joins import NORMS, join
-from neoxconv.coverage import FIRST_LAYER, check, home
+from neoxconv.coverage import FIRST_LAYER, check, home, is_partial
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.fold import folded
 from neoxconv.formats import deepspeed, gguf, hf, safetensors, zero
@@ -41,15 +41,17 @@ def open_checkpoint(
     preset: str | None = None,
     norms: str = "mean",
     weights: str = "stored",
+    partial: bool = False,
 ) -> Checkpoint:
     """The model at `path`: a gpt-neox checkpoint (its folder, its global_stepN, or a file in it), a Hugging Face
     folder, a .safetensors or a .gguf file; here, or at any URL that fsspec knows.
 
     `config` are gpt-neox YAML files, used instead of those beside the weights; `preset` names a released model;
     `norms` says how ranks' norms are joined: mean, fold (exact) or rank0; `weights` which ones are read: stored, or
-    master, the fp32 copies in gpt-neox's optimizer files. Raises CheckpointError, or PlanError for what is not there.
+    master, the fp32 copies in gpt-neox's optimizer files. With `partial` the model may be one of which `--only` wrote
+    some tensors. Raises CheckpointError, or PlanError for what is not there.
     """
-    return reopen(Opening(place(path), tuple(config), preset, norms, weights))
+    return reopen(Opening(place(path), tuple(config), preset, norms, weights, partial))
 
 
 def reopen(opening: Opening) -> Checkpoint:
@@ -58,6 +60,8 @@ def reopen(opening: Opening) -> Checkpoint:
         raise PlanError(f"--weights {opening.weights}: expected one of {', '.join(WEIGHTS)}.")
     index = read_index(opening.path, opening.config)
     index = zero.with_masters(index) if opening.weights == "master" else index
+    if is_partial(index) and not opening.partial:
+        raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
     architecture = find_architecture(index)
     named, left = name_tensors(index, architecture)
     measured = measure(named, architecture)
@@ -196,6 +200,8 @@ def unify(checkpoint: Checkpoint, named: Named) -> dict[str, LazyTensor]:
         named = folded(named, architecture, config)
     tensors = {}
     for _, weight in architecture.names(config):
+        if is_partial(checkpoint.index) and weight.unified not in named[0]:
+            continue
         how = NORMS[checkpoint.norms] if weight.role == "norm" else weight.join
         tensor = join(how, [known[weight.unified] for known in named], config)
         if checkpoint.index.format == "gguf" and weight.gguf_order:

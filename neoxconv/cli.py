@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -29,6 +29,7 @@ from neoxconv.options import (
     choice_option,
     configuration,
     jobs,
+    location,
     norms,
     of_logits,
     override,
@@ -36,8 +37,10 @@ from neoxconv.options import (
     size_option,
     verbose,
 )
-from neoxconv.remote import Place, place
 from neoxconv.terminal import table
+
+if TYPE_CHECKING:
+    from neoxconv.remote import Place
 
 FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
 
@@ -50,7 +53,7 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("source", type=place, metavar="SRC")
+@click.argument("source", type=location, metavar="SRC")
 @configuration
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @check
@@ -75,8 +78,8 @@ def inspect(source: Place, **given: Any) -> int:
 
 
 @commands.command()
-@click.argument("source", type=place, metavar="SRC")
-@click.argument("target", type=place, metavar="DST")
+@click.argument("source", type=location, metavar="SRC")
+@click.argument("target", type=location, metavar="DST")
 @choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
 @choice_option(
     "--type",
@@ -96,6 +99,8 @@ def inspect(source: Place, **given: Any) -> int:
 @choice_option("--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]")
 @choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]")
 @choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
+@click.option("--only", multiple=True, metavar="PATTERN",
+              help="hf, safetensors: only tensors whose names hold the pattern; repeat for several.")  # fmt: skip
 @norms
 @click.option(
     "--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC, else 1]"
@@ -141,7 +146,7 @@ def convert(source: Place, target: Place, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("source", type=place, metavar="SRC")
+@click.argument("source", type=location, metavar="SRC")
 @click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The matrix: a GGUF file.")
 @click.option("--text", type=PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more.")
 @click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file.")
@@ -196,7 +201,7 @@ def formats(**given: Any) -> None:
 
 
 @commands.command()
-@click.argument("paths", type=place, nargs=-1, required=True, metavar="[SRC] TARGET")
+@click.argument("paths", type=location, nargs=-1, required=True, metavar="[SRC] TARGET")
 @choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]")
 @norms
 @configuration

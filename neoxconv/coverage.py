@@ -16,18 +16,21 @@ from neoxconv.tensor import LazyTensor
 FIRST_LAYER = 2  # of gpt-neox: 0 is the embedding, 1 a function without weights
 AFTER_LAYERS = {"norm": 3, "head": 4}  # of gpt-neox: counted from the number of layers
 
+PARTIAL = "neoxconv_only"  # the setting of a target that holds a part of its model: the patterns asked for
+
 Named = list[dict[str, LazyTensor]]
 
 
 def check(index: Index, named: Named, left: list[list[str]], architecture: Architecture, config: ModelConfig) -> None:
     """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
-    layers = check_layers(index, named, architecture, config)
+    whole = not is_partial(index)
+    layers = check_layers(index, named, architecture, config) if whole else []
     if config.layers > 2 * len(named[0]):  # another model's configuration: no need to list what it would have
         raise_all(CheckpointError, layers)
     problems = [
         *check_degree(index),
         *layers,
-        *check_missing(index, named, architecture, config),
+        *(check_missing(index, named, architecture, config) if whole else []),
     ]
     names = {weight.unified for _, weight in architecture.names(config)}
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
@@ -45,6 +48,11 @@ def check(index: Index, named: Named, left: list[list[str]], architecture: Archi
         ]
     raise_all(CheckpointError, dict.fromkeys(problems))
     raise_all(CheckpointError, check_shapes(index, named, architecture, config))
+
+
+def is_partial(index: Index) -> bool:
+    """Whether a source says that it holds some of a model's tensors only."""
+    return bool(index.settings.get(PARTIAL))
 
 
 def check_degree(index: Index) -> list[str]:
@@ -99,7 +107,9 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
         )
     for layer, weight in architecture.names(config):
         unified = weight.unified
-        parts = [known[unified] for known in named]
+        parts = [known[unified] for known in named if unified in known]
+        if not parts:
+            continue
         shapes = [part.shape for part in parts]
         source = number_name(weight, layer, config.layers)
         for rank in range(1, len(parts)):

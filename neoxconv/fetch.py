@@ -27,6 +27,7 @@ FOLDER, FILE = "directory", "file"
 VERSIONS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
 RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+CHANGED = "has changed since it was opened; run the command again, on a source that stays"
 AGAIN = (408, 425, 429)  # besides all from 500 on
 REFUSED = (401, 403, 407)
 MISSING = (404, 410)
@@ -41,6 +42,14 @@ class Facts:
     kind: str
     size: int | None = None
     version: str = ""
+
+
+class Absent(CheckpointError):
+    """A path where a store has nothing, or nothing that may be seen."""
+
+    def __init__(self, problem: str, *, refused: bool) -> None:
+        super().__init__(problem)
+        self.refused = refused
 
 
 class Unusable(Exception):
@@ -60,15 +69,15 @@ def changed(before: Facts, now: Facts) -> bool:
 def persist(where: object, ask: Callable[[], Answered], deed: str = "read") -> Answered:
     """What `ask` gives, asked again after a pause where a failure may pass; `deed` is what it does.
 
-    Raises CheckpointError, or FileNotFoundError where there is nothing.
+    Raises CheckpointError: Absent where there is nothing, or nothing for us.
     """
     for count, pause in enumerate((*PAUSES, None), 1):
         try:
             return ask()
         except Exception as error:
             what, again = judged(error, deed)
-            if status_of(error) in MISSING:
-                raise FileNotFoundError(f"{where}: {what}") from None
+            if (status := status_of(error)) in MISSING + REFUSED:
+                raise Absent(f"{where}: {what}.", refused=status in REFUSED) from None
             if not again or pause is None:
                 tries = f" ({count} times asked; run the same command again to continue)" if count > 1 else ""
                 raise CheckpointError(f"{where}: {what}{tries}.") from None
@@ -85,6 +94,8 @@ def judged(error: Exception, deed: str) -> tuple[str, bool]:
         return f"is not there ({status}); correct the address", False
     if status in REFUSED:
         return f"may not be {deed} ({status}); give credentials that may, in the way fsspec takes them", False
+    if status == 416:
+        return CHANGED, False  # what was asked for lay inside of it
     if status:
         return f"the server answers {status}", status in AGAIN or status >= 500
     if isinstance(error, TimeoutError) or "Timeout" in kind:
@@ -167,7 +178,7 @@ def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
     else:  # fsspec's own opens the file, and would read ahead
         data, found = fs.cat_file(path, start, stop, cache_type="none"), known
     if changed(known, found):
-        raise Unusable("has changed since it was opened; run the command again, on a source that stays", again=False)
+        raise Unusable(CHANGED, again=False)
     if len(data) != stop - start:
         raise Unusable(f"bytes {start} to {stop} were asked for, and {len(data)} bytes came")
     whole: bytes = data
@@ -221,6 +232,8 @@ async def http_part(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Fa
     session = await fs.set_session()
     async with session.get(fs.encode_url(url), **headers(fs, Range=f"bytes={start}-{stop - 1}")) as answer:
         answer.raise_for_status()
+        if answer.status == 200 and start == 0 and answer.content_length == stop:
+            return await body(answer, stop), http_answer(answer)
         if answer.status != 206:
             told = "gives no ranges of bytes, only whole files; download it, or put it on another server"
             raise Unusable(f"the server {told}", again=False)
@@ -228,12 +241,17 @@ async def http_part(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Fa
         found = RANGE.fullmatch(told)
         if not found or (int(found[1]), int(found[2])) != (start, stop - 1):
             raise Unusable(f"bytes {start} to {stop} were asked for, and others came")
-        data = bytearray()
-        async for chunk in answer.content.iter_any():
-            data += chunk
-            if len(data) > stop - start:
-                raise Unusable(f"bytes {start} to {stop} were asked for, and more came")
-        return bytes(data), http_answer(answer)
+        return await body(answer, stop - start), http_answer(answer)
+
+
+async def body(answer: Any, most: int) -> bytes:
+    """The bytes of an answer; it is given up where they are too many."""
+    data = bytearray()
+    async for chunk in answer.content.iter_any():
+        data += chunk
+        if len(data) > most:
+            raise Unusable(f"more came than the {most} bytes that were asked for")
+    return bytes(data)
 
 
 async def http_entries(fs: Any, url: str) -> dict[str, Facts]:
@@ -244,7 +262,7 @@ async def http_entries(fs: Any, url: str) -> dict[str, Facts]:
         answer.raise_for_status()
         if answer.content_type != "text/html":
             return {}
-        page, base = await answer.content.read(PAGE), str(answer.url)
+        page, base = await body(answer, PAGE), str(answer.url)
     return dict(linked(page.decode("utf-8", "replace"), base))
 
 

@@ -421,6 +421,7 @@ class Opening:
     preset: str | None = None  # a released model
     norms: str = "mean"  # how the ranks' norms are joined
     weights: str = "stored"  # or master, the optimizer's fp32 copies
+    partial: bool = False  # whether it may be a part of a model
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from neoxconv.names import NORMS, PRESETS, TYPES, WEIGHTS
 from neoxconv.terminal import parse_size
 
+if TYPE_CHECKING:
+    from neoxconv.remote import Place
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(min=0)
+
+
+def location(text: str) -> Place:
+    """The path or the URL that an argument means."""
+    from neoxconv.remote import place
+
+    return place(text)
 
 
 def byte_count(text: str) -> int:

@@ -28,6 +28,7 @@ class Recipe:
     double_quant: bool = False  # bnb: 4-bit types with quantized scales
     compute_dtype: str | None = None  # bnb: the type in which transformers multiplies 4-bit weights
     scale: str | None = None  # float8: none, tensor or channel
+    only: tuple[str, ...] = ()  # hf, safetensors: patterns of the unified names that the target holds; else all
     tokenizer: Path | None = None
 
     @property

@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.fetch import FILE, FOLDER, LARGEST, Facts, changed, entries, look, part, persist, store
+from neoxconv.fetch import FILE, FOLDER, LARGEST, Absent, Facts, changed, entries, look, part, persist, store
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 LOCAL, WEB = ("file", "local"), ("http", "https")  # a web server's listings may lack what it has
 INSTALL, INSTALLED = "pip install 'neoxconv[remote]'", (*WEB, "s3", "s3a")
 BLOCK, BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
-SMALL = 128 << 10  # bytes: what the end of a zip is looked for in, and more
+SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
 THREADS = 16  # requests at the same time
 
 Item = TypeVar("Item")
@@ -124,7 +124,9 @@ class Remote:
         """What is here now."""
         try:
             return persist(self, lambda: look(self.fs, self.address))
-        except FileNotFoundError:
+        except Absent as error:
+            if error.refused:
+                raise
             return None
 
     def exists(self) -> bool:
@@ -145,7 +147,7 @@ class Remote:
             return listed.kind
         try:
             found = self.look()
-        except CheckpointError:
+        except Absent:
             return ""
         return found.kind if found else ""
 
@@ -153,17 +155,14 @@ class Remote:
         """What is in the folder, in the order of names. Raises CheckpointError where the store does not tell."""
         folders = self.memory.folders
         if self.path not in folders:
-            try:
-                folders[self.path] = persist(self, lambda: entries(self.fs, self.address))
-            except FileNotFoundError as error:
-                raise CheckpointError(str(error)) from None
+            folders[self.path] = persist(self, lambda: entries(self.fs, self.address))
         return (self / name for name in folders[self.path])
 
     def glob(self, pattern: str) -> Iterator[Remote]:
-        """What the folder holds under names of that pattern; nothing where it cannot be listed."""
+        """What the folder holds under names of that pattern; nothing where there is none to be seen."""
         try:
             return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
-        except CheckpointError:
+        except Absent:
             return iter(())
 
     def rglob(self, pattern: str) -> Iterator[Remote]:
@@ -214,8 +213,8 @@ class Remote:
         """Bytes from the store."""
         try:
             return persist(self, lambda: part(self.fs, self.address, start, stop, known)) if stop > start else b""
-        except FileNotFoundError:
-            raise CheckpointError(f"{self}: was there when it was opened, and is not any more.") from None
+        except Absent as error:
+            raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 
     def put(self, file: Path, stop: threading.Event) -> None:
         """Make this the object with a file's bytes; nothing appears before it is whole, or where `stop` is set."""
@@ -269,8 +268,8 @@ def place(text: Place | str) -> Place:
 def split(text: str) -> SplitResult | None:
     """The parts of a URL; None where a password may be in a part where it is not looked for."""
     try:
-        url = urlsplit(text)
-        doubtful = url.port == 0 or (url.scheme in WEB and "@" in url.path)
+        url = urlsplit(text, allow_fragments=False)
+        doubtful = url.port == 0 or (url.scheme in WEB and ("@" in url.path or not url.hostname))
     except ValueError:
         return None
     return None if doubtful else url

@@ -40,6 +40,7 @@ ONLY_FOR = {
     "dtype": PLAIN_TARGETS,
     "tp": ("slim",),
     "pp": ("slim",),
+    "only": ("hf", "safetensors"),
     "shard_size": FOLDERS,
     "split_size": ("gguf",),
     **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),

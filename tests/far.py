@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class Web:
     root: Path
     port: int = 0
     fault: Fault = nothing
-    log: list[Request] = field(default_factory=list)
+    log: list[Request] = field(default_factory=list)  # of what was answered
+    arrived: list[Request] = field(default_factory=list)
     stalled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -70,7 +71,7 @@ def web(root: Path) -> Iterator[Web]:
     class Handler(Answer):
         web = served
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Quiet(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     served.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -81,6 +82,13 @@ def web(root: Path) -> Iterator[Web]:
         served.stalled.set()
         server.shutdown()
         server.server_close()
+
+
+class Quiet(ThreadingHTTPServer):
+    """A server that says nothing of clients that go away."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -98,9 +106,12 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         asked = Request(self.command, path, "Authorization" in self.headers or "sig=" in self.path)
-        fault = self.web.fault(asked, sum(old.path == path for old in self.web.log))
+        fault = self.web.fault(asked, sum(old.path == path for old in self.web.arrived))
+        self.web.arrived.append(asked)
         place = self.web.root / path.strip("/")
-        if not place.exists():
+        if place.is_dir() and fault.isdigit():
+            self.reply(int(fault))
+        elif not place.exists():
             self.reply(404)
         elif place.is_dir():
             self.page(place)
@@ -120,23 +131,25 @@ class Answer(BaseHTTPRequestHandler):
         if fault.isdigit():
             self.reply(int(fault))
             return asked
-        data = path.read_bytes()
+        size = path.stat().st_size
         given = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start, stop = (int(given[1]), min(int(given[2]) + 1, len(data))) if given else (0, len(data))
+        start, stop = (int(given[1]), min(int(given[2]) + 1, size)) if given else (0, size)
         told = {"ETag": f'"{fault or "first"}"' if fault == "changed" else '"first"', "Accept-Ranges": "bytes"}
         if fault == "stall":
             self.web.stalled.wait(5)
         if fault == "whole" or not given:
-            self.reply(200, data, **told)
-            return Request(asked.method, asked.path, asked.authorized, len(data) * (self.command == "GET"))
-        told["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-        body = data[start:stop]
+            self.reply(200, path.read_bytes(), **told)
+            return replace(asked, nbytes=size * (self.command == "GET"))
+        told["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        with path.open("rb") as stream:
+            stream.seek(start)
+            body = stream.read(stop - start)
         if fault == "less":
             body = body[: len(body) // 2]
         elif fault == "more":
             body += MORE
         elif fault == "elsewhere":
-            told["Content-Range"] = f"bytes {start + 1}-{stop}/{len(data)}"
+            told["Content-Range"] = f"bytes {start + 1}-{stop}/{size}"
         elif fault == "drop":
             told["Content-Length"] = str(len(body))
             body = body[: len(body) // 2]
@@ -144,7 +157,7 @@ class Answer(BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             self.connection.close()
-        return Request(asked.method, asked.path, asked.authorized, len(body))
+        return replace(asked, nbytes=len(body))
 
     def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)

@@ -21,8 +21,9 @@ from tests.oracles import fixtures
 from tests.test_bad_input import cli, digests, writable_copy
 
 ROOT = Path(__file__).parents[1]
-VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "shard_size": ["1MB"], "split_size": ["1MB"],
-          "pure": [], "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
+VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "only": ["a"], "shard_size": ["1MB"],
+          "split_size": ["1MB"], "pure": [],
+          "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
           "imatrix": ["m.gguf"], "effort": ["high"], "double_quant": [], "compute_dtype": ["f16"],
           "scale": ["none"],
           "allow_nonfinite": []}  # fmt: skip

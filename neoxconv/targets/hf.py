@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neoxconv import tokenizer
 from neoxconv.checkpoint import tokenizer_of
+from neoxconv.coverage import PARTIAL
 from neoxconv.dtypes import TORCH_NAMES
+from neoxconv.errors import PlanError
 from neoxconv.formats import hf, safetensors
 from neoxconv.model import Checkpoint, Content, Encoding, Entry
 from neoxconv.quant import ENCODINGS
@@ -25,8 +28,23 @@ def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:
 
 
 def unified_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
-    """Every tensor under its unified name."""
-    return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in checkpoint.tensors.items()]
+    """Every tensor under its unified name, or those that the recipe wants. Raises PlanError where it wants none."""
+    try:
+        wanted = [re.compile(pattern) for pattern in recipe.only] or [re.compile("")]
+    except re.error as error:
+        raise PlanError(f"--only {' '.join(recipe.only)}: is not a regular expression ({error}).") from error
+    tensors = {name: t for name, t in checkpoint.tensors.items() if any(pattern.search(name) for pattern in wanted)}
+    if not tensors:
+        raise PlanError(f"--only {' '.join(recipe.only)}: no tensor's name holds it; `inspect --tensors` lists them.")
+    return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in tensors.items()]
+
+
+def partly(checkpoint: Checkpoint, recipe: Recipe, entries: Sequence[Entry]) -> tuple[str, ...]:
+    """A note on a target that holds a part of the model."""
+    if not recipe.only:
+        return ()
+    count = f"{len(entries)} of {len(checkpoint.tensors)} tensors"
+    return (f"{count}, whose names hold {' or '.join(recipe.only)}; the target is a part of the model",)
 
 
 def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
@@ -41,16 +59,21 @@ def hf_folder(
     files = hf.layout(entries, recipe.shard_size)
     words = tokenizer_of(checkpoint, recipe.tokenizer)
     config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)) | token_ids(checkpoint, words)
-    config |= settings or {}
+    config |= {**(settings or {}), **({PARTIAL: list(recipe.only)} if recipe.only else {})}
+    part = partly(checkpoint, recipe, entries)
     sidecars = {
         "config.json": as_json(config),
         "generation_config.json": hf.generation_config(config),
-        "README.md": hf.model_card(title(checkpoint), [*provenance(checkpoint), ("Tensors", held(entries))]),
+        "README.md": hf.model_card(
+            title(checkpoint), [*provenance(checkpoint), ("Tensors", held(entries)), *(("Note", note) for note in part)]
+        ),
         **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
         **(tokenizer.hf_files(words, checkpoint.config.context) if words else {}),
     }
     return Content(
-        files, sidecars, () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
+        files,
+        sidecars,
+        (*part, *(() if words else ("no tokenizer found; give one with --tokenizer to have it included",))),
     )
 
 
@@ -63,8 +86,10 @@ def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """One .safetensors file, which holds the configuration in its metadata."""
     entries = unified_entries(checkpoint, recipe)
     facts = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries))
-    config = json.dumps(facts | token_ids(checkpoint, None), separators=(",", ":"))
-    return Content((safetensors.layout("model.safetensors", entries, {"format": "pt", "config": config}),), {})
+    facts |= token_ids(checkpoint, None) | ({PARTIAL: list(recipe.only)} if recipe.only else {})
+    metadata = {"format": "pt", "config": json.dumps(facts, separators=(",", ":"))}
+    files = (safetensors.layout("model.safetensors", entries, metadata),)
+    return Content(files, {}, partly(checkpoint, recipe, entries))
 
 
 def main_dtype(entries: Sequence[Entry]) -> str:

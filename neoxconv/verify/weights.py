@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.checkpoint import name_tensors
+from neoxconv.coverage import is_partial
 from neoxconv.dtypes import Floats, narrow
 from neoxconv.encode import rounded, sizes_of
 from neoxconv.model import Checkpoint, Scaled
@@ -72,7 +73,8 @@ def verify_weights(
     findings += [finding for _, finding in results if finding]
     findings += differences
     tensors = tuple(error for error, _ in results)
-    return Report("weights", f"{len(pairs)} tensors", tuple(findings), tensors)
+    part = f" of {len(source.tensors)}, all that the target is to hold" if is_partial(target.index) else ""
+    return Report("weights", f"{len(pairs)} tensors{part}", tuple(findings), tensors)
 
 
 def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Finding]]:
@@ -82,7 +84,8 @@ def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Fi
         ours["embed_out.weight"] = ours["gpt_neox.embed_in.weight"]
     if source.index.format == target.index.format == "neox" and len(source.index.ranks) == len(target.index.ranks):
         ours, theirs = by_rank(source), by_rank(target)
-    findings = [Finding(name, "is in the source but not in the target") for name in ours if name not in theirs]
+    missing = () if is_partial(target.index) else (name for name in ours if name not in theirs)
+    findings = [Finding(name, "is in the source but not in the target") for name in missing]
     findings += [Finding(name, "is in the target but not in the source") for name in theirs if name not in ours]
     split = len(target.index.ranks) > 1
     weighted = any(key in target.index.settings for key in SEARCHED)
