@@ -1,3 +1,3 @@
-from neoxconv.cli import main
+from neoxconv.__main__ import run
 
-raise SystemExit(main())
+raise SystemExit(run())

@@ -8,7 +8,7 @@ from typing import Any
 
 from neoxconv.checkpoint import open_checkpoint, read_index
 from neoxconv.coverage import is_partial
-from neoxconv.errors import CheckpointError, PlanError, VerifyError
+from neoxconv.errors import CheckpointError, NeoxconvError, PlanError, VerifyError
 from neoxconv.model import Checkpoint
 from neoxconv.plan import threads_for
 from neoxconv.publish import check_side_file
@@ -97,7 +97,7 @@ def audit(paths: Sequence[Place], level: str, given: Given) -> Outcome:
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
-        return Outcome(basis, (*reports, Report("weights", "cannot be opened", (Finding(str(target), str(error)),))))
+        return Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error))))
     if level == "logits" and is_partial(made.index):
         raise PlanError(
             f"{target}: holds a part of the model only (--only), which predicts nothing; leave --level out."
@@ -133,7 +133,13 @@ def check_logits(source: Checkpoint, made: Checkpoint, target: Place, before: Se
         try:
             return compare(source, made, target, before, given, progress)
         except VerifyError as error:
-            return Report("logits", "cannot be compared", (Finding(str(target), str(error)),))
+            return Report("logits", "cannot be compared", problems(target, error))
+
+
+def problems(target: Place, error: NeoxconvError) -> tuple[Finding, ...]:
+    """A finding for each problem that an error tells; most name the file themselves."""
+    parts = [str(problem).partition(": ") for problem in error.args]
+    return tuple(Finding(where, what) if what else Finding(str(target), where) for where, _, what in parts)
 
 
 def check_weights(source: Checkpoint, made: Checkpoint, given: Given) -> Report:

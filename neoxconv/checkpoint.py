@@ -66,7 +66,7 @@ def reopen(opening: Opening) -> Checkpoint:
     named, left = name_tensors(index, architecture)
     measured = measure(named, architecture)
     model, notes = architecture.config_of[index.format](index, measured, opening.preset)
-    check(index, named, left, architecture, model)
+    check(replace(index, configs=()) if opening.preset else index, named, left, architecture, model)
     dropped = tuple(dict.fromkeys(name for names in left for name in names))
     checkpoint = Checkpoint(opening, index, architecture, model, {}, dropped, notes)
     return replace(checkpoint, tensors=unify(checkpoint, named))
@@ -76,6 +76,8 @@ def read_index(path: Place, config: Sequence[Path]) -> Index:
     """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist.")
+    if isinstance(path, Path) and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"{path}: is neither a file nor a folder; give a checkpoint.")
     return assembled(read_file(path, config) if path.is_file() else read_folder(path, config))
 
 
@@ -120,7 +122,9 @@ def find_architecture(index: Index) -> Architecture:
     key = {"hf": "model_type", "safetensors": "model_type", "gguf": "general.architecture"}.get(index.format)
     name = index.settings.get(key, "gpt_neox") if key else "gpt_neox"
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise CheckpointError(f"{index.where}: is a {name} model; expected {' or '.join(ARCHITECTURES)}.")
+        raise CheckpointError(
+            f"{index.where}: is a {name} model; expected {' or '.join(ARCHITECTURES)}, others are not supported."
+        )
     return ARCHITECTURES[name]
 
 
@@ -216,7 +220,7 @@ def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> tokeni
     path = tokenizer_find.find(explicit, index.folder, index.settings, [path.parent for path in index.configs])
     if path:
         return tokenizer.load(path)
-    return tokenizer.from_gguf(index.settings) if "tokenizer.ggml.tokens" in index.settings else None
+    return tokenizer.from_gguf(index.settings, str(index.where)) if "tokenizer.ggml.tokens" in index.settings else None
 
 
 def rank_difference(checkpoint: Checkpoint) -> float:

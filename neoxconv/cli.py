@@ -224,6 +224,9 @@ def verify(paths: tuple[Place, ...], **given: Any) -> int:
             f"expected TARGET{'' if given['sha256sums'] else ' or SRC TARGET'}, found {len(paths)} paths."
         )
     if given["sha256sums"]:
+        check_logits_options("bytes", given)
+        if given["level"] or given["json"]:
+            raise click.UsageError("--sha256sums prints digests and checks nothing; leave --level and --json out.")
         from neoxconv.verify.bytes import sha256sums
 
         for name, digest in sha256sums(paths[0]):

@@ -108,7 +108,8 @@ def origin_of(plan: Plan) -> Origin:
 def do(errand: Errand) -> Digests:
     """Take a step, on a worker."""
     plan = plan_of(errand.origin)
-    work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite)
+    where = str(plan.checkpoint.index.where)
+    work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite, source=where)
     try:
         return run_step(work, plan.steps[errand.number])
     except FileNotFoundError as error:
@@ -125,7 +126,8 @@ def deliver(delivery: Delivery) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
         folder = Path(made)
         begin_file(file, folder)
-        work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite)
+        where = str(plan.checkpoint.index.where)
+        work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite, source=where)
         digests = {key: digest for step in plan.steps_of(file) for key, digest in run_step(work, step).items()}
         described = finish_file(file, folder, digests)
         delivery.place.put(folder / file.name, work.stop)

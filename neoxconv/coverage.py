@@ -36,7 +36,7 @@ def check(index: Index, named: Named, left: list[list[str]], architecture: Archi
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         problems += [
             f"{index.where}: {name} does not belong to a model of {config.layers} layers"
-            f"{' whose head is its embedding (tied)' * config.tied}."
+            f"{' whose head is its embedding (tied)' * config.tied}; download it again with its configuration."
             for name in known
             if name not in names
         ]
@@ -76,8 +76,13 @@ def check_layers(index: Index, named: Named, architecture: Architecture, config:
     where = ", ".join(map(str, index.configs)) or str(index.where)
     return [
         f"{where}: the configuration says {config.layers} layers but the files hold {found}; "
-        "download what is missing, or give the right one with --config or --preset."
+        f"download what is missing, or give the right one with {told_by(index)}."
     ]
+
+
+def told_by(index: Index) -> str:
+    """The options that give a source another configuration; only gpt-neox has files of it."""
+    return "--config or --preset" if index.format == "neox" else "--preset"
 
 
 def check_missing(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
@@ -89,7 +94,8 @@ def check_missing(index: Index, named: Named, architecture: Architecture, config
             if unified in known:
                 continue
             if index.format != "neox" or index.sequential:
-                problems.append(f"{home(index, rank, '')}: {unified} is missing.")
+                name = f"{weight.gguf} ({unified})" if index.format == "gguf" else unified
+                problems.append(f"{home(index, rank, '')}: {name} is missing; download it again.")
                 continue
             file = home(index, rank, number_name(weight, layer, config.layers))
             problem = f"lacks {weight.source[0]} ({unified})" if file.exists() else "is missing"
@@ -122,11 +128,15 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
         if len(set(shapes)) == 1 and (found := joined_shape(weight, parts, config)) != expected:
             problems.append(
                 f"{home(index, 0, source)}: {unified} is {list(found)} "
-                f"but the configuration makes it {list(expected)}. Give the right configuration with --config."
+                f"but the configuration makes it {list(expected)}. "
+                f"Give the right configuration with {told_by(index)}."
             )
         types = [part.dtype.name for part in parts]
         if not parts[0].dtype.quantized and types[0] not in FLOATS:
-            problems.append(f"{home(index, 0, source)}: {unified} holds {types[0]}; expected {', '.join(FLOATS)}.")
+            problems.append(
+                f"{home(index, 0, source)}: {unified} holds {types[0]}; expected one of {', '.join(FLOATS)}. "
+                "Download it again, or convert it to one of them first."
+            )
         if len(set(types)) > 1:
             problems.append(
                 f"{home(index, 0, source)}: {unified} is {' and '.join(sorted(set(types)))} on different ranks. "

@@ -95,8 +95,9 @@ def read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int]:
     try:
         entries = dict(dat_entries(data))
     except (ValueError, struct.error) as error:
+        what = "it ends early" if isinstance(error, struct.error) else error
         raise CheckpointError(
-            f"{file.path}: is no importance matrix, in neither the GGUF nor the .dat form, or is damaged ({error}); "
+            f"{file.path}: is no importance matrix, in neither the GGUF nor the .dat form, or is damaged ({what}); "
             "make it again."
         ) from error
     end = 4 + sum(12 + len(name.encode()) + values.nbytes for name, values in entries.items())

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-POSITIVE = click.FloatRange(min=0)
 
 
 def location(text: str) -> Place:
@@ -33,6 +32,17 @@ def byte_count(text: str) -> int:
     if not count:
         raise click.BadParameter(f"{text!r} is no size; write it as 5GB, 500MB, 2GiB or a number of bytes.")
     return count
+
+
+def limit(text: str) -> float:
+    """The number from 0 on that an option's value is."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise click.BadParameter(f"{text!r} is no number from 0 on.")
+    return number
 
 
 def override(text: str) -> tuple[str, str]:
@@ -116,13 +126,13 @@ of_logits = options(
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option(
         "--max-kl",
-        type=POSITIVE,
+        type=limit,
         metavar="X",
         help="logits: mean KL divergence.  [default: by TARGET's type]",
     ),
-    click.option("--max-kl-p99", type=POSITIVE, metavar="X", help="logits: its 99th percentile."),
-    click.option("--min-top1", type=POSITIVE, metavar="X", help="logits: share of equal first choices."),
-    click.option("--max-ppl-ratio", type=POSITIVE, metavar="X", help="logits: TARGET's perplexity over SRC's."),
+    click.option("--max-kl-p99", type=limit, metavar="X", help="logits: its 99th percentile."),
+    click.option("--min-top1", type=limit, metavar="X", help="logits: share of equal first choices."),
+    click.option("--max-ppl-ratio", type=limit, metavar="X", help="logits: TARGET's perplexity over SRC's."),
     click.option("--bisect", is_flag=True, help="logits: find the tensor that breaks the first broken layer."),
     click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page."),
 )

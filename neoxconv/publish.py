@@ -33,6 +33,8 @@ def check_side_file(path: Path, inputs: Iterable[Place | None], overwrite: bool 
     """
     if path.is_dir():
         raise PlanError(f"{path}: is a folder; give the name of a file.")
+    if path.exists() and not path.is_file():
+        raise PlanError(f"{path}: is a device or a pipe, which cannot be replaced; give the name of a file.")
     if path.exists() and not overwrite:
         raise PlanError(f"{path}: exists already; give another name, or --overwrite.")
     if not path.resolve().parent.is_dir():
@@ -67,6 +69,8 @@ def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
             f"{target}: is a folder; {plan.recipe.format} writes one file, "
             f"so give its name, such as {target / 'model'}.{plan.recipe.format}."
         )
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise PlanError(f"{target}: is a device or a pipe, which cannot be replaced; give another name.")
     parent = nearest_folder(target)
     if not parent.is_dir():
         raise PlanError(f"{target}: cannot be made, because {parent} is a file; give another place.")

@@ -56,7 +56,10 @@ def opened(source: Place, given: Given, norms: str = "mean", weights: str | None
     if given["config"] and given["preset"]:
         raise click.UsageError("--config and --preset exclude each other; give one of them.")
     weights = weights or given["weights"] or "stored"
-    return open_checkpoint(source, config=given["config"], preset=given["preset"], norms=norms, weights=weights)
+    checkpoint = open_checkpoint(source, config=given["config"], preset=given["preset"], norms=norms, weights=weights)
+    if given["config"] and checkpoint.index.format != "neox":
+        raise click.UsageError(f"--config is for gpt-neox checkpoints; {source} has its own settings. Leave it out.")
+    return checkpoint
 
 
 def checked(checkpoint: Checkpoint, given: Given, quiet: bool) -> integrity.Integrity | None:
@@ -219,6 +222,8 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
     memory_for(given["jobs"], given["memory"])  # too little is told before anything is opened
     checkpoint = opened(source, given, given["norms"] or "mean")
     target = target.resolve()
+    if isinstance(target, Path) and not target.name:
+        raise PlanError(f"{target}: is no place for a target; give the name of a file or a folder in it.")
     check_apart(checkpoint, source, target)
     plan = make_plan(checkpoint, recipe)
     memory = memory_for(threads_for(checkpoint, given["jobs"]), given["memory"], plan.kept)

@@ -89,7 +89,9 @@ def joined_weight(module: Module, settings: Mapping[str, Any]) -> Joined | None:
     if weight is None or not weight.dtype.quantized:
         return None
     if isinstance(settings.get("quantization_config"), dict):
-        raise module.error("weight", f"is of type {weight.dtype.name}, but has no weight_scale that can be read.")
+        raise module.error(
+            "weight", f"is of type {weight.dtype.name}, but has no weight_scale that can be read; download it again."
+        )
     return None
 
 

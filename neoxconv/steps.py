@@ -33,6 +33,7 @@ class Work:
     slab: int
     allow_nonfinite: bool
     progress: Progress = lambda count: None
+    source: str = ""  # what messages name
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -86,8 +87,9 @@ def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
         work.progress(piece.data.size)
     if bad and not work.allow_nonfinite:
         raise NeoxconvError(
-            f"{name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
-            "Choose a wider type (--dtype or --type), or write them as they are with --allow-nonfinite."
+            f"{work.source or name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
+            "Choose a wider type (--dtype or --type), or mend the source; hf, safetensors, slim and gguf can hold them "
+            "as they are (--allow-nonfinite)."
         )
     for slot, tally in zip(step.slots, tallies, strict=True):
         if tally.count != slot.part.nbytes:

@@ -48,7 +48,8 @@ class Storage:
                     count = os.preadv(file.fileno(), [view[done:]], offset + done)
                     if count == 0:
                         raise CheckpointError(
-                            f"{self.path}: ends at {offset + done} but had {self.size} bytes when opened."
+                            f"{self.path}: ends at {offset + done} but had {self.size} bytes when opened; "
+                            "wait until it is whole, and run again."
                         )
                     done += count
         except OSError as error:
@@ -83,7 +84,7 @@ def open_storage(path: Place) -> Storage:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from error
     if not path.is_file():
-        raise CheckpointError(f"{path}: is not a file.")
+        raise CheckpointError(f"{path}: is not a file; give one.")
     return Storage(path, status.st_size)
 
 

@@ -49,7 +49,7 @@ def table(align: str, rows: Sequence[Sequence[object]]) -> str:
 @contextmanager
 def progress_bar(total: int, what: str, quiet: bool, unit: str = "B") -> Iterator[Callable[[int], None]]:
     """A bar on stderr with counts, rate and time left, moved on by calls from any thread; none where nobody looks."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not sys.stderr or not sys.stderr.isatty():  # there is no stderr where it was closed
         yield lambda count: None
         return
     from tqdm import tqdm

@@ -111,24 +111,26 @@ def hf_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     return {"tokenizer.json": tokenizer.data, **made}
 
 
-def from_gguf(keys: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `tokenizer.ggml.*` keys describe: equal ids, without the padding tokens.
+def from_gguf(keys: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
+    """The tokenizer that `tokenizer.ggml.*` keys describe: equal ids, without the padding tokens; `where` is
+    what messages name.
 
     Raises CheckpointError where the keys are missing, contradictory or not of byte-level BPE as gpt-2 splits it.
     """
     model, pre = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in tuple(NORMALIZERS):
-        raise CheckpointError(f"GGUF: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*NORMALIZERS]}. {WANTED}")
+        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*NORMALIZERS]}. {WANTED}")
     found = [keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")]
     tokens, types, merges = (list(array) if isinstance(array, Iterable) else [] for array in found)
     texts = all(isinstance(text, str) for text in tokens)
     if not texts or len(tokens) != len(types) or any(kind not in TYPES for kind in types):
-        raise CheckpointError(f"GGUF: {len(tokens)} tokens need as many types of {TYPES}, {len(types)} found. {WANTED}")
+        found_types = f"{len(tokens)} tokens need as many types of {TYPES}, {len(types)} found"
+        raise CheckpointError(f"{where}: {found_types}. {WANTED}")
     kept = [(i, text, kind) for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED]
     # Added tokens stand in the vocabulary too: outside it the tokenizers library would number them anew.
     vocab = {text: i for i, text, _ in kept}
     if len(vocab) < len(kept):
-        raise CheckpointError(f"GGUF: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {WANTED}")
+        raise CheckpointError(f"{where}: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {WANTED}")
     added = [_added(i, text, kind == CONTROL) for i, text, kind in kept if kind != NORMAL]
     tokenizer = Tokenizer(_tokenizer_json(vocab, merges, added, NORMALIZERS[pre]))
     _ = tokenizer.parsed  # raises for what is no tokenizer

@@ -268,4 +268,4 @@ def test_options_of_the_logits_level_are_refused_elsewhere(tmp_path: Path, capsy
 def test_models_of_other_sizes_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = run(make_plan(open_checkpoint(toy(tmp_path, layers=3)), Recipe("hf")), tmp_path / "hf")
     assert verify(source(), other) == 3
-    assert "cannot be compared: its layers is 3" in capsys.readouterr().out
+    assert "cannot be compared, as it has layers 3" in capsys.readouterr().out

@@ -136,7 +136,13 @@ def from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[M
     if preset:
         if preset not in PRESETS:
             raise PlanError(f"--preset {preset}: expected one of {', '.join(PRESETS)}.")
-        return PRESETS[preset].config, ()
+        config = PRESETS[preset].config
+        if measured.hidden not in (0, config.hidden):
+            raise PlanError(
+                f"--preset {preset}: has hidden size {config.hidden}, but {index.where} has {measured.hidden}; "
+                "give the right preset."
+            )
+        return config, ()
     shapes = (measured.layers, measured.hidden, measured.ff, measured.rows, measured.tied)
     fits = [p for p in PRESETS.values() if (p.layers, p.hidden, 4 * p.hidden, p.rows, False) == shapes]
     known = f"{measured.layers} layers, hidden {measured.hidden}, ff {measured.ff}, {measured.rows} vocabulary rows"
@@ -145,11 +151,13 @@ def from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[M
             f"no configuration found; the shapes ({known}) are those of {fits[0].name}, so its settings are used",
         )
     which = f"{' and '.join(p.name for p in fits)} have these shapes" if fits else "no released model has these shapes"
+    training = (
+        "Give the training YAML with --config FILE" if index.format == "neox" else "Put its config.json beside it"
+    )
     raise CheckpointError(
         f"{index.where}: there is no configuration beside the weights, and {which} ({known}). Unknown: "
         "num_attention_heads, max_position_embeddings, rotary_pct, rotary_emb_base, gpt_j_residual, bias_gelu_fusion, "
-        "layernorm_epsilon. "
-        "Give the training YAML with --config FILE, or --preset NAME."
+        f"layernorm_epsilon. {training}, or give --preset NAME."
     )
 
 
@@ -239,10 +247,10 @@ def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
     if preset:
         return from_preset(index, measured, preset)
     keys = {key.removeprefix("gptneox."): value for key, value in index.settings.items()}
-    read = Settings(", ".join(str(file.storage.path) for file in index.files[:1]), keys)
+    read = Settings(", ".join(str(file.storage.path) for file in index.files[:1]), keys, "gptneox.")
     heads, hidden = read.count("attention.head_count"), read.count("embedding_length")
     if keys.get("rope.scaling.type", "none") != "none":
-        read.refuse("gptneox.rope.scaling.type", keys["rope.scaling.type"], "none")
+        read.refuse("rope.scaling.type", keys["rope.scaling.type"], "none")
     config = ModelConfig(
         layers=read.count("block_count"),
         hidden=hidden,

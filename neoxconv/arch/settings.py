@@ -11,10 +11,11 @@ from neoxconv.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings `values` that `where` (a file, or several) holds."""
+    """The settings `values` that `where` (a file, or several) holds, there with `prefix` before their names."""
 
     where: str
     values: Mapping[str, Any]
+    prefix: str = ""
 
     def count(self, key: str, default: Any = None) -> int:
         """A whole number above zero."""
@@ -42,9 +43,9 @@ class Settings:
     def refuse(self, key: str, value: Any, expected: str) -> NoReturn:
         """Raise the error for a value that cannot be meant."""
         raise CheckpointError(
-            f"{self.where}: {key} is missing; expected {expected}."
+            f"{self.where}: {self.prefix}{key} is missing; expected {expected}."
             if value is None
-            else f"{self.where}: {key} is {str(value)[:60]!r}; expected {expected}."
+            else f"{self.where}: {self.prefix}{key} is {str(value)[:60]!r}; expected {expected}."
         )
 
 

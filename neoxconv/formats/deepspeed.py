@@ -105,7 +105,8 @@ def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     raise_all(CheckpointError, twice)
     if not layers and not states:
         raise CheckpointError(
-            f"{folder}: holds neither layer_NN-model_MM-model_states.pt nor mp_rank_MM_model_states.pt files."
+            f"{folder}: holds neither layer_NN-model_MM-model_states.pt nor mp_rank_MM_model_states.pt files; "
+            "give the folder that does."
         )
     wanted = [*layers.values(), *states.values()]
     storages = together(lambda name: open_storage(folder / name), wanted, folder)
@@ -132,7 +133,9 @@ def pipeline_ranks(
     """Each rank's tensors from its layer files, in the order of the layers."""
     numbers, degree = sorted({layer for layer, _ in layers}), 1 + max(rank for _, rank in layers)
     if degree > len(layers):
-        raise CheckpointError(f"{folder}: holds files of rank {degree - 1} but only {len(layers)} files of layers.")
+        raise CheckpointError(
+            f"{folder}: holds files of rank {degree - 1} but only {len(layers)} files of layers; remove the strays."
+        )
     missing = [(layer, rank) for layer in numbers for rank in range(degree) if (layer, rank) not in layers]
     raise_all(CheckpointError, (f"{folder / layer_file(*at)}: is missing; download it again." for at in missing))
     return tuple(
@@ -164,11 +167,13 @@ def sequential_ranks(folder: Place, states: dict[int, str], files: dict[str, Any
 def tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
     """A dictionary's tensors; TransformerEngine's extra states, which are not tensors, are left out."""
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(value).__name__}.")
+        raise CheckpointError(
+            f"{path}: expected a dictionary of tensors, found {type(value).__name__}; download it again."
+        )
     odd = [
         name for name, t in value.items() if not isinstance(t, LazyTensor) and not str(name).endswith("_extra_state")
     ]
-    raise_all(CheckpointError, (f"{path}: {name} is not a tensor; expected a dictionary of tensors." for name in odd))
+    raise_all(CheckpointError, (f"{path}: {name} is not a tensor that can be read; remove it." for name in odd))
     return {name: t for name, t in value.items() if isinstance(t, LazyTensor)}
 
 

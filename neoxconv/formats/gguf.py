@@ -112,7 +112,9 @@ def check_parts(headers: Sequence[Header]) -> None:
             if header.keys.get(key) != value
         ]
         twice = [name for name in header.tensors if name in seen]
-        problems += [f"{header.file.path}: holds {name!r:.100}, as {seen[name].name} does." for name in twice]
+        problems += [
+            f"{header.file.path}: holds {name!r:.100}, as {seen[name].name} does; download both." for name in twice
+        ]
         seen |= dict.fromkeys(header.tensors, header.file)
     raise_all(CheckpointError, problems)
 
@@ -170,7 +172,7 @@ class Cursor:
         """The next number, as a count of things of `least` bytes or more that are still to come."""
         count: int = self.number("Q")
         if count > limit or count * least > self.file.size - self.position:
-            raise self.damaged(f"counts {count}, of at most {limit} in {self.file.size - self.position} bytes")
+            raise self.damaged(f"claims {count} items, at most {limit}, in {self.file.size - self.position} bytes")
         return count
 
     def string(self, limit: int = MAX_HEADER) -> str:
@@ -275,7 +277,9 @@ def read_places(cursor: Cursor, count: int) -> dict[str, Span]:
         shape = tuple(reversed([cursor.number("Q") for _ in range(dims)]))
         kind, offset = cursor.number("I"), cursor.number("Q")
         if kind not in TYPES:
-            raise CheckpointError(f"{cursor.file.path}: {cursor.subject} is of ggml type {kind}, which cannot be read.")
+            raise CheckpointError(
+                f"{cursor.file.path}: {cursor.subject} is of ggml type {kind}, which cannot be read; give another file."
+            )
         dtype = TYPES[kind]
         row = shape[-1] if dims > 1 else 1  # a vector's rows are single numbers
         if 0 in shape or row % dtype.block:

@@ -38,7 +38,9 @@ def index(folder: Place) -> Index:
             return Index("hf", folder, (SourceFile(file, checksum),), (tensors,), settings)
         if (folder / shards).is_file():
             return sharded(folder, folder / shards, settings)
-    raise CheckpointError(f"{folder}: has a config.json but no weights; expected {' or '.join(f for f, _ in FILES)}.")
+    raise CheckpointError(
+        f"{folder}: has a config.json but no weights; expected {' or '.join(f for f, _ in FILES)}. Download one."
+    )
 
 
 def read_header(file: Storage) -> Header:
@@ -48,9 +50,14 @@ def read_header(file: Storage) -> Header:
         return header.tensors, header.checksum
     found = read_pt(file)
     if not isinstance(found.value, dict):
-        raise CheckpointError(f"{file.path}: holds a {type(found.value).__name__}, expected a dictionary of tensors.")
+        raise CheckpointError(
+            f"{file.path}: holds a {type(found.value).__name__}, expected a dictionary of tensors; download it again."
+        )
     odd = (name for name, t in found.value.items() if not isinstance(name, str) or not isinstance(t, LazyTensor))
-    raise_all(CheckpointError, (f"{file.path}: {name!r:.80} is not a named tensor that can be read." for name in odd))
+    raise_all(
+        CheckpointError,
+        (f"{file.path}: {name!r:.80} is not a named tensor that can be read; remove it." for name in odd),
+    )
     return found.value, found.checksum
 
 
@@ -61,7 +68,10 @@ def sharded(folder: Place, path: Place, settings: dict[str, Any]) -> Index:
         raise CheckpointError(f"{path}: has no weight_map of file names; download it again.")
     names = sorted(set(places.values()))
     climbing = (n for n in names if not plain(n))
-    raise_all(CheckpointError, (f"{path}: names the file {n!r:.80}, which is not in its folder." for n in climbing))
+    raise_all(
+        CheckpointError,
+        (f"{path}: names the file {n!r:.80}, which is not in its folder; download it again." for n in climbing),
+    )
     present = {file.name for file in folder.iterdir() if file.is_file()}
     missing = (n for n in names if n not in present)
     raise_all(CheckpointError, (f"{folder}: lacks {n!r:.300}, which {path.name} names; download it." for n in missing))

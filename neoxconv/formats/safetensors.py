@@ -41,7 +41,11 @@ class Header:
 
 def read_header(file: Storage) -> Header:
     """Index a file; raises CheckpointError where the header lies about the file."""
-    length = int.from_bytes(file.text(0, 8), "little") if file.size >= 8 else -1
+    if file.size < 8:
+        raise CheckpointError(
+            f"{file.path}: is not a safetensors file, or is cut short: it has {file.size} bytes; download it again."
+        )
+    length = int.from_bytes(file.text(0, 8), "little")
     if not 2 <= length <= min(MAX_HEADER, file.size - 8):
         raise CheckpointError(
             f"{file.path}: is not a safetensors file, or is cut short: its header claims {length} bytes, "

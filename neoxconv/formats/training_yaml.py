@@ -42,10 +42,13 @@ def read_yaml(path: Place) -> dict[str, Any]:
         check_size(root)
         settings = loader.construct_document(root) if root else None
     except (*ODD_SCALARS, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct it."
+        ) from error
     if not isinstance(settings, dict):
         raise CheckpointError(
-            f"{path}: expected the settings of gpt-neox (key: value), found {type(settings).__name__}."
+            f"{path}: expected the settings of gpt-neox (key: value), found {type(settings).__name__}; "
+            "give another with --config."
         )
     return settings
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from neoxconv.dtypes import PLAIN, Array, Bytes, DType, Floats, widen
 from neoxconv.errors import CheckpointError
 from neoxconv.model import Encoding, Scaled
@@ -49,7 +51,8 @@ def decode_any(name: str, rows: Bytes) -> Floats:
     from gguf import GGMLQuantizationType, quants
 
     try:
-        values: Floats = quants.dequantize(rows, GGMLQuantizationType[name])
+        with np.errstate(over="ignore", invalid="ignore"):
+            values: Floats = quants.dequantize(rows, GGMLQuantizationType[name])
     except (KeyError, NotImplementedError) as error:
         raise CheckpointError(f"{name}: neoxconv cannot read weights of this type. Convert another file.") from error
     except ValueError as error:

@@ -126,7 +126,9 @@ class Choice:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise PlanError(f"--tensor-type {pattern}: is not a regular expression ({error}).") from error
+                raise PlanError(
+                    f"--tensor-type {pattern}: is not a regular expression ({error}); correct it."
+                ) from error
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def transformers(target: Place, candidate: Checkpoint, tokens: Numbers) -> Logit
     Told another, transformers 5 leaves embeddings and norms of such a folder as they are, and fails.
     """
     if candidate.index.format != "hf":
-        raise PlanError(f"{target}: --engine transformers runs Hugging Face folders, this is {candidate.index.format}.")
+        raise PlanError(
+            f"{target}: --engine transformers runs Hugging Face folders, not {candidate.index.format}; leave it out."
+        )
     target = here(target)
     library = needed("transformers", "transformers")
     library.utils.logging.disable_progress_bar()
@@ -53,7 +55,7 @@ def transformers(target: Place, candidate: Checkpoint, tokens: Numbers) -> Logit
         model = library.AutoModelForCausalLM.from_pretrained(target, dtype="auto" if packed else torch.float32).eval()
     except ImportError as error:
         raise PlanError(
-            f"{target}: transformers cannot load it ({str(error).strip().splitlines()[0]:.200})."
+            f"{target}: transformers cannot load it ({str(error).strip().splitlines()[0]:.200}); leave --engine out."
         ) from error
     with torch.inference_mode():
         rows = [model(torch.from_numpy(row[None]), use_cache=False).logits[0].float().numpy() for row in tokens]
@@ -63,7 +65,7 @@ def transformers(target: Place, candidate: Checkpoint, tokens: Numbers) -> Logit
 def llama_cpp(target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits:
     """The logits of a GGUF file, on the CPU."""
     if candidate.index.format != "gguf":
-        raise PlanError(f"{target}: --engine llama.cpp runs GGUF files, this is {candidate.index.format}.")
+        raise PlanError(f"{target}: --engine llama.cpp runs GGUF files, not {candidate.index.format}; leave it out.")
     llama = needed("llama_cpp", "llama-cpp-python")
     llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
     return in_bands(llama_logits(here(candidate.index.files[0].storage.path), tokens))
@@ -76,7 +78,7 @@ def llama_logits(path: Path, tokens: Numbers) -> npt.NDArray[np.float32]:
     settings.n_gpu_layers = 0
     model = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
-        raise VerifyError(f"{path}: llama.cpp cannot load it.")
+        raise VerifyError(f"{path}: llama.cpp cannot load it; see why with llama.cpp's own tools.")
     try:
         return np.stack([one_sequence(llama, model, row) for row in tokens])
     finally:
@@ -102,7 +104,7 @@ def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> npt.NDArray[
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
             batch.seq_id[i][0] = 0
         if llama.llama_decode(context, batch):
-            raise VerifyError("llama.cpp cannot run the model on these tokens.")
+            raise VerifyError("llama.cpp cannot run the model on these tokens; give fewer with --length.")
         words = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
         return np.ctypeslib.as_array(llama.llama_get_logits(context), (len(tokens), words)).copy()
     finally:

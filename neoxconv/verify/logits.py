@@ -144,7 +144,8 @@ def check_sizes(reference: Checkpoint, candidate: Checkpoint) -> None:
         ours, theirs = getattr(reference.config, size), getattr(candidate.config, size)
         if ours != theirs:
             raise VerifyError(
-                f"the target's predictions cannot be compared: its {size} is {theirs}, the source's {ours}."
+                f"{candidate.index.where}: its predictions cannot be compared, as it has {size} {theirs} "
+                f"and the source {ours}; give the source that it was made from."
             )
 
 

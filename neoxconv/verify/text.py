@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -98,23 +99,30 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise CheckpointError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); give another file."
+        ) from error
 
 
 def from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:
     """Ids [batch, time] or [time] that numpy saved."""
+    no_ids = "is no .npy file of token ids; make one with numpy.save."
     try:
-        ids = np.atleast_2d(np.load(path, allow_pickle=False))
-    except (ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: is no .npy file of token ids ({error}).") from error
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, BadZipFile) as error:
+        raise CheckpointError(f"{path}: {no_ids}") from error
+    if not isinstance(loaded, np.ndarray):
+        raise CheckpointError(f"{path}: {no_ids}")
+    ids = np.atleast_2d(loaded)
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[1] < 2 or not ids.size:
         raise CheckpointError(
-            f"{path}: holds {ids.dtype} of shape {list(ids.shape)}, expected whole numbers [batch, time]."
+            f"{path}: holds {ids.dtype} of shape {list(ids.shape)}, expected whole numbers [batch, time], "
+            "two or more in a row; give another file."
         )
     if ids.min() < 0 or ids.max() >= checkpoint.config.rows or ids.shape[1] > checkpoint.config.context:
         raise CheckpointError(
             f"{path}: has ids from {ids.min()} to {ids.max()} in rows of {ids.shape[1]}; the model has "
-            f"{checkpoint.config.rows} words and a context of {checkpoint.config.context}."
+            f"{checkpoint.config.rows} words and a context of {checkpoint.config.context}. Give another file."
         )
     return ids[:sequences].astype(np.int64), path.name
 

@@ -28,7 +28,7 @@ def read_legacy(file: Storage) -> PtFile:
         raise CheckpointError(f"{file.path}: is not a PyTorch file; download it again.")
     system = load_pickle(stream, nothing, name)
     if not isinstance(system, dict) or not system.get("little_endian", True):
-        raise CheckpointError(f"{file.path}: its numbers are not little-endian, which is not supported.")
+        raise CheckpointError(f"{file.path}: its numbers are not little-endian; save it again on a machine whose are.")
     places: list[Place] = []
 
     def postpone(*place: Any) -> Place:
@@ -44,7 +44,9 @@ def read_legacy(file: Storage) -> PtFile:
         if not isinstance(key, str):
             raise CheckpointError(f"{file.path}: its list of storages is damaged; download it again.")
         if key not in widths:
-            raise CheckpointError(f"{file.path}: storage {key} holds numbers of a type that is not supported.")
+            raise CheckpointError(
+                f"{file.path}: storage {key} holds numbers of a type that cannot be read; convert it first."
+            )
         count = int.from_bytes(file.text(position, 8), "little")
         size = count * widths[key]
         if position + 8 + size > file.size:

@@ -97,7 +97,8 @@ def load_pickle(stream: Any, make_tensor: MakeTensor, name: str) -> Any:
         value = Unpickler(Bounded(stream), make_tensor).load()
         check_tree(value)
     except UNPICKLING_ERRORS as error:
-        raise CheckpointError(f"{name}: its pickle is damaged ({type(error).__name__}: {error}).") from error
+        what = error if type(error) in (EOFError, TypeError, ValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{name}: its pickle is damaged ({what}); download it again.") from error
     return value
 
 

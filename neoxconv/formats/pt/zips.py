@@ -138,7 +138,9 @@ def central_entries(file: Storage, directory: bytes, count: int) -> Iterator[Cen
         extra = directory[at + name_length : at + name_length + extra_length]
         size, packed, offset = wide(extra, (size, packed, offset))
         if method or flags & 1 or packed != size:
-            raise CheckpointError(f"{file.path}: {name} is compressed or encrypted, which torch.save never does.")
+            raise CheckpointError(
+                f"{file.path}: {name} is compressed or encrypted, which torch.save never does; download it again."
+            )
         yield Central(name, crc, size, offset, fields[3:7])
         at += name_length + extra_length + comment_length
     if at != len(directory):
