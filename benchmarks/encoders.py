@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from neoxconv.dtypes import Floats
-from neoxconv.model import Context
+from neoxconv.encoding import Context
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.search import SEARCHES
 from tests.golden.make_blocks import NAMES as SIMPLE

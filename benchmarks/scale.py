@@ -26,7 +26,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, steps
 from neoxconv.arch.gpt_neox_config import PRESETS
 from neoxconv.catalog import entries, shapes
 from neoxconv.convert import run
-from neoxconv.model import Checkpoint, Entry
+from neoxconv.layout import Entry
+from neoxconv.model import Checkpoint
 from neoxconv.options import byte_count
 from neoxconv.plan import Plan, Step
 from neoxconv.steps import Digests, Work

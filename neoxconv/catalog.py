@@ -15,7 +15,8 @@ from neoxconv.arch.gpt_neox import GPT_NEOX
 from neoxconv.arch.gpt_neox_config import PRESETS
 from neoxconv.checkpoint import parameters
 from neoxconv.dtypes import F16, Array
-from neoxconv.model import Checkpoint, Entry, Index, ModelConfig, Opening
+from neoxconv.layout import Entry
+from neoxconv.model import Checkpoint, Index, ModelConfig, Opening
 from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, MIXES, SCALES
 from neoxconv.quant.divergences import DIVERGENCES
 from neoxconv.quant.mixes import Choice

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, narrow, nonfinite, widen
-from neoxconv.model import Encoding, Entry, Scaled
+from neoxconv.encoding import Encoding, Scaled
+from neoxconv.layout import Entry
 from neoxconv.quant import floats
 from neoxconv.tensor import LazyTensor, slabs
 

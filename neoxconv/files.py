@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from neoxconv.layout import Digest, FileLayout
 from neoxconv.manifest import describe_file
-from neoxconv.model import Digest, FileLayout
 from neoxconv.plan import slot_key
 
 

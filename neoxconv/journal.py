@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from neoxconv.errors import PlanError
-from neoxconv.model import Digest
+from neoxconv.layout import Digest
 from neoxconv.workplace import LOCK, has_files
 
 FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from neoxconv import __version__
 
 if TYPE_CHECKING:
-    from neoxconv.model import Digest, FileLayout
+    from neoxconv.layout import Digest, FileLayout
     from neoxconv.plan import Plan
 
 MANIFEST = "manifest.json"

@@ -18,7 +18,8 @@ from typing import Any
 from neoxconv import __version__
 from neoxconv.checkpoint import describe
 from neoxconv.errors import CheckpointError, PlanError, raise_all
-from neoxconv.model import Checkpoint, Entry, FileLayout, Slot
+from neoxconv.layout import Entry, FileLayout, Slot
+from neoxconv.model import Checkpoint
 from neoxconv.recipe import Recipe
 from neoxconv.remote import THREADS, Remote, together
 from neoxconv.targets import TARGETS

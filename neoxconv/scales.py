@@ -13,8 +13,9 @@ from typing import Any
 
 from neoxconv.coverage import home
 from neoxconv.dtypes import F16, FLOATS, PLAIN, TORCH_NAMES, U8, DType
+from neoxconv.encoding import Part, Scaled
 from neoxconv.errors import CheckpointError, raise_all
-from neoxconv.model import Index, Part, Scaled
+from neoxconv.model import Index
 from neoxconv.quant import SCALED, fourbit
 from neoxconv.quant.fourbit import BLOCK, NESTED, STATE
 from neoxconv.quant.int8 import FORMAT

@@ -21,8 +21,8 @@ from neoxconv import cluster
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.files import begin_file, finish_file
 from neoxconv.journal import Journal
+from neoxconv.layout import FileLayout
 from neoxconv.manifest import MANIFEST, manifest
-from neoxconv.model import FileLayout
 from neoxconv.plan import Memory, Plan, check_sources, resume_key
 from neoxconv.publish import explain
 from neoxconv.remote import WEB, Remote

@@ -13,7 +13,7 @@ from pathlib import Path
 from neoxconv.dtypes import Bytes
 from neoxconv.encode import pieces
 from neoxconv.errors import NeoxconvError
-from neoxconv.model import Digest, Slot
+from neoxconv.layout import Digest, Slot
 from neoxconv.plan import Step
 
 Progress = Callable[[int], None]

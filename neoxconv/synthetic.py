@@ -25,7 +25,8 @@ from neoxconv.coverage import number_name
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
-from neoxconv.model import Buffer, Digest, Entry, FileLayout, ModelConfig, Weight
+from neoxconv.layout import Digest, Entry, FileLayout
+from neoxconv.model import Buffer, ModelConfig, Weight
 from neoxconv.targets.slim import unchanged
 from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.tokenizer import Tokenizer

@@ -22,10 +22,11 @@ from typing import Any
 
 from neoxconv.arch.gpt_neox import GPT_NEOX
 from neoxconv.dtypes import F16, F32, U8
+from neoxconv.encoding import Part
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import Size
 from neoxconv.formats.pt.zips import CENTRAL
-from neoxconv.model import ModelConfig, Part
+from neoxconv.model import ModelConfig
 from neoxconv.quant import SCALED
 from neoxconv.quant.fourbit import NF4_TABLE, nested_table
 from neoxconv.tensor import LazyTensor

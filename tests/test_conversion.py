@@ -76,10 +76,9 @@ def test_transformers_gives_the_recorded_logits(name: str, dtype: str, bound: fl
     assert np.abs(logits - reference(name, "logits_fp32.npy")).max() <= bound
 
 
-@pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "trained_tp2_pp4"])
-def test_transformers_4_loads_it_too(name: str, tmp_path: Path) -> None:
-    folder = convert(shards(name), tmp_path / "hf", format="hf")
-    tokens = reference(name, "tokens.npy")[:2, :32]
+def test_transformers_4_loads_it_too(tmp_path: Path) -> None:
+    folder = convert(shards("trained_tp2_pp4"), tmp_path / "hf", format="hf")
+    tokens = reference("trained_tp2_pp4", "tokens.npy")[:2, :32]
     logits = transformers4_load(folder, tokens, tmp_path / "logits.npy")
     assert np.abs(logits - transformers_logits(folder, tokens)).max() < 1e-4
 
@@ -102,9 +101,8 @@ def test_llama_cpp_loads_every_mix(mix: str, tmp_path: Path) -> None:
     assert agreement > (0.6 if mix.startswith(("Q2", "Q3")) else 0.85)
 
 
-@pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "trained_tp2_pp4"])
-def test_llama_cpps_converter_accepts_hf_and_gives_our_tensors(name: str, tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+def test_llama_cpps_converter_accepts_hf_and_gives_our_tensors(tmp_path: Path) -> None:
+    gguf, name = pytest.importorskip("gguf"), "neox_2022_tp2_pp4"
     folder = convert(shards(name), tmp_path / "hf", format="hf")
     llama_convert(folder, tmp_path / "theirs.gguf")
     theirs = gguf.GGUFReader(tmp_path / "theirs.gguf")

@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neoxconv.dtypes import F32, PLAIN, Array, DType, narrow, widen
+from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.gguf import MAX_ITEMS, TYPES, index
 from neoxconv.formats.gguf_layout import layout
-from neoxconv.model import Encoding, Entry, FileLayout, Index
+from neoxconv.layout import Entry, FileLayout
+from neoxconv.model import Index
 from neoxconv.tensor import LazyTensor
 from tests.oracles import fixtures, llama_logits
 

@@ -14,8 +14,8 @@ import pytest
 from neoxconv import Recipe, imatrix, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.cli import main
 from neoxconv.dtypes import Floats
+from neoxconv.encoding import Context, Encoding
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.model import Context, Encoding
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.search import SEARCHES
 from tests.golden.make_blocks import ggml_encode

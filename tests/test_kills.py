@@ -30,12 +30,12 @@ def planned(folder: Path) -> Plan:
 
 
 def test_a_run_killed_anywhere_is_finished_by_the_next() -> None:
-    """Thirty kills before the first byte, while writing and while publishing, for every kind of target."""
-    command = [sys.executable, "-m", "tests.kills", "--kills", "90", "--timed", "0"]
+    """Ten kills before the first byte, while writing and while publishing, over every kind of target."""
+    command = [sys.executable, "-m", "tests.kills", "--kills", "30", "--timed", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = [int(line.split()[0]) for line in done.stdout.splitlines()]
-    assert min(counts[:3]) >= 30
+    assert min(counts[:3]) >= 10
 
 
 def test_two_at_once_do_no_harm(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neoxconv.dtypes import PLAIN
+from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
-from neoxconv.model import Digest, Encoding, Entry, FileLayout
+from neoxconv.layout import Digest, Entry, FileLayout
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor
 from tests.oracles import ROOT

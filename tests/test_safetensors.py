@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 
 from neoxconv.dtypes import BF16, F16, F32, DType, Floats, narrow, widen
+from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import safetensors
-from neoxconv.model import Encoding, Entry, FileLayout
+from neoxconv.layout import Entry, FileLayout
 from neoxconv.storage import open_storage
 from neoxconv.tensor import LazyTensor
 

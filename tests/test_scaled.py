@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from neoxconv.dtypes import BF16, F16, F32, Array, DType, Floats, narrow, widen
 from neoxconv.encode import pieces
-from neoxconv.model import Bound, Encoding, Entry, Scaled
+from neoxconv.encoding import Bound, Encoding, Scaled
+from neoxconv.layout import Entry
 from neoxconv.quant import ENCODINGS, SCALED, float8, fourbit, scaled_kernels
 from neoxconv.tensor import LazyTensor, Read
 from tests.oracles import ROOT, program

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from neoxconv import open_checkpoint
 from neoxconv.dtypes import Bytes, Floats
+from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.model import Encoding
 from neoxconv.quant import ENCODINGS
 from tests.golden.make_blocks import ggml, ggml_encode
 from tests.oracles import ROOT, fixtures, ggml_library
@@ -174,7 +174,7 @@ def test_a_row_that_the_block_does_not_divide_is_refused(encoding: Encoding) -> 
 
 CHILD = """
 import hashlib, numpy as np
-from neoxconv.model import Context
+from neoxconv.encoding import Context
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.search import SEARCHES
 from tests.test_superblocks import NAMES, weights

@@ -19,7 +19,8 @@ from typing import Any
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.training_yaml import read_configs
-from neoxconv.model import Entry, Index, SourceFile
+from neoxconv.layout import Entry
+from neoxconv.model import Index, SourceFile
 from neoxconv.remote import Place, together
 from neoxconv.storage import is_folder, open_storage
 from neoxconv.tensor import LazyTensor

@@ -11,7 +11,7 @@ from typing import Any
 
 from neoxconv.errors import PlanError
 from neoxconv.formats.gguf import ALIGNMENT, ARRAY, MAGIC, MAX_DIMS, NUMBERS, SCALARS, STRING
-from neoxconv.model import Entry, FileLayout, Slot
+from neoxconv.layout import Entry, FileLayout, Slot
 
 U16, U32, I32, F32, BOOL, U64, I64 = 2, 4, 5, 6, 7, 10, 11
 # Keys whose type is not what their value suggests.

@@ -12,7 +12,8 @@ from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats import safetensors
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.safetensors import read_json
-from neoxconv.model import Entry, FileLayout, Index, SourceFile
+from neoxconv.layout import Entry, FileLayout
+from neoxconv.model import Index, SourceFile
 from neoxconv.remote import Place, together
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor

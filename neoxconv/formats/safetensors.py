@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neoxconv.dtypes import STORED
+from neoxconv.encoding import Part
 from neoxconv.errors import CheckpointError
-from neoxconv.model import Digest, Entry, FileLayout, Index, Late, Part, Slot, SourceFile
+from neoxconv.layout import Digest, Entry, FileLayout, Late, Slot
+from neoxconv.model import Index, SourceFile
 from neoxconv.remote import Place
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor, stored

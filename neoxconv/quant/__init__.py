@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from neoxconv.dtypes import PLAIN, Array, Bytes, DType, Floats, widen
+from neoxconv.encoding import Encoding, Scaled
 from neoxconv.errors import CheckpointError
-from neoxconv.model import Encoding, Scaled
 from neoxconv.quant.float8 import E4M3, E4M3_CHANNEL, E4M3_TENSOR, E5M2, E5M2_CHANNEL, E5M2_TENSOR
 from neoxconv.quant.fourbit import FP4, FP4_DQ, NF4, NF4_DQ
 from neoxconv.quant.int8 import INT8

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from neoxconv import dtypes
 from neoxconv.dtypes import F32, Array, Bytes, DType, Floats
-from neoxconv.model import Bound, Encoding, Part, Scaled, Settled
+from neoxconv.encoding import Bound, Encoding, Part, Scaled, Settled
 from neoxconv.quant.grains import ROWS, TENSOR
 from neoxconv.tensor import LazyTensor, Read
 

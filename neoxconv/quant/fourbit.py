@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from neoxconv.dtypes import F32, TORCH_NAMES, U8, Array, Bytes, DType, Floats
-from neoxconv.model import Bound, Part, Scaled, Settled
+from neoxconv.encoding import Bound, Part, Scaled, Settled
 from neoxconv.quant import grains
 from neoxconv.tensor import LazyTensor, Read
 

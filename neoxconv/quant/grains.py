@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from neoxconv.dtypes import Floats
-from neoxconv.model import Grain
+from neoxconv.encoding import Grain
 
 
 def sizes(groups: Floats) -> Floats:

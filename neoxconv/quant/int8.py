@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from neoxconv.dtypes import F16, F32, I8, U8, Array, DType, Floats
-from neoxconv.model import Bound, Part, Scaled, Settled
+from neoxconv.encoding import Bound, Part, Scaled, Settled
 from neoxconv.quant.grains import ROWS
 from neoxconv.tensor import LazyTensor, Read
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, DType, Floats
+from neoxconv.encoding import Context, Encoding
 from neoxconv.errors import CheckpointError
-from neoxconv.model import Context, Encoding
 from neoxconv.quant.search import SEARCHES, check_columns, find
 
 BLOCK = 32

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from neoxconv.encoding import Encoding
 from neoxconv.errors import PlanError
-from neoxconv.model import Encoding
 from neoxconv.quant import ENCODINGS
 
 ANY = "*"

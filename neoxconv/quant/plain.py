@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from neoxconv import dtypes
 from neoxconv.dtypes import Array, DType, Floats, narrow, widen
-from neoxconv.model import Bound, Encoding
+from neoxconv.encoding import Bound, Encoding
 
 WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
 

@@ -11,8 +11,8 @@ from itertools import product
 import numpy as np
 
 from neoxconv.dtypes import Bytes, Floats
+from neoxconv.encoding import Context
 from neoxconv.errors import PlanError
-from neoxconv.model import Context
 
 ABOVE, SQUARE = 0, 1  # lanes.weigh
 

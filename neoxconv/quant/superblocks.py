@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, DType, Floats
+from neoxconv.encoding import Context, Encoding
 from neoxconv.errors import CheckpointError
-from neoxconv.model import Context, Encoding
 from neoxconv.quant.planes import Plane, pack, pack_sixes, unpack, unpack_sixes
 from neoxconv.quant.search import SEARCHES, Search, check_columns, find
 

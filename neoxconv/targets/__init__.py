@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from neoxconv.model import Checkpoint, Content
+from neoxconv.layout import Content
+from neoxconv.model import Checkpoint
 from neoxconv.recipe import Recipe
 from neoxconv.targets import bnb, float8, gguf, hf, slim
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from neoxconv.dtypes import TORCH_NAMES
+from neoxconv.encoding import Scaled
 from neoxconv.errors import PlanError
-from neoxconv.model import Checkpoint, Content, Scaled
+from neoxconv.layout import Content
+from neoxconv.model import Checkpoint
 from neoxconv.names import BNB_TYPES
 from neoxconv.quant import SCALED
 from neoxconv.recipe import Recipe

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from neoxconv.encoding import Encoding, Scaled
 from neoxconv.errors import PlanError
-from neoxconv.model import Checkpoint, Content, Encoding, Scaled
+from neoxconv.layout import Content
+from neoxconv.model import Checkpoint
 from neoxconv.names import SCALES
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.recipe import Recipe

@@ -8,10 +8,12 @@ from dataclasses import replace
 
 from neoxconv import imatrix, tokenizer
 from neoxconv.checkpoint import parameters, tokenizer_of
+from neoxconv.encoding import Context
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import gguf_layout
 from neoxconv.imatrix import Matrix
-from neoxconv.model import Checkpoint, Content, Context, Entry, Weight
+from neoxconv.layout import Content, Entry
+from neoxconv.model import Checkpoint, Weight
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.mixes import MIXES, Choice, Place, choose, wanted
 from neoxconv.recipe import Recipe

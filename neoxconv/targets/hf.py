@@ -12,9 +12,11 @@ from neoxconv import tokenizer
 from neoxconv.checkpoint import tokenizer_of
 from neoxconv.coverage import PARTIAL
 from neoxconv.dtypes import TORCH_NAMES
+from neoxconv.encoding import Encoding
 from neoxconv.errors import PlanError
 from neoxconv.formats import hf, safetensors
-from neoxconv.model import Checkpoint, Content, Encoding, Entry
+from neoxconv.layout import Content, Entry
+from neoxconv.model import Checkpoint
 from neoxconv.quant import ENCODINGS
 from neoxconv.recipe import Recipe
 from neoxconv.targets.about import provenance, title, token_ids

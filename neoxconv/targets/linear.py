@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from neoxconv.model import Checkpoint, Encoding, Entry, Scaled
+from neoxconv.encoding import Encoding, Scaled
+from neoxconv.layout import Entry
+from neoxconv.model import Checkpoint
 from neoxconv.recipe import Recipe
 from neoxconv.targets.hf import unified_entries
 

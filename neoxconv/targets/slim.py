@@ -18,9 +18,11 @@ from neoxconv import tokenizer
 from neoxconv.checkpoint import tokenizer_of
 from neoxconv.coverage import number_name
 from neoxconv.dtypes import FLOATS, DType
+from neoxconv.encoding import Encoding
 from neoxconv.formats import deepspeed
 from neoxconv.formats.pt import layout_pt
-from neoxconv.model import Checkpoint, Content, Encoding, Entry, Index, ModelConfig, Weight
+from neoxconv.layout import Content, Entry
+from neoxconv.model import Checkpoint, Index, ModelConfig, Weight
 from neoxconv.quant import ENCODINGS, floats
 from neoxconv.recipe import Recipe
 from neoxconv.targets import training

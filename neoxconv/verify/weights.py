@@ -13,7 +13,8 @@ from neoxconv.checkpoint import name_tensors
 from neoxconv.coverage import is_partial
 from neoxconv.dtypes import Floats, narrow
 from neoxconv.encode import rounded, sizes_of
-from neoxconv.model import Checkpoint, Scaled
+from neoxconv.encoding import Scaled
+from neoxconv.model import Checkpoint
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.targets.gguf import SEARCHED
 from neoxconv.tensor import LazyTensor, slabs

@@ -12,7 +12,7 @@ from typing import Any
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import STORAGES
 from neoxconv.formats.pt.zips import CENTRAL, END, END64, FULL, LOCAL, LOCATOR64
-from neoxconv.model import Entry, FileLayout, Late, Slot
+from neoxconv.layout import Entry, FileLayout, Late, Slot
 
 ALIGNMENT = 64
 
