@@ -76,11 +76,11 @@ def test_transformers_gives_the_recorded_logits(name: str, dtype: str, bound: fl
     assert np.abs(logits - reference(name, "logits_fp32.npy")).max() <= bound
 
 
-def test_transformers_4_loads_it_too(tmp_path: Path) -> None:
-    folder = convert(shards("trained_tp2_pp4"), tmp_path / "hf", format="hf")
-    tokens = reference("trained_tp2_pp4", "tokens.npy")[:2, :32]
+def test_transformers_4_gives_the_recorded_logits_too(tmp_path: Path) -> None:
+    folder = convert(shards("neox_2022_tp2_pp4"), tmp_path / "hf", format="hf")
+    tokens = reference("neox_2022_tp2_pp4", "tokens.npy")
     logits = transformers4_load(folder, tokens, tmp_path / "logits.npy")
-    assert np.abs(logits - transformers_logits(folder, tokens)).max() < 1e-4
+    assert np.abs(logits - reference("neox_2022_tp2_pp4", "logits_fp32.npy")).max() <= 2e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,6 +105,8 @@ def test_llama_cpps_converter_accepts_hf_and_gives_our_tensors(tmp_path: Path) -
     gguf, name = pytest.importorskip("gguf"), "neox_2022_tp2_pp4"
     folder = convert(shards(name), tmp_path / "hf", format="hf")
     llama_convert(folder, tmp_path / "theirs.gguf")
+    choices = llama_logits(tmp_path / "theirs.gguf", reference(name, "tokens.npy")).argmax(-1)
+    assert np.mean(choices == reference(name, "logits_fp32.npy").argmax(-1)) > 0.9
     theirs = gguf.GGUFReader(tmp_path / "theirs.gguf")
     ours = gguf.GGUFReader(convert(shards(name), tmp_path / "ours.gguf", format="gguf", type="F16"))
     tensors = {t.name: t for t in ours.tensors}
@@ -163,8 +165,8 @@ def permissive_load(path: Path) -> Any:
     return torch.load(path, weights_only=False, map_location="cpu")
 
 
-@pytest.mark.parametrize("degree", [1, 4])
-@pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2"])
+@pytest.mark.parametrize("degree", [4])
+@pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "neox_2026_bf16_tp2_pp2"])
 def test_slim_at_another_degree_is_the_same_model(name: str, degree: int, tmp_path: Path) -> None:
     slim = convert(shards(name), tmp_path / "slim", format="slim", tp=degree)
     again = open_checkpoint(slim)

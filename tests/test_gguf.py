@@ -533,7 +533,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
             index(placed(tmp_path, whole[:length]))
 
 
-@settings(max_examples=2000)
+@settings(max_examples=300)  # tests/fuzz.py does many more
 @given(st.lists(st.tuples(st.integers(0, len(rich()) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_bytes_are_read_or_refused(folder: Path, changes: list[tuple[int, int]]) -> None:
     data = bytearray(rich())

@@ -134,7 +134,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_hostile_pickle_is_refused(case: str, tmp_path: Path) -> None:
+def test_a_hostile_pickle_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case != "millions of sets":  # one is enough to see how long the real limit takes
+        monkeypatch.setattr("neoxconv.formats.pt.streams.MAX_STEPS", 400_000)
     data, words = REFUSED[case]
     assert_refused(of_pt, placed(tmp_path, "file.pt", zipped(data)), words)
 
@@ -422,7 +424,7 @@ YAMLS: dict[str, tuple[bytes | str, str]] = {
     "a key that is a list": ("? [a]\n: b", "cannot be read as YAML"),
     "two documents": ("a: 1\n---\nb: 2", "cannot be read as YAML"),
     "a large file": (b"#" * (training_yaml.LARGEST + 1), "expected at most"),
-    "many anchors": ("".join(f"- &a{i} 1\n" for i in range(9000)), "found list"),
+    "many anchors": ("".join(f"- &a{i} 1\n" for i in range(2000)), "found list"),
 }
 
 
@@ -557,7 +559,7 @@ def test_a_hostile_gguf_is_refused(case: str, tmp_path: Path) -> None:
     assert_refused(open_checkpoint, placed(tmp_path, "x.gguf", data), words)
 
 
-@pytest.mark.parametrize("name", ["..-00001-of-00002.gguf", "x-00001-of-99999.gguf", "%2e%2e-00002-of-00002.gguf"])
+@pytest.mark.parametrize("name", ["..-00001-of-00002.gguf", "x-00001-of-00999.gguf", "%2e%2e-00002-of-00002.gguf"])
 def test_parts_of_a_gguf_are_looked_for_in_its_folder_alone(name: str, tmp_path: Path) -> None:
     path = placed(tmp_path / "in", name, gguf_of())
     placed(tmp_path, "-00002-of-00002.gguf", gguf_of())

@@ -165,8 +165,6 @@ def test_one_flipped_bit_in_a_scale_is_found(tmp_path: Path, capsys: pytest.Capt
 RECIPES = (
     Recipe("hf"),
     Recipe("safetensors", dtype="BF16"),
-    Recipe("slim"),
-    Recipe("slim", tp=1),
     Recipe("slim", tp=4),
     Recipe("gguf", type="Q4_K_M"),
     Recipe("gguf", type="Q8_0", tensor_type=(("ffn_down", "Q2_K"),)),

@@ -11,10 +11,7 @@ from tests.oracles import (
     Logits,
     Tokens,
     fixtures,
-    llama_convert,
     llama_logits,
-    llama_quantize,
-    transformers4_load,
     transformers_logits,
 )
 
@@ -49,11 +46,6 @@ def test_transformers_5_gives_the_recorded_logits(hf_folder: Path, tokens: Token
     assert np.abs(transformers_logits(hf_folder, tokens) - expected).max() < FP16_ROUNDING
 
 
-def test_transformers_4_gives_the_recorded_logits(hf_folder: Path, tokens: Tokens, expected: Logits) -> None:
-    logits = transformers4_load(hf_folder, tokens, hf_folder.with_name("logits.npy"))
-    assert np.abs(logits - expected).max() < FP16_ROUNDING
-
-
 def test_transformers_refuses_a_folder_that_lacks_a_weight(hf_folder: Path, tokens: Tokens) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -62,17 +54,6 @@ def test_transformers_refuses_a_folder_that_lacks_a_weight(hf_folder: Path, toke
     save_file(weights, hf_folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(AssertionError, match="missing_keys"):
         transformers_logits(hf_folder, tokens)
-
-
-def test_llama_cpp_converts_quantizes_and_runs_to_the_recorded_choices(
-    hf_folder: Path, tokens: Tokens, expected: Logits
-) -> None:
-    f16, q8_0 = hf_folder.with_name("f16.gguf"), hf_folder.with_name("q8_0.gguf")
-    llama_convert(hf_folder, f16)
-    llama_quantize(f16, q8_0, "Q8_0")
-    assert q8_0.stat().st_size < 0.6 * f16.stat().st_size
-    for gguf in (f16, q8_0):
-        assert np.mean(llama_logits(gguf, tokens).argmax(-1) == expected.argmax(-1)) > 0.9
 
 
 def test_llama_cpp_runs_the_trained_model_to_the_recorded_choices() -> None:

