@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from neoxconv import Recipe, make_plan, open_checkpoint, steps
+from neoxconv import Recipe, make_plan, open_checkpoint, steps, workers
 from neoxconv.arch.gpt_neox_config import PRESETS
 from neoxconv.catalog import entries, shapes
 from neoxconv.convert import run
@@ -119,9 +119,7 @@ def measured(plan: Plan, target: Path, jobs: int = 1) -> tuple[Rates, float]:
         total[kind_of(step.entry)] += weights(step.entry)
         return digests
 
-    from neoxconv import convert
-
-    convert.run_step, kept = timed, convert.run_step
+    workers.run_step, kept = timed, workers.run_step
     try:
         run(plan, target, jobs=1)  # loads the kernels, fills the page cache
         remove(target)
@@ -131,7 +129,7 @@ def measured(plan: Plan, target: Path, jobs: int = 1) -> tuple[Rates, float]:
         run(plan, target, jobs=jobs)
         wall = time.perf_counter() - begin
     finally:
-        convert.run_step = kept
+        workers.run_step = kept
         remove(target)
     return {kind: seconds[kind] / total[kind] for kind in seconds}, wall
 
