@@ -13,7 +13,7 @@ from neoxconv.journal import Journal
 from neoxconv.plan import Plan, check_sources, memory_for, resume_key, threads_for
 from neoxconv.publish import check_space, check_target, explain, publish, settle
 from neoxconv.remote import Place, Remote, place
-from neoxconv.send import Sending, send
+from neoxconv.send import Sending, check_free, send
 from neoxconv.steps import Progress, Work
 from neoxconv.workers import run_steps, threads
 from neoxconv.workplace import locked, made_in, partial_of
@@ -43,6 +43,7 @@ def run(
     target = place(target).resolve()
     shares = memory_for(threads_for(plan.checkpoint, jobs), memory, plan.kept)
     if isinstance(target, Remote):
+        check_free(plan, target, overwrite)
         return send(plan, target, Sending(shares, allow_nonfinite, executor, progress))
     check_target(plan, target, overwrite)
     folder = partial_of(target)

@@ -82,7 +82,7 @@ def manifest_of(plan: Plan, target: Remote) -> Remote:
     return target.with_name(f"{target.name}.{MANIFEST}") if plan.single else target / MANIFEST
 
 
-def check_free(plan: Plan, target: Remote, overwrite: bool = False) -> None:
+def check_free(plan: Plan, target: Remote, overwrite: bool) -> None:
     """Raise PlanError where the target cannot be written, or holds anything that this run has not sent."""
     if target.protocol in WEB:
         raise PlanError(f"{target}: a web server takes no files; give a store, such as s3://BUCKET/NAME.")
@@ -108,8 +108,7 @@ def check_disk(plan: Plan, scratch: Path) -> None:
 
 
 def send(plan: Plan, target: Remote, sending: Sending) -> Remote:
-    """Make a target in a store; after an interruption, continue."""
-    check_free(plan, target)
+    """Make a target in a store that `check_free` allows; after an interruption, continue."""
     scratch, key = work_of(target), resume_key(plan)
     check_disk(plan, scratch)
     try:

@@ -143,6 +143,7 @@ def assert_as_transformers(source: Path, folder: Path, name: str, norms: str = "
     return ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BNB)
 @pytest.mark.parametrize("changes", SOURCES)
 def test_every_tensor_is_the_one_that_transformers_saves(changes: str, name: str, tmp_path: Path) -> None:
@@ -151,6 +152,7 @@ def test_every_tensor_is_the_one_that_transformers_saves(changes: str, name: str
     assert_as_transformers(planted(source, "attention.dense.weight", [0.0] * (56 * 28)), tmp_path, name)
 
 
+@pytest.mark.slow
 @every
 def test_transformers_runs_the_weights_that_are_read_back(name: str, tmp_path: Path) -> None:
     program("bitsandbytes" if name in BNB else "compressed_tensors")
@@ -160,6 +162,7 @@ def test_transformers_runs_the_weights_that_are_read_back(name: str, tmp_path: P
     assert far <= (0.01 if name == "INT8" else 1e-5)  # INT8 quantizes inputs as well
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["INT8", "NF4 double"])
 def test_a_trained_model_with_folded_norms_keeps_its_predictions(name: str, tmp_path: Path) -> None:
     model = fixtures() / "trained_tp2_pp4"

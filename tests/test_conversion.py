@@ -76,6 +76,7 @@ def test_transformers_gives_the_recorded_logits(name: str, dtype: str, bound: fl
     assert np.abs(logits - reference(name, "logits_fp32.npy")).max() <= bound
 
 
+@pytest.mark.slow
 def test_transformers_4_gives_the_recorded_logits_too(tmp_path: Path) -> None:
     folder = convert(shards("neox_2022_tp2_pp4"), tmp_path / "hf", format="hf")
     tokens = reference("neox_2022_tp2_pp4", "tokens.npy")
@@ -93,6 +94,7 @@ def test_llama_cpp_computes_the_same_from_gguf(name: str, tmp_path: Path) -> Non
         assert difference.max() < 0.02 * expected.std(), mix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", [mix for mix in MIXES if mix not in ("F32", "F16") and not mix.endswith(("_S", "_L"))])
 def test_llama_cpp_loads_every_mix(mix: str, tmp_path: Path) -> None:
     tokens = reference("trained_tp2_pp4", "tokens.npy")[:2, :64]
@@ -101,6 +103,7 @@ def test_llama_cpp_loads_every_mix(mix: str, tmp_path: Path) -> None:
     assert agreement > (0.6 if mix.startswith(("Q2", "Q3")) else 0.85)
 
 
+@pytest.mark.slow
 def test_llama_cpps_converter_accepts_hf_and_gives_our_tensors(tmp_path: Path) -> None:
     gguf, name = pytest.importorskip("gguf"), "neox_2022_tp2_pp4"
     folder = convert(shards(name), tmp_path / "hf", format="hf")

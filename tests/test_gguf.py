@@ -201,6 +201,7 @@ def test_every_type_of_tensor_and_key_is_read_as_gguf_reads_it(alignment: int, t
     assert_equal_to_reader(index(path), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_files_of_llama_quantize_are_read_as_gguf_reads_them(name: str) -> None:
     assert_equal_to_reader(index(quantized(name)), quantized(name))
@@ -256,6 +257,7 @@ def in_written_order(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {**general, **{key: value for key, value in keys.items() if key not in {**general, **words}}, **words}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_file_of_llama_quantize_survives_with_every_key_and_type(name: str, tmp_path: Path) -> None:
     keys, entries = rewritten(index(quantized(name)))

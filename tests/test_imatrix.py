@@ -55,6 +55,7 @@ def weighted(name: str, rows: Floats, importance: Floats, values: Floats) -> flo
     return float((worth * squares).sum())
 
 
+@pytest.mark.slow
 @searched
 @pytest.mark.parametrize("kind", ["gauss", "laplace", "student"])
 def test_the_error_by_importance_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> None:

@@ -101,6 +101,7 @@ def checked(source: Path) -> Integrity | None:
 # --- every byte ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["torch", "neoxconv"])
 def test_every_byte_of_a_file_is_checked_but_those_that_hold_nothing(writer: str, tmp_path: Path) -> None:
     if writer == "torch":

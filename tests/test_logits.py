@@ -185,6 +185,7 @@ def test_slim_predicts_what_was_trained_to_the_last_bit(tmp_path: Path) -> None:
     assert compare_predictions(checkpoint, open_checkpoint(target), tokens).figures.largest_difference == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "trained_tp2_pp4"])
 def test_the_exact_merge_is_exact(name: str, tmp_path: Path) -> None:
     folder = fixtures() / name

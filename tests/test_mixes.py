@@ -128,6 +128,7 @@ def test_the_command_line_takes_them_in_any_case(tmp_path: Path, capsys: pytest.
     assert "is no PATTERN=TYPE" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["Q4_K_M", "Q2_K"])
 def test_the_divergences_that_formats_lists_are_about_those_of_a_few_sequences(mix: str, tmp_path: Path) -> None:
     fixture = fixtures() / "trained_tp2_pp4"

@@ -222,6 +222,7 @@ def digest() -> str:
     return hashlib.sha256(b"".join(encoding.encode(rows).tobytes() for encoding in EVERY)).hexdigest()
 
 
+@pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
     plain = {"NUMBA_CPU_NAME": "generic", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3", "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", ELSEWHERE]

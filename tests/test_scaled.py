@@ -112,6 +112,7 @@ def settled(encoding: Scaled, rows: Floats) -> tuple[Floats, Floats]:
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("name", ["NF4", "NF4_DQ", "FP4", "FP4_DQ"])
 def test_four_bits_are_written_and_read_as_by_bitsandbytes(bnb: ModuleType, name: str, dtype: DType) -> None:
@@ -310,6 +311,7 @@ def digest() -> str:
     return hashlib.sha256(repr((made, means, codes)).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes() -> None:
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_DISABLE_CACHING": "1"}
     others = os.environ | plain | {"NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -127,6 +127,8 @@ def test_what_is_there_is_left_alone(plan: Plan, capsys: pytest.CaptureFixture[s
     for target in ("memory://taken/hf", "memory://taken"):
         with pytest.raises(PlanError, match="exists already, and a store cannot replace it all at once"):
             run(plan, target)
+    with pytest.raises(PlanError, match="--overwrite is for targets on a disk"):
+        run(plan, "memory://taken/hf", overwrite=True)
     source = str(plan.checkpoint.opening.path)
     assert main(["convert", source, "memory://taken/hf", "--to", "hf", "--overwrite"]) == 1
     assert "--overwrite is for targets on a disk" in capsys.readouterr().err

@@ -80,6 +80,7 @@ def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> Non
     assert ours[0] <= theirs[0] and ours[1] <= theirs[1]
 
 
+@pytest.mark.slow
 @every
 def test_the_error_on_a_trained_model_is_no_larger_than_ggmls(encoding: Encoding) -> None:
     library = ggml_library()
@@ -186,6 +187,7 @@ print(*(hashlib.sha256(stored.tobytes()).hexdigest() for stored in made))
 """
 
 
+@pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes() -> None:
     """A child that compiles for a plain x86-64 or ARM, without the wider vector units, and with numpy's turned off."""
     others = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_DISABLE_CACHING": "1"}

@@ -102,6 +102,7 @@ def test_every_kind_of_checkpoint_converts_to_every_target(kind: str, tmp_path: 
         assert not findings, (recipe, findings[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["legacy", "serial", "head by columns", "TP 4, PP 2"])
 def test_exact_merge_gives_the_logits_of_the_averaged_one_but_for_the_ranks_noise(kind: str, tmp_path: Path) -> None:
     source, tokens, logits = write_checkpoint(tmp_path / "source", KINDS[kind]), np.arange(64).reshape(2, 32), {}
