@@ -108,8 +108,7 @@ def origin_of(plan: Plan) -> Origin:
 def do(errand: Errand) -> Digests:
     """Take a step, on a worker."""
     plan = plan_of(errand.origin)
-    where = str(plan.checkpoint.index.where)
-    work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite, source=where)
+    work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite, source=plan.source)
     try:
         return run_step(work, plan.steps[errand.number])
     except FileNotFoundError as error:
@@ -126,8 +125,7 @@ def deliver(delivery: Delivery) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
         folder = Path(made)
         begin_file(file, folder)
-        where = str(plan.checkpoint.index.where)
-        work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite, source=where)
+        work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite, source=plan.source)
         digests = {key: digest for step in plan.steps_of(file) for key, digest in run_step(work, step).items()}
         described = finish_file(file, folder, digests)
         delivery.place.put(folder / file.name, work.stop)

@@ -53,7 +53,7 @@ def run(
             made = made_in(folder)
             for file in plan.files:
                 begin_file(file, made)
-            work = Work(made, journal.known, shares.slab, allow_nonfinite, progress, str(plan.checkpoint.index.where))
+            work = Work(made, journal.known, shares.slab, allow_nonfinite, progress, plan.source)
             if executor:
                 with cluster.connected(executor) as pool:
                     digests = run_steps(plan.steps, cluster.steps_there(pool, plan, work), journal, progress)

@@ -90,6 +90,11 @@ class Plan:
         return [step for step in self.steps if step.file is file]
 
     @property
+    def source(self) -> str:
+        """What messages call the source."""
+        return str(self.checkpoint.index.where)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file by name (the manifest, which is written last, is not among them)."""
         return {file.name: file.size for file in self.files} | {name: len(data) for name, data in self.sidecars.items()}

@@ -136,8 +136,7 @@ def here(
 ) -> Iterator[Described]:
     """Make files one after the other; while one is made, the one before it is sent."""
     made = made_in(journal.path.parent)
-    where = str(plan.checkpoint.index.where)
-    work = Work(made, journal.known, sending.memory.slab, sending.allow_nonfinite, sending.progress, where)
+    work = Work(made, journal.known, sending.memory.slab, sending.allow_nonfinite, sending.progress, plan.source)
 
     def post(file: FileLayout, described: Described) -> Described:
         place_of(plan, target, file.name).put(made / file.name, work.stop)
