@@ -7,6 +7,7 @@ holds the file at work, its journal, and in `sent` the manifest's entry for ever
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from neoxconv.workers import run_steps, threads
 from neoxconv.workplace import locked, made_in, work_of
 
 Described = dict[str, Any]  # the manifest's entry for a file
+BEGUN = ".begun"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,16 @@ class Sent:
 
     folder: Path
     key: str
+
+    @property
+    def begun(self) -> bool:
+        """Whether this very run has begun before, so that what is in the store may be its own."""
+        mark = self.folder / BEGUN
+        return mark.is_file() and mark.read_text() == self.key
+
+    def begin(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / BEGUN).write_text(self.key)
 
     def path(self, name: str) -> Path:
         return self.folder / quote(name, safe="")
@@ -72,6 +84,12 @@ class Sent:
         return found
 
 
+def sent_to(plan: Plan, target: Remote) -> Sent:
+    """The notes of the run of a plan to a target."""
+    key = hashlib.sha256(f"{resume_key(plan)} {target}".encode()).hexdigest()
+    return Sent(work_of(target) / "sent", key)
+
+
 def place_of(plan: Plan, target: Remote, name: str) -> Remote:
     """Where a file of a target goes."""
     return target if plan.single else target / name
@@ -86,8 +104,7 @@ def check_free(plan: Plan, target: Remote, overwrite: bool) -> None:
     """Raise PlanError where the target cannot be written, or holds anything that this run has not sent."""
     if target.protocol in WEB:
         raise PlanError(f"{target}: a web server takes no files; give a store, such as s3://BUCKET/NAME.")
-    begun = (work_of(target) / Journal.NAME).is_file()
-    if overwrite or manifest_of(plan, target).exists() or (target.exists() and not begun):
+    if overwrite or manifest_of(plan, target).exists() or (target.exists() and not sent_to(plan, target).begun):
         raise PlanError(
             f"{target}: exists already, and a store cannot replace it all at once; give another name, or remove it."
             if not overwrite
@@ -109,12 +126,11 @@ def check_disk(plan: Plan, scratch: Path) -> None:
 
 def send(plan: Plan, target: Remote, sending: Sending) -> Remote:
     """Make a target in a store that `check_free` allows; after an interruption, continue."""
-    scratch, key = work_of(target), resume_key(plan)
+    scratch, sent = work_of(target), sent_to(plan, target)
     check_disk(plan, scratch)
     try:
-        with locked(scratch), Journal(scratch, key, checked=not sending.allow_nonfinite) as journal:
-            sent = Sent(scratch / "sent", key)
-            sent.folder.mkdir(exist_ok=True)
+        with locked(scratch), Journal(scratch, resume_key(plan), checked=not sending.allow_nonfinite) as journal:
+            sent.begin()
             done = {file.name: sent.find(file, place_of(plan, target, file.name)) for file in plan.files}
             described = {name: entry for name, entry in done.items() if entry}
             left = [file for file in plan.files if file.name not in described]

@@ -106,6 +106,23 @@ def test_what_was_sent_is_not_made_again(plan: Plan, tmp_path: Path, monkeypatch
     assert sum(told) == sum(step.nbytes for step in plan.steps)
 
 
+def test_unfinished_work_for_one_store_gives_no_right_to_another(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from neoxconv import send
+
+    other = place("memory://another/hf")
+    assert isinstance(other, Remote)
+    (other / "model.safetensors").write(b"a stranger's")
+    with monkeypatch.context() as patched:
+        patched.setattr(send, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, "memory://mine/hf")
+    assert work_of(other).is_dir()  # the same name here
+    with pytest.raises(PlanError, match="memory://another/hf: exists already"):
+        run(plan, place("memory://another/hf"))
+    assert objects(other) == ["model.safetensors"]
+    run(plan, "memory://mine/hf")
+
+
 def test_an_object_that_is_gone_is_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The notes are a hint; what the store has is the proof."""
     from neoxconv import send
