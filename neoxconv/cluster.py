@@ -6,21 +6,23 @@ digests. Dask queues, retries and replaces workers that die: a step done twice w
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from neoxconv import tokenizer_find
 from neoxconv.checkpoint import reopen
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.files import begin_file, finish_file
 from neoxconv.model import Opening
-from neoxconv.plan import Plan, Step, make_plan
+from neoxconv.plan import Plan, Step, make_plan, resume_key
 from neoxconv.recipe import Recipe
 from neoxconv.remote import Remote
 from neoxconv.steps import Digests, Work, run_step
@@ -33,11 +35,12 @@ RETRIES = 2  # of what failed on a worker
 
 @dataclass(frozen=True)
 class Origin:
-    """How a plan is made, and its fingerprint, which must come of it everywhere."""
+    """How a plan is made, and what must come of it everywhere; `state` is that of the files of a remote source."""
 
     opening: Opening
     recipe: Recipe
     fingerprint: str
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def connected(address: str) -> Iterator[Executor]:
     """The workers of the scheduler at `address`; raises PlanError where there is none."""
     try:
         from distributed import Client
+        from distributed.comm.core import CommClosedError
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise PlanError("--executor dask://HOST:PORT needs Dask: pip install 'neoxconv[dask]'.") from error
@@ -78,6 +82,10 @@ def connected(address: str) -> Iterator[Executor]:
     with client:
         try:
             yield client.get_executor(pure=False, retries=RETRIES)
+        except (CancelledError, CommClosedError) as error:
+            raise NeoxconvError(
+                f"{address}: the scheduler is gone; start it and run the same command again to continue."
+            ) from error
         except KilledWorker as error:
             raise NeoxconvError(
                 f"{address}: one step ended its worker each time; look for `memory` in the workers' logs, "
@@ -101,28 +109,27 @@ def origin_of(plan: Plan) -> Origin:
     opening, recipe = plan.checkpoint.opening, plan.recipe
     path = opening.path if isinstance(opening.path, Remote) else opening.path.absolute()
     opening = replace(opening, path=path, config=tuple(path.absolute() for path in opening.config))
-    files = {name: path.absolute() for name in ("tokenizer", "imatrix") if (path := getattr(recipe, name))}
-    return Origin(opening, replace(recipe, **files), plan.fingerprint)
+    index = plan.checkpoint.index
+    words = tokenizer_find.find(recipe.tokenizer, index.folder, index.settings, [p.parent for p in index.configs])
+    found = {"tokenizer": words, "imatrix": recipe.imatrix}
+    files: Any = {name: path.absolute() for name, path in found.items() if isinstance(path, Path)}
+    state = resume_key(plan) if isinstance(opening.path, Remote) else ""
+    return Origin(opening, replace(recipe, **files), plan.fingerprint, state)
 
 
 def do(errand: Errand) -> Digests:
     """Take a step, on a worker."""
     plan = plan_of(errand.origin)
     work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite, source=plan.source)
-    try:
+    with told_as_a_worker_s():
         return run_step(work, plan.steps[errand.number])
-    except FileNotFoundError as error:
-        raise NeoxconvError(
-            f"{error.filename}: is not there on a worker; the workers of a cluster must see source and target "
-            "under the same paths."
-        ) from error
 
 
 def deliver(delivery: Delivery) -> dict[str, Any]:
     """Make a file and send it, on a worker: the manifest's entry for it."""
     plan = plan_of(delivery.origin)
     file = plan.files[delivery.number]
-    with tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
+    with told_as_a_worker_s(), tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
         folder = Path(made)
         begin_file(file, folder)
         work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite, source=plan.source)
@@ -130,6 +137,23 @@ def deliver(delivery: Delivery) -> dict[str, Any]:
         described = finish_file(file, folder, digests)
         delivery.place.put(folder / file.name, work.stop)
     return described
+
+
+@contextmanager
+def told_as_a_worker_s() -> Iterator[None]:
+    """Errors of the operating system in words that say on which machine."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NeoxconvError(
+            f"{error.filename}: is not there on worker {socket.gethostname()}; the workers of a cluster must see "
+            "source and target under the same paths."
+        ) from error
+    except OSError as error:
+        raise NeoxconvError(
+            f"{error.filename or tempfile.gettempdir()} on worker {socket.gethostname()}: {error.strerror or error}; "
+            "see to it there, and run the same command again to continue."
+        ) from error
 
 
 MAKING = threading.Lock()  # one thread of a worker makes the plan, the others wait for it
@@ -144,8 +168,10 @@ def plan_of(origin: Origin) -> Plan:
 @lru_cache(maxsize=1)
 def made_anew(origin: Origin) -> Plan:
     """The plan made anew; raises PlanError where this machine comes to another one."""
+    if isinstance(origin.opening.path, Remote):
+        origin.opening.path.fs.invalidate_cache()
     plan = make_plan(reopen(origin.opening), origin.recipe)
-    if plan.fingerprint != origin.fingerprint:
+    if plan.fingerprint != origin.fingerprint or (origin.state and origin.state != resume_key(plan)):
         raise PlanError(
             f"{origin.opening.path}: a worker comes to another plan; it must see the same files and have the same "
             "version of neoxconv."

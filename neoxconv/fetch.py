@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from html import unescape
 from typing import Any, BinaryIO, TypeVar
@@ -100,6 +101,8 @@ def judged(error: Exception, deed: str) -> tuple[str, bool]:
         return f"the server answers {status}", status in AGAIN or status >= 500
     if isinstance(error, TimeoutError) or "Timeout" in kind:
         return f"no answer within {TIMEOUT:g} seconds", True
+    if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
+        return f"cannot be {deed}: a file and a folder would have one name; give another", False
     if isinstance(error, TypeError | ValueError | LookupError | NotImplementedError | AttributeError):
         return f"cannot be {deed} by way of fsspec ({kind})", False
     return f"the connection fails ({kind})", True
@@ -188,12 +191,19 @@ def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
 def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event) -> None:
     """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
     block = max(PART, size // MOST_PARTS)
-    with fs.open(path, "wb", block_size=block) as target:
+    target = fs.open(path, "wb", block_size=block)
+    try:
         while data := source.read(block):
             if stop.is_set():
-                target.discard()
                 raise Unusable("was stopped", again=False)
             target.write(data)
+    except BaseException:
+        with suppress(Exception):
+            target.discard()
+        with suppress(AttributeError):
+            target.forced = target.closed = True  # else what was written so far would be sent as if it were all
+        raise
+    target.close()
     found = look(fs, path)
     if found.size not in (None, size):
         raise Unusable(f"{size} bytes were sent, and {found.size} are there")

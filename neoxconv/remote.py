@@ -255,6 +255,8 @@ def place(text: Place | str) -> Place:
         raise PlanError(f"{protocol}: this URL cannot be understood; write a password's odd characters as %40, %2F ...")
     if protocol in LOCAL:
         return Path(url.path)
+    if {".", ".."} & set(url.path.split("/")):
+        raise PlanError(f"{protocol}: a store knows no `.` and no `..`; write the URL without them.")
     shown = f"{protocol}://{(url.netloc.rpartition('@')[2] + url.path).rstrip('/')}"
     kind = file_system(protocol, shown)
     if protocol in WEB:

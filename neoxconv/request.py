@@ -241,8 +241,13 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
 def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
-    if isinstance(source, Remote) or isinstance(target, Remote):
+    if isinstance(source, Remote):
+        here = index.folder if index.format in ("neox", "hf") else source
+        inside = isinstance(target, Remote) and isinstance(here, Remote) and target.protocol == here.protocol
+        if inside and f"{target.path}/".startswith(f"{here.path}/"):  # type: ignore[union-attr]
+            raise PlanError(f"{target}: lies in the source {here}; give a target outside of it.")
         return
+    target = work_of(target) if isinstance(target, Remote) else target
     folders: list[Place] = [source] if source.is_dir() else []
     folders += [index.folder] if index.format in ("neox", "hf") else []
     files = {path.resolve() for file in index.files if isinstance(path := file.storage.path, Path)}

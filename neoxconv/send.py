@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from neoxconv import cluster
-from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.errors import NeoxconvError, PlanError, raise_all
 from neoxconv.files import begin_file, finish_file
 from neoxconv.journal import Journal
 from neoxconv.layout import FileLayout
@@ -48,10 +48,14 @@ class Sending:
 
 @dataclass(frozen=True)
 class Sent:
-    """Notes on the files that are in the store, in a folder; those of another run do not count."""
+    """Notes on the files that are in the store, in a folder; those of another run do not count.
+
+    With `checked` neither do those of a run that let values pass that are not finite.
+    """
 
     folder: Path
     key: str
+    checked: bool
 
     @property
     def begun(self) -> bool:
@@ -66,9 +70,11 @@ class Sent:
     def path(self, name: str) -> Path:
         return self.folder / quote(name, safe="")
 
-    def add(self, described: Described) -> None:
-        path = self.path(described["name"])
-        path.with_suffix(".new").write_text(json.dumps({"key": self.key, "file": described}))
+    def add(self, described: Described, there: Remote) -> None:
+        path, facts = self.path(described["name"]), there.ask()
+        version = facts.version if facts else ""
+        note = {"key": self.key, "checked": self.checked, "version": version, "file": described}
+        path.with_suffix(".new").write_text(json.dumps(note))
         os.replace(path.with_suffix(".new"), path)
 
     def find(self, file: FileLayout, there: Remote) -> Described | None:
@@ -78,16 +84,19 @@ class Sent:
         except (OSError, ValueError):
             return None
         facts = there.ask()
-        if note["key"] != self.key or facts is None or facts.size != file.size:
+        if note["key"] != self.key or note["checked"] < self.checked or facts is None:
+            return None
+        if facts.size != file.size or facts.version != note["version"]:
             return None
         found: Described = note["file"]
         return found
 
 
-def sent_to(plan: Plan, target: Remote) -> Sent:
-    """The notes of the run of a plan to a target."""
-    key = hashlib.sha256(f"{resume_key(plan)} {target}".encode()).hexdigest()
-    return Sent(work_of(target) / "sent", key)
+def sent_to(plan: Plan, target: Remote, checked: bool = False) -> Sent:
+    """The notes of the run of a plan to a target, which has one name with others of other stores."""
+    where = (target.protocol, target.path, target.options)
+    key = hashlib.sha256(f"{resume_key(plan)} {where}".encode()).hexdigest()
+    return Sent(work_of(target) / "sent", key, checked)
 
 
 def place_of(plan: Plan, target: Remote, name: str) -> Remote:
@@ -104,6 +113,8 @@ def check_free(plan: Plan, target: Remote, overwrite: bool) -> None:
     """Raise PlanError where the target cannot be written, or holds anything that this run has not sent."""
     if target.protocol in WEB:
         raise PlanError(f"{target}: a web server takes no files; give a store, such as s3://BUCKET/NAME.")
+    if "/" not in target.shown.split("://", 1)[1].strip("/"):
+        raise PlanError(f"{target}: names a bucket; give the name of a target in it, such as s3://BUCKET/NAME.")
     if overwrite or manifest_of(plan, target).exists() or (target.exists() and not sent_to(plan, target).begun):
         raise PlanError(
             f"{target}: exists already, and a store cannot replace it all at once; give another name, or remove it."
@@ -113,11 +124,12 @@ def check_free(plan: Plan, target: Remote, overwrite: bool) -> None:
         )
 
 
-def check_disk(plan: Plan, scratch: Path) -> None:
+def check_disk(files: list[FileLayout], scratch: Path) -> None:
     """Raise PlanError where the disk here cannot hold the file at work and the one that is being sent."""
-    needed = sum(sorted((file.size for file in plan.files), reverse=True)[:2])
+    present = sum(path.stat().st_blocks * 512 for path in made_in(scratch).rglob("*") if path.is_file())
+    needed = sum(sorted((file.size for file in files), reverse=True)[:2])
     free = shutil.disk_usage(scratch.parent).free
-    if needed > free:
+    if needed > free + present:
         raise PlanError(
             f"{scratch}: two files are made here at a time, {size(needed)}, and {size(free)} are free; "
             "make room, work in another folder, or make smaller files with --shard-size or --split-size."
@@ -126,20 +138,26 @@ def check_disk(plan: Plan, scratch: Path) -> None:
 
 def send(plan: Plan, target: Remote, sending: Sending) -> Remote:
     """Make a target in a store that `check_free` allows; after an interruption, continue."""
-    scratch, sent = work_of(target), sent_to(plan, target)
-    check_disk(plan, scratch)
+    scratch, sent = work_of(target), sent_to(plan, target, not sending.allow_nonfinite)
     try:
         with locked(scratch), Journal(scratch, resume_key(plan), checked=not sending.allow_nonfinite) as journal:
-            sent.begin()
             done = {file.name: sent.find(file, place_of(plan, target, file.name)) for file in plan.files}
             described = {name: entry for name, entry in done.items() if entry}
             left = [file for file in plan.files if file.name not in described]
+            if not sending.executor:
+                check_disk(left, scratch)
+            sent.begin()
             sending.progress(sum(step.nbytes for step in plan.steps if step.file.name in described))
             make = there if sending.executor else here
             for entry in make(plan, left, target, sending, journal):
-                sent.add(entry)
+                sent.add(entry, place_of(plan, target, entry["name"]))
                 described[entry["name"]] = entry
             check_sources(plan)
+            changed = [file for file in plan.files if not sent.find(file, place_of(plan, target, file.name))]
+            raise_all(NeoxconvError, (
+                f"{place_of(plan, target, file.name)}: is not what was sent; something else writes there. "
+                "See to that, and run the same command again to continue." for file in changed
+            ))  # fmt: skip
             finish(plan, target, [described[file.name] for file in plan.files])
             shutil.rmtree(scratch)
     except OSError as error:

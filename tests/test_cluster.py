@@ -153,8 +153,38 @@ def test_a_worker_that_comes_to_another_plan_refuses(cluster: Cluster, tmp_path:
 def test_a_worker_that_does_not_see_the_target_says_so(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     plan = make_plan(open_checkpoint(source), Recipe("hf"))
     errand = Errand(origin_of(plan), 0, tmp_path / "elsewhere", {}, 1 << 20, False)
-    with pytest.raises(NeoxconvError, match="is not there on a worker"):
+    with pytest.raises(NeoxconvError, match=r"is not there on worker .*; the workers of a cluster must see"):
         do(errand)
+
+
+def test_a_tokenizer_found_in_our_working_folder_is_found_by_workers(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = toy(tmp_path)
+    (tmp_path / "here").mkdir()
+    (source / "tokenizer.json").rename(tmp_path / "here" / "words.json")
+    settings = next(source.rglob("*.yml"))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"vocab-file": "./words.json"}))
+    monkeypatch.chdir(tmp_path / "here")
+    plan = make_plan(open_checkpoint(source), Recipe("gguf", type="F16"))
+    run(plan, tmp_path / "there.gguf", executor=f"dask://{cluster.address}")
+    assert digests(tmp_path / "there.gguf") == digests(run(plan, tmp_path / "here.gguf"))
+
+
+def test_a_scheduler_that_dies_is_told(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    own = Cluster(tmp_path / "own")
+    own.start_scheduler()
+    own.start_worker()
+    plan = make_plan(open_checkpoint(source), RECIPES[0])
+    try:
+        with pytest.raises(NeoxconvError, match="the scheduler is gone; start it and run the same command again"):
+            run(plan, tmp_path / "x", executor=f"dask://{own.address}", progress=lambda n: own.processes[0].kill())
+    finally:
+        for process in own.processes:
+            process.kill()
+            process.wait()
+    assert not (tmp_path / "x").exists()
 
 
 def test_no_scheduler_is_said_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

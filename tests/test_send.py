@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
+from neoxconv import Recipe, fetch, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.cli import main
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
 from neoxconv.plan import Plan
 from neoxconv.remote import Remote, place
 from neoxconv.workplace import work_of
-from tests.far import SECRET, s3
+from tests.far import SECRET, s3, upload
 from tests.test_cluster import Cluster, cluster
 from tests.test_convert import digests
 from tests.toy import toy
@@ -139,19 +141,99 @@ def test_an_object_that_is_gone_is_made_again(plan: Plan, tmp_path: Path, monkey
 
 
 def test_what_is_there_is_left_alone(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    run(plan, "memory://taken/hf")
-    before = objects(place("memory://taken/hf"))  # type: ignore[arg-type]
-    for target in ("memory://taken/hf", "memory://taken"):
+    run(plan, "memory://bucket/taken/hf")
+    before = objects(place("memory://bucket/taken/hf"))  # type: ignore[arg-type]
+    for target in ("memory://bucket/taken/hf", "memory://bucket/taken"):
         with pytest.raises(PlanError, match="exists already, and a store cannot replace it all at once"):
             run(plan, target)
     with pytest.raises(PlanError, match="--overwrite is for targets on a disk"):
-        run(plan, "memory://taken/hf", overwrite=True)
+        run(plan, "memory://bucket/taken/hf", overwrite=True)
     source = str(plan.checkpoint.opening.path)
-    assert main(["convert", source, "memory://taken/hf", "--to", "hf", "--overwrite"]) == 1
+    assert main(["convert", source, "memory://bucket/taken/hf", "--to", "hf", "--overwrite"]) == 1
     assert "--overwrite is for targets on a disk" in capsys.readouterr().err
     assert main(["convert", source, "https://example.invalid/x", "--to", "hf"]) == 1
     assert "a web server takes no files; give a store" in capsys.readouterr().err
-    assert objects(place("memory://taken/hf")) == before  # type: ignore[arg-type]
+    assert objects(place("memory://bucket/taken/hf")) == before  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("memory://bucket", "names a bucket"),
+        ("s3://bucket/", "names a bucket"),
+        ("s3://bucket/a/../x", "a store knows no `.` and no `..`"),
+        ("memory://source/hf/inside", "lies in the source"),
+    ],
+)
+def test_places_that_are_none_for_a_target(target: str, words: str, plan: Plan, capsys: Any) -> None:
+    source = "memory://source/hf"
+    if not place(source).exists():
+        run(plan, source)
+    assert main(["convert", source, target, "--to", "hf"]) == 1
+    assert words in capsys.readouterr().err
+
+
+def interrupted(plan: Plan, target: str, **options: Any) -> None:
+    """Run until all but the manifest is in the store."""
+    from neoxconv import send
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(send, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, target, **options)
+
+
+def test_another_recipe_does_not_continue_in_the_same_place(plan: Plan) -> None:
+    interrupted(plan, "memory://two/hf")
+    with pytest.raises(PlanError, match="exists already"):
+        run(make_plan(plan.checkpoint, Recipe("hf")), place("memory://two/hf"))
+
+
+def test_what_was_sent_unchecked_is_made_again_where_it_is_to_be_checked(tmp_path: Path) -> None:
+    source = toy(tmp_path, dtype="BF16")
+    layer = next(source.rglob("layer_03-model_00*"))
+    data = bytearray(layer.read_bytes())
+    middle = len(data) // 4 * 2
+    data[middle : middle + 64] = b"\x00\x7f" * 32
+    layer.write_bytes(data)
+    plan = make_plan(open_checkpoint(source), Recipe("hf", dtype="F16"))
+    interrupted(plan, "memory://unchecked/hf", allow_nonfinite=True)
+    with pytest.raises(NeoxconvError, match="values that are not finite"):
+        run(plan, place("memory://unchecked/hf"))
+
+
+def test_an_object_that_another_writes_over_is_noticed_before_the_manifest(plan: Plan) -> None:
+    from neoxconv import send
+
+    target, check = place("memory://over/hf"), send.check_sources
+
+    def write_over(plan: Plan) -> None:
+        (target / plan.files[0].name).write(b"another's")  # type: ignore[union-attr]
+        check(plan)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(send, "check_sources", write_over)
+        with pytest.raises(NeoxconvError, match="is not what was sent; something else writes there"):
+            run(plan, target)
+    assert not (place("memory://over/hf") / "manifest.json").exists()
+
+
+def test_no_part_of_an_object_is_left_where_its_reading_fails(s3: Any, tmp_path: Path) -> None:
+    import fsspec
+
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    fs = fsspec.filesystem("s3")
+    stopped = threading.Event()
+    stopped.set()
+    for source, stop in ((Broken(bytes(40 << 20)), threading.Event()), (io.BytesIO(bytes(40 << 20)), stopped)):
+        with pytest.raises((OSError, fetch.Unusable)):
+            fetch.store(fs, "bucket/broken/x", source, 40 << 20, stop)
+        assert not s3.list_objects_v2(Bucket="bucket", Prefix="broken").get("KeyCount")
 
 
 def test_the_command_line_sends_and_verifies(s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +245,20 @@ def test_the_command_line_sends_and_verifies(s3: Any, tmp_path: Path, capsys: py
     assert main(["verify", source, "s3://bucket/cli/hf"]) == 0
     assert main(["convert", "s3://bucket/cli/hf", "s3://bucket/cli/x.gguf", "--to", "gguf", "--quiet"]) == 0
     assert main(["verify", "s3://bucket/cli/hf", "s3://bucket/cli/x.gguf", "--quiet"]) == 0
+
+
+def test_workers_read_anew_a_source_that_was_uploaded_anew(s3: Any, cluster: Cluster, tmp_path: Path) -> None:
+    """Its headers are the same, so the plan is; only the store tells."""
+    source, executor = toy(tmp_path), f"dask://{cluster.address}"
+    layer = next(source.rglob("layer_03-model_00*"))
+    data = bytearray(layer.read_bytes())
+    for name in ("before", "after"):
+        url = upload(s3, source, "anew")
+        run(make_plan(open_checkpoint(url), Recipe("slim", tp=1)), tmp_path / name, executor=executor)
+        expected = digests(run(make_plan(open_checkpoint(source), Recipe("slim", tp=1)), tmp_path / f"{name}-here"))
+        assert digests(tmp_path / name) == expected
+        data[len(data) // 2] ^= 1
+        layer.write_bytes(data)
 
 
 def test_a_disk_that_holds_no_two_files_is_said_before(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
