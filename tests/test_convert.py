@@ -75,6 +75,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(recipe: Recipe, tmp_path: 
     assert not partial_of(cut).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", ["mean", "fold"])
 @pytest.mark.parametrize("recipe", [*RECIPES[3:5], *RECIPES[6:]], ids=lambda r: f"{r.format}-{r.type}")
 def test_jobs_and_slabs_never_change_a_byte(recipe: Recipe, norms: str, tmp_path: Path) -> None:

@@ -206,6 +206,7 @@ def test_a_serial_models_exact_merge_passes(tmp_path: Path) -> None:
     assert verify(shards, target, length=48) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "recipe"), [
     ("transformers", Recipe("hf")), ("llama.cpp", Recipe("gguf", type="Q5_K_M")),
 ])  # fmt: skip

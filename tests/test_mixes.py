@@ -42,6 +42,7 @@ def types(plan: Plan) -> dict[str, str]:
     return {step.entry.name: step.entry.encoding.name for step in plan.steps}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "hidden"), [(3, 256), (17, 256), (2, 96), (2, 40)], ids=["shallow", "deep", "narrow", "odd"]
 )

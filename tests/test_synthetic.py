@@ -90,6 +90,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert digests(tmp_path / "a") == digests(tmp_path / "b") != digests(tmp_path / "c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_checkpoint_converts_to_every_target(kind: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", KINDS[kind])

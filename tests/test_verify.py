@@ -61,6 +61,7 @@ def test_vectors_in_gguf_are_compared_as_float32(tmp_path: Path) -> None:
     assert finding.where == "gpt_neox.layers.0.attention.dense.bias" and "as F32" in finding.what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q2_K", "Q4_K_M"])
 def test_types_that_are_only_read_are_told_from_other_weights(name: str, tmp_path: Path) -> None:
     source = fixtures() / "trained_tp2_pp4" / "checkpoints"
