@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from neoxconv import __version__
+from neoxconv.remote import Place, Remote
 
 if TYPE_CHECKING:
     from neoxconv.layout import Digest, FileLayout
@@ -32,7 +33,11 @@ class Range:
     length: int
 
 
-def beside(target: Path) -> Path:
+@overload
+def beside(target: Path) -> Path: ...
+@overload
+def beside(target: Remote) -> Remote: ...
+def beside(target: Place) -> Place:
     """Where the manifest of a single file lies."""
     return target.with_name(f"{target.name}.{MANIFEST}")
 

@@ -16,9 +16,9 @@ from typing import Any
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.manifest import MANIFEST, beside, manifest
 from neoxconv.plan import Plan
-from neoxconv.remote import Place
+from neoxconv.remote import Place, Remote
 from neoxconv.terminal import size
-from neoxconv.workplace import has_files, locked, made_in, partial_of
+from neoxconv.workplace import has_files, held, locked, made_in, partial_of, work_of
 
 
 def nearest_folder(target: Path) -> Path:
@@ -111,22 +111,23 @@ def check_space(plan: Plan, target: Path) -> None:
         )
 
 
-def room(plan: Plan, target: Path) -> tuple[int, int]:
+def room(plan: Plan, target: Place) -> tuple[int, int]:
     """The bytes that are still to be written, and those that the disk has free."""
-    work = partial_of(target)
-    present = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
-    return max(plan.total - present, 0), shutil.disk_usage(nearest_folder(target)).free
+    work = work_of(target)
+    return max(plan.total - held(work), 0), shutil.disk_usage(nearest_folder(work)).free
 
 
-def explain(error: OSError, plan: Plan, target: Path) -> str:
-    """An operating system's error in terms of the target."""
+def explain(error: OSError, plan: Plan, target: Place) -> str:
+    """An operating system's error in terms of the target, or of where one in a store is made."""
+    work = work_of(target)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed, free = room(plan, target)
+        where = work if isinstance(target, Remote) else target
         return (
-            f"{target}: {os.strerror(error.errno)}: {size(needed)} are still to be written and {size(free)} are free; "
+            f"{where}: {os.strerror(error.errno)}: {size(needed)} are still to be written and {size(free)} are free; "
             "make room and run the same command again to continue."
         )
-    kept = f"; what is done is kept in {partial_of(target).name}" if partial_of(target).is_dir() else ""
+    kept = f"; what is done is kept in {work.name}" if work.is_dir() else ""
     return f"{error.filename or target}: {error.strerror or error}{kept}."
 
 

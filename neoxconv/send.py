@@ -23,14 +23,14 @@ from neoxconv.errors import NeoxconvError, PlanError, raise_all
 from neoxconv.files import begin_file, finish_file
 from neoxconv.journal import Journal
 from neoxconv.layout import FileLayout
-from neoxconv.manifest import MANIFEST, manifest
+from neoxconv.manifest import MANIFEST, beside, manifest
 from neoxconv.plan import Memory, Plan, check_sources, resume_key
 from neoxconv.publish import explain
 from neoxconv.remote import WEB, Remote
 from neoxconv.steps import Progress, Work
 from neoxconv.terminal import size
 from neoxconv.workers import run_steps, threads
-from neoxconv.workplace import locked, made_in, work_of
+from neoxconv.workplace import held, locked, made_in, work_of
 
 Described = dict[str, Any]  # the manifest's entry for a file
 BEGUN = ".begun"
@@ -106,7 +106,7 @@ def place_of(plan: Plan, target: Remote, name: str) -> Remote:
 
 def manifest_of(plan: Plan, target: Remote) -> Remote:
     """Where its manifest goes."""
-    return target.with_name(f"{target.name}.{MANIFEST}") if plan.single else target / MANIFEST
+    return beside(target) if plan.single else target / MANIFEST
 
 
 def check_free(plan: Plan, target: Remote, overwrite: bool) -> None:
@@ -126,10 +126,9 @@ def check_free(plan: Plan, target: Remote, overwrite: bool) -> None:
 
 def check_disk(files: list[FileLayout], scratch: Path) -> None:
     """Raise PlanError where the disk here cannot hold the file at work and the one that is being sent."""
-    present = sum(path.stat().st_blocks * 512 for path in made_in(scratch).rglob("*") if path.is_file())
     needed = sum(sorted((file.size for file in files), reverse=True)[:2])
     free = shutil.disk_usage(scratch.parent).free
-    if needed > free + present:
+    if needed > free + held(made_in(scratch)):
         raise PlanError(
             f"{scratch}: two files are made here at a time, {size(needed)}, and {size(free)} are free; "
             "make room, work in another folder, or make smaller files with --shard-size or --split-size."
@@ -161,7 +160,7 @@ def send(plan: Plan, target: Remote, sending: Sending) -> Remote:
             finish(plan, target, [described[file.name] for file in plan.files])
             shutil.rmtree(scratch)
     except OSError as error:
-        raise NeoxconvError(explain(error, plan, scratch)) from error
+        raise NeoxconvError(explain(error, plan, target)) from error
     return target
 
 

@@ -38,6 +38,11 @@ def has_files(work: Path) -> bool:
     return any(path.is_file() for path in made_in(work).rglob("*"))
 
 
+def held(work: Path) -> int:
+    """The bytes of disk that unfinished work takes."""
+    return sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
+
+
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
     """The folder `work`, made where it is missing, for this process alone.

@@ -287,5 +287,6 @@ def test_a_full_disk_here_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(send, "begin_file", full)
-    with pytest.raises(NeoxconvError, match="make room and run the same command again"):
+    with pytest.raises(NeoxconvError, match="make room and run the same command again") as caught:
         run(plan, "memory://full/hf")
+    assert str(caught.value).startswith(f"{work_of(place('memory://full/hf'))}: No space left on device: ")

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from neoxconv.errors import CheckpointError
-from neoxconv.manifest import MANIFEST, Range, combined, hash_range
+from neoxconv.manifest import MANIFEST, Range, beside, combined, hash_range
 from neoxconv.remote import Place, place
 from neoxconv.storage import is_file, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
@@ -19,7 +19,7 @@ Progress = Callable[[int], None]
 
 def manifest_path(target: Place) -> Place:
     """Where a target's manifest lies: inside a folder, beside a file."""
-    return target / MANIFEST if target.is_dir() else target.with_name(f"{target.name}.{MANIFEST}")
+    return target / MANIFEST if target.is_dir() else beside(target)
 
 
 def read_manifest(target: Place) -> dict[str, Any] | None:
