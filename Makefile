@@ -5,7 +5,7 @@ TF4 := .venv-tf4
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/neoxconv
 LLAMA := $(shell sed -n 's/^llama-cpp-python==//p' constraints.txt)
 SDIST := $(CACHE)/llama_cpp_python-$(LLAMA).tar.gz
-WHEEL := $(CACHE)/wheels/llama_cpp_python-$(LLAMA)
+WHEEL := $(CACHE)/portable-wheels/llama_cpp_python-$(LLAMA)
 CONVERTER := $(CACHE)/llama.cpp-$(LLAMA)
 PINS := pyproject.toml constraints.txt
 INSTALL := $(VENV)/bin/pip install -q -c constraints.txt
@@ -59,7 +59,7 @@ $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/bin/pip
 
 $(VENV)/.llama: $(PINS) $(SDIST) | $(VENV)/.test
 	ls $(WHEEL)-*.whl >/dev/null 2>&1 || \
-	  CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(VENV)/bin/pip wheel --no-deps -w $(CACHE)/wheels $(SDIST)
+	  CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" $(VENV)/bin/pip wheel --no-deps -w $(CACHE)/portable-wheels $(SDIST)
 	$(INSTALL) $(WHEEL)-*.whl
 	@touch $@
 

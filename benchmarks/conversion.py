@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.children import Cost, in_turns, measure, median, neoxconv, ratios, show
-from neoxconv import tokenizer
+from neoxconv.formats import tokenizer
 from neoxconv.synthetic import Synthetic, write_checkpoint
 
 SYNC = "import os,sys,pathlib\nfor p in pathlib.Path(sys.argv[1]).rglob('*'): os.fsync(os.open(p, os.O_RDONLY))"

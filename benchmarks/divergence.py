@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv import Recipe, imatrix, make_plan, open_checkpoint, run
-from neoxconv.catalog import RECIPES, option_of
-from neoxconv.quant.mixes import MIXES
-from neoxconv.verify.engines import ENGINES
-from neoxconv.verify.logits import compare_predictions
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.cli.formats import RECIPES, option_of
+from neoxconv.formats import imatrix
+from neoxconv.targets.mixes import MIXES
+from neoxconv.verify.logits.compare import compare_predictions
+from neoxconv.verify.logits.engines import ENGINES
 from tests.oracles import llama_logits, llama_quantize
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from neoxconv.core.encoding import Context
 from neoxconv.dtypes import Floats
-from neoxconv.encoding import Context
 from neoxconv.quant import ENCODINGS
-from neoxconv.quant.search import SEARCHES
+from neoxconv.quant.ggml.searches import SEARCHES
 from tests.golden.make_blocks import NAMES as SIMPLE
 from tests.golden.make_blocks import ggml, ggml_encode
 from tests.test_imatrix import columns, weighted

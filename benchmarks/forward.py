@@ -28,7 +28,7 @@ def ours(folder: str, count: str) -> None:
 
     import torch
 
-    from neoxconv.verify.forward import side
+    from neoxconv.verify.logits.stream import side
 
     checkpoint, began = open_checkpoint(folder), time.monotonic()
     with torch.inference_mode(), ThreadPoolExecutor(2) as pool:

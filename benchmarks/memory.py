@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.children import measure, neoxconv
-from neoxconv import tokenizer
-from neoxconv.options import byte_count
+from neoxconv.cli.options import byte_count
+from neoxconv.formats import tokenizer
 from neoxconv.synthetic import Synthetic, write_checkpoint
 
 TARGETS = (

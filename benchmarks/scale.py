@@ -22,15 +22,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from neoxconv import Recipe, make_plan, open_checkpoint, steps, workers
-from neoxconv.arch.gpt_neox_config import PRESETS
-from neoxconv.catalog import entries, shapes
-from neoxconv.convert import run
-from neoxconv.layout import Entry
-from neoxconv.model import Checkpoint
-from neoxconv.options import byte_count
-from neoxconv.plan import Plan, Step
-from neoxconv.steps import Digests, Work
+from neoxconv import Recipe, make_plan, open_checkpoint
+from neoxconv.arch.gpt_neox.config import PRESETS
+from neoxconv.cli.formats import entries, shapes
+from neoxconv.cli.options import byte_count
+from neoxconv.core.layout import Entry
+from neoxconv.core.model import Checkpoint
+from neoxconv.engine import steps, workers
+from neoxconv.engine.plan import Plan, Step
+from neoxconv.engine.run import run
+from neoxconv.engine.steps import Digests, Work
 from neoxconv.synthetic import Synthetic, write_checkpoint
 
 B20 = PRESETS["20B"].config

@@ -21,11 +21,11 @@ import numpy as np
 from benchmarks.children import in_turns, measure, median, neoxconv, ratios, show
 from benchmarks.conversion import fresh
 from benchmarks.encoders import in_turns as timed
-from neoxconv import tokenizer
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, Bytes, Floats
+from neoxconv.formats import tokenizer
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.synthetic import Synthetic, write_checkpoint
-from neoxconv.tensor import LazyTensor
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.catalog import RECIPES, option_of
+from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.errors import PlanError
-from neoxconv.verify.engines import ENGINES
-from neoxconv.verify.logits import compare_predictions
-from neoxconv.verify.text import LENGTH, tokens_for
+from neoxconv.verify.logits.compare import compare_predictions
+from neoxconv.verify.logits.engines import ENGINES
+from neoxconv.verify.logits.tokens import LENGTH, tokens_for
 
 ENGINE = {"hf": "transformers", "gguf": "llama.cpp", "bnb": "transformers", "float8": "transformers"}
 ROWS = (

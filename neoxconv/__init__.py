@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from neoxconv.version import __version__
 
 if TYPE_CHECKING:
-    from neoxconv.checkpoint import open_checkpoint
-    from neoxconv.convert import run
-    from neoxconv.plan import Recipe, make_plan
+    from neoxconv.engine.plan import make_plan
+    from neoxconv.engine.run import run
+    from neoxconv.sources.checkpoint import open_checkpoint
+    from neoxconv.targets.recipe import Recipe
     from neoxconv.verify import verify_bytes, verify_weights
 
 # Loaded when first used, so that `neoxconv --help` answers at once.
 PUBLIC = {
-    "open_checkpoint": "neoxconv.checkpoint",
-    "Recipe": "neoxconv.plan",
-    "make_plan": "neoxconv.plan",
-    "run": "neoxconv.convert",
+    "open_checkpoint": "neoxconv.sources.checkpoint",
+    "Recipe": "neoxconv.targets.recipe",
+    "make_plan": "neoxconv.engine.plan",
+    "run": "neoxconv.engine.run",
     "verify_bytes": "neoxconv.verify",
     "verify_weights": "neoxconv.verify",
 }

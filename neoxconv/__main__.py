@@ -8,7 +8,7 @@ import sys
 def run() -> int:
     """The command's exit code; Ctrl-C may come while it is still being imported, or twice."""
     try:
-        from neoxconv.cli import main
+        from neoxconv.cli.main import main
 
         return main()
     except KeyboardInterrupt:

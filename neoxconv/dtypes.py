@@ -1,6 +1,6 @@
 """Number types: how a row of weights lies in bytes, and the exact ways between the plain ones.
 
-A plain type stores one number in 1 to 8 bytes. A block type (made in `quant/` and `formats/gguf.py`) stores
+A plain type stores one number in 1 to 8 bytes. A block type (made in `quant/` and `formats/gguf/read.py`) stores
 `block` weights in `nbytes` bytes; its rows are arrays of uint8. numpy has no bfloat16: its bits travel as uint16.
 """
 
@@ -15,6 +15,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Doubles = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv import tokenizer
-from neoxconv.arch.gpt_neox import GPT_NEOX
+from neoxconv import synthetic
+from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns
-from neoxconv.coverage import number_name
+from neoxconv.core.layout import Digest, Entry, FileLayout
+from neoxconv.core.model import Buffer, ModelConfig, Weight
+from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
-from neoxconv.formats import deepspeed
+from neoxconv.formats.neox import folder as neox
+from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
-from neoxconv.layout import Digest, Entry, FileLayout
-from neoxconv.model import Buffer, ModelConfig, Weight
+from neoxconv.formats.tokenizer import END, NORMALIZERS, PADDING, Tokenizer, _added, _alphabet, _tokenizer_json
 from neoxconv.targets.slim import unchanged
-from neoxconv.tensor import LazyTensor, slabs
-from neoxconv.tokenizer import Tokenizer
 
 BLOCK = 1 << 20
 STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin
@@ -88,7 +88,7 @@ def write_checkpoint(
     step = folder / f"global_step{STEP}"
     (step / "configs").mkdir(parents=True)
     (folder / "latest").write_text(step.name)
-    (folder / "tokenizer.json").write_bytes((words or tokenizer.tiny()).data)
+    (folder / "tokenizer.json").write_bytes((words or synthetic.tiny()).data)
     (step / "configs" / "model.yml").write_text(json.dumps(yaml_settings(model), indent=2))
     write: Write = write_holes if sparse else write_file
     for name, value in contents(model).items():
@@ -106,10 +106,10 @@ def contents(model: Synthetic) -> dict[str, Any]:
     """What each .pt file of the checkpoint holds."""
     ranks = [dict(rank_entries(model, rank)) for rank in range(model.tp)]
     if model.sequential:
-        names = [{deepspeed.SEQUENTIAL + key: entry for key, entry in rank.items()} for rank in ranks]
-        return {deepspeed.states_file(r): states(model, OrderedDict(names[r])) for r in range(model.tp)}
-    files = deepspeed.by_layer_file(ranks, OrderedDict if model.generation else dict)
-    return files | {deepspeed.states_file(rank): states(model, None) for rank in range(model.tp * model.pp)}
+        names = [{neox.SEQUENTIAL + key: entry for key, entry in rank.items()} for rank in ranks]
+        return {neox.states_file(r): states(model, OrderedDict(names[r])) for r in range(model.tp)}
+    files = neox.by_layer_file(ranks, OrderedDict if model.generation else dict)
+    return files | {neox.states_file(rank): states(model, None) for rank in range(model.tp * model.pp)}
 
 
 def rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
@@ -280,3 +280,18 @@ def write_container(stream: Any, file: FileLayout, written: list[Digest]) -> Non
     for offset, data in (*file.pieces, *late):
         stream.seek(offset)
         stream.write(data)
+
+
+TINY_PAIRS = ("Ġ Ġ", "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "e r", "Ġt he", "n d", "a t", "e s", "Ġa nd", "in g")
+
+
+TINY_SPACES = (8, 4, 3, 2)
+
+
+def tiny() -> Tokenizer:
+    """A tokenizer of our own in the manner of the 20B one: 2 special tokens, 256 bytes, 14 merges, 4 runs of spaces."""
+    merged = [pair.replace(" ", "") for pair in TINY_PAIRS]
+    vocab = {text: i for i, text in enumerate([END, PADDING, *_alphabet(), *merged])}
+    special = [_added(vocab[text], text, True) for text in (END, PADDING)]
+    spaces = [_added(len(vocab) + i, " " * run, False) for i, run in enumerate(TINY_SPACES)]
+    return Tokenizer(_tokenizer_json(vocab, TINY_PAIRS, special + spaces, NORMALIZERS["olmo"]))

@@ -29,18 +29,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from neoxconv import imatrix
-from neoxconv.arch.gpt_neox_config import from_neox
-from neoxconv.checkpoint import open_checkpoint
+from neoxconv.arch.gpt_neox.config import from_neox
+from neoxconv.core.model import Index, Measured
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import LONGEST, CheckpointError
-from neoxconv.formats import gguf, safetensors
+from neoxconv.formats import imatrix, safetensors
+from neoxconv.formats.gguf import read as gguf
+from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.tensors import Place, Record, tensor_in
 from neoxconv.formats.pt.unpickle import load_pickle
-from neoxconv.formats.training_yaml import read_configs
-from neoxconv.model import Index, Measured
-from neoxconv.storage import open_storage
-from neoxconv.tensor import LazyTensor
+from neoxconv.sources.checkpoint import open_checkpoint
+from neoxconv.storage.files import open_storage
 from neoxconv.verify import verify_bytes
 from tests.fuzz_inputs import STORAGES, model, nth_input, seeds
 

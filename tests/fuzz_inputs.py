@@ -20,16 +20,16 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from neoxconv.arch.gpt_neox import GPT_NEOX
+from neoxconv.arch.gpt_neox.weights import GPT_NEOX
+from neoxconv.core.encoding import Part
+from neoxconv.core.model import ModelConfig
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, F32, U8
-from neoxconv.encoding import Part
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import Size
 from neoxconv.formats.pt.zips import CENTRAL
-from neoxconv.model import ModelConfig
 from neoxconv.quant import SCALED
-from neoxconv.quant.fourbit import NF4_TABLE, nested_table
-from neoxconv.tensor import LazyTensor
+from neoxconv.quant.scaled.fourbit import NF4_TABLE, nested_table
 
 Pieces = tuple[bytes, ...]
 Change = Callable[[Random, list[bytes], Sequence[Pieces]], None]

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.engine.journal import Journal, read_journal
+from neoxconv.engine.manifest import beside
+from neoxconv.engine.plan import Plan, resume_key
+from neoxconv.engine.publish import aside_of, check_target
+from neoxconv.engine.workplace import has_files, partial_of
 from neoxconv.errors import PlanError
-from neoxconv.journal import Journal, read_journal
-from neoxconv.manifest import beside
-from neoxconv.plan import Plan, resume_key
-from neoxconv.publish import aside_of, check_target
-from neoxconv.workplace import has_files, partial_of
 from tests.test_convert import digests
 from tests.toy import toy
 
@@ -119,7 +119,7 @@ class Trial:
         """Run in a child, which is killed before change number `fatal`; it reports how many tensors it wrote."""
 
         def task() -> int:
-            from neoxconv import steps
+            from neoxconv.engine import steps
 
             written, write_step = [], steps.write_step
             steps.write_step = lambda *given: (written.append(1), write_step(*given))[1]  # type: ignore[assignment]

@@ -121,7 +121,7 @@ def causal_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
 def llama_logits(gguf: Path, tokens: Tokens) -> Logits:
     """Run a GGUF file through llama.cpp on the CPU, one sequence at a time, and return the logits of every position."""
     program("llama_cpp")
-    from neoxconv.verify import engines
+    from neoxconv.verify.logits import engines
 
     return engines.llama_logits(gguf, np.asarray(tokens, np.int64))
 
@@ -153,7 +153,7 @@ def llama_types(
 ) -> dict[str, str]:
     """The type that llama-quantize would give each tensor, from what it tells of a dry run."""
     llama = program("llama_cpp")
-    from neoxconv.verify import engines
+    from neoxconv.verify.logits import engines
 
     lines: list[str] = []
     heard = llama.llama_log_callback(lambda level, text, data: lines.append(text.decode()))

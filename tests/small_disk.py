@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.cli import main
+from neoxconv.cli.main import main
+from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError
-from neoxconv.workplace import partial_of
 from tests.test_convert import digests
 from tests.toy import toy
 

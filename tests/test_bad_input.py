@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from neoxconv import publish
-from neoxconv.cli import main
+from neoxconv.cli.main import main
+from neoxconv.engine import publish
 from tests.oracles import fixtures
 
 NAME, STEP = "neox_2022_tp2_pp4", "global_step10"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
-from neoxconv.cli import main
+from neoxconv.cli.main import main
 from neoxconv.quant import floats
 from neoxconv.verify.report import Report
 from tests.oracles import causal_logits, fixtures, program

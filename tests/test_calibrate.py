@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from neoxconv import Recipe, imatrix, make_plan, open_checkpoint, run, verify_weights
-from neoxconv.calibrate import calibrate
-from neoxconv.cli import main
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
+from neoxconv.cli.main import main
+from neoxconv.formats import imatrix
+from neoxconv.verify.logits.importance import calibrate
 from tests.oracles import fixtures, llama_quantize
 from tests.toy import toy
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from neoxconv import __version__, publish, steps
+from neoxconv import __version__
+from neoxconv.cli.convert import ONLY_FOR
+from neoxconv.engine import publish, steps
 from neoxconv.names import FORMATS
-from neoxconv.request import ONLY_FOR
 from tests.oracles import fixtures
 from tests.test_bad_input import cli, digests, writable_copy
 
@@ -81,7 +82,7 @@ def test_names_are_taken_in_any_case(source: Path) -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys; from neoxconv.cli import main; main(['convert', '--help']); print(*sys.modules)"
+    code = "import sys; from neoxconv.cli.main import main; main(['convert', '--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"numpy", "torch", "numba", "gguf", "tokenizers", "transformers", "yaml", "tqdm"}
     assert "--dry-run" in done.stdout and not heavy & set(done.stdout.split())
@@ -253,7 +254,7 @@ def test_a_surprise_is_one_line_unless_asked(
     def surprise() -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("neoxconv.catalog.catalog", surprise)
+    monkeypatch.setattr("neoxconv.cli.formats.catalog", surprise)
     assert cli("formats") == 1
     message = capsys.readouterr().err
     assert "ZeroDivisionError: division by zero" in message and len(message.splitlines()) == 1 and "-v" in message

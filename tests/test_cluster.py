@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.cli import main
-from neoxconv.cluster import Errand, do, origin_of
+from neoxconv.cli.main import main
+from neoxconv.engine.cluster import Errand, do, origin_of
+from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.workplace import partial_of
 from tests.oracles import ROOT
 from tests.test_convert import digests
 from tests.toy import toy
@@ -188,7 +188,7 @@ def test_a_scheduler_that_dies_is_told(source: Path, tmp_path: Path) -> None:
 
 
 def test_no_scheduler_is_said_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neoxconv.cluster.PATIENCE", 0.5)
+    monkeypatch.setattr("neoxconv.engine.cluster.PATIENCE", 0.5)
     plan = make_plan(open_checkpoint(source), RECIPES[2])
     with pytest.raises(PlanError, match=r"dask://127.0.0.1:9: no Dask scheduler answers there"):
         run(plan, tmp_path / "x", executor="dask://127.0.0.1:9")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
+from neoxconv.engine.journal import Journal
+from neoxconv.engine.memory import memory_for
+from neoxconv.engine.plan import Plan
+from neoxconv.engine.workplace import made_in, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from neoxconv.journal import Journal
-from neoxconv.plan import Plan, memory_for
-from neoxconv.workplace import made_in, partial_of
 from tests.oracles import fixtures
 from tests.toy import toy
 
@@ -86,7 +87,7 @@ def test_jobs_and_slabs_never_change_a_byte(recipe: Recipe, norms: str, tmp_path
 
 def test_a_slab_of_few_rows_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(plan(Recipe("gguf", type="Q4_0"), "fold"), tmp_path / "whole")
-    monkeypatch.setattr("neoxconv.plan.SLAB", 1000)
+    monkeypatch.setattr("neoxconv.engine.memory.SLAB", 1000)
     assert digests(run(plan(Recipe("gguf", type="Q4_0"), "fold"), tmp_path / "small")) == digests(whole)
 
 

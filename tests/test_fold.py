@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neoxconv.arch.gpt_neox import GPT_NEOX
-from neoxconv.arch.gpt_neox_config import PRESETS
+from neoxconv.arch.fold import folded, row_sums
+from neoxconv.arch.gpt_neox.config import PRESETS
+from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns, by_rows
+from neoxconv.core.model import ModelConfig
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, F32, Array, narrow
 from neoxconv.errors import PlanError
-from neoxconv.fold import folded, row_sums
-from neoxconv.model import ModelConfig
-from neoxconv.tensor import LazyTensor
 
 CONFIG = replace(PRESETS["pythia-14m"].config, layers=1, hidden=96, heads=4, ff=384, rows=64)
 FOLLOWERS = {

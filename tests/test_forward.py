@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.model import Checkpoint
-from neoxconv.verify import forward
-from neoxconv.verify.forward import side
+from neoxconv.core.model import Checkpoint
+from neoxconv.verify.logits import stream
+from neoxconv.verify.logits.stream import side
 from tests.oracles import fixtures, transformers_logits
 from tests.toy import toy
 
@@ -82,6 +82,6 @@ def test_groups_of_sequences_and_slabs_change_nothing(tmp_path: Path, monkeypatc
     checkpoint = open_checkpoint(toy(tmp_path, parallel_residual=False))
     tokens = np.arange(60, dtype=np.int64).reshape(5, 12)
     whole = logits_of(checkpoint, tokens)
-    monkeypatch.setattr(forward, "INSIDE", 1)
-    monkeypatch.setattr(forward, "SLAB", 5000)
+    monkeypatch.setattr(stream, "INSIDE", 1)
+    monkeypatch.setattr(stream, "SLAB", 5000)
     assert np.abs(logits_of(checkpoint, tokens) - whole).max() < 1e-5

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neoxconv.core.encoding import Encoding
+from neoxconv.core.layout import Entry, FileLayout
+from neoxconv.core.model import Index
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, PLAIN, Array, DType, narrow, widen
-from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.formats.gguf import MAX_ITEMS, TYPES, index
-from neoxconv.formats.gguf_layout import layout
-from neoxconv.layout import Entry, FileLayout
-from neoxconv.model import Index
-from neoxconv.tensor import LazyTensor
+from neoxconv.formats.gguf.read import MAX_ITEMS, TYPES, index
+from neoxconv.formats.gguf.write import layout
 from tests.oracles import fixtures, llama_logits
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

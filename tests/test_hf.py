@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from neoxconv.core.layout import Entry
 from neoxconv.dtypes import BF16, F16, F32, DType
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import hf, safetensors
-from neoxconv.layout import Entry
 from tests.test_safetensors import FIXTURES, OFFICIAL, TORCH, assert_same, entry, write
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"

@@ -20,17 +20,18 @@ from typing import Any
 import pytest
 import yaml
 
-from neoxconv import open_checkpoint, tokenizer, verify_bytes
-from neoxconv.cli import main
+from neoxconv import open_checkpoint, synthetic, verify_bytes
+from neoxconv.cli.main import main
+from neoxconv.core.model import Index
 from neoxconv.errors import LONGEST, CheckpointError, NeoxconvError, raise_all
-from neoxconv.formats import training_yaml
-from neoxconv.formats.deepspeed import stage_starts, tag_folder
+from neoxconv.formats import tokenizer
+from neoxconv.formats.neox import yaml_settings
+from neoxconv.formats.neox.folder import stage_starts, tag_folder
+from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.unpickle import Placeholder
-from neoxconv.formats.training_yaml import read_configs
-from neoxconv.model import Index
-from neoxconv.storage import open_storage
-from neoxconv.tokenizer import Tokenizer
+from neoxconv.formats.tokenizer import Tokenizer
+from neoxconv.storage.files import open_storage
 from tests.fuzz import of_pt, start_watching, verdict, watched
 from tests.fuzz_inputs import counted, described, gguf_pieces, key, legacy_pieces, model, pickled, u32, zip_pieces
 from tests.toy import toy
@@ -150,7 +151,7 @@ GLOBALS = (
     "shutil rmtree",
     "pathlib Path", "io open", "ctypes CDLL", "pip main", "timeit timeit", "code InteractiveInterpreter",
     "zlib decompress",
-    "neoxconv.storage Storage", "neoxconv.formats.pt.unpickle StorageRef", "collections OrderedDict.fromkeys",
+    "neoxconv.storage.files Storage", "neoxconv.formats.pt.unpickle StorageRef", "collections OrderedDict.fromkeys",
     "codecs open",
 )  # fmt: skip
 
@@ -338,7 +339,7 @@ def of_many_digits(folder: Path) -> None:
 
 
 VERDICT = "\x1b[2J\x1b[32mPASS\nneoxconv: PASS"
-HALF = tokenizer.tiny().data.replace(b'"!"', b'"\\ud800"')
+HALF = synthetic.tiny().data.replace(b'"!"', b'"\\ud800"')
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of all digits": (with_config(num_hidden_layers=10**4000), "num_hidden_layers is '1000"),
     "config of NaN": (with_config(hidden_size=float("nan")), "hidden_size is 'nan'"),
@@ -423,7 +424,7 @@ YAMLS: dict[str, tuple[bytes | str, str]] = {
     "no text": (b"\xff\xfe\0", "cannot be read as YAML"),
     "a key that is a list": ("? [a]\n: b", "cannot be read as YAML"),
     "two documents": ("a: 1\n---\nb: 2", "cannot be read as YAML"),
-    "a large file": (b"#" * (training_yaml.LARGEST + 1), "expected at most"),
+    "a large file": (b"#" * (yaml_settings.LARGEST + 1), "expected at most"),
     "many anchors": ("".join(f"- &a{i} 1\n" for i in range(2000)), "found list"),
 }
 
@@ -461,7 +462,7 @@ def test_a_hostile_tokenizer_is_refused(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", [100, *range(900, 1000, 7)])
 def test_a_tokenizer_with_a_deep_section_is_refused_where_it_is_told_of(depth: int) -> None:
-    parsed = json.loads(tokenizer.tiny().data)
+    parsed = json.loads(synthetic.tiny().data)
     text = json.dumps(parsed | {"normalizer": "DEEP"}).replace('"DEEP"', "[" * depth + "]" * depth)
 
     def from_below(frames: int) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neoxconv import Recipe, imatrix, make_plan, open_checkpoint, run, verify_weights
-from neoxconv.cli import main
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
+from neoxconv.cli.main import main
+from neoxconv.core.encoding import Context, Encoding
 from neoxconv.dtypes import Floats
-from neoxconv.encoding import Context, Encoding
 from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.formats import imatrix
 from neoxconv.quant import ENCODINGS
-from neoxconv.quant.search import SEARCHES
+from neoxconv.quant.ggml.searches import SEARCHES
 from tests.golden.make_blocks import ggml_encode
 from tests.oracles import ggml_library, llama_logits, write_imatrix
 from tests.test_superblocks import errors, weights

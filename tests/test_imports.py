@@ -1,34 +1,22 @@
-"""Imports point downwards, and the command line starts without the heavy libraries."""
+"""Imports point downwards and never in a circle, and the command line starts without the heavy libraries."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "neoxconv"
 LAYERS = (
-    "errors dtypes names recipe __version__",
-    "fetch",
-    "remote",
-    "storage terminal",
-    "tensor tokenizer",
-    "model encoding tokenizer_find",
-    "layout",
-    "arch formats quant fold",
-    "imatrix coverage encode",
-    "scales",
-    "checkpoint",
-    "targets integrity",
-    "plan",
-    "manifest workplace",
-    "journal steps files",
-    "publish workers",
-    "cluster",
-    "send",
-    "convert verify catalog inspection",
-    "synthetic request",
-    "audit demo calibrate options",
+    "version errors dtypes names",
+    "words storage",
+    "core",
+    "arch formats quant",
+    "sources",
+    "targets",
+    "engine synthetic",
+    "verify",
     "cli",
     "__init__ __main__",
 )
@@ -36,35 +24,60 @@ LAYER = {unit: height for height, units in enumerate(LAYERS) for unit in units.s
 HEAVY = {"torch", "numba", "transformers", "bitsandbytes", "fsspec", "aiohttp", "s3fs", "dask", "gguf", "tokenizers"}
 
 
+def module_of(file: Path) -> str:
+    """A file's name as imports spell it; a folder's `__init__` is the folder."""
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in PACKAGE.rglob("*.py")}
+
+
 def imported(file: Path) -> Iterator[str]:
-    """Yield the top module of ours that each import in the file names, wherever in the file it stands."""
+    """Yield the module of ours that each import in the file needs, wherever in the file it stands."""
     for node in ast.walk(ast.parse(file.read_text())):
         match node:
             case ast.Import():
-                modules = [alias.name for alias in node.names]
-            case ast.ImportFrom(module=module, level=0):
-                modules = [f"{module}.{alias.name}" for alias in node.names]
+                found = [alias.name for alias in node.names]
+            case ast.ImportFrom(module=str(module), level=0):
+                inner = (f"{module}.{alias.name}" for alias in node.names)
+                found = [name if name in MODULES else module for name in inner]
             case ast.ImportFrom():
-                modules = ["neoxconv.relative import"]
+                found = ["neoxconv.relative import"]
             case _:
                 continue
-        yield from ((module + ".__init__").split(".")[1] for module in modules if module.split(".")[0] == "neoxconv")
+        yield from (name for name in found if name.split(".")[0] == "neoxconv")
+
+
+IMPORTS = {name: set(imported(file)) - {name} for name, file in MODULES.items()}
+
+
+def unit(module: str) -> str:
+    """The folder, or the file, at the top of the package that a module belongs to."""
+    return (module + ".__init__").split(".")[1]
 
 
 def test_imports_point_downwards() -> None:
-    imports = {
-        (file.relative_to(PACKAGE).parts[0].removesuffix(".py"), target)
-        for file in PACKAGE.rglob("*.py")
-        for target in imported(file)
-    }
-    strangers = {unit for pair in imports for unit in pair} - set(LAYER)
+    between = {(unit(name), unit(target)) for name, targets in IMPORTS.items() for target in targets}
+    strangers = {name for pair in between for name in pair} - set(LAYER)
     assert not strangers, f"give {strangers} a place in LAYERS"
-    upward = [f"{unit} imports {target}" for unit, target in imports if unit != target and LAYER[target] >= LAYER[unit]]
+    upward = [f"{name} imports {target}" for name, target in between if name != target and LAYER[target] >= LAYER[name]]
     assert not upward
 
 
+def test_no_imports_go_in_a_circle() -> None:
+    try:
+        list(TopologicalSorter(IMPORTS).static_order())
+    except CycleError as error:
+        raise AssertionError(" imports ".join(reversed(error.args[1]))) from None
+
+
+def test_every_import_of_ours_is_found() -> None:
+    assert {target for targets in IMPORTS.values() for target in targets} <= set(MODULES)
+
+
 def test_the_command_line_starts_light() -> None:
-    code = "import sys, neoxconv.cli; print(*sys.modules)"
+    code = "import sys, neoxconv.cli.main; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     loaded = HEAVY & set(done.stdout.split())
     assert not loaded

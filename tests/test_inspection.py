@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.cli import main
-from neoxconv.inspection import inspect, render
-from neoxconv.terminal import parse_size, size, table
+from neoxconv.cli.inspect import inspect, render
+from neoxconv.cli.main import main
+from neoxconv.words import parse_size, size, table
 from tests.oracles import fixtures
 
 # What the READMEs of the fixtures say of them.

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from neoxconv import Recipe, make_plan, open_checkpoint, publish, run
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.engine import publish
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.zips import CENTRAL, LOCAL
-from neoxconv.integrity import Integrity, check, parts_of, read_part
-from neoxconv.storage import open_storage
+from neoxconv.sources.integrity import Integrity, check, parts_of, read_part
+from neoxconv.storage.files import open_storage
 from tests.oracles import fixtures
 from tests.test_bad_input import cli, digests
 from tests.toy import toy
@@ -338,7 +339,7 @@ def test_a_sector_of_a_file_without_checksums_is_found(
     source = open_checkpoint(toy(tmp_path, hidden=256))
     target = run(make_plan(source, Recipe(format)), tmp_path / f"model.{format}")
     size = target.stat().st_size
-    monkeypatch.setattr("neoxconv.integrity.SLAB", 1 << 16)
+    monkeypatch.setattr("neoxconv.sources.integrity.SLAB", 1 << 16)
     unreadable(monkeypatch, target, size - 5)
     assert cli("inspect", target, "--check") == 3
     told = capsys.readouterr()

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neoxconv.arch.gpt_neox import WEIGHTS
-from neoxconv.arch.gpt_neox_config import PRESETS
+from neoxconv.arch.gpt_neox.config import PRESETS
+from neoxconv.arch.gpt_neox.weights import WEIGHTS
 from neoxconv.arch.joins import NORMS, abreast, averaged, by_columns, head_join, join, row_bias, stacked, summed
+from neoxconv.core.tensor import LazyTensor, reordered, slabs
 from neoxconv.dtypes import BF16, F16, F32, Array, DType, narrow, widen
-from neoxconv.tensor import LazyTensor, reordered, slabs
 
 CONFIG = replace(PRESETS["pythia-14m"].config, hidden=8, heads=2, ff=32, rows=16)
 

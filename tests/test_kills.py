@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.engine.plan import Plan
+from neoxconv.engine.publish import aside_of
+from neoxconv.engine.workplace import LOCK, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from neoxconv.plan import Plan
-from neoxconv.publish import aside_of
-from neoxconv.workplace import LOCK, partial_of
 from tests.oracles import ROOT
 from tests.small_disk import CANNOT_MOUNT
 from tests.test_convert import digests

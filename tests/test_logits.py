@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.checkpoint import open_checkpoint as opened
-from neoxconv.cli import main
-from neoxconv.verify.logits import compare_predictions
+from neoxconv.cli.main import main
+from neoxconv.sources.checkpoint import open_checkpoint as opened
+from neoxconv.verify.logits.compare import compare_predictions
 from tests.oracles import fixtures, llama_logits
 from tests.toy import toy
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from neoxconv.cli import main
+from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError
 from neoxconv.quant import decode_any
 from tests.toy import toy
@@ -166,7 +166,7 @@ import runpy, sys
 
 class Stop:
     def find_spec(self, name, *rest):
-        if name == "neoxconv.cli":
+        if name == "neoxconv.cli.main":
             raise KeyboardInterrupt
 
 sys.meta_path.insert(0, Stop())

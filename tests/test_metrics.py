@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from neoxconv.verify.metrics import Comparison, figures
+from neoxconv.verify.logits.metrics import Comparison, figures
 
 RANDOM = np.random.default_rng(0)
 REFERENCE = RANDOM.standard_normal((200, 97)) * 5

@@ -10,16 +10,16 @@ import pytest
 
 from benchmarks.divergence import divergence
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.arch.gpt_neox_config import PRESETS
-from neoxconv.catalog import catalog
-from neoxconv.cli import main
+from neoxconv.arch.gpt_neox.config import PRESETS
+from neoxconv.cli.formats import catalog
+from neoxconv.cli.main import main
+from neoxconv.engine.plan import Plan
 from neoxconv.errors import PlanError
 from neoxconv.names import MIXES as MIX_NAMES
 from neoxconv.names import TYPES
-from neoxconv.plan import Plan
 from neoxconv.quant import ENCODINGS, SCALED
-from neoxconv.quant.divergences import DIVERGENCES
-from neoxconv.quant.mixes import MIXES
+from neoxconv.targets.divergences import DIVERGENCES
+from neoxconv.targets.mixes import MIXES
 from tests.oracles import fixtures, llama_logits, llama_quantize, llama_types, program, write_imatrix
 from tests.toy import toy
 
@@ -76,9 +76,9 @@ def test_sizes_of_the_20b_model_are_those_measured() -> None:
 
 
 def test_the_classic_recipe_has_its_sizes() -> None:
-    from neoxconv.catalog import shapes
-    from neoxconv.quant.mixes import Choice
+    from neoxconv.cli.formats import shapes
     from neoxconv.targets.gguf import gguf_entries
+    from neoxconv.targets.mixes import Choice
 
     model = shapes(PRESETS["20B"].config)
     for mix, expected in CLASSIC.items():

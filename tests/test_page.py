@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.cli import main
+from neoxconv.cli.main import main
+from neoxconv.engine.side_file import whole
 from neoxconv.errors import NeoxconvError
-from neoxconv.publish import whole
-from neoxconv.verify.page import page
+from neoxconv.verify.page.page import page
 from tests.toy import toy
 
 VOID = {"meta", "br"}

@@ -20,14 +20,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from neoxconv.core.encoding import Encoding
+from neoxconv.core.layout import Digest, Entry, FileLayout
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import PLAIN
-from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
-from neoxconv.layout import Digest, Entry, FileLayout
-from neoxconv.storage import Storage, open_storage
-from neoxconv.tensor import LazyTensor
+from neoxconv.storage.files import Storage, open_storage
 from tests.oracles import ROOT
 
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures")

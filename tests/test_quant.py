@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neoxconv.core.encoding import Encoding
 from neoxconv.dtypes import BF16, F16, F32, F64, DType, Floats, narrow
-from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.quant import ENCODINGS, decode_any, floats
 from tests.golden.make_blocks import BLOCKS, NAMES, ggml_encode

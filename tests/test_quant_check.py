@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neoxconv.core.encoding import Encoding
 from neoxconv.dtypes import Bytes
-from neoxconv.encoding import Encoding
 from neoxconv.quant import ENCODINGS
 from tests.test_quant import KINDS, data, every, kinds, noise, packed, quants
 

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neoxconv import convert, fetch, inspection, open_checkpoint
+from neoxconv import open_checkpoint
+from neoxconv.cli import inspect
+from neoxconv.engine import run
+from neoxconv.engine.plan import Recipe, make_plan, resume_key
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.plan import Recipe, make_plan, resume_key
-from neoxconv.remote import Remote, place
+from neoxconv.storage import requests
+from neoxconv.storage.address import place
+from neoxconv.storage.remote import Remote
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from tests.far import SECRET, Fault, Request, Web, s3, upload, web
 from tests.test_bad_input import cli, digests
@@ -48,22 +52,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (Recipe("safetensors"), FORMATS["safetensors"]),
         (Recipe("gguf", type="Q8_0"), FORMATS["gguf"]),
     ):
-        convert.run(make_plan(open_checkpoint(folder / "pipeline"), recipe), folder / name)
+        run.run(make_plan(open_checkpoint(folder / "pipeline"), recipe), folder / name)
     return folder
 
 
 @pytest.fixture
 def server(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     """The models on a web server; failures are over soon."""
-    monkeypatch.setattr(fetch, "PAUSES", (0.01, 0.02, 0.03))
-    monkeypatch.setattr(fetch, "TIMEOUT", 5.0)
+    monkeypatch.setattr(requests, "PAUSES", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(requests, "TIMEOUT", 5.0)
     with web(models) as served:
         yield served
 
 
 def facts(source: str | Path) -> Any:
     """What inspect says, apart from where things are."""
-    found = inspection.inspect(open_checkpoint(source))
+    found = inspect.inspect(open_checkpoint(source))
     found["source"] = {k: v for k, v in found["source"].items() if k not in ("path", "configs")}
     return found
 
@@ -81,7 +85,7 @@ def test_a_web_server_gives_the_same_facts_and_bytes(name: str, models: Path, se
     assert facts(f"{server.url}/{name}") == facts(models / name)
     server.log.clear()
     for source, target in ((models / name, tmp_path / "here"), (f"{server.url}/{name}", tmp_path / "far")):
-        convert.run(make_plan(open_checkpoint(source), Recipe("hf")), target)
+        run.run(make_plan(open_checkpoint(source), Recipe("hf")), target)
     assert digests(tmp_path / "here") == digests(tmp_path / "far")
     index = open_checkpoint(models / name).index
     weights = sum(file.storage.size for file in index.files)
@@ -94,7 +98,7 @@ def test_s3_gives_the_same_facts_and_bytes(models: Path, s3: Any, tmp_path: Path
     for name in FORMATS.values():
         assert facts(f"{where}/{name}") == facts(models / name)
     for source, target in ((models, tmp_path / "here"), (where, tmp_path / "far")):
-        convert.run(make_plan(open_checkpoint(f"{source}/pipeline"), Recipe("slim", tp=1)), target)
+        run.run(make_plan(open_checkpoint(f"{source}/pipeline"), Recipe("slim", tp=1)), target)
     assert digests(tmp_path / "here") == digests(tmp_path / "far")
 
 
@@ -145,13 +149,13 @@ def test_what_fails_twice_is_asked_again(fault: str, server: Web, models: Path) 
 
 
 def test_a_server_that_stalls_is_asked_again(server: Web, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.5)
+    monkeypatch.setattr(requests, "TIMEOUT", 0.5)
     server.fault = failing("config.json", "", "stall", "stall", "")
     assert facts(f"{server.url}/hf") == facts(models / "hf")
 
 
 @pytest.mark.parametrize(
-    ("fault", "expected", "requests"),
+    ("fault", "expected", "asked"),
     [
         ("drop", "the connection fails (ClientPayloadError) (4 times asked; run the same command again", 4),
         ("less", "bytes 0 to 533 were asked for, and 266 bytes came", 4),
@@ -168,17 +172,17 @@ def test_a_server_that_stalls_is_asked_again(server: Web, models: Path, monkeypa
     ],
 )
 def test_a_server_that_goes_on_failing_is_named(
-    fault: str, expected: str, requests: int, server: Web, monkeypatch: pytest.MonkeyPatch,
+    fault: str, expected: str, asked: int, server: Web, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.5 if fault == "stall" else 5.0)
+    monkeypatch.setattr(requests, "TIMEOUT", 0.5 if fault == "stall" else 5.0)
     server.fault = failing("hf/config.json", "", fault)
     assert cli("inspect", f"{server.secret_url}/hf", "-v") == 1
     error = capsys.readouterr().err
     size = (server.root / "hf" / "config.json").stat().st_size
     assert expected.replace("533", str(size)).replace("266", str(size // 2)) in error
     assert f"{server.url}/hf/config.json: " in error and SECRET not in error
-    assert len([r for r in server.arrived if r.path == "/hf/config.json" and r.method == "GET"]) == requests
+    assert len([r for r in server.arrived if r.path == "/hf/config.json" and r.method == "GET"]) == asked
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,7 @@ def test_a_file_that_changes_during_a_run_is_noticed(models: Path, tmp_path: Pat
     key = resume_key(plan)
     store.put(str(models / "one.gguf"), "/changing.gguf")
     with pytest.raises(CheckpointError, match=r"memory://changing.gguf: has changed while it was read"):
-        convert.run(plan, tmp_path / "hf")
+        run.run(plan, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     assert resume_key(make_plan(open_checkpoint("memory://changing.gguf"), Recipe("hf"))) != key
 
@@ -234,7 +238,7 @@ def test_an_object_that_changes_is_not_read(models: Path, s3: Any, tmp_path: Pat
     checkpoint = open_checkpoint("s3://bucket/changing.safetensors")
     s3.upload_file(str(models / "one.gguf"), "bucket", "changing.safetensors")
     with pytest.raises(CheckpointError, match="has changed since it was opened"):
-        convert.run(make_plan(checkpoint, Recipe("hf")), tmp_path / "hf")
+        run.run(make_plan(checkpoint, Recipe("hf")), tmp_path / "hf")
 
 
 # --- a run that is interrupted ---------------------------------------------------------------------------------------
@@ -252,11 +256,11 @@ def test_a_run_continues_with_what_is_left(server: Web, models: Path, tmp_path: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert.run(plan, target, jobs=1, progress=cut)
+        run.run(plan, target, jobs=1, progress=cut)
     server.log.clear()
-    convert.run(make_plan(open_checkpoint(source), Recipe("hf")), target, jobs=1)
+    run.run(make_plan(open_checkpoint(source), Recipe("hf")), target, jobs=1)
     assert server.nbytes() < 0.6 * plan.total + OTHERS
-    convert.run(make_plan(open_checkpoint(models / "one.safetensors"), Recipe("hf")), tmp_path / "here")
+    run.run(make_plan(open_checkpoint(models / "one.safetensors"), Recipe("hf")), tmp_path / "here")
     assert digests(target) == digests(tmp_path / "here")
 
 

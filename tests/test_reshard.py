@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
-from neoxconv.arch.gpt_neox_config import PRESETS, from_neox
-from neoxconv.arch.gpt_neox_training import inverse_frequencies, to_neox
-from neoxconv.cli import main
+from neoxconv.arch.gpt_neox.config import PRESETS, from_neox
+from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
+from neoxconv.cli.main import main
+from neoxconv.core.model import Index, Measured, ModelConfig
 from neoxconv.dtypes import BF16, F16, narrow
 from neoxconv.errors import PlanError
-from neoxconv.formats.training_yaml import read_yaml
-from neoxconv.model import Index, Measured, ModelConfig
+from neoxconv.formats.neox.yaml_settings import read_yaml
 from neoxconv.quant import floats
+from neoxconv.synthetic import tiny
 from neoxconv.targets.training import as_yaml, vocabulary
-from neoxconv.tokenizer import tiny
 from tests.oracles import fixtures
 from tests.toy import toy
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 
+from neoxconv.core.encoding import Encoding
+from neoxconv.core.layout import Entry, FileLayout
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import BF16, F16, F32, DType, Floats, narrow, widen
-from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import safetensors
-from neoxconv.layout import Entry, FileLayout
-from neoxconv.storage import open_storage
-from neoxconv.tensor import LazyTensor
+from neoxconv.storage.files import open_storage
 
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 OFFICIAL = sorted(FIXTURES.glob("*/hf_official_converter/model.safetensors"))

@@ -16,12 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neoxconv.core.encoding import Bound, Encoding, Scaled
+from neoxconv.core.layout import Entry
+from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import BF16, F16, F32, Array, DType, Floats, narrow, widen
-from neoxconv.encode import pieces
-from neoxconv.encoding import Bound, Encoding, Scaled
-from neoxconv.layout import Entry
-from neoxconv.quant import ENCODINGS, SCALED, float8, fourbit, scaled_kernels
-from neoxconv.tensor import LazyTensor, Read
+from neoxconv.engine.encode import pieces
+from neoxconv.quant import ENCODINGS, SCALED
+from neoxconv.quant.scaled import float8, fourbit, kernels
 from tests.oracles import ROOT, program
 
 FLOAT8 = {torch.float8_e4m3fn: float8.FORM_E4M3, torch.float8_e5m2: float8.FORM_E5M2}
@@ -165,7 +166,7 @@ def test_a_mean_is_that_of_torch(one_thread: None) -> None:
     for count in (*range(1, 600), *powers, *range(1111, 300_000, 9973), 300_000):
         for start in (0, 100, 400):
             numbers = values[start : start + count]
-            assert scaled_kernels.mean(numbers) == torch.from_numpy(numbers).mean().item(), count
+            assert kernels.mean(numbers) == torch.from_numpy(numbers).mean().item(), count
 
 
 # --- float8 ---------------------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def test_scales_stay_within_the_slack_when_others_sum_the_mean(name: str, monkey
     ours, middle = SCALED[name].settle(sizes), np.float32(sizes.mean(dtype=np.float64))
     assert (np.abs(ours.decoded - sizes) <= 0.5001 * ours.slack).all() and np.array_equal(ours.encoded, sizes)
     for ulps in (-3, 3):
-        monkeypatch.setattr(scaled_kernels, "mean", lambda scales, ulps=ulps: middle + ulps * np.spacing(middle))
+        monkeypatch.setattr(kernels, "mean", lambda scales, ulps=ulps: middle + ulps * np.spacing(middle))
         others = SCALED[name].settle(sizes).decoded
         assert (others != ours.decoded).any() and (np.abs(others - ours.decoded) <= ours.slack + 1e-6 * sizes).all()
 
@@ -306,7 +307,7 @@ def test_scales_stay_within_the_slack_when_others_sum_the_mean(name: str, monkey
 def digest() -> str:
     rows = np.concatenate([weights(kind, (40, 448)) for kind in KINDS])
     made = [written(encoding, lazy(rows)) for encoding in SCALED.values()]
-    means = [scaled_kernels.mean(rows.reshape(-1)[:count]) for count in range(1, rows.size, 1009)]
+    means = [kernels.mean(rows.reshape(-1)[:count]) for count in range(1, rows.size, 1009)]
     codes = [ENCODINGS[f"F8_{name}"].encode(rows).tobytes() for name in FORMS]
     return hashlib.sha256(repr((made, means, codes)).encode()).hexdigest()
 

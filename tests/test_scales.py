@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from neoxconv import Recipe, open_checkpoint, verify_bytes
-from neoxconv.cli import main
+from neoxconv.cli.main import main
+from neoxconv.engine.journal import Journal
+from neoxconv.engine.manifest import overflows
+from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError
-from neoxconv.journal import Journal
-from neoxconv.manifest import overflows
-from neoxconv.workplace import partial_of
 from tests.test_bnb import (
     ALL,
     BNB,
@@ -90,7 +90,7 @@ def test_jobs_and_slabs_never_change_a_byte(name: str, tmp_path: Path, monkeypat
     source = small(tmp_path, hidden=56)
     one = digests(made(source, tmp_path / "one", ALL[name], jobs=1))
     assert digests(made(source, tmp_path / "four", ALL[name], jobs=4)) == one
-    monkeypatch.setattr("neoxconv.plan.SLAB", 1000)
+    monkeypatch.setattr("neoxconv.engine.memory.SLAB", 1000)
     assert digests(made(source, tmp_path / "small", ALL[name])) == one
 
 

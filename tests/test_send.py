@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from neoxconv import Recipe, fetch, make_plan, open_checkpoint, run, verify_bytes
-from neoxconv.cli import main
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
+from neoxconv.cli.main import main
+from neoxconv.engine.plan import Plan
+from neoxconv.engine.workplace import work_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from neoxconv.plan import Plan
-from neoxconv.remote import Remote, place
-from neoxconv.workplace import work_of
+from neoxconv.storage import protocols, requests
+from neoxconv.storage.address import place
+from neoxconv.storage.remote import Remote
 from tests.far import SECRET, s3, upload
 from tests.test_cluster import Cluster, cluster
 from tests.test_convert import digests
@@ -69,7 +71,7 @@ def test_a_store_gets_the_same_bytes(s3: Any, recipe: Recipe, tmp_path: Path) ->
 def test_the_manifest_comes_last_and_a_loader_s_files_after_the_weights(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neoxconv import remote
+    from neoxconv.storage import remote
 
     order, store = [], remote.store
     monkeypatch.setattr(remote, "store", lambda fs, path, *rest: (store(fs, path, *rest), order.append(path)))
@@ -81,7 +83,7 @@ def test_the_manifest_comes_last_and_a_loader_s_files_after_the_weights(
 
 
 def test_what_was_sent_is_not_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neoxconv import remote
+    from neoxconv.storage import remote
 
     whole = digests(run(plan, tmp_path / "whole"))
     store, sent = remote.store, []
@@ -109,13 +111,13 @@ def test_what_was_sent_is_not_made_again(plan: Plan, tmp_path: Path, monkeypatch
 
 
 def test_unfinished_work_for_one_store_gives_no_right_to_another(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neoxconv import send
+    from neoxconv.engine import upload
 
     other = place("memory://another/hf")
     assert isinstance(other, Remote)
     (other / "model.safetensors").write(b"a stranger's")
     with monkeypatch.context() as patched:
-        patched.setattr(send, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, "memory://mine/hf")
     assert work_of(other).is_dir()  # the same name here
@@ -127,12 +129,12 @@ def test_unfinished_work_for_one_store_gives_no_right_to_another(plan: Plan, mon
 
 def test_an_object_that_is_gone_is_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The notes are a hint; what the store has is the proof."""
-    from neoxconv import send
+    from neoxconv.engine import upload
 
     target = place("memory://gone/hf")
     assert isinstance(target, Remote)
     with monkeypatch.context() as patched:
-        patched.setattr(send, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, target)
     target.fs.rm(f"{target.path}/{plan.files[1].name}")
@@ -175,10 +177,10 @@ def test_places_that_are_none_for_a_target(target: str, words: str, plan: Plan, 
 
 def interrupted(plan: Plan, target: str, **options: Any) -> None:
     """Run until all but the manifest is in the store."""
-    from neoxconv import send
+    from neoxconv.engine import upload
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(send, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, target, **options)
 
@@ -203,16 +205,16 @@ def test_what_was_sent_unchecked_is_made_again_where_it_is_to_be_checked(tmp_pat
 
 
 def test_an_object_that_another_writes_over_is_noticed_before_the_manifest(plan: Plan) -> None:
-    from neoxconv import send
+    from neoxconv.engine import upload
 
-    target, check = place("memory://over/hf"), send.check_sources
+    target, check = place("memory://over/hf"), upload.check_sources
 
     def write_over(plan: Plan) -> None:
         (target / plan.files[0].name).write(b"another's")  # type: ignore[union-attr]
         check(plan)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(send, "check_sources", write_over)
+        patched.setattr(upload, "check_sources", write_over)
         with pytest.raises(NeoxconvError, match="is not what was sent; something else writes there"):
             run(plan, target)
     assert not (place("memory://over/hf") / "manifest.json").exists()
@@ -231,8 +233,8 @@ def test_no_part_of_an_object_is_left_where_its_reading_fails(s3: Any, tmp_path:
     stopped = threading.Event()
     stopped.set()
     for source, stop in ((Broken(bytes(40 << 20)), threading.Event()), (io.BytesIO(bytes(40 << 20)), stopped)):
-        with pytest.raises((OSError, fetch.Unusable)):
-            fetch.store(fs, "bucket/broken/x", source, 40 << 20, stop)
+        with pytest.raises((OSError, requests.Unusable)):
+            protocols.store(fs, "bucket/broken/x", source, 40 << 20, stop)
         assert not s3.list_objects_v2(Bucket="bucket", Prefix="broken").get("KeyCount")
 
 
@@ -262,12 +264,12 @@ def test_workers_read_anew_a_source_that_was_uploaded_anew(s3: Any, cluster: Clu
 
 
 def test_a_disk_that_holds_no_two_files_is_said_before(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neoxconv import send
+    from neoxconv.engine import upload
 
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(send.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(upload.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(PlanError, match=r"two files are made here at a time, .* and 1000 bytes are free"):
         run(plan, "memory://small/hf")
 
@@ -281,12 +283,12 @@ def test_a_cluster_sends_whole_files(s3: Any, cluster: Cluster, tmp_path: Path) 
 
 
 def test_a_full_disk_here_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neoxconv import send
+    from neoxconv.engine import upload
 
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(send, "begin_file", full)
+    monkeypatch.setattr(upload, "begin_file", full)
     with pytest.raises(NeoxconvError, match="make room and run the same command again") as caught:
         run(plan, "memory://full/hf")
     assert str(caught.value).startswith(f"{work_of(place('memory://full/hf'))}: No space left on device: ")

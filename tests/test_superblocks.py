@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neoxconv import open_checkpoint
+from neoxconv.core.encoding import Encoding
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.encoding import Encoding
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.quant import ENCODINGS
 from tests.golden.make_blocks import ggml, ggml_encode
@@ -177,7 +177,7 @@ CHILD = """
 import hashlib, numpy as np
 from neoxconv.encoding import Context
 from neoxconv.quant import ENCODINGS
-from neoxconv.quant.search import SEARCHES
+from neoxconv.quant.ggml.searches import SEARCHES
 from tests.test_superblocks import NAMES, weights
 rows = np.vstack([weights("gauss", 1 << 14), weights("student", 1 << 14)])
 columns = Context(np.exp(np.linspace(-2, 2, rows.shape[1])).astype(np.float32))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
-from neoxconv.checkpoint import parameters
-from neoxconv.cli import main
+from neoxconv.cli.main import main
+from neoxconv.core.model import parameters
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from neoxconv.targets.training import RANDOM_STATES
 from tests.oracles import transformers_logits

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.cli import main
+from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.tokenizer import tiny
-from neoxconv.verify import tasks
+from neoxconv.synthetic import tiny
+from neoxconv.verify.tasks import questions as tasks
 from tests.golden.make_tasks import CONTEXT, GOLDEN, golden, jsonl, logits
 from tests.toy import toy
 

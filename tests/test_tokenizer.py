@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neoxconv.errors import CheckpointError
-from neoxconv.tokenizer import Tokenizer, from_gguf, gguf_keys, hf_files, load, tiny
+from neoxconv.formats.tokenizer import Tokenizer, from_gguf, gguf_keys, hf_files, load
+from neoxconv.synthetic import tiny
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", ROOT.parent / "shared" / "fixtures"))
@@ -179,7 +180,7 @@ def test_tiny_is_whole_and_always_the_same() -> None:
 
 def test_the_real_tokenizer_loads_in_little_memory_and_without_libraries() -> None:
     script = (
-        "import resource, sys; from pathlib import Path; from neoxconv.tokenizer import gguf_keys, load\n"
+        "import resource, sys; from pathlib import Path; from neoxconv.formats.tokenizer import gguf_keys, load\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); gguf_keys(load(Path(sys.argv[1])), 50432); print((peak() - before) // 1024)\n"
         "assert not {'torch', 'tokenizers', 'transformers', 'gguf', 'numba'} & set(sys.modules)"

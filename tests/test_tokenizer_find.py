@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from neoxconv.errors import CheckpointError
-from neoxconv.tokenizer_find import find
+from neoxconv.sources.tokenizer import find
 
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
-from neoxconv.cli import main
+from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError
 from tests.oracles import fixtures
 from tests.toy import toy

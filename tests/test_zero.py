@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
-from neoxconv.checkpoint import read_index
-from neoxconv.cli import main
+from neoxconv.cli.main import main
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats, narrow
 from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.formats.neox.zero import flat, with_masters
 from neoxconv.formats.pt import Placeholder, read_pt
 from neoxconv.formats.pt.unpickle import Size
-from neoxconv.formats.zero import flat, with_masters
-from neoxconv.integrity import check, work
-from neoxconv.model import Checkpoint
 from neoxconv.names import FORMATS
-from neoxconv.storage import Storage, open_storage
-from neoxconv.tensor import LazyTensor
+from neoxconv.sources.checkpoint import read_index
+from neoxconv.sources.integrity import check, work
+from neoxconv.storage.files import Storage, open_storage
 from tests.oracles import fixtures
 from tests.toy import toy
 
@@ -472,7 +472,7 @@ def test_whatever_a_file_says_is_read_or_refused(kind: str, small: Path, monkeyp
             container, key = places[random.integers(len(places))]
             container[key] = copy_of(JUNK[random.integers(len(JUNK))])
         made = {path: replace(file, value=values[path]) for path, file in files.items()}
-        monkeypatch.setattr("neoxconv.formats.zero.files.read_pt", lambda storage, made=made: made[storage.path])
+        monkeypatch.setattr("neoxconv.formats.neox.zero.files.read_pt", lambda storage, made=made: made[storage.path])
         try:
             with_masters(replace(index, states=states))
             outcomes[True] += 1

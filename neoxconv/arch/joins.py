@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from neoxconv.core.model import Join, ModelConfig, Ranks
+from neoxconv.core.tensor import LazyTensor, band, computed
 from neoxconv.dtypes import Array, Floats, narrow
-from neoxconv.model import Join, ModelConfig, Ranks
-from neoxconv.tensor import LazyTensor, band, computed
 
 
 def stacked(ranks: Ranks, config: ModelConfig) -> LazyTensor:

@@ -8,15 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from neoxconv.core.layout import Entry, FileLayout
+from neoxconv.core.model import Index, SourceFile
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats import safetensors
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.safetensors import read_json
-from neoxconv.layout import Entry, FileLayout
-from neoxconv.model import Index, SourceFile
-from neoxconv.remote import Place, together
-from neoxconv.storage import Storage, open_storage
-from neoxconv.tensor import LazyTensor
+from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage.remote import Place, together
 
 # The first that exists is read, as transformers does: (one file, its index when there are shards).
 FILES = (

@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from neoxconv.core.encoding import Part
+from neoxconv.core.layout import Digest, Entry, FileLayout, Late, Slot
+from neoxconv.core.model import Index, SourceFile
+from neoxconv.core.tensor import LazyTensor, stored
 from neoxconv.dtypes import STORED
-from neoxconv.encoding import Part
 from neoxconv.errors import CheckpointError
-from neoxconv.layout import Digest, Entry, FileLayout, Late, Slot
-from neoxconv.model import Index, SourceFile
-from neoxconv.remote import Place
-from neoxconv.storage import Storage, open_storage
-from neoxconv.tensor import LazyTensor, stored
+from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage.remote import Place
 
 MAX_HEADER = 100 << 20
 MAX_JSON = 16 << 20  # of a file beside the weights

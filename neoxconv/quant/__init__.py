@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from neoxconv.core.encoding import Encoding, Scaled
 from neoxconv.dtypes import PLAIN, Array, Bytes, DType, Floats, widen
-from neoxconv.encoding import Encoding, Scaled
 from neoxconv.errors import CheckpointError
-from neoxconv.quant.float8 import E4M3, E4M3_CHANNEL, E4M3_TENSOR, E5M2, E5M2_CHANNEL, E5M2_TENSOR
-from neoxconv.quant.fourbit import FP4, FP4_DQ, NF4, NF4_DQ
-from neoxconv.quant.int8 import INT8
-from neoxconv.quant.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from neoxconv.quant.ggml.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from neoxconv.quant.ggml.superblocks import IQ4_NL, IQ4_XS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from neoxconv.quant.plain import BF16, F16, F32
-from neoxconv.quant.superblocks import IQ4_NL, IQ4_XS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from neoxconv.quant.scaled.float8 import E4M3, E4M3_CHANNEL, E4M3_TENSOR, E5M2, E5M2_CHANNEL, E5M2_TENSOR
+from neoxconv.quant.scaled.fourbit import FP4, FP4_DQ, NF4, NF4_DQ
+from neoxconv.quant.scaled.int8 import INT8
 
 ENCODINGS: dict[str, Encoding] = {
     "F32": F32,

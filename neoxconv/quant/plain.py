@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv import dtypes
+from neoxconv.core.encoding import Bound, Encoding
 from neoxconv.dtypes import Array, DType, Floats, narrow, widen
-from neoxconv.encoding import Bound, Encoding
 
 WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
 

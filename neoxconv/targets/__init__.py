@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from neoxconv.layout import Content
-from neoxconv.model import Checkpoint
-from neoxconv.recipe import Recipe
+from neoxconv.core.layout import Content
+from neoxconv.core.model import Checkpoint
 from neoxconv.targets import bnb, float8, gguf, hf, slim
+from neoxconv.targets.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from neoxconv import __version__, tokenizer
-from neoxconv.checkpoint import parameters
-from neoxconv.model import Checkpoint
+from neoxconv.core.model import Checkpoint, parameters
+from neoxconv.formats import tokenizer
+from neoxconv.version import __version__
 
 
 def token_ids(checkpoint: Checkpoint, words: tokenizer.Tokenizer | None) -> dict[str, int]:

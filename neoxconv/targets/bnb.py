@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from neoxconv.core.encoding import Scaled
+from neoxconv.core.layout import Content
+from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import TORCH_NAMES
-from neoxconv.encoding import Scaled
 from neoxconv.errors import PlanError
-from neoxconv.layout import Content
-from neoxconv.model import Checkpoint
 from neoxconv.names import BNB_TYPES
 from neoxconv.quant import SCALED
-from neoxconv.recipe import Recipe
 from neoxconv.targets.hf import hf_folder, main_dtype
 from neoxconv.targets.linear import quantized_entries
+from neoxconv.targets.recipe import Recipe
 
 DEFAULT = "NF4"
 THRESHOLD = 6.0  # transformers' default: inputs beyond it are multiplied in float16

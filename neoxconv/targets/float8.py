@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from neoxconv.encoding import Encoding, Scaled
+from neoxconv.core.encoding import Encoding, Scaled
+from neoxconv.core.layout import Content
+from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError
-from neoxconv.layout import Content
-from neoxconv.model import Checkpoint
 from neoxconv.names import SCALES
 from neoxconv.quant import ENCODINGS, SCALED
-from neoxconv.recipe import Recipe
 from neoxconv.targets.hf import hf_folder
 from neoxconv.targets.linear import quantized_entries
+from neoxconv.targets.recipe import Recipe
 
 DEFAULT = "E4M3"
 DEFAULTS = {"E4M3": "channel", "E5M2": "none"}  # the scales, where none are asked for

@@ -6,20 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from neoxconv import imatrix, tokenizer
-from neoxconv.checkpoint import parameters, tokenizer_of
-from neoxconv.encoding import Context
+from neoxconv.core.encoding import Context
+from neoxconv.core.layout import Content, Entry
+from neoxconv.core.model import Checkpoint, Weight, parameters
+from neoxconv.core.tensor import reordered
 from neoxconv.errors import PlanError, raise_all
-from neoxconv.formats import gguf_layout
-from neoxconv.imatrix import Matrix
-from neoxconv.layout import Content, Entry
-from neoxconv.model import Checkpoint, Weight
+from neoxconv.formats import imatrix, tokenizer
+from neoxconv.formats.gguf import write
+from neoxconv.formats.imatrix import Matrix
 from neoxconv.quant import ENCODINGS
-from neoxconv.quant.mixes import MIXES, Choice, Place, choose, wanted
-from neoxconv.recipe import Recipe
+from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets.about import size_label, title, token_ids
-from neoxconv.tensor import reordered
-from neoxconv.terminal import plural
+from neoxconv.targets.mixes import MIXES, Choice, Place, choose, wanted
+from neoxconv.targets.recipe import Recipe
+from neoxconv.words import plural
 
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 ENTRIES_KEY, CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
@@ -54,7 +54,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **({EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
     }
     notes = (*gguf_notes(checkpoint, choice, entries), *(matrix_notes(matrix, entries) if matrix else ()))
-    return Content(gguf_layout.layout("model", keys, entries, recipe.split_size), {}, notes)
+    return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes)
 
 
 def choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:

@@ -8,19 +8,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neoxconv import tokenizer
-from neoxconv.checkpoint import tokenizer_of
-from neoxconv.coverage import PARTIAL
+from neoxconv.core.encoding import Encoding
+from neoxconv.core.layout import Content, Entry
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import TORCH_NAMES
-from neoxconv.encoding import Encoding
 from neoxconv.errors import PlanError
-from neoxconv.formats import hf, safetensors
-from neoxconv.layout import Content, Entry
-from neoxconv.model import Checkpoint
+from neoxconv.formats import hf, safetensors, tokenizer
 from neoxconv.quant import ENCODINGS
-from neoxconv.recipe import Recipe
+from neoxconv.sources.coverage import PARTIAL
+from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets.about import provenance, title, token_ids
-from neoxconv.tensor import LazyTensor
+from neoxconv.targets.recipe import Recipe
 
 
 def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:

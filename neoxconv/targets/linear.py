@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from neoxconv.encoding import Encoding, Scaled
-from neoxconv.layout import Entry
-from neoxconv.model import Checkpoint
-from neoxconv.recipe import Recipe
+from neoxconv.core.encoding import Encoding, Scaled
+from neoxconv.core.layout import Entry
+from neoxconv.core.model import Checkpoint
 from neoxconv.targets.hf import unified_entries
+from neoxconv.targets.recipe import Recipe
 
 ROLES = ("qkv", "attn_out", "mlp_in", "mlp_out")
 

@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv import tokenizer
-from neoxconv.checkpoint import tokenizer_of
-from neoxconv.coverage import number_name
+from neoxconv.core.encoding import Encoding
+from neoxconv.core.layout import Content, Entry
+from neoxconv.core.model import Checkpoint, Index, ModelConfig, Weight
+from neoxconv.core.tensor import LazyTensor, computed, constant
 from neoxconv.dtypes import FLOATS, DType
-from neoxconv.encoding import Encoding
-from neoxconv.formats import deepspeed
+from neoxconv.formats import tokenizer
+from neoxconv.formats.neox import folder as neox
+from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
-from neoxconv.layout import Content, Entry
-from neoxconv.model import Checkpoint, Index, ModelConfig, Weight
 from neoxconv.quant import ENCODINGS, floats
-from neoxconv.recipe import Recipe
+from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
+from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.training import Degrees, States
-from neoxconv.tensor import LazyTensor, computed, constant
 
 Ranks = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
@@ -188,13 +188,13 @@ def files(ranks: Ranks, states: States, degrees: Degrees, ordered: bool) -> dict
 
 def pipeline_files(ranks: Ranks, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
     """A file for each layer and rank, and the bookkeeping files."""
-    layers = deepspeed.by_layer_file(ranks, OrderedDict if ordered else dict)
+    layers = neox.by_layer_file(ranks, OrderedDict if ordered else dict)
     return layers | {name: {"module": None, **state} for name, state in states.items()}
 
 
 def sequential_files(ranks: Ranks, states: Mapping[str, Any]) -> dict[str, Any]:
     """One file for each rank, its weights under `module`."""
     return {
-        name: {"module": OrderedDict((deepspeed.SEQUENTIAL + key, e) for key, e in entries.items()), **state}
+        name: {"module": OrderedDict((neox.SEQUENTIAL + key, e) for key, e in entries.items()), **state}
         for entries, (name, state) in zip(ranks, states.items(), strict=True)
     }

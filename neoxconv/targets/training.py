@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neoxconv import tokenizer, tokenizer_find
+from neoxconv.core.model import Checkpoint, ModelConfig
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import PlanError, raise_all
-from neoxconv.formats import deepspeed
+from neoxconv.formats import tokenizer
+from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.pt.unpickle import Placeholder
-from neoxconv.model import Checkpoint, ModelConfig
-from neoxconv.recipe import Recipe
-from neoxconv.tensor import LazyTensor
+from neoxconv.sources.tokenizer import tokenizer_path
+from neoxconv.targets.recipe import Recipe
 
 RANDOM_STATES = ("random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states")
 LOCAL_SHAPES = ("param_shapes", "param_slice_mappings")  # true of the source's degrees only
@@ -83,7 +84,7 @@ def bookkeeping(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> Stat
     ]
     split = vocabulary(checkpoint.config, after.tp) if before.tp != after.tp else {}
     changed = [kept[place] if before == after else resized(kept[place], after, split) for place in places]
-    return {deepspeed.states_file(rank): state for rank, state in enumerate(changed)}
+    return {neox.states_file(rank): state for rank, state in enumerate(changed)}
 
 
 def stripped(state: Mapping[str, Any], moved: bool) -> dict[str, Any]:
@@ -184,7 +185,5 @@ def as_yaml(settings: Mapping[str, Any]) -> bytes:
 
 def own_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
     """The tokenizer file of a gpt-neox checkpoint, under its own name."""
-    index = checkpoint.index
-    places = [config.parent for config in index.configs]
-    path = tokenizer_find.find(recipe.tokenizer, index.folder, index.settings, places)
+    path = tokenizer_path(checkpoint, recipe.tokenizer)
     return {path.name: path.read_bytes()} if path else {}

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from neoxconv.engine.manifest import (
+    MANIFEST,
+    Range,
+    combined,
+    hash_range,
+    manifest_path,
+    part_of,
+    read_manifest,
+)
 from neoxconv.errors import CheckpointError
-from neoxconv.manifest import MANIFEST, Range, beside, combined, hash_range
-from neoxconv.remote import Place, place
-from neoxconv.storage import is_file, size_of, stream_of
+from neoxconv.storage.address import place
+from neoxconv.storage.files import is_file, size_of, stream_of
+from neoxconv.storage.remote import Place
 from neoxconv.verify.report import Finding, Report
 
 Progress = Callable[[int], None]
-
-
-def manifest_path(target: Place) -> Place:
-    """Where a target's manifest lies: inside a folder, beside a file."""
-    return target / MANIFEST if target.is_dir() else beside(target)
-
-
-def read_manifest(target: Place) -> dict[str, Any] | None:
-    """The manifest of a target, or None where there is none; raises CheckpointError where it cannot be understood."""
-    path = manifest_path(target)
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        for file in value["files"]:
-            check_entry(file)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: is damaged, or not a manifest of neoxconv. Remove it to compare weights alone."
-        ) from error
-    return dict(value)
-
-
-def check_entry(file: Any) -> None:
-    """Raise ValueError unless a file's entry is complete and its ranges cover it without gaps."""
-    parts = [part_of(entry) for entry in file["ranges"]]
-    ends = [0, *(part.offset + part.length for part in parts)]
-    texts = [file["name"], file["sha256"], *(entry["sha256"] for entry in file["ranges"])]
-    if [*(part.offset for part in parts), file["bytes"]] != ends or not all(isinstance(text, str) for text in texts):
-        raise ValueError("ranges with gaps")
-    if "\0" in os.fsdecode(os.fsencode(file["name"])):  # raises ValueError for half a character
-        raise ValueError("no file's name")
-
-
-def part_of(entry: Any) -> Range:
-    """A range as the manifest describes it."""
-    return Range(str(entry["name"]), int(entry["offset"]), int(entry["bytes"]))
 
 
 def verify_bytes(target: Place | str, *, progress: Progress = lambda count: None) -> Report:

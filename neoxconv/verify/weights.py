@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.checkpoint import name_tensors
-from neoxconv.coverage import is_partial
+from neoxconv.core.encoding import Scaled
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import Floats, narrow
-from neoxconv.encode import rounded, sizes_of
-from neoxconv.encoding import Scaled
-from neoxconv.model import Checkpoint
 from neoxconv.quant import ENCODINGS, SCALED, floats
+from neoxconv.quant.bands import rounded, sizes_of
+from neoxconv.sources.coverage import is_partial
+from neoxconv.sources.naming import name_tensors
 from neoxconv.targets.gguf import SEARCHED
-from neoxconv.tensor import LazyTensor, slabs
 from neoxconv.verify.report import Finding, Report, TensorError
 
 Progress = Callable[[int], None]

@@ -2,7 +2,7 @@
 
     python -m tests.golden.make_tasks      # where lm_eval and transformers are installed
 
-The model is a random one whose weights any Python draws again; the tokenizer is `neoxconv.tokenizer.tiny`.
+The model is a random one whose weights any Python draws again; the tokenizer is `neoxconv.synthetic.tiny`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.tokenizer import END, tiny
+from neoxconv.formats.tokenizer import END
+from neoxconv.synthetic import tiny
 
 GOLDEN = Path(__file__).with_name("tasks.json")
 CONTEXT = 64

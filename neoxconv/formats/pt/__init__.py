@@ -9,12 +9,12 @@ Files older than torch 1.6 are no zips: five pickles, then each storage as a cou
 """
 
 from neoxconv.errors import CheckpointError
+from neoxconv.formats.pt.before_zip import read_legacy
 from neoxconv.formats.pt.layout import layout_pt
-from neoxconv.formats.pt.legacy import read_legacy
 from neoxconv.formats.pt.tensors import PtFile
 from neoxconv.formats.pt.unpickle import Placeholder
 from neoxconv.formats.pt.zips import read_zip
-from neoxconv.storage import Storage
+from neoxconv.storage.files import Storage
 
 __all__ = ["Placeholder", "PtFile", "layout_pt", "read_pt"]
 

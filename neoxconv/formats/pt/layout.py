@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from neoxconv.core.layout import Entry, FileLayout, Late, Slot
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import STORAGES
 from neoxconv.formats.pt.zips import CENTRAL, END, END64, FULL, LOCAL, LOCATOR64
-from neoxconv.layout import Entry, FileLayout, Late, Slot
 
 ALIGNMENT = 64
 

@@ -10,11 +10,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt.tensors import Place, PtFile, Record, tensor_in
 from neoxconv.formats.pt.unpickle import StorageRef, load_pickle
-from neoxconv.storage import Storage
-from neoxconv.tensor import LazyTensor
+from neoxconv.storage.files import Storage
 
 MAX_PICKLE = 64 << 20
 MAX_DIRECTORY = 64 << 20

@@ -1,0 +1,157 @@
+"""The exact merge: move the ranks' different norms into the weights that follow, so that one norm serves all ranks.
+
+With x the normalised stream (the same on every rank), rank r computes W_r (g_r x + b_r) + c_r. For any common g and b
+
+    W'_r = W_r diag(g_r / g),    c'_r = c_r + W_r (b_r - (g_r / g) b)
+
+computes the same. The head has no bias c_r; but x sums to zero, so adding u 1^T diag(1 / g) to its weight changes
+nothing of its product with g x and adds u sum(b / g) to its product with b:
+
+    E'_r = E_r diag(g_r / g) + u_r 1^T diag(1 / g),    u_r = E_r (b_r - (g_r / g) b) / sum(b / g)
+
+g and b are ours to choose: the ranks' mean, kept away from zero, and rounded to the stored type so that what is written
+is what was folded with. A head split by columns needs none of this: there each rank sees only its part of the norm,
+and the common norm is those parts side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from neoxconv.core.model import Architecture, ModelConfig, Weight
+from neoxconv.core.tensor import LazyTensor, computed
+from neoxconv.dtypes import Doubles, Floats, narrow, widen
+from neoxconv.errors import PlanError
+
+Named = list[dict[str, LazyTensor]]
+
+TINY = 1e-3  # a common gain is kept at least this far from zero, so that g_r / g stays finite
+SHIFT = 0.05  # mean of b / g that the head's fold divides by; 0.01 to 1 do equally well
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm as one rank has it (gain, bias) beside the common one, all [hidden] float64."""
+
+    gain: Doubles
+    bias: Doubles
+    common_gain: Doubles
+    common_bias: Doubles
+
+    @property
+    def ratio(self) -> Doubles:
+        return self.gain / self.common_gain
+
+    @property
+    def offset(self) -> Doubles:
+        """What the common bias leaves to add to this rank's."""
+        return self.bias - self.ratio * self.common_bias
+
+
+def folded(named: Named, architecture: Architecture, config: ModelConfig) -> Named:
+    """The ranks' tensors with one common norm each; raises PlanError where the function cannot be kept."""
+    if config.tied:
+        raise PlanError(
+            "--norms fold: the head is the embedding, so the final norm cannot be folded into it; use --norms mean."
+        )
+    result: Named = [dict(rank) for rank in named]
+    for _, weight in architecture.names(config):
+        if weight.norm is None:
+            continue
+        unified, norm = weight.unified, weight.norm
+        norms = rank_norms(named, norm, weight, config)
+        for rank, tensors in enumerate(named):
+            result[rank][unified] = fold_one(tensors, unified, weight, norms[rank])
+            result[rank][norm + ".weight"] = constant(tensors[norm + ".weight"], norms[0].common_gain)
+            result[rank][norm + ".bias"] = constant(tensors[norm + ".bias"], norms[0].common_bias)
+    return result
+
+
+def rank_norms(named: Named, norm: str, weight: Weight, config: ModelConfig) -> list[Norm]:
+    """The norm on every rank, each with the common one."""
+    gains = [rank[norm + ".weight"].floats(0, config.hidden).astype(np.float64) for rank in named]
+    biases = [rank[norm + ".bias"].floats(0, config.hidden).astype(np.float64) for rank in named]
+    like = named[0][norm + ".weight"]
+    if weight.role == "head" and split_by_columns(named, config):
+        part = config.hidden // len(named)
+        gain, bias = (
+            np.concatenate([v[r * part : (r + 1) * part] for r, v in enumerate(vs)]) for vs in (gains, biases)
+        )
+        return [Norm(gain, bias, gain, bias)] * len(named)
+    gain = as_stored(away_from_zero(sum(gains) / len(gains)), like)  # type: ignore[arg-type]
+    bias = sum(biases) / len(biases)  # type: ignore[assignment]
+    if weight.role == "head":
+        bias = bias + gain * (SHIFT - row_sums((bias / gain)[None])[0] / len(gain))
+    return [Norm(g, b, gain, as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
+
+
+def split_by_columns(named: Named, config: ModelConfig) -> bool:
+    """Whether the head's ranks hold bands of columns (`output_layer_parallelism: row`)."""
+    return named[0]["embed_out.weight"].columns != config.hidden
+
+
+def away_from_zero(gain: Doubles) -> Doubles:
+    """`gain` with a magnitude of at least TINY and its sign kept."""
+    return np.where(np.abs(gain) < TINY, np.copysign(TINY, gain), gain)
+
+
+def as_stored(values: Doubles, like: LazyTensor) -> Doubles:
+    """`values` rounded to the type in which `like` is stored."""
+    return widen(narrow(values.astype(np.float32), like.native), like.native).astype(np.float64)
+
+
+def constant(like: LazyTensor, values: Doubles) -> LazyTensor:
+    """A vector known already, in the place of `like`."""
+    floats = values.astype(np.float32)
+    return computed(like, lambda start, stop: floats[start:stop])
+
+
+def fold_one(tensors: dict[str, LazyTensor], unified: str, weight: Weight, norm: Norm) -> LazyTensor:
+    """One rank's weight or bias, changed so that it follows the common norm."""
+    tensor = tensors[unified]
+    if weight.role == "head":
+        return fold_head(tensor, norm)
+    if weight.role == "bias":
+        return fold_bias(tensor, tensors[unified.removesuffix("bias") + "weight"], norm)
+
+    def read(start: int, stop: int) -> Floats:
+        return (tensor.floats(start, stop) * norm.ratio).astype(np.float32)
+
+    return computed(tensor, read)
+
+
+def fold_bias(bias: LazyTensor, weight: LazyTensor, norm: Norm) -> LazyTensor:
+    """The bias plus what the norms' biases contribute through the weight, whose rows are read a band at a time."""
+
+    def read(start: int, stop: int) -> Floats:
+        step = max(1, (1 << 20) // weight.columns)
+        sums = [row_sums(weight.floats(a, min(a + step, stop)) * norm.offset) for a in range(start, stop, step)]
+        return (bias.floats(start, stop) + np.concatenate(sums)).astype(np.float32)
+
+    return computed(bias, read)
+
+
+def fold_head(head: LazyTensor, norm: Norm) -> LazyTensor:
+    """The head's weight with the norms' biases spread over its columns; unchanged where ranks see their own norm."""
+    if head.columns != len(norm.gain) or (not norm.offset.any() and (norm.ratio == 1).all()):
+        return head
+    lever = row_sums((norm.common_bias / norm.common_gain)[None])[0]
+
+    def read(start: int, stop: int) -> Floats:
+        rows = head.floats(start, stop)
+        u = row_sums(rows * norm.offset) / lever
+        folded_rows: Doubles = rows * norm.ratio + u[:, None] / norm.common_gain
+        return folded_rows.astype(np.float32)
+
+    return computed(head, read)
+
+
+def row_sums(products: Doubles) -> Doubles:
+    """The sum of each row, [rows, n] -> [rows], by halving: the same order on every machine and for every slab."""
+    while products.shape[1] > 1:
+        half = products.shape[1] // 2
+        folded_half = products[:, :half] + products[:, half : 2 * half]
+        products = np.concatenate([folded_half, products[:, 2 * half :]], axis=1)
+    return products[:, 0]

@@ -1,0 +1,134 @@
+"""The forward pass of GPT-NeoX as it was trained: every rank its own norms, heads and part of the MLP.
+
+A merged model is a single rank. Nothing here joins weights, so it shows what a join has changed. Shapes are
+[batch, time, hidden]; all arithmetic is float32, as in gpt-neox's evaluation in that type.
+
+    parallel residual   x + sum over ranks of (attention_r(norm1_r(x)) + mlp_r(norm2_r(x))), biases of each rank added
+    serial residual     every rank has a stream of its own: x_r + sum of attentions + bias_r, then the same with the MLP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from neoxconv.arch.gpt_neox.weights import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, QKV, UP, L
+from neoxconv.core.model import ModelConfig
+
+Streams = list[Tensor]
+
+
+class Rank(Protocol):
+    """One rank's tensors; `name` is unified and without .weight or .bias."""
+
+    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """Rows of a weight, by their numbers."""
+
+    def vector(self, name: str) -> Tensor:
+        """A whole tensor of one dimension, by its full name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight."""
+
+    def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [..., columns] times rows `start` to `stop` of a weight."""
+
+
+def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:
+    """The streams before the first layer: tokens [batch, time] looked up where their rows are."""
+    part = config.rows // len(ranks)
+    numbers, places = torch.unique(tokens, return_inverse=True)
+    rows = [ranks[n // part].rows(EMBEDDING, [n % part]) for n in numbers.tolist()]
+    stream = torch.cat(rows)[places]
+    return [stream] * (1 if config.parallel_residual else len(ranks))
+
+
+def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConfig) -> Streams:
+    """The streams after a layer."""
+    at = L.format(i=layer)
+    norm1, norm2 = NORM1.format(i=layer), NORM2.format(i=layer)
+    pairs = list(zip(ranks, streams * (len(ranks) // len(streams)), strict=True))
+    attended = [attention(rank, normalise(rank, x, norm1, config), at, config) for rank, x in pairs]
+    if config.parallel_residual:
+        mlps = [mlp(rank, normalise(rank, x, norm2, config), at, config) for rank, x in pairs]
+        biases = [rank.vector(at + name + "bias") for rank in ranks for name in (DENSE, DOWN)]
+        return [streams[0] + sum((*attended, *mlps, *biases))]
+    total = sum(attended)
+    pairs = [(rank, x + total + rank.vector(at + DENSE + "bias")) for rank, x in pairs]
+    total = sum(mlp(rank, normalise(rank, x, norm2, config), at, config) for rank, x in pairs)
+    return [x + total + rank.vector(at + DOWN + "bias") for rank, x in pairs]
+
+
+def across_stages(streams: Streams) -> Streams:
+    """The streams after they were sent to the next pipeline stage.
+
+    DeepSpeed sends [time, batch, hidden] in equal parts, one from each rank: with streams of their own, the ranks then
+    go on with one that is put together of these parts. (Seen in logits recorded in training: without it ours are 1e-3
+    off, with it 1e-6.)
+    """
+    if len(streams) == 1:
+        return streams
+    flat = [x.transpose(0, 1).reshape(-1).chunk(len(streams))[rank] for rank, x in enumerate(streams)]
+    batch, time, hidden = streams[0].shape
+    return [torch.cat(flat).reshape(time, batch, hidden).transpose(0, 1)] * len(streams)
+
+
+def normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """A layer norm."""
+    return functional.layer_norm(
+        x, (config.hidden,), rank.vector(name + ".weight"), rank.vector(name + ".bias"), config.norm_eps
+    )
+
+
+def attention(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
+    """A rank's heads, and its part of the sum that the output is, without the bias."""
+    name = at + QKV
+    mixed = rank.linear(x, name[:-1]) + rank.vector(name + "bias")
+    heads = mixed.reshape(*x.shape[:2], -1, 3, config.head_size).permute(3, 0, 2, 1, 4)  # qkv, batch, head, time, size
+    query, key = (rotate(part, config) for part in (heads[0], heads[1]))
+    mixed = functional.scaled_dot_product_attention(query, key, heads[2], is_causal=True)
+    return rank.linear(mixed.transpose(1, 2).flatten(2), (at + DENSE)[:-1])
+
+
+def rotate(x: Tensor, config: ModelConfig) -> Tensor:
+    """The first dimensions of every head [batch, head, time, size], turned by angles that grow with time."""
+    dims = config.rotary_dims
+    powers = torch.arange(0, dims, 2, device=x.device, dtype=torch.float32) / dims
+    angles = torch.outer(torch.arange(x.shape[2], device=x.device).float(), 1.0 / config.rotary_base**powers)
+    angles = torch.cat((angles, angles), dim=-1)
+    turned, rest = x[..., :dims], x[..., dims:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+    return torch.cat((turned, rest), dim=-1)
+
+
+def mlp(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
+    """A rank's part of the MLP, without the output's bias."""
+    inner = rank.linear(x, (at + UP)[:-1]) + rank.vector(at + UP + "bias")
+    inner = functional.gelu(inner, approximate="tanh" if config.activation == "gelu_tanh" else "none")
+    return rank.linear(inner, (at + DOWN)[:-1])
+
+
+def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
+    """What each rank multiplies the head with."""
+    pairs = zip(ranks, streams * (len(ranks) // len(streams)), strict=True)
+    return [normalise(rank, x, NORM, config) for rank, x in pairs]
+
+
+def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:
+    """The logits [batch, time, stop - start] of these words; a head split by columns is a sum over ranks."""
+    head = EMBEDDING if config.tied else HEAD
+    rows, columns = ranks[0].shape(head)
+    if columns < config.hidden:
+        parts = [x[..., r * columns : (r + 1) * columns] for r, x in enumerate(normed)]
+        return torch.stack([rank.linear(x, head, start, stop) for rank, x in zip(ranks, parts, strict=True)]).sum(0)
+    bands = [
+        rank.linear(x, head, max(start - r * rows, 0), min(stop - r * rows, rows))
+        for r, (rank, x) in enumerate(zip(ranks, normed, strict=True))
+        if start < (r + 1) * rows and stop > r * rows
+    ]
+    return torch.cat(bands, dim=-1)

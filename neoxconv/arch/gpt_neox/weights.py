@@ -1,0 +1,85 @@
+"""GPT-NeoX: the 20B model and Pythia. The one table of weights, the released models, and the hyperparameters' names."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.arch.gpt_neox.config import from_gguf, from_hf, from_neox, to_gguf, to_hf
+from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
+from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
+from neoxconv.core.model import Architecture, Buffer, ModelConfig, Weight
+
+
+def qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
+    """Rows of query, key and value per head (NeoX, Hugging Face) as all queries, all keys, all values (GGUF)."""
+    rows = np.arange(3 * config.hidden).reshape(config.heads, 3, config.head_size)
+    return rows.transpose(1, 0, 2).reshape(-1)
+
+
+L, B = "gpt_neox.layers.{i}.", "blk.{i}."
+QKV, DENSE, UP, DOWN = "attention.query_key_value.", "attention.dense.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h."
+NORM1, NORM2, NORM = L + "input_layernorm", L + "post_attention_layernorm", "gpt_neox.final_layer_norm"
+EMBEDDING, HEAD = "gpt_neox.embed_in", "embed_out"
+
+# fmt: off
+WEIGHTS = (
+    #      stage    names in the layer file: legacy, since 2024-09, TransformerEngine        ranks join by
+    #               role, shape, unified name, GGUF name (GGUF's order of rows, the norm whose output it multiplies)
+    Weight("embed", ("word_embeddings.weight",),                                             vocab_parallel,
+                    "embedding", ("rows", "hidden"), EMBEDDING + ".weight", "token_embd.weight"),
+    Weight("layer", ("input_layernorm.weight",),                                             norm_mean,
+                    "norm", ("hidden",), NORM1 + ".weight", B + "attn_norm.weight"),
+    Weight("layer", ("input_layernorm.bias",),                                               norm_mean,
+                    "norm", ("hidden",), NORM1 + ".bias", B + "attn_norm.bias"),
+    Weight("layer", (QKV + "weight", "attention.qkv.weight"),                                column_parallel,
+                    "qkv", ("qkv", "hidden"), L + QKV + "weight", B + "attn_qkv.weight", qkv_apart, NORM1),
+    Weight("layer", (QKV + "bias", "attention.qkv.bias"),                                    column_parallel,
+                    "bias", ("qkv",), L + QKV + "bias", B + "attn_qkv.bias", qkv_apart, NORM1),
+    Weight("layer", (DENSE + "weight", "attention.proj.weight"),                             row_parallel,
+                    "attn_out", ("hidden", "hidden"), L + DENSE + "weight", B + "attn_output.weight"),
+    Weight("layer", (DENSE + "bias", "attention.proj.bias"),                                 row_bias,
+                    "bias", ("hidden",), L + DENSE + "bias", B + "attn_output.bias"),
+    Weight("layer", ("post_attention_layernorm.weight", "mlp.layer_norm_weight"),            norm_mean,
+                    "norm", ("hidden",), NORM2 + ".weight", B + "ffn_norm.weight"),
+    Weight("layer", ("post_attention_layernorm.bias", "mlp.layer_norm_bias"),                norm_mean,
+                    "norm", ("hidden",), NORM2 + ".bias", B + "ffn_norm.bias"),
+    Weight("layer", (UP + "weight", "mlp.linear1.weight", "mlp.fc1_weight"),                 column_parallel,
+                    "mlp_in", ("ff", "hidden"), L + UP + "weight", B + "ffn_up.weight", None, NORM2),
+    Weight("layer", (UP + "bias", "mlp.linear1.bias", "mlp.fc1_bias"),                       column_parallel,
+                    "bias", ("ff",), L + UP + "bias", B + "ffn_up.bias", None, NORM2),
+    Weight("layer", (DOWN + "weight", "mlp.linear2.weight", "mlp.fc2_weight"),               row_parallel,
+                    "mlp_out", ("hidden", "ff"), L + DOWN + "weight", B + "ffn_down.weight"),
+    Weight("layer", (DOWN + "bias", "mlp.linear2.bias", "mlp.fc2_bias"),                     row_bias,
+                    "bias", ("hidden",), L + DOWN + "bias", B + "ffn_down.bias"),
+    Weight("norm",  ("norm.weight",),                                                        norm_mean,
+                    "norm", ("hidden",), NORM + ".weight", "output_norm.weight"),
+    Weight("norm",  ("norm.bias",),                                                          norm_mean,
+                    "norm", ("hidden",), NORM + ".bias", "output_norm.bias"),
+    Weight("head",  ("final_linear.weight",),                                                head_parallel,
+                    "head", ("rows", "hidden"), HEAD + ".weight", "output.weight", None, NORM),
+)
+# fmt: on
+
+BUFFERS = (Buffer("attention.rotary_emb.inv_freq", QKV + "bias", inverse_frequencies),)
+
+# Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
+DROPPED = (
+    "*attention.rotary_emb.inv_freq",
+    "*attention.rotary_emb.*_cached",
+    "*attention.masked_bias",
+    "*.attention.bias",
+    "*_extra_state",
+    "rope_freqs.weight",
+)
+
+GPT_NEOX = Architecture(
+    name="gpt_neox",
+    weights=WEIGHTS,
+    dropped=DROPPED,
+    config_of={"neox": from_neox, "hf": from_hf, "safetensors": from_hf, "gguf": from_gguf},
+    to_hf=to_hf,
+    to_gguf=to_gguf,
+    to_neox=to_neox,
+    buffers=BUFFERS,
+)

@@ -1,0 +1,241 @@
+"""What a command's options ask for: a checkpoint opened as they say; a conversion checked, shown and carried out."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from neoxconv.cli.inspect import FORMATS
+from neoxconv.cli.progress import progress_bar
+from neoxconv.cli.source import Given, checked, opened
+from neoxconv.core.model import Checkpoint
+from neoxconv.engine.journal import Journal, read_journal
+from neoxconv.engine.manifest import overflows, read_manifest
+from neoxconv.engine.memory import Memory, memory_for, threads_for
+from neoxconv.engine.plan import Plan, make_plan, resume_key
+from neoxconv.engine.publish import check_target, nearest_folder
+from neoxconv.engine.run import run
+from neoxconv.engine.upload import check_free
+from neoxconv.engine.workplace import partial_of, work_of
+from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
+from neoxconv.sources import integrity
+from neoxconv.sources.checkpoint import rank_difference
+from neoxconv.storage.remote import Place, Remote
+from neoxconv.targets.recipe import Recipe
+from neoxconv.words import plural, size, table
+
+PLAIN_TARGETS = ("hf", "safetensors", "slim")
+FOLDERS = ("hf", "bnb", "float8")
+TYPES_OF = {"gguf": MIXES, "bnb": BNB_TYPES, "float8": FLOAT8_TYPES}
+GGUF_OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")
+ONLY_FOR = {
+    "type": tuple(TYPES_OF),
+    "dtype": PLAIN_TARGETS,
+    "tp": ("slim",),
+    "pp": ("slim",),
+    "only": ("hf", "safetensors"),
+    "shard_size": FOLDERS,
+    "split_size": ("gguf",),
+    **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),
+    "allow_nonfinite": (*PLAIN_TARGETS, "gguf"),
+    "double_quant": ("bnb",),
+    "compute_dtype": ("bnb",),
+    "scale": ("float8",),
+}
+
+
+def check_options(given: Given) -> None:
+    """Raise UsageError where an option is for another format than the one asked for."""
+    name = given["format"]
+    wrong = [option for option, formats in ONLY_FOR.items() if given[option] not in (None, ()) and name not in formats]
+    for option in wrong:
+        takes = ", ".join(f"--{o.replace('_', '-')}" for o, formats in ONLY_FOR.items() if name in formats)
+        raise click.UsageError(
+            f"--{option.replace('_', '-')} is for {', '.join(ONLY_FOR[option])}, not for {name}, which takes {takes}."
+        )
+    if given["type"] and given["type"] not in TYPES_OF[name]:
+        raise click.UsageError(f"--type {given['type']} is not for {name}, which has {', '.join(TYPES_OF[name])}.")
+    if name == "bnb" and given["type"] == "INT8" and (idle := given["double_quant"] or given["compute_dtype"]):
+        raise click.UsageError(
+            f"--{'double-quant' if idle is True else 'compute-dtype'} is for bnb's NF4 and FP4, not for INT8."
+        )
+    if name == "slim" and given["dtype"] == "F32":
+        raise click.UsageError("--dtype F32 is for hf and safetensors; slim takes F16 or BF16.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
+
+    source: Place
+    target: Place
+    plan: Plan
+    memory: Memory
+    given: Given
+    done: int
+    check: integrity.Integrity | None = None  # of the source, where it was asked for
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The plan's notes, and options that have no effect."""
+        idle = self.idle_norms
+        notes = [f"--norms {self.given['norms']} does nothing here: {idle}"] if idle else []
+        if self.done:
+            notes.append(f"continues: {self.done} of {len(self.plan.steps)} tensors are done and are hashed again")
+        return (*self.plan.notes, *notes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file by the name that it will have."""
+        return {self.target.name: self.plan.total} if self.plan.single else self.plan.sizes
+
+    @property
+    def idle_norms(self) -> str | None:
+        """Why --norms, if it was given, has no effect; None where it has."""
+        ranks = len(self.plan.checkpoint.index.ranks)
+        if not self.given["norms"]:
+            return None
+        if ranks == 1:
+            return "the source has no ranks to merge"
+        recipe = self.plan.recipe
+        same = recipe.format == "slim" and (recipe.tp or ranks) == ranks
+        return "slim at the source's own degree keeps each rank's norms" if same else None
+
+    @property
+    def free(self) -> int:
+        """Bytes free on the disk where the target is made."""
+        return shutil.disk_usage(nearest_folder(work_of(self.target))).free
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The whole plan as plain values."""
+        return {
+            "bytes_total": self.plan.total,
+            "files": [{"name": name, "bytes": count} for name, count in self.sizes.items()],
+            "peak_memory": self.memory.peak,
+            "disk_free": self.free,
+            "notes": list(self.notes),
+        }
+
+    @property
+    def summary(self) -> str:
+        """The plan in a few lines."""
+        plan, index = self.plan, self.plan.checkpoint.index
+        ranks = len(index.ranks)
+        rows = [
+            ("source", f"{FORMATS[index.format]} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
+            *([("weights", "master: the optimizer's fp32")] if index.stored else []),
+            ("target", f"{plan.recipe.format} {self.target}"),
+            ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
+            ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
+            ("memory", f"{size(self.memory.peak)} at most with {plural(self.memory.jobs, 'thread')}{self.place}"),
+        ]
+        if ranks > 1:
+            difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
+            rows.append(("norms", f"{plan.checkpoint.norms}; {difference}"))
+        if self.check:
+            rows.append(("check", self.check.verdict))
+        return table("<<", rows + [("note", note) for note in self.notes])
+
+    @property
+    def place(self) -> str:
+        """Where else than here the work is done."""
+        return f", on each worker of {self.given['executor']}" if self.given["executor"] else ""
+
+    @property
+    def listing(self) -> str:
+        """The whole plan: its summary, every file, and the disk."""
+        files = table("<>", [(name, f"{count:,}") for name, count in self.sizes.items()])
+        disk = f"  disk     {self.plan.total:,} bytes needed, {self.free:,} free"
+        return f"{self.summary}\n\n{files}\n\n{disk}"
+
+    def run(self, quiet: bool) -> dict[str, Any]:
+        """Carry the request out; what came of it as plain values."""
+        begin, given = time.monotonic(), self.given
+        total = sum(step.nbytes for step in self.plan.steps)
+        with progress_bar(total, "converting", quiet) as progress:
+            try:
+                run(
+                    self.plan,
+                    self.target,
+                    jobs=given["jobs"],
+                    memory=given["memory"],
+                    overwrite=given["overwrite"],
+                    allow_nonfinite=given["allow_nonfinite"],
+                    executor=given["executor"],
+                    progress=progress,
+                )
+            except KeyboardInterrupt as stop:
+                raise type(stop)(f"{self.target}: not finished; run the same command again to continue.") from stop
+        return {
+            "target": str(self.target),
+            "bytes_total": self.plan.total,
+            "seconds": round(time.monotonic() - begin, 3),
+            "notes": [*self.notes],
+            "overflow": overflows(read_manifest(self.target) or {"files": []}),
+        }
+
+    def farewell(self, result: Mapping[str, Any]) -> str:
+        """What was made, and what to do next."""
+        settings = [word for path in self.given["config"] for word in ("--config", str(path))]
+        settings += ["--preset", self.given["preset"]] if self.given["preset"] else []
+        check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *settings])
+        lines = [
+            f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
+            for name, count in result["overflow"].items()
+        ]
+        return "\n".join(
+            [*lines, f"{self.target}: {size(self.plan.total)} in {result['seconds']:.1f} s; next: {check}"]
+        )
+
+
+def prepare(source: Place, target: Place, given: Given) -> Request:
+    """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
+    check_options(given)
+    recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
+    memory_for(given["jobs"], given["memory"])  # too little is told before anything is opened
+    checkpoint = opened(source, given, given["norms"] or "mean")
+    target = target.resolve()
+    if isinstance(target, Path) and not target.name:
+        raise PlanError(f"{target}: is no place for a target; give the name of a file or a folder in it.")
+    check_apart(checkpoint, source, target)
+    plan = make_plan(checkpoint, recipe)
+    memory = memory_for(threads_for(checkpoint, given["jobs"]), given["memory"], plan.kept)
+    if isinstance(target, Remote):
+        check_free(plan, target, given["overwrite"])
+    else:
+        check_target(plan, target, given["overwrite"])
+    done = read_journal(work_of(target) / Journal.NAME, resume_key(plan), not given["allow_nonfinite"])
+    check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
+    raise_all(CheckpointError, map(str, check.damage if check else ()))
+    finished = sum(all(key in done for key in step.keys) for step in plan.steps)
+    return Request(source, target, plan, memory, given, finished, check)
+
+
+def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
+    """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
+    index = checkpoint.index
+    if isinstance(source, Remote):
+        here = index.folder if index.format in ("neox", "hf") else source
+        inside = isinstance(target, Remote) and isinstance(here, Remote) and target.protocol == here.protocol
+        if inside and f"{target.path}/".startswith(f"{here.path}/"):  # type: ignore[union-attr]
+            raise PlanError(f"{target}: lies in the source {here}; give a target outside of it.")
+        return
+    target = work_of(target) if isinstance(target, Remote) else target
+    folders: list[Place] = [source] if source.is_dir() else []
+    folders += [index.folder] if index.format in ("neox", "hf") else []
+    files = {path.resolve() for file in index.files if isinstance(path := file.storage.path, Path)}
+    for made in (target.resolve(), partial_of(target).resolve()):
+        for folder in (folder.resolve() for folder in folders):
+            if made == folder or folder in made.parents:
+                raise PlanError(f"{target}: lies in the source {folder}; give a target outside of it.")
+        if any(made == file or made in file.parents for file in files):
+            raise PlanError(f"{target}: holds the source {source}; give a target outside of it.")

@@ -1,0 +1,1 @@
+"""The shared nouns: a tensor, a model, an encoding, a layout."""

@@ -1,0 +1,153 @@
+"""What an encoding is: how rows of float32 become stored bytes, with what promise, and which tensors hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.core.tensor import LazyTensor, Read
+from neoxconv.dtypes import Array, DType, Floats
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor as a file stores it: its name, number type and shape.
+
+    A `late` part is text of which only the longest size is known before its tensor is written.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    late: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.size(math.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an encoder may use besides the rows; nothing of it is needed to decode.
+
+    `importance` [columns] float32: how much an error in each column matters, of any scale; `thorough`: take more time
+    for less error.
+    """
+
+    importance: Floats | None = None
+    thorough: bool = False
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        columns = b"" if self.importance is None else self.importance.tobytes()
+        return hashlib.sha256(columns + bytes([self.thorough])).hexdigest()
+
+
+class Check(Protocol):
+    """Which weights [n, columns] no correct encoder could have stored as they are: a boolean for each.
+
+    `weighted`: the encoder may have known an importance of the columns, and sacrificed others to them.
+    """
+
+    def __call__(self, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]: ...
+
+
+@dataclass(frozen=True)
+class Grain:
+    """Which weights of a tensor share a scale; a group's size is its largest magnitude.
+
+    `unit`: the least number of rows of so many columns that are whole groups; `sizes`: of [n, columns] float32, one for
+    each group in order; `span`: which groups rows `start` to `stop` of so many columns touch; `spread`: of a number of
+    each group [k] one for every weight of these rows [n, columns].
+    """
+
+    unit: Callable[[int], int]
+    sizes: Callable[[Floats], Floats]
+    span: Callable[[int, int, int], slice]
+    spread: Callable[[Floats, tuple[int, ...]], Floats]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far a weight is rounded at most: a `part` of what `of` names."""
+
+    part: float
+    of: str
+    least: str = ""  # what small weights may be rounded by, where that is more
+
+    def __str__(self) -> str:
+        return f"{self.part:.3g} of the {self.of}{', or ' * bool(self.least)}{self.least}"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows of float32 become stored bytes, and back.
+
+    `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.stored` (for block types [n, row bytes] of uint8);
+    `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
+    an encoder that makes use of a context; None where there is nothing to choose. Weights of a
+    magnitude beyond `limit` are cut to the largest that the type holds.
+    """
+
+    name: str
+    dtype: DType
+    encode: Callable[[Floats], Array]
+    decode: Callable[[Array], Floats]
+    wrong: Check
+    search: Callable[[Floats, Context], Array] | None = None
+    limit: float = math.inf
+    bound: Bound | None = None
+
+    @property
+    def bits(self) -> float:
+        """Bits for each weight."""
+        return 8 * self.dtype.nbytes / self.dtype.block
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a value of 1 stands for in each group when it is encoded and when it is read back, and how far the latter
+    may be off in a file of another program."""
+
+    encoded: Floats
+    decoded: Floats
+    slack: Floats
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An encoding whose scales lie in tensors of their own, beside that of the codes.
+
+    `parts` are the stored tensors, codes first, named as they follow the module's name. `encode` makes codes of rows
+    [n, columns] that are whole groups, and of their sizes; `finish` makes the bytes of the other parts when all sizes
+    are known; `decode` makes a reader of float32 rows from the parts by name, and the shape. With `whole` a tensor is
+    read once for its size and once more for its codes; `rounded` is the type that its weights, of the source's type,
+    are rounded to before.
+
+    For verification: `settle` tells what becomes of sizes, and `nearest` what the nearest codes of weights stand for,
+    both as parts of what 1 stands for in their group.
+    """
+
+    name: str
+    dtype: DType  # of what `decode` reads
+    grain: Grain
+    parts: Callable[[LazyTensor], tuple[Part, ...]]
+    encode: Callable[[Floats, Floats], Array]
+    finish: Callable[[LazyTensor, Floats], tuple[bytes, ...]]
+    decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
+    nearest: Callable[[Floats], Floats]
+    settle: Callable[[Floats], Settled]
+    bound: Bound
+    rounded: Callable[[DType], DType] | None = None
+    whole: bool = False
+
+    def groups(self, tensor: LazyTensor) -> int:
+        """How many groups, each with a size, a tensor has."""
+        return 1 if self.whole else int(self.grain.span(0, tensor.rows, tensor.columns).stop)

@@ -1,0 +1,111 @@
+"""What a target will hold: entries with their encodings, their places in files, and every other byte of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from neoxconv.core.encoding import Context, Encoding, Part, Scaled
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.dtypes import Array, Floats
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor on its way into a target: the target's name for it, where it comes from and how it is stored."""
+
+    name: str
+    unified: str
+    tensor: LazyTensor
+    encoding: Encoding | Scaled
+    context: Context | None = None  # only where the encoding has a search
+
+    @property
+    def search(self) -> Callable[[Floats, Context], Array] | None:
+        """The encoder that makes use of a context, if there is one."""
+        return self.encoding.search if isinstance(self.encoding, Encoding) else None
+
+    @property
+    def copied(self) -> bool:
+        """Whether the target stores the tensor as the source does, so that its bytes pass as they are."""
+        return isinstance(self.encoding, Encoding) and self.tensor.dtype.name == self.encoding.dtype.name
+
+    @property
+    def facts(self) -> list[str]:
+        """What decides its bytes besides the weights."""
+        return [self.name, self.encoding.name, *([self.context.digest] if self.context else [])]
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors that the target holds of it: one, or codes and what belongs to them."""
+        if isinstance(self.encoding, Encoding):
+            return (Part(self.name, self.encoding.dtype, self.tensor.shape),)
+        module = self.name.removesuffix("weight")
+        return tuple(replace(part, name=module + part.name) for part in self.encoding.parts(self.tensor))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, late ones at their longest."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are held until the last row is encoded: sizes, and what is made of them."""
+        return 2 * 4 * self.encoding.groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the bytes of one of an entry's parts begin in its file."""
+
+    entry: Entry
+    offset: int
+    number: int = 0
+
+    @property
+    def part(self) -> Part:
+        return self.entry.parts[self.number]
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is kept of written bytes: their SHA-256, and their CRC-32 where the layout wants it, else 0.
+
+    Of an entry's first slot also how many of its weights were beyond its encoding's limit, and its late part.
+    """
+
+    sha256: str
+    crc32: int = 0
+    overflow: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Late:
+    """A small range that needs what is known of the file's written slots, given in their order."""
+
+    offset: int
+    size: int
+    make: Callable[[Sequence[Digest]], bytes]
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A file with every byte accounted for: constant pieces, slots, late ranges; the rest is zero."""
+
+    name: str
+    size: int
+    pieces: tuple[tuple[int, bytes], ...]
+    slots: tuple[Slot, ...]
+    late: tuple[Late, ...] = ()
+    crcs: bool = False  # whether late ranges want the slots' CRC-32s
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a target will hold: files of weights, small files as they are, and what is worth telling."""
+
+    files: tuple[FileLayout, ...]
+    sidecars: dict[str, bytes]
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,222 @@
+"""What a model is, and what a source holds of it: the nouns that every reader shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.dtypes import Floats
+from neoxconv.storage.files import Storage
+from neoxconv.storage.remote import Place
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The hyperparameters that change the function, in one spelling."""
+
+    layers: int
+    hidden: int
+    heads: int
+    ff: int
+    rows: int  # of the embedding: the vocabulary with its padding
+    context: int
+    rotary_pct: float  # part of each head that is rotated
+    rotary_base: float
+    norm_eps: float
+    parallel_residual: bool  # attention and MLP read the same stream (gpt_j_residual)
+    activation: str  # "gelu" (erf) or "gelu_tanh"
+    tied: bool  # the head is the embedding
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the words in a weight's `shape` stand for."""
+        return {"rows": self.rows, "hidden": self.hidden, "qkv": 3 * self.hidden, "ff": self.ff}
+
+    @property
+    def rotary_dims(self) -> int:
+        """Numbers of each head that are rotated, as every implementation rounds them: down."""
+        return int(self.head_size * self.rotary_pct)
+
+
+Ranks = Sequence[LazyTensor]
+
+
+@dataclass(frozen=True)
+class Join:
+    """How the tensor-parallel ranks' parts become one tensor, and how one tensor becomes parts."""
+
+    name: str
+    join: Callable[[Ranks, ModelConfig], LazyTensor]
+    split: Callable[[LazyTensor, int, ModelConfig], list[LazyTensor]]
+
+
+Order = Callable[[ModelConfig], npt.NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of an architecture's table; `{i}` in a name stands for the layer."""
+
+    stage: str  # embed, layer, norm, head: which layer file holds it
+    source: tuple[str, ...]  # its name in a layer file, one per generation of gpt-neox
+    join: Join
+    role: str  # qkv, attn_out, mlp_in, mlp_out, embedding, head, norm, bias: what a mix asks for
+    shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
+    unified: str  # its Hugging Face name, used in every message
+    gguf: str
+    gguf_order: Order | None = None  # the order of rows in GGUF, as indices of unified rows
+    norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
+
+    def at(self, layer: int) -> Weight:
+        """The weight of one layer: its unified names and its GGUF name with the number in them."""
+        number = str(layer)
+        norm = self.norm.replace("{i}", number) if self.norm else None
+        return replace(
+            self, unified=self.unified.replace("{i}", number), gguf=self.gguf.replace("{i}", number), norm=norm
+        )
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor of every layer that gpt-neox stored until 2024, though it follows from the hyperparameters."""
+
+    source: str  # its name in a layer file
+    after: str  # the oldest name of the weight that it follows there
+    values: Callable[[ModelConfig], Floats]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that tensors are read from, with the SHA-256 of what describes them (header, zip directory and pickle)."""
+
+    storage: Storage
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a reader finds in a source: names as the source spells them, nothing interpreted, no weight read.
+
+    `ranks` has one dictionary for each tensor-parallel rank (one for formats without ranks), in the stored order.
+    For gpt-neox the names are `N.name` with the layer index N, for pipeline and sequential files alike.
+    """
+
+    format: str  # neox, hf, safetensors, gguf
+    folder: Place
+    files: tuple[SourceFile, ...]
+    ranks: tuple[dict[str, LazyTensor], ...]
+    settings: dict[str, Any]  # merged YAML, config.json or GGUF keys, as found
+    states: dict[int, Any] = field(default_factory=dict)  # gpt-neox: number of an mp_rank file -> its bookkeeping
+    sequential: bool = False  # gpt-neox: the weights lie in the mp_rank files
+    ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
+    configs: tuple[Place, ...] = ()  # gpt-neox: the YAML files
+    set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
+    stored: tuple[dict[str, LazyTensor], ...] = ()  # gpt-neox: what fp32 masters in `ranks` stand in for, if they do
+
+    @property
+    def where(self) -> Place:
+        """What messages call the source: the file that it is, or the folder."""
+        alone = self.format in ("gguf", "safetensors") and len(self.files) == 1
+        return self.files[0].storage.path if alone else self.folder
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the shapes of a source's tensors tell of the model, over all ranks."""
+
+    layers: int
+    hidden: int
+    ff: int
+    rows: int
+    tied: bool  # there is no head
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family: the table of its weights, and its hyperparameters in every format's words.
+
+    `config_of[format](index, measured, preset)` gives the hyperparameters, and notes on what was guessed.
+    """
+
+    name: str
+    weights: tuple[Weight, ...]
+    dropped: tuple[str, ...]  # patterns of buffers that are recomputed, by any format's name
+    config_of: Mapping[str, Callable[[Index, Measured, str | None], tuple[ModelConfig, tuple[str, ...]]]]
+    to_hf: Callable[[ModelConfig, str], dict[str, Any]]
+    to_gguf: Callable[[ModelConfig], dict[str, Any]]
+    to_neox: Callable[[ModelConfig], dict[str, Any]]
+    buffers: tuple[Buffer, ...] = ()
+
+    def names(self, config: ModelConfig) -> list[tuple[int | None, Weight]]:
+        """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
+        before = [(None, w) for w in self.weights if w.stage == "embed"]
+        layers = [(i, w.at(i)) for i in range(config.layers) for w in self.weights if w.stage == "layer"]
+        after = [(None, w) for w in self.weights if w.stage == "norm" or (w.stage == "head" and not config.tied)]
+        return [*before, *layers, *after]
+
+    def stored(self, config: ModelConfig) -> Iterator[tuple[int | None, Weight, Buffer | None]]:
+        """Every tensor of 2022's layer files in their order: a weight, or the buffer that follows it."""
+        for layer, weight in self.names(config):
+            yield layer, weight, None
+            yield from ((layer, weight, buffer) for buffer in self.buffers if buffer.after == weight.source[0])
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What was asked for when a checkpoint was opened, with which it is opened anew elsewhere."""
+
+    path: Place
+    config: tuple[Path, ...] = ()  # gpt-neox YAML files, instead of those beside the weights
+    preset: str | None = None  # a released model
+    norms: str = "mean"  # how the ranks' norms are joined
+    weights: str = "stored"  # or master, the optimizer's fp32 copies
+    partial: bool = False  # whether it may be a part of a model
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model from any source under unified names: nothing is read until rows are asked for."""
+
+    opening: Opening
+    index: Index
+    architecture: Architecture
+    config: ModelConfig
+    tensors: dict[str, LazyTensor]  # unified names, in the order of the forward pass
+    dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
+    notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
+
+    @property
+    def norms(self) -> str:
+        """How the ranks' norms were joined."""
+        return self.opening.norms
+
+    @property
+    def weights(self) -> str:
+        """Which weights were read."""
+        return self.opening.weights
+
+    @property
+    def unusual(self) -> dict[str, str]:
+        """Which weights it is made of, for fingerprints and manifests; nothing where they are the stored ones."""
+        return {"weights": self.weights} if self.weights != "stored" else {}
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Numbers in the unified model."""
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as plain values, for manifests and tables."""
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}

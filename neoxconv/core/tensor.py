@@ -1,0 +1,96 @@
+"""A tensor that is not read yet: its shape, how its rows are stored, and a function that reads a band of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from neoxconv.dtypes import F32, Array, DType, Floats, widen
+from neoxconv.storage.files import Storage
+
+Read = Callable[[int, int], Array]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Rows `start` to `stop` on request.
+
+    `read` returns [stop - start, *shape[1:]] of `dtype.stored`; for a block type [stop - start, row bytes] of uint8.
+    `native` is the number type in which the source holds the values: what a writer keeps unless told otherwise.
+    It differs from `dtype` where reading computes (a mean in F32 of F16 ranks). A 1-D tensor has rows of one number.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    read: Read
+    native: DType
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows as `dtype` stores them."""
+        return self.dtype.size(self.rows * self.columns)
+
+    def floats(self, start: int, stop: int) -> Floats:
+        """Rows `start` to `stop` as float32; only for plain types."""
+        return widen(self.read(start, stop), self.dtype)
+
+
+def stored(file: Storage, offset: int, shape: Sequence[int], dtype: DType) -> LazyTensor:
+    """The tensor whose rows lie one after the other from byte `offset` of `file` on."""
+    tail = tuple(shape[1:])
+    row = dtype.size(math.prod(tail))
+
+    def read(start: int, stop: int) -> Array:
+        data = file.read(offset + start * row, (stop - start) * row)
+        if dtype.block > 1:
+            return data.reshape(stop - start, row)
+        return data.view(dtype.stored).reshape(stop - start, *tail)
+
+    return LazyTensor(tuple(shape), dtype, read, dtype)
+
+
+def computed(like: LazyTensor, read: Callable[[int, int], Floats], shape: tuple[int, ...] | None = None) -> LazyTensor:
+    """A tensor of float32 results, not yet rounded, whose writers default to the type of `like`."""
+    return LazyTensor(shape or like.shape, F32, read, like.native)
+
+
+def constant(values: Floats) -> LazyTensor:
+    """A small tensor that is held in memory."""
+    return LazyTensor(values.shape, F32, lambda start, stop: values[start:stop], F32)
+
+
+def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Rows `start` to `stop` as a tensor."""
+    return replace(tensor, shape=(stop - start, *tensor.shape[1:]), read=lambda a, b: tensor.read(start + a, start + b))
+
+
+def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
+    """The tensor whose row i is row `order[i]` of `tensor`; runs of neighbouring rows are read together."""
+    cuts = np.flatnonzero(np.diff(order) != 1) + 1
+
+    def read(start: int, stop: int) -> Array:
+        inside = cuts[np.searchsorted(cuts, start, "right") : np.searchsorted(cuts, stop, "left")]
+        borders = [start, *inside.tolist(), stop]
+        runs = [tensor.read(int(order[a]), int(order[a]) + b - a) for a, b in itertools.pairwise(borders)]
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+    return replace(tensor, read=read)
+
+
+def slabs(tensor: LazyTensor, slab: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Borders of bands of rows that take at most `slab` bytes each as float32: multiples of `unit`, one at least."""
+    step = max(1, slab // (4 * max(1, tensor.columns) * unit)) * unit
+    for start in range(0, tensor.rows, step):
+        yield start, min(start + step, tensor.rows)

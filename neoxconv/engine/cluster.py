@@ -1,0 +1,177 @@
+"""A run on a Dask cluster: each worker makes the plan once, and then takes steps, or whole files for an object store.
+
+What travels to a worker is how the plan is made and a number, never an open file or a weight; what comes back are
+digests. Dask queues, retries and replaces workers that die: a step done twice writes the same bytes twice.
+"""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from neoxconv.core.model import Opening
+from neoxconv.engine.plan import Plan, Step, make_plan, resume_key
+from neoxconv.engine.steps import Digests, Work, run_step
+from neoxconv.engine.target_file import begin_file, finish_file
+from neoxconv.engine.workers import Submit
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.sources.checkpoint import reopen
+from neoxconv.sources.tokenizer import tokenizer_path
+from neoxconv.storage.remote import Remote
+from neoxconv.targets.recipe import Recipe
+
+SCHEME = "dask://"
+PATIENCE = 10  # seconds until a scheduler must have answered
+RETRIES = 2  # of what failed on a worker
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a plan is made, and what must come of it everywhere; `state` is that of the files of a remote source."""
+
+    opening: Opening
+    recipe: Recipe
+    fingerprint: str
+    state: str = ""
+
+
+@dataclass(frozen=True)
+class Errand:
+    """One step for a worker, in files that it sees: its number, and what it needs of the run."""
+
+    origin: Origin
+    number: int
+    folder: Path
+    known: Digests
+    slab: int
+    allow_nonfinite: bool
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One file for a worker, which makes it on a disk of its own and sends it to `place`."""
+
+    origin: Origin
+    number: int
+    place: Remote
+    slab: int
+    allow_nonfinite: bool
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Executor]:
+    """The workers of the scheduler at `address`; raises PlanError where there is none."""
+    try:
+        from distributed import Client
+        from distributed.comm.core import CommClosedError
+        from distributed.scheduler import KilledWorker
+    except ImportError as error:
+        raise PlanError("--executor dask://HOST:PORT needs Dask: pip install 'neoxconv[dask]'.") from error
+    try:
+        client: Any = Client(f"tcp://{address.removeprefix(SCHEME)}", timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise PlanError(f"{address}: no Dask scheduler answers there; start one with `dask scheduler`.") from error
+    with client:
+        try:
+            yield client.get_executor(pure=False, retries=RETRIES)
+        except (CancelledError, CommClosedError) as error:
+            raise NeoxconvError(
+                f"{address}: the scheduler is gone; start it and run the same command again to continue."
+            ) from error
+        except KilledWorker as error:
+            raise NeoxconvError(
+                f"{address}: one step ended its worker each time; look for `memory` in the workers' logs, "
+                "and give them a smaller --memory."
+            ) from error
+
+
+def steps_there(pool: Executor, plan: Plan, work: Work) -> Submit:
+    """What gives steps to workers that see the same files under the same paths."""
+    origin = origin_of(plan)
+
+    def submit(step: Step) -> Future[Digests]:
+        known = {key: work.known[key] for key in step.keys if key in work.known}
+        return pool.submit(do, Errand(origin, step.number, work.folder, known, work.slab, work.allow_nonfinite))
+
+    return submit
+
+
+def origin_of(plan: Plan) -> Origin:
+    """How a plan was made, in paths that hold in any working directory."""
+    opening, recipe = plan.checkpoint.opening, plan.recipe
+    path = opening.path if isinstance(opening.path, Remote) else opening.path.absolute()
+    opening = replace(opening, path=path, config=tuple(path.absolute() for path in opening.config))
+    found = {"tokenizer": tokenizer_path(plan.checkpoint, recipe.tokenizer), "imatrix": recipe.imatrix}
+    files: Any = {name: path.absolute() for name, path in found.items() if isinstance(path, Path)}
+    state = resume_key(plan) if isinstance(opening.path, Remote) else ""
+    return Origin(opening, replace(recipe, **files), plan.fingerprint, state)
+
+
+def do(errand: Errand) -> Digests:
+    """Take a step, on a worker."""
+    plan = plan_of(errand.origin)
+    work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite, source=plan.source)
+    with told_as_a_worker_s():
+        return run_step(work, plan.steps[errand.number])
+
+
+def deliver(delivery: Delivery) -> dict[str, Any]:
+    """Make a file and send it, on a worker: the manifest's entry for it."""
+    plan = plan_of(delivery.origin)
+    file = plan.files[delivery.number]
+    with told_as_a_worker_s(), tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
+        folder = Path(made)
+        begin_file(file, folder)
+        work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite, source=plan.source)
+        digests = {key: digest for step in plan.steps_of(file) for key, digest in run_step(work, step).items()}
+        described = finish_file(file, folder, digests)
+        delivery.place.put(folder / file.name, work.stop)
+    return described
+
+
+@contextmanager
+def told_as_a_worker_s() -> Iterator[None]:
+    """Errors of the operating system in words that say on which machine."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NeoxconvError(
+            f"{error.filename}: is not there on worker {socket.gethostname()}; the workers of a cluster must see "
+            "source and target under the same paths."
+        ) from error
+    except OSError as error:
+        raise NeoxconvError(
+            f"{error.filename or tempfile.gettempdir()} on worker {socket.gethostname()}: {error.strerror or error}; "
+            "see to it there, and run the same command again to continue."
+        ) from error
+
+
+MAKING = threading.Lock()  # one thread of a worker makes the plan, the others wait for it
+
+
+def plan_of(origin: Origin) -> Plan:
+    """The plan of a run, on a worker."""
+    with MAKING:
+        return made_anew(origin)
+
+
+@lru_cache(maxsize=1)
+def made_anew(origin: Origin) -> Plan:
+    """The plan made anew; raises PlanError where this machine comes to another one."""
+    if isinstance(origin.opening.path, Remote):
+        origin.opening.path.fs.invalidate_cache()
+    plan = make_plan(reopen(origin.opening), origin.recipe)
+    if plan.fingerprint != origin.fingerprint or (origin.state and origin.state != resume_key(plan)):
+        raise PlanError(
+            f"{origin.opening.path}: a worker comes to another plan; it must see the same files and have the same "
+            "version of neoxconv."
+        )
+    return plan

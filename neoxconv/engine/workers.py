@@ -1,0 +1,42 @@
+"""Who takes a run's steps: threads of this process here, the workers of a cluster in cluster.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+
+from neoxconv.engine.journal import Journal
+from neoxconv.engine.plan import Step
+from neoxconv.engine.steps import Digests, Progress, Work, run_step
+
+Submit = Callable[[Step], Future[Digests]]
+
+
+@contextmanager
+def threads(work: Work, jobs: int) -> Iterator[Submit]:
+    """What gives steps to threads of this process, which stop when it is left."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield lambda step: pool.submit(run_step, work, step)
+        finally:
+            work.stop.set()
+
+
+def run_steps(steps: Sequence[Step], submit: Submit, journal: Journal, done: Progress = lambda count: None) -> Digests:
+    """The digests of all slots, each noted as soon as its step is done, whose bytes `done` is then told.
+
+    The largest steps start first, so that none is left alone at the end.
+    """
+    futures = {submit(step): step.nbytes for step in sorted(steps, key=lambda step: -step.nbytes)}
+    digests: Digests = {}
+    try:
+        for future in as_completed(futures):
+            for key, digest in future.result().items():
+                journal.add(key, digest)
+                digests[key] = digest
+            done(futures[future])
+    finally:
+        for future in futures:
+            future.cancel()
+    return digests

@@ -1,0 +1,93 @@
+"""Where a run works, and that it works there alone.
+
+The lock is the operating system's, on a file in TARGET.partial: it ends with the process that holds it, however that
+ends, so a stale one does not exist. The file says which process it is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from neoxconv.errors import PlanError
+from neoxconv.storage.remote import Place, Remote
+
+LOCK = "lock"
+
+
+def partial_of(target: Path) -> Path:
+    """Where a target is made."""
+    return target.with_name(target.name + ".partial")
+
+
+def work_of(target: Place) -> Path:
+    """Where a run works on a target: beside it, or for one in a store in the working folder."""
+    return partial_of(Path.cwd() / target.name if isinstance(target, Remote) else target)
+
+
+def made_in(work: Path) -> Path:
+    """Where in it the target's files lie; beside them are the journal and the lock."""
+    return work / "target"
+
+
+def has_files(work: Path) -> bool:
+    """Whether any file of a target is there; else a run was killed before its first one, or after its last rename."""
+    return any(path.is_file() for path in made_in(work).rglob("*"))
+
+
+def held(work: Path) -> int:
+    """The bytes of disk that unfinished work takes."""
+    return sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """The folder `work`, made where it is missing, for this process alone.
+
+    Raises PlanError naming the process that has it. File systems without locks are used without.
+    """
+    descriptor = hold(work)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def hold(work: Path) -> int:
+    """The descriptor of the lock; a run that ends takes the file away, so it is looked for again after locking."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the other run has just finished
+            continue
+        try:
+            take(descriptor, work)
+            if os.path.samestat(os.fstat(descriptor), os.stat(work / LOCK)):
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def take(descriptor: int, work: Path) -> None:
+    """Lock an open file, or raise PlanError where another process has."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "unknown"
+        raise PlanError(
+            f"{work}: another run is at work there, process {holder}; wait until it ends, or stop it."
+        ) from error
+    except OSError:
+        return

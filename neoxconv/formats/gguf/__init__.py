@@ -1,0 +1,1 @@
+"""GGUF: `read` indexes a file, `write` lays one out."""

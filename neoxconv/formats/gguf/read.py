@@ -1,0 +1,302 @@
+"""GGUF: typed keys, then for each tensor a name, extents, a type and an offset, then the aligned tensors.
+
+    "GGUF" version:u32 tensors:u64 keys:u64
+    key:    name type:u32 value          string = length:u64 bytes; array = type:u32 count:u64 items
+    tensor: name dims:u32 extents:u64... type:u32 offset:u64      extents from the fastest, offset from the data's start
+
+Source: ggml's gguf.cpp. This file reads; gguf_layout.py writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from neoxconv.core.model import Index, SourceFile
+from neoxconv.core.tensor import LazyTensor, stored
+from neoxconv.dtypes import F16, F32, FLOATS, PLAIN, DType
+from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage.remote import Place, together
+
+MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
+SPLIT = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
+
+# Far above any model (20B: a header of 3 MB, 532 tensors), low enough to bound the memory that a lying file can take.
+MAX_HEADER, MAX_NAME, MAX_DIMS, MAX_DEPTH, MAX_ALIGNMENT = 64 << 20, 0xFFFF, 4, 4, 1 << 20
+MAX_COUNT, MAX_ITEMS, CHUNK = 1 << 16, 1 << 22, 1 << 20  # keys or tensors; items of all arrays; bytes read at first
+
+# ggml's number of a type, its name, the weights of a block and their bytes. Source: ggml.h and ggml-common.h.
+BLOCKS = (
+    (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24), (8, "Q8_0", 32, 34),
+    (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144), (13, "Q5_K", 256, 176),
+    (14, "Q6_K", 256, 210), (16, "IQ2_XXS", 256, 66), (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98),
+    (19, "IQ1_S", 256, 50), (20, "IQ4_NL", 32, 18), (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82),
+    (23, "IQ4_XS", 256, 136), (29, "IQ1_M", 256, 56), (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66),
+    (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36),
+)  # fmt: skip
+NUMBERED = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
+TYPES = {number: PLAIN[name] for number, name in NUMBERED.items()} | {
+    number: DType(name, weights, nbytes, np.dtype(np.uint8)) for number, name, weights, nbytes in BLOCKS
+}
+NUMBERS = {dtype.name: number for number, dtype in TYPES.items()}
+
+# The types of keys' values: struct's letters; 8 is a string, 9 an array.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+STRUCTS = {letter: struct.Struct("<" + letter) for letter in SCALARS.values()}
+LEAST = {STRING: 8, ARRAY: 12, **{kind: STRUCTS[letter].size for kind, letter in SCALARS.items()}}  # bytes of an item
+
+
+def index(path: Place) -> Index:
+    """Index a GGUF file, or all parts of the split file that `path` is one part of.
+
+    The settings are the keys of the first part, without `split.*`. Raises CheckpointError for whatever is malformed.
+    """
+    headers = together(lambda part: read_header(open_storage(part)), parts(path), path)
+    check_parts(headers)
+    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    return Index(
+        "gguf",
+        path.parent,
+        tuple(SourceFile(header.file, header.checksum) for header in headers),
+        (with_native_types(tensors),),
+        {key: value for key, value in headers[0].keys.items() if not key.startswith("split.")},
+    )
+
+
+def parts(path: Place) -> list[Place]:
+    """The file, or every part of a split one; raises CheckpointError naming the parts that are missing."""
+    match = SPLIT.fullmatch(path.name)
+    if not match:
+        return [path]
+    number, count = int(match[2]), int(match[3])
+    if not 1 <= number <= count:
+        raise CheckpointError(f"{path}: is named part {number} of {count}; give it its own name back.")
+    names = [path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    raise_all(CheckpointError, (f"{name}: is missing; download it again." for name in names if not name.is_file()))
+    return names
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, with the SHA-256 of the bytes that say it."""
+
+    file: Storage
+    keys: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    checksum: str
+
+
+def check_parts(headers: Sequence[Header]) -> None:
+    """Raise CheckpointError unless the files are all parts of one model, in order, and no tensor is in two of them."""
+    seen: dict[str, Storage] = {}
+    total = sum(len(header.tensors) for header in headers)
+    problems = []
+    for number, header in enumerate(headers):
+        expected = {"split.no": number, "split.count": len(headers), "split.tensors.count": total}
+        if len(headers) == 1:  # a whole model may be silent, and llama.cpp gives a merged one the count 0
+            expected = {} if header.keys.get("split.count", 1) in (0, 1) else {"split.count": 1}
+        problems += [
+            f"{header.file.path}: {key} is {header.keys.get(key)!r:.40}, expected {value}; "
+            "give all parts of one model, under the names that they were made with."
+            for key, value in expected.items()
+            if header.keys.get(key) != value
+        ]
+        twice = [name for name in header.tensors if name in seen]
+        problems += [
+            f"{header.file.path}: holds {name!r:.100}, as {seen[name].name} does; download both." for name in twice
+        ]
+        seen |= dict.fromkeys(header.tensors, header.file)
+    raise_all(CheckpointError, problems)
+
+
+def with_native_types(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors with the type a plain target keeps: blocks F16, vectors (always F32 here) what most matrix bytes are."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if len(tensor.shape) > 1 and native(tensor.dtype).name in FLOATS:
+            sizes[native(tensor.dtype).name] += tensor.nbytes
+    common = PLAIN[max(sizes, key=lambda name: sizes[name])] if sizes else F16
+    return {
+        name: replace(tensor, native=common if len(tensor.shape) == 1 and tensor.dtype == F32 else native(tensor.dtype))
+        for name, tensor in tensors.items()
+    }
+
+
+def native(dtype: DType) -> DType:
+    """The plain type that stands for a stored one."""
+    return dtype if dtype.block == 1 else F16
+
+
+class Cursor:
+    """Reads a header from front to back, in chunks, never beyond the file; `subject` is what messages name."""
+
+    def __init__(self, file: Storage) -> None:
+        self.file, self.subject = file, "the header"
+        self.buffer, self.position, self.items = b"", 0, 0
+
+    def damaged(self, problem: str) -> CheckpointError:
+        """The error to raise where the subject is not what it must be."""
+        return CheckpointError(f"{self.file.path}: {self.subject}: {problem}; download the file again.")
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        end = self.position + count
+        if end > len(self.buffer):
+            self.fetch(end)
+        data, self.position = self.buffer[self.position : end], end
+        return data
+
+    def fetch(self, end: int) -> None:
+        """Have the file's bytes up to `end` in the buffer, which doubles so that few bytes are copied often."""
+        limit = min(self.file.size, MAX_HEADER)
+        if end > limit:
+            raise self.damaged(f"claims bytes {self.position} to {end} of {limit}")
+        stop = min(max(end, 2 * len(self.buffer), CHUNK), self.file.size)
+        self.buffer += self.file.text(len(self.buffer), stop - len(self.buffer))
+
+    def number(self, letter: str) -> Any:
+        """The next number of a struct type."""
+        return STRUCTS[letter].unpack(self.take(STRUCTS[letter].size))[0]
+
+    def count(self, limit: int, least: int) -> int:
+        """The next number, as a count of things of `least` bytes or more that are still to come."""
+        count: int = self.number("Q")
+        if count > limit or count * least > self.file.size - self.position:
+            raise self.damaged(f"claims {count} items, at most {limit}, in {self.file.size - self.position} bytes")
+        return count
+
+    def string(self, limit: int = MAX_HEADER) -> str:
+        """The next string, of at most `limit` bytes."""
+        length = self.number("Q")
+        if length > limit:
+            raise self.damaged(f"claims a string of {length} bytes, at most {limit} are read")
+        try:
+            return self.take(length).decode()
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"is not UTF-8 ({error.reason} at byte {error.start} of a string)") from error
+
+    def name(self, what: str, taken: dict[str, Any]) -> str:
+        """The next string as a new name of a `what`; messages name it from here on."""
+        self.subject = f"the name of {what} {len(taken)}"
+        name = self.string(MAX_NAME)
+        if not name:
+            raise self.damaged("is empty")
+        self.subject = f"{what} {name!r:.100}"
+        if name in taken:
+            raise self.damaged("is there twice")
+        return name
+
+    def kind(self) -> int:
+        """The next number, as the type of a value."""
+        kind: int = self.number("I")
+        if kind not in LEAST:
+            raise self.damaged(f"has a value of type {kind}, expected 0 to {max(LEAST)}")
+        return kind
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """The next value of a key's type; arrays become lists."""
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if depth == MAX_DEPTH:
+            raise self.damaged(f"has arrays in arrays, more than {MAX_DEPTH} deep")
+        inner = self.kind()
+        count = self.count(MAX_ITEMS - self.items, LEAST[inner])
+        self.items += count
+        if inner in SCALARS:
+            return list(struct.unpack(f"<{count}{SCALARS[inner]}", self.take(count * LEAST[inner])))
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+
+def read_header(file: Storage) -> Header:
+    """Index one file; raises CheckpointError where the header is damaged or lies about the file."""
+    cursor = Cursor(file)
+    if cursor.take(min(4, file.size)) != MAGIC:
+        raise CheckpointError(f"{file.path}: is not a GGUF file: expected it to begin with GGUF; give another file.")
+    check_version(file, cursor.number("I"))
+    tensor_count, key_count = cursor.count(MAX_COUNT, 33), cursor.count(MAX_COUNT, 13)
+    keys: dict[str, Any] = {}
+    for _ in range(key_count):
+        name = cursor.name("key", keys)
+        keys[name] = cursor.value(cursor.kind())
+    places = read_places(cursor, tensor_count)
+    alignment = read_alignment(file, keys)
+    base = -(-cursor.position // alignment) * alignment
+    check_places(file, places, base, alignment)
+    tensors = {name: stored(file, base + p.offset, p.shape, p.dtype) for name, p in places.items()}
+    return Header(file, keys, tensors, hashlib.sha256(cursor.buffer[: cursor.position]).hexdigest())
+
+
+def check_version(file: Storage, version: int) -> None:
+    """Raise CheckpointError for a version, or an order of bytes, that is not read."""
+    if version in VERSIONS:
+        return
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    found = f"big-endian, version {swapped}" if swapped in VERSIONS else f"version {version}"
+    raise CheckpointError(f"{file.path}: is GGUF {found}; expected little-endian, version 2 or 3. Convert it first.")
+
+
+def read_alignment(file: Storage, keys: dict[str, Any]) -> int:
+    """The number of which every tensor's offset is a multiple: a power of two, as ggml demands."""
+    found = keys.get("general.alignment", ALIGNMENT)
+    if type(found) is not int or not 1 <= found <= MAX_ALIGNMENT or found & (found - 1):
+        expected = f"expected a power of two up to {MAX_ALIGNMENT}; download the file again."
+        raise CheckpointError(f"{file.path}: general.alignment is {found!r:.40}, {expected}")
+    return found
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor as the header describes it; the offset counts from the data's start."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    offset: int
+    nbytes: int
+
+
+def read_places(cursor: Cursor, count: int) -> dict[str, Span]:
+    """The descriptions of the next `count` tensors."""
+    places: dict[str, Span] = {}
+    for _ in range(count):
+        name = cursor.name("tensor", places)
+        dims = cursor.number("I")
+        if not 1 <= dims <= MAX_DIMS:
+            raise cursor.damaged(f"has {dims} dimensions, expected 1 to {MAX_DIMS}")
+        shape = tuple(reversed([cursor.number("Q") for _ in range(dims)]))
+        kind, offset = cursor.number("I"), cursor.number("Q")
+        if kind not in TYPES:
+            raise CheckpointError(
+                f"{cursor.file.path}: {cursor.subject} is of ggml type {kind}, which cannot be read; give another file."
+            )
+        dtype = TYPES[kind]
+        row = shape[-1] if dims > 1 else 1  # a vector's rows are single numbers
+        if 0 in shape or row % dtype.block:
+            raise cursor.damaged(f"has shape {list(shape)}, expected rows of a multiple of {dtype.block} weights")
+        places[name] = Span(shape, dtype, offset, math.prod(shape) // dtype.block * dtype.nbytes)
+    return places
+
+
+def check_places(file: Storage, places: dict[str, Span], base: int, alignment: int) -> None:
+    """Raise CheckpointError where a tensor is not aligned, shares bytes with another or reaches beyond the file."""
+    end, before = 0, ""
+    for name, place in sorted(places.items(), key=lambda item: item[1].offset):
+        where = f"{file.path}: tensor {name!r:.100}"
+        if place.offset % alignment:
+            raise CheckpointError(f"{where}: begins at {place.offset}, no multiple of {alignment}; download it again.")
+        if place.offset < end:
+            raise CheckpointError(f"{where}: begins at {place.offset}, inside of {before!r:.100}; download it again.")
+        end, before = place.offset + place.nbytes, name
+        if base + end > file.size:
+            raise CheckpointError(f"{where}: ends at byte {base + end}, the file at {file.size}; download it again.")

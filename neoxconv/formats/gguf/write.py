@@ -1,0 +1,150 @@
+"""The layout of GGUF files, version 3: keys and tensor descriptions in one header, tensors at multiples of 32 bytes.
+
+Types of keys and the parts of a split file are those of llama.cpp's converter and of gguf-py's GGUFWriter.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neoxconv.core.layout import Entry, FileLayout, Slot
+from neoxconv.errors import PlanError
+from neoxconv.formats.gguf.read import ALIGNMENT, ARRAY, MAGIC, MAX_DIMS, NUMBERS, SCALARS, STRING
+
+U16, U32, I32, F32, BOOL, U64, I64 = 2, 4, 5, 6, 7, 10, 11
+# Keys whose type is not what their value suggests.
+KEY_TYPES = {"split.no": U16, "split.count": U16, "split.tensors.count": I32}
+KINDS = ((bool, BOOL), (float, F32), (str, STRING), (list, ARRAY))
+RANGES = {U32: (0, 2**32 - 1), I32: (-(2**31), 2**31 - 1), U64: (0, 2**64 - 1), I64: (-(2**63), 2**63 - 1)}
+# Whole numbers take the first type that holds them; gguf-py gives single ones U32 and lists I32.
+WHOLE, WHOLES = (U32, I32, U64, I64), (I32, U32, I64, U64)
+SECTIONS = {"general": 0, "tokenizer": 2}  # the architecture's keys stand between
+MAX_PARTS = 0xFFFF
+
+
+def layout(
+    stem: str, keys: Mapping[str, Any], entries: Sequence[Entry], split_size: int | None
+) -> tuple[FileLayout, ...]:
+    """One file `stem`.gguf, or parts `stem`-00001-of-0000N.gguf of at most `split_size` bytes of tensors each.
+
+    Only the first part has `keys`; a tensor larger than `split_size` has a part to itself. Raises PlanError for a value
+    or an encoding that GGUF cannot hold, and for more parts than it can count.
+    """
+    groups = split(entries, split_size) if split_size else [list(entries)]
+    keys = in_sections(keys)
+    if len(groups) == 1:
+        return (one_file(f"{stem}.gguf", keys, groups[0]),)
+    count = len(groups)
+    if count > MAX_PARTS:
+        raise PlanError(f"{stem}: would be {count} files, at most {MAX_PARTS} can be; choose a larger --split-size.")
+    files = []
+    for number, group in enumerate(groups):
+        own = {"split.no": number, "split.count": count, "split.tensors.count": len(entries)}
+        name = f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+        files.append(one_file(name, {**keys, **own} if number == 0 else own, group))
+    return tuple(files)
+
+
+def in_sections(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys, general ones first and the tokenizer's last; the alignment is ours, whatever a source file had."""
+    ordered = sorted(keys, key=lambda key: SECTIONS.get(key.split(".")[0], 1))
+    return {key: keys[key] for key in ordered if key != "general.alignment"}
+
+
+def split(entries: Sequence[Entry], split_size: int) -> list[list[Entry]]:
+    """Entries in order, in groups of at most `split_size` bytes; a larger one has a group to itself."""
+    groups: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if groups[-1] and size + entry.nbytes > split_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.nbytes
+    return groups
+
+
+def aligned(count: int) -> int:
+    """`count` rounded up to a multiple of 32."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def one_file(name: str, keys: Mapping[str, Any], entries: Sequence[Entry]) -> FileLayout:
+    """A file's header as one piece, and its tensors behind it."""
+    header = [MAGIC, struct.pack("<I2Q", 3, len(entries), len(keys))]
+    header += [string(key, key) + typed(key, value) for key, value in keys.items()]
+    offset, offsets = 0, []
+    for entry in entries:
+        header.append(described(entry, offset))
+        offsets.append(offset)
+        offset += aligned(entry.nbytes)
+    text = b"".join(header)
+    base = aligned(len(text))
+    slots = tuple(Slot(entry, base + at) for entry, at in zip(entries, offsets, strict=True))
+    return FileLayout(name, base + offset, ((0, text),), slots)
+
+
+def described(entry: Entry, offset: int) -> bytes:
+    """A tensor's name, extents from the fastest, type, and `offset` from the data's start."""
+    shape, encoding = entry.tensor.shape, entry.encoding
+    row = shape[-1] if len(shape) > 1 else 1
+    if encoding.name not in NUMBERS or not 1 <= len(shape) <= MAX_DIMS or row % encoding.dtype.block:
+        raise PlanError(
+            f"{entry.name}: GGUF cannot hold shape {list(shape)} as {encoding.name}; expected 1 to {MAX_DIMS} "
+            f"dimensions, rows of a multiple of {encoding.dtype.block} and one of {', '.join(NUMBERS)}."
+        )
+    place = struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), NUMBERS[encoding.name], offset)
+    return string(entry.name, entry.name) + place
+
+
+def string(key: str, text: str) -> bytes:
+    """A length and the bytes."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise PlanError(f"{key!a:.100}: {text!a:.100} is not Unicode text, GGUF cannot hold it.") from error
+    return struct.pack("<Q", len(data)) + data
+
+
+def typed(key: str, value: Any) -> bytes:
+    """A value behind its type."""
+    kind = kind_of(key, [value], WHOLE)
+    return struct.pack("<I", kind) + packed(key, kind, [value])
+
+
+def packed(key: str, kind: int, values: Sequence[Any]) -> bytes:
+    """Values of one type, without it; an array's are its items' type, their count and the items."""
+    if kind == STRING:
+        return b"".join(string(key, value) for value in values)
+    if kind != ARRAY:
+        return numbers(key, kind, values)
+    inner = [kind_of(key, value, WHOLES) for value in values]
+    return b"".join(
+        struct.pack("<IQ", kind, len(value)) + packed(key, kind, value)
+        for kind, value in zip(inner, values, strict=True)
+    )
+
+
+def numbers(key: str, kind: int, values: Sequence[Any]) -> bytes:
+    """Numbers of one type; raises PlanError for a float too large for float32."""
+    try:
+        return struct.pack(f"<{len(values)}{SCALARS[kind]}", *values)
+    except OverflowError as error:
+        raise PlanError(f"{key}: {values!r:.60} does not fit in float32, as which GGUF holds it.") from error
+
+
+def kind_of(key: str, values: Sequence[Any], whole: Sequence[int]) -> int:
+    """The type in which all `values` are stored; of whole numbers the first of `whole` that holds them."""
+    if key in KEY_TYPES:
+        return KEY_TYPES[key]
+    found = {type(value) for value in values} or {int}
+    kinds = [kind for python, kind in KINDS if found == {python}]
+    if found == {int}:
+        low, high = min(values, default=0), max(values, default=0)
+        kinds = [kind for kind in whole if RANGES[kind][0] <= low and high <= RANGES[kind][1]]
+    if not kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in found))
+        raise PlanError(f"{key}: GGUF cannot hold {values!r:.60} ({names}); expected values of one type.")
+    return kinds[0]

@@ -1,0 +1,147 @@
+"""Importance matrices: for every tensor, how much an error in each of its columns matters.
+
+llama.cpp's llama-imatrix makes them: over the tokens of a text, the mean square of what each column is multiplied with.
+    GGUF form  tensors NAME.in_sum2 [columns] and NAME.counts [1]: sums, and the tokens they run over
+    .dat form  entries:i32, each: length:i32 name calls:i32 columns:i32 f32...; then chunks:i32 length:i32 text's name
+Source: llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp. Only ratios within a tensor act.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.dtypes import Doubles, Floats, Numbers
+from neoxconv.errors import CheckpointError
+from neoxconv.formats.gguf import read as gguf
+from neoxconv.storage.files import Storage, open_storage
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+MAX_ENTRIES, MAX_NAME, MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # far above any model
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The importance of columns by the GGUF names of tensors, each scaled to a mean of 1; `chunks` of text made it."""
+
+    path: Path
+    sha256: str
+    entries: dict[str, Floats]
+    chunks: int
+
+
+def read(path: Path) -> Matrix:
+    """The matrix in a file of either form. Raises CheckpointError where it is damaged or holds no importances."""
+    file = open_storage(path)
+    if file.size > MAX_ENTRIES * 256:
+        raise CheckpointError(f"{path}: has {file.size} bytes, too many for an importance matrix; give another file.")
+    data = file.text()
+    found, chunks = read_gguf(file) if data[:4] == gguf.MAGIC else read_dat(file, data)
+    if not found:
+        raise CheckpointError(f"{path}: holds no importances; make it with llama-imatrix.")
+    entries = {name: scaled(path, name, values) for name, values in found.items()}
+    return Matrix(path, hashlib.sha256(data).hexdigest(), entries, chunks)
+
+
+def scaled(path: Path, name: str, values: Floats) -> Floats:
+    """Importances with a mean of 1; none (all 0) stay so. Raises CheckpointError where one is no number from 0 on."""
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if bad.size:
+        raise CheckpointError(
+            f"{path}: {name}: the importance of column {bad[0]} is {values[bad[0]]}, expected a finite one from 0 on; "
+            "make the matrix again."
+        )
+    mean = values.mean(dtype=np.float64)
+    return (values / mean if mean else values).astype(np.float32)
+
+
+def read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
+    """The entries of the GGUF form, and the number of chunks. A tensor that saw no token counts as all alike."""
+    header = gguf.read_header(file)
+    kind = header.keys.get("general.type")
+    if kind != "imatrix":
+        raise CheckpointError(f"{file.path}: general.type is {kind!r:.40}, expected 'imatrix'; give another file.")
+    entries = {}
+    for name, tensor in header.tensors.items():
+        entry = name.removesuffix(SUMS)
+        if entry != name:
+            count = numbers(file, header.tensors.get(entry + COUNTS), entry + COUNTS)
+            sums = numbers(file, tensor, name)
+            if count.size != 1:
+                raise CheckpointError(
+                    f"{file.path}: {entry}: has {count.size} matrices, expected 1; experts are not supported."
+                )
+            entries[entry] = sums if count[0] > 0 else np.ones_like(sums)
+    chunks = header.keys.get("imatrix.chunk_count", 0)
+    return entries, chunks if type(chunks) is int else 0
+
+
+def numbers(file: Storage, tensor: LazyTensor | None, name: str) -> Floats:
+    """A float32 tensor's numbers as a vector; raises CheckpointError where it is none."""
+    if tensor is None or tensor.dtype.name != "F32":
+        found = "is missing" if tensor is None else f"is {tensor.dtype.name}, expected F32"
+        raise CheckpointError(f"{file.path}: {name} {found}; make the matrix again.")
+    return tensor.floats(0, tensor.rows).reshape(-1)
+
+
+def read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int]:
+    """The entries of the .dat form, and the number of chunks, which older files lack."""
+    try:
+        entries = dict(dat_entries(data))
+    except (ValueError, struct.error) as error:
+        what = "it ends early" if isinstance(error, struct.error) else error
+        raise CheckpointError(
+            f"{file.path}: is no importance matrix, in neither the GGUF nor the .dat form, or is damaged ({what}); "
+            "make it again."
+        ) from error
+    end = 4 + sum(12 + len(name.encode()) + values.nbytes for name, values in entries.items())
+    return entries, struct.unpack_from("<i", data, end)[0] if len(data) >= end + 4 else 0
+
+
+def dat_entries(data: bytes) -> Iterator[tuple[str, Floats]]:
+    """Names and importances; raises ValueError or struct.error where the bytes cannot be them."""
+    position = 4
+    for number in range(counted(data, 0, MAX_ENTRIES)):
+        length = counted(data, position, MAX_NAME)
+        name = data[position + 4 : position + 4 + length].decode()
+        position += 4 + length + 4  # the number of calls scales all alike
+        columns = counted(data, position, MAX_COLUMNS)
+        if position + 4 + 4 * columns > len(data):
+            raise ValueError(f"entry {number} ends beyond the file")
+        yield name, np.frombuffer(data, "<f4", columns, position + 4)
+        position += 4 + 4 * columns
+
+
+def counted(data: bytes, offset: int, limit: int) -> int:
+    """The number at `offset`, as a count of 1 to `limit` things."""
+    count: int = struct.unpack_from("<i", data, offset)[0]
+    if not 1 <= count <= limit:
+        raise ValueError(f"a count of {count} at byte {offset}")
+    return count
+
+
+def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> None:
+    """Write the GGUF form that llama.cpp's tools read: `sums` [columns] over all `tokens` [batch, time] of a text.
+
+    Raises OSError where the disk does not take it.
+    """
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [text])
+    writer.add_uint32("imatrix.chunk_count", len(tokens))
+    writer.add_uint32("imatrix.chunk_size", tokens.shape[1])
+    for name in sorted(sums):
+        writer.add_tensor(name + SUMS, sums[name].astype(np.float32))
+        writer.add_tensor(name + COUNTS, np.array([tokens.size], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,72 @@
+"""The training configuration of gpt-neox: YAML files, which come with a download and are trusted no more than it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from neoxconv.errors import CheckpointError
+from neoxconv.storage.files import open_storage
+from neoxconv.storage.remote import Place
+
+LARGEST = 1 << 17  # bytes of a file
+DEEPEST, MOST_VALUES, LONGEST_VALUE = 64, 1 << 16, 3000  # levels; values, every alias followed; characters
+ODD_SCALARS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # what PyYAML raises for them
+
+
+def read_configs(paths: Sequence[Place]) -> dict[str, Any]:
+    """All settings of the YAML files with `_` for `-`; a key given twice must have one value."""
+    merged: dict[str, Any] = {}
+    home: dict[str, Place] = {}
+    for path in paths:
+        for key, value in ((str(key).replace("-", "_"), value) for key, value in read_yaml(path).items()):
+            if key in merged and merged[key] != value:
+                raise CheckpointError(
+                    f"{path}: {key} is {value!r} but {merged[key]!r} in {home[key].name}; "
+                    "give the right file with --config."
+                )
+            merged[key], home[key] = value, home.get(key, path)
+    return merged
+
+
+def read_yaml(path: Place) -> dict[str, Any]:
+    """The settings in one YAML file, in bounded time and memory: nothing is built before its size is known."""
+    import yaml
+
+    file = open_storage(path)
+    if file.size > LARGEST:
+        raise CheckpointError(f"{path}: has {file.size} bytes, expected at most {LARGEST}; give another with --config.")
+    try:
+        loader = yaml.SafeLoader(file.text().decode())
+        root = loader.get_single_node()
+        check_size(root)
+        settings = loader.construct_document(root) if root else None
+    except (*ODD_SCALARS, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as YAML ({' '.join(str(error).split())}); correct it."
+        ) from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{path}: expected the settings of gpt-neox (key: value), found {type(settings).__name__}; "
+            "give another with --config."
+        )
+    return settings
+
+
+def check_size(root: Any) -> None:
+    """Raise ValueError where a YAML, every alias followed, is deeper or larger than any configuration.
+
+    A node's value is a text, a list of nodes, or for a mapping a list of pairs of nodes.
+    """
+    level, values = [root] if root else [], 0
+    for _ in range(DEEPEST):
+        if any(isinstance(node.value, str) and len(node.value) > LONGEST_VALUE for node in level):
+            raise ValueError(f"a value is longer than {LONGEST_VALUE} characters")
+        inside = [node.value for node in level if isinstance(node.value, list)]
+        values += sum(map(len, inside))
+        if values > MOST_VALUES:
+            raise ValueError("it holds more values than any configuration")
+        level = [node for items in inside for item in items for node in (item if isinstance(item, tuple) else (item,))]
+        if not level:
+            return
+    raise ValueError("it is nested deeper than any configuration")

@@ -1,0 +1,113 @@
+"""Numbers that lie one after the other in several pieces, and the tensors that are ranges of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.dtypes import F32, Floats
+from neoxconv.storage.remote import Place
+
+NEAR = 1024  # numbers on either side of a border that are looked at
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Rows of float32, none empty: where each begins, and the file that holds it."""
+
+    pieces: tuple[LazyTensor, ...]
+    starts: tuple[int, ...]
+    files: tuple[Place, ...]
+
+    def piece_at(self, position: int) -> int:
+        """The number of the piece that holds a position."""
+        return bisect_right(self.starts, position) - 1
+
+    def read(self, start: int, stop: int) -> Floats:
+        """The numbers from `start` to `stop`; no others are read."""
+        first = self.piece_at(start)
+        if first == self.piece_at(max(start, stop - 1)):
+            return self.pieces[first].floats(start - self.starts[first], stop - self.starts[first])
+        numbers = np.empty(stop - start, np.float32)
+        for piece, begin in zip(self.pieces[first:], self.starts[first:], strict=True):
+            a, b = max(start, begin), min(stop, begin + piece.rows)
+            if a >= b:
+                break
+            numbers[a - start : b - start] = piece.floats(a - begin, b - begin)
+        return numbers
+
+
+def joined(pieces: Sequence[tuple[Place, LazyTensor]]) -> Flat:
+    """The pieces, empty ones left out, one after the other."""
+    held = [(path, piece) for path, piece in pieces if piece.rows]
+    starts = itertools.accumulate((piece.rows for _, piece in held), initial=0)
+    return Flat(tuple(piece for _, piece in held), tuple(starts)[:-1], tuple(path for path, _ in held))
+
+
+@dataclass(frozen=True)
+class Master:
+    """A tensor that is the numbers of `flat` from `start` on."""
+
+    flat: Flat
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def tensor(self) -> LazyTensor:
+        """It as a tensor of which bands of rows can be read."""
+        columns, tail = math.prod(self.shape[1:]), self.shape[1:]
+
+        def read(start: int, stop: int) -> Floats:
+            begin = self.start + start * columns
+            return self.flat.read(begin, begin + (stop - start) * columns).reshape(stop - start, *tail)
+
+        return LazyTensor(self.shape, F32, read, F32)
+
+    @property
+    def borders(self) -> Iterator[tuple[int, int]]:
+        """Bands of rows: the first and the last ones, and those around each place where another piece begins."""
+        rows, columns = self.tensor.rows, max(1, self.tensor.columns)
+        few = max(1, NEAR // columns)
+        inside = self.flat.starts[self.flat.piece_at(self.start) + 1 : self.flat.piece_at(self.end - 1) + 1]
+        for row in (0, *((start - self.start) // columns for start in inside), rows):
+            yield max(0, row - few), min(rows, row + few)
+
+    @property
+    def end(self) -> int:
+        return self.start + math.prod(self.shape)
+
+    def file_of(self, number: int) -> Place:
+        """The file that holds one of its numbers."""
+        return self.flat.files[self.flat.piece_at(self.start + number)]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What is wrong with the sizes of pieces, and with which of them."""
+
+    piece: int
+    what: str
+
+
+def misfit(sizes: Sequence[int], total: int, padding: Container[int], cut: bool | None) -> Misfit | None:
+    """What is wrong unless pieces of these sizes hold `total` numbers: all are of one size, and what is too much is an
+    admitted `padding` at the end; or it is cut off there. `cut` says which of the two, None that it may be either.
+    """
+    full = sizes[0]
+    whole, lean = [full] * len(sizes), [min(full, max(0, total - i * full)) for i in range(len(sizes))]
+    admitted = {True: [lean], False: [whole], None: [whole, lean]}[cut]
+    left = full * len(sizes) - total
+    if list(sizes) in admitted and (left == 0 or left in padding):
+        return None
+    asked = f"the parameters have {total} numbers"
+    for i, size in enumerate(sizes):
+        if all(size != form[i] for form in admitted):
+            expected = " or ".join(map(str, dict.fromkeys(form[i] for form in admitted)))
+            return Misfit(i, f"partition {i} of {len(sizes)} holds {size} numbers, expected {expected}; {asked}")
+    return Misfit(0, f"{len(sizes)} partitions of {full} numbers hold {sum(sizes)}, but {asked}")

@@ -1,0 +1,189 @@
+"""Kernels of the simple blocks: one scale, or a scale and a least value, for 32 weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.dtypes import Bytes, Floats
+from neoxconv.quant.kernels import (
+    BELOW_HALF,
+    HALF,
+    INFINITY,
+    NAN,
+    ONE,
+    ZERO,
+    as_bits,
+    as_float,
+    f32,
+    half_bits,
+    i32,
+    kernel,
+    u8,
+    u16,
+    u32,
+)
+
+Ruler = tuple[np.float32, np.float32, np.float32, np.int32]  # low, scale, offset, top
+
+
+@kernel
+def inverse(step: np.float32) -> np.float32:
+    """1 / step; 0 for 0. NaN where it overflows: ggml's codes are all 0 then, on x86, and so are those of a NaN."""
+    if step == ZERO:
+        return ZERO
+    result = f32(ONE / step)
+    if abs(result) == INFINITY:
+        return NAN
+    return result
+
+
+@kernel
+def ordered(bits: np.int32) -> np.int32:
+    """An integer that sorts as the float32 with these bits does; its own inverse."""
+    return i32(bits ^ i32(i32(bits >> i32(31)) & i32(0x7FFFFFFF)))
+
+
+@kernel
+def extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
+    """The smallest and the largest of 32 weights, given as bits; at least one is NaN where a weight is."""
+    low, high = i32(0x7FFFFFFF), i32(-0x80000000)
+    for j in range(bits.size):
+        value = ordered(bits[j])
+        low, high = i32(min(low, value)), i32(max(high, value))
+    return as_float(ordered(low)), as_float(ordered(high))
+
+
+@kernel
+def first(weights: Floats, size: np.float32) -> np.float32:
+    """The first weight of that absolute value: which sign wins a tie."""
+    for j in range(32):
+        if abs(weights[j]) == size:
+            return f32(weights[j])
+    return ZERO
+
+
+@kernel
+def put_half(block: Bytes, at: int, value: np.float32) -> None:
+    """Store `value` as float16 at byte `at`."""
+    bits = half_bits(as_bits(value))
+    block[at] = u8(bits & u16(255))
+    block[at + 1] = u8(bits >> u16(8))
+
+
+@kernel
+def code(weight: np.float32, ruler: Ruler) -> np.int32:
+    """(weight - low) * scale + offset, cut to an integer of at most `top`; 0 for NaN."""
+    low, scale, offset, top = ruler
+    return i32(min(i32((weight - low) * scale + offset), top) & i32(31))
+
+
+@kernel
+def put_codes(block: Bytes, weights: Floats, ruler: Ruler) -> None:
+    """Store the codes of 32 weights at the end of `block`: nibbles j | (j + 16) << 4, before them any fifth bits."""
+    at = block.size - 16
+    for j in range(16):
+        block[at + j] = u8((code(weights[j], ruler) & i32(15)) | (code(weights[j + 16], ruler) & i32(15)) << i32(4))
+    if ruler[3] == 31:
+        fifth = u32(0)
+        for j in range(weights.size):
+            fifth |= u32(u32(code(weights[j], ruler) >> i32(4)) << u32(j))
+        for j in range(4):
+            block[at - 4 + j] = u8((fifth >> u32(8 * j)) & u32(255))
+
+
+@kernel
+def largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
+    """The largest absolute value of 32 weights, given as bits; NaN where one is."""
+    size = i32(0)
+    for j in range(bits.size):
+        size = i32(max(size, i32(bits[j] & i32(0x7FFFFFFF))))
+    return as_float(size)
+
+
+@kernel
+def balanced(weights: Floats, levels: int, blocks: Bytes) -> None:
+    """Q8_0: step = largest |w| / levels, codes = w / step, halves away from zero."""
+    bits = weights.view(np.int32)
+    for b in range(weights.shape[0]):
+        step = f32(largest_size(bits[b]) / f32(levels))
+        put_half(blocks[b], 0, step)
+        scale = inverse(step)
+        for j in range(weights.shape[1]):
+            value = weights[b, j] * scale
+            blocks[b, 2 + j] = u8(i32(value + (BELOW_HALF if value >= ZERO else -BELOW_HALF)) & i32(255))
+
+
+@kernel
+def signed(weights: Floats, levels: int, blocks: Bytes) -> None:
+    """Q4_0, Q5_0: the weight of largest size takes the code -levels, which is stored as 0."""
+    bits = weights.view(np.int32)
+    for b in range(weights.shape[0]):
+        low, high = extremes(bits[b])
+        largest = high if high > -low else low
+        if high == -low:
+            largest = first(weights[b], high) + ZERO  # never -0
+        if high != high or low != low:
+            largest = NAN
+        step = f32(largest / f32(-levels))
+        put_half(blocks[b], 0, step)
+        put_codes(blocks[b], weights[b], (ZERO, inverse(step), f32(levels) + HALF, i32(2 * levels - 1)))
+
+
+@kernel
+def ranged(weights: Floats, levels: int, blocks: Bytes) -> None:
+    """Q4_1, Q5_1: codes 0 to levels from the smallest weight, which is stored, to the largest."""
+    bits = weights.view(np.int32)
+    for b in range(weights.shape[0]):
+        low, high = extremes(bits[b])
+        if low == ZERO:
+            low = first(weights[b], ZERO)
+        step = f32((high - low) / f32(levels))
+        put_half(blocks[b], 0, step)
+        put_half(blocks[b], 2, low)
+        put_codes(blocks[b], weights[b], (low, inverse(step), HALF, i32(levels)))
+
+
+@kernel
+def spans(weights: Floats) -> Floats:
+    """The smallest and the largest weight of each block: [n, 32] -> [n, 2]."""
+    bits, result = weights.view(np.int32), np.empty((weights.shape[0], 2), np.float32)
+    for b in range(weights.shape[0]):
+        result[b, 0], result[b, 1] = extremes(bits[b])
+    return result
+
+
+@kernel
+def unpack(blocks: Bytes, zero: int, fifth: bool) -> Floats:
+    """The codes [n, 32] in the nibbles (and fifth bits) at the end of each block, less `zero`."""
+    codes, at = np.empty((blocks.shape[0], 32), np.float32), blocks.shape[1] - 16
+    for b in range(blocks.shape[0]):
+        for j in range(16):
+            codes[b, j] = f32(i32(blocks[b, at + j] & u8(15)) - i32(zero))
+            codes[b, j + 16] = f32(i32(blocks[b, at + j] >> u8(4)) - i32(zero))
+        if fifth:
+            bits = u32(0)
+            for j in range(4):
+                bits |= u32(u32(blocks[b, at - 4 + j]) << u32(8 * j))
+            for j in range(codes.shape[1]):
+                codes[b, j] += f32(i32(u32(bits >> u32(j)) & u32(1)) << i32(4))
+    return codes
+
+
+@kernel
+def outside(weights: Floats, codes: Floats, limits: Floats, ends: tuple[float, float]) -> npt.NDArray[np.bool_]:
+    """True where |w - (step * code + least)| > |code| * slope + fixed and the code could move on towards the weight.
+
+    weights, codes [n, 32]; limits [n, 4]: step, least, slope, fixed; ends: smallest and largest code. NaN is outside.
+    """
+    result, low, high = np.empty(weights.shape, np.bool_), f32(ends[0]), f32(ends[1])
+    for b in range(weights.shape[0]):
+        step, least, slope, fixed = limits[b]
+        sign = -ONE if step < ZERO else ONE
+        for j in range(32):
+            error = weights[b, j] - (codes[b, j] * step + least)
+            within = abs(error) <= abs(codes[b, j]) * slope + fixed
+            above = (codes[b, j] == high) & (error * sign > ZERO)
+            below = (codes[b, j] == low) & (error * sign < ZERO)
+            result[b, j] = not (within | above | below)
+    return result

@@ -1,0 +1,1 @@
+"""Types whose scales lie in tensors of their own."""

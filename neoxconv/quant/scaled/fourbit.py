@@ -1,0 +1,282 @@
+"""bitsandbytes' NF4 and FP4: 64 numbers of a tensor, whatever its rows, share a scale; each keeps a code of 4 bits.
+
+    w ~ absmax * table[code]      absmax: the largest |w| of the block, float32
+
+    weight        U8 [n / 2, 1]      two codes in a byte, the first in the upper half
+    weight.absmax F32 [n / 64]       with double quantization U8, absmax ~ nested_absmax * nested_quant_map[code] + mean
+    weight.nested_absmax             F32 [n / 64 / 256]: the largest |absmax - mean| of 256 blocks
+    weight.quant_map, weight.nested_quant_map      the tables, F32 [16] and [256]
+    weight.quant_state.bitsandbytes__nf4           JSON as bytes: type, block sizes, shape, dtype, the mean
+
+The bytes are those of bitsandbytes 0.50 on one thread of an x86 CPU (backends/default/ops.py, csrc/cpu_ops.cpp).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from neoxconv.core.encoding import Bound, Part, Scaled, Settled
+from neoxconv.core.tensor import LazyTensor, Read
+from neoxconv.dtypes import F32, TORCH_NAMES, U8, Array, Bytes, DType, Floats
+from neoxconv.quant.scaled import groups
+
+BLOCK, NESTED = 64, 256
+STATE = "weight.quant_state.bitsandbytes__"  # and the kind
+LONGEST = 24  # characters of a float32 in JSON
+CHUNK = 4096 * NESTED  # scales that are nested at a time
+STEPS = 65536  # bitsandbytes looks the nearest number of a nested table up on a grid of so many points
+WIDEST = 0.0142  # the largest distance of two neighbours in the nested table: a step that rounding may decide
+
+
+@dataclass(frozen=True)
+class Form:
+    """A table of 16 numbers from -1 to 1, with or without double quantization of the blocks' scales."""
+
+    kind: str
+    table: tuple[float, ...]
+    double: bool
+
+    @property
+    def name(self) -> str:
+        return self.kind.upper() + "_DQ" * self.double
+
+    @property
+    def values(self) -> Floats:
+        return np.array(self.table, np.float32)
+
+    @property
+    def order(self) -> Bytes:
+        """The codes in the order of what they stand for."""
+        return np.argsort(self.values, kind="stable").astype(np.uint8)
+
+    @property
+    def middles(self) -> Floats:
+        """The numbers halfway between neighbours."""
+        rising = self.values[self.order]
+        return (rising[:-1] + rising[1:]) / np.float32(2)
+
+    @property
+    def state(self) -> str:
+        """The name of the part that holds the quantization's state."""
+        return STATE + self.kind
+
+
+@cache
+def nested_table() -> Floats:
+    """bitsandbytes' dynamic map: 0, 1, and the middles of 2^k equal parts of [10^(k - 7), 10^(k - 6)], k = 0 to 6."""
+    found = [0.0, 1.0]
+    for power in range(7):
+        count = 1 << power
+        parts = linspace(0.1, 1.0, count + 1)
+        middles = (parts[:-1] + parts[1:]) / np.float32(2)
+        for sign in (1, -1):
+            found += (np.float32(sign * 10.0 ** (power - 6)) * middles).tolist()
+    return np.sort(np.array(found, np.float32))
+
+
+def linspace(start: float, stop: float, count: int) -> Floats:
+    """`count` numbers in equal steps as torch has them: a float32 step, from both ends, each number rounded once."""
+    first, last = float(np.float32(start)), float(np.float32(stop))
+    step = float(np.float32(last - first) / np.float32(count - 1))
+    at = np.arange(count)
+    return np.where(at < count // 2, first + step * at, last - step * (count - 1 - at)).astype(np.float32)
+
+
+@cache
+def nested_codes() -> Bytes:
+    """The code of the table's number that is nearest to each point of the grid; the lower where two are as near."""
+    table = nested_table()
+    points = np.arange(STEPS, dtype=np.float32) * np.float32(2) / np.float32(STEPS - 1) - np.float32(1)
+    above = np.clip(np.searchsorted(table, points), 1, len(table) - 1)
+    nearer = np.abs(table[above] - points) < np.abs(points - table[above - 1])
+    return np.where(nearer, above, above - 1).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Scales quantized: codes [n], the largest of every 256 after the mean is taken away, and the mean."""
+
+    codes: Bytes
+    sizes: Floats
+    mean: np.float32
+
+    @property
+    def scales(self) -> Floats:
+        """The scales [n] as they are read back."""
+        return unnest(self.codes, nested_table(), np.repeat(self.sizes, NESTED)[: len(self.codes)], self.mean)
+
+
+def nest(scales: Floats) -> Nested:
+    """The scales of a tensor's blocks, quantized to 8 bits."""
+    from neoxconv.quant.scaled.kernels import mean
+
+    codes, sizes = np.empty(len(scales), np.uint8), np.empty(-(-len(scales) // NESTED), np.float32)
+    with np.errstate(all="ignore"):  # what is not finite is refused when all is written, unless it is wanted
+        middle = np.float32(mean(scales))
+        for start in range(0, len(scales), CHUNK):
+            nested = groups.whole_blocks(scales[start : start + CHUNK] - middle, NESTED)
+            found = groups.sizes(nested)
+            inverse = np.divide(np.float32(1), found, out=np.zeros_like(found), where=found > 0)
+            points = np.nan_to_num(np.clip(nested * inverse[:, None], -1, 1)) + np.float32(1)
+            nearest = nested_codes()[(points * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(np.int32)]
+            nearest[found == 0] = 0
+            codes[start : start + CHUNK] = nearest.reshape(-1)[: len(scales) - start]
+            sizes[start // NESTED : start // NESTED + len(found)] = found
+    return Nested(codes, sizes, middle)
+
+
+def unnest(codes: Bytes, table: Floats, sizes: Floats, mean: np.float32) -> Floats:
+    """Scales [n] of codes [n] of a table [256] with the size of each one's group [n]."""
+    return np.asarray(table[codes] * sizes + mean, np.float32)
+
+
+def encode(form: Form, rows: Floats, sizes: Floats) -> Bytes:
+    """Rows [n, columns] as bytes of two codes, flat; sizes [blocks] are the largest |w| of each block."""
+    from neoxconv.quant.scaled.kernels import nearest_codes
+
+    blocks = groups.whole_blocks(rows, BLOCK)
+    packed = np.empty((len(blocks), BLOCK // 2), np.uint8)
+    nearest_codes(blocks, sizes, form.middles, form.order, packed)
+    if left := rows.size % BLOCK:  # bitsandbytes divides a last, shorter block, and multiplies the others
+        last = blocks[-1:] / np.maximum(sizes[-1], np.float32(1e-38))
+        nearest_codes(last, np.ones(1, np.float32), form.middles, form.order, packed[-1:])
+        return packed.reshape(-1)[: packed.size - (BLOCK - left) // 2]
+    return packed.reshape(-1)
+
+
+def parts(form: Form, tensor: LazyTensor) -> tuple[Part, ...]:
+    """The stored tensors of a weight."""
+    count = math.prod(tensor.shape)
+    blocks = -(-count // BLOCK)
+    text = len(state(form, tensor, 0.0)) + LONGEST * form.double
+    nested = (
+        Part("weight.nested_absmax", F32, (-(-blocks // NESTED),)),
+        Part("weight.nested_quant_map", F32, (len(nested_table()),)),
+    )
+    return (
+        Part("weight", U8, (-(-count // 2), 1)),
+        Part("weight.absmax", U8 if form.double else F32, (blocks,)),
+        Part("weight.quant_map", F32, (len(form.table),)),
+        *(nested if form.double else ()),
+        Part(form.state, U8, (text,), late=form.double),
+    )
+
+
+def state(form: Form, tensor: LazyTensor, mean: float) -> bytes:
+    """What bitsandbytes keeps besides the tensors, as it spells it."""
+    facts: dict[str, Any] = {
+        "quant_type": form.kind,
+        "blocksize": BLOCK,
+        "dtype": TORCH_NAMES[tensor.native.name],
+        "shape": list(tensor.shape),
+    }
+    if form.double:
+        facts |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": mean}
+    return json.dumps(facts).encode()
+
+
+def finish(form: Form, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
+    """The bytes of all parts but the codes."""
+    if math.prod(tensor.shape) % BLOCK:
+        sizes = np.concatenate([sizes[:-1], np.maximum(sizes[-1:], np.float32(1e-38))])
+    table = form.values.tobytes()
+    if not form.double:
+        return sizes.tobytes(), table, state(form, tensor, 0.0)
+    found = nest(sizes)
+    last = state(form, tensor, float(found.mean))
+    return found.codes.tobytes(), table, found.sizes.tobytes(), nested_table().tobytes(), last
+
+
+def decode(form: Form, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
+    """A reader of float32 rows; bitsandbytes rounds them to the state's dtype when it is done."""
+    columns, count = math.prod(shape[1:]), math.prod(shape)
+    scales = scales_of(form, stored)
+
+    def read(start: int, stop: int) -> Array:
+        span = groups.blocks(BLOCK).span(start, stop, columns)
+        first, last = span.start * BLOCK, min(span.stop * BLOCK, count)
+        table = stored["weight.quant_map"].floats(0, 16)
+        pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # of each byte
+        codes = stored["weight"].read(first // 2, -(-last // 2)).reshape(-1)
+        values = groups.whole_blocks(pairs[codes].reshape(-1)[: last - first], BLOCK)
+        values = (values * scales(span.start, span.stop)[:, None]).reshape(-1)
+        return values[start * columns - first : stop * columns - first].reshape(stop - start, *shape[1:])
+
+    return read
+
+
+def scales_of(form: Form, stored: Mapping[str, LazyTensor]) -> Read:
+    """A reader of the blocks' scales, float32."""
+    absmax = stored["weight.absmax"]
+    if not form.double:
+        return absmax.floats
+    mean = np.float32(read_state(stored[form.state])["nested_offset"])
+
+    def read(start: int, stop: int) -> Array:
+        nested = stored["weight.nested_absmax"].floats(start // NESTED, -(-stop // NESTED))
+        skipped = start % NESTED
+        sizes = np.repeat(nested, NESTED)[skipped : skipped + stop - start]
+        return unnest(absmax.read(start, stop), stored["weight.nested_quant_map"].floats(0, 256), sizes, mean)
+
+    return read
+
+
+def read_state(part: LazyTensor) -> Any:
+    """The JSON in a quantization's state. Raises ValueError where it is none."""
+    return json.loads(part.read(0, part.rows).tobytes().decode())
+
+
+def settle(form: Form, sizes: Floats) -> Settled:
+    """The sizes before and after double quantization, which may be off by a step of the nested table: a mean that is
+    summed in another order decides."""
+    if not form.double:
+        return Settled(sizes, sizes, np.zeros_like(sizes))
+    found = nest(sizes)
+    return Settled(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
+
+
+def nearest(form: Form, parts: Floats) -> Floats:
+    """The numbers of the table that are nearest."""
+    return form.values[form.order][np.searchsorted(form.middles, parts)]
+
+
+def scaled(form: Form) -> Scaled:
+    """The row of the table of encodings for `form`."""
+    return Scaled(
+        form.name,
+        DType(form.name, BLOCK, 33 if form.double else 36, np.dtype("<f4")),
+        groups.blocks(BLOCK),
+        partial(parts, form),
+        partial(encode, form),
+        partial(finish, form),
+        partial(decode, form),
+        partial(nearest, form),
+        partial(settle, form),
+        Bound(
+            float(np.diff(form.values[form.order]).max() / 2),
+            "block's largest",
+            "more where that is rounded" * form.double,
+        ),
+        lambda native: native,
+    )
+
+
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4_TABLE = tuple(sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+NF4, NF4_DQ, FP4, FP4_DQ = (
+    scaled(Form(kind, table, double))
+    for kind, table in (("nf4", NF4_TABLE), ("fp4", FP4_TABLE))
+    for double in (False, True)
+)

@@ -1,0 +1,68 @@
+"""bitsandbytes' LLM.int8: a row of a matrix has a scale, each weight a code of 8 bits.
+
+    w ~ code * SCB / 127
+
+    weight         I8 [rows, columns]
+    SCB            F32 [rows]      the largest |w| of each row
+    weight_format  U8 []           0: codes lie row by row
+
+The bytes are those of bitsandbytes 0.50 (backends/default/ops.py), which rounds weights to float16 first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from neoxconv.core.encoding import Bound, Part, Scaled, Settled
+from neoxconv.core.tensor import LazyTensor, Read
+from neoxconv.dtypes import F16, F32, I8, U8, Array, DType, Floats
+from neoxconv.quant.scaled.groups import ROWS
+
+LEVELS = 127
+FORMAT = "weight_format"
+
+
+def parts(tensor: LazyTensor) -> tuple[Part, ...]:
+    """The stored tensors of a weight."""
+    return Part("weight", I8, tensor.shape), Part("SCB", F32, (tensor.rows,)), Part(FORMAT, U8, ())
+
+
+def encode(rows: Floats, sizes: Floats) -> Array:
+    """Rows [n, columns] as codes, with the largest |w| of each."""
+    from neoxconv.quant.scaled.kernels import whole_steps
+
+    codes = np.empty(rows.shape, np.int8)
+    whole_steps(np.ascontiguousarray(rows, np.float32), sizes, codes)
+    return codes
+
+
+def finish(tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
+    """The bytes of SCB and of weight_format."""
+    return sizes.tobytes(), b"\0"
+
+
+def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
+    """A reader of float32 rows. The product is rounded once, so that a code of 127 gives the row's largest weight."""
+
+    def read(start: int, stop: int) -> Array:
+        scales = stored["SCB"].floats(start, stop).astype(np.float64) / LEVELS
+        return (stored["weight"].read(start, stop) * scales[:, None]).astype(np.float32)
+
+    return read
+
+
+def nearest(parts: Floats) -> Floats:
+    """The nearest multiples of a 127th."""
+    return np.asarray(np.rint(parts * np.float32(LEVELS)) / np.float32(LEVELS), np.float32)
+
+
+def settle(sizes: Floats) -> Settled:
+    """A code of 127 stands for the largest weight."""
+    return Settled(sizes, sizes, np.zeros_like(sizes))
+
+
+DTYPE = DType("INT8", 1, 1, np.dtype("<f4"))
+BOUND = Bound(0.5 / LEVELS, "row's largest")
+INT8 = Scaled("INT8", DTYPE, ROWS, parts, encode, finish, decode, nearest, settle, BOUND, lambda native: F16)

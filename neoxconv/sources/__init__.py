@@ -1,0 +1,1 @@
+"""Any source as one model under unified names."""

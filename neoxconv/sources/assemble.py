@@ -1,0 +1,192 @@
+"""Quantized weights whose scales lie in tensors of their own, as bitsandbytes and compressed-tensors store them: found
+among the tensors of a source, checked against what their encoding stores, and read as numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neoxconv.core.encoding import Part, Scaled
+from neoxconv.core.model import Index
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.dtypes import F16, FLOATS, PLAIN, TORCH_NAMES, U8, DType
+from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.quant import SCALED
+from neoxconv.quant.scaled import fourbit
+from neoxconv.quant.scaled.fourbit import BLOCK, NESTED, STATE
+from neoxconv.quant.scaled.int8 import FORMAT
+from neoxconv.sources.naming import home
+from neoxconv.storage.remote import Place
+
+NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
+KINDS = ("nf4", "fp4")
+LARGEST_STATE = 4096  # bytes of JSON
+LARGEST_MEAN = 3.4e38  # what float32 holds
+DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Module:
+    """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in."""
+
+    where: Place
+    name: str
+    tensors: Mapping[str, LazyTensor]
+    native: DType
+
+    def error(self, part: str, problem: str) -> CheckpointError:
+        """What to raise about one of the tensors."""
+        return CheckpointError(f"{self.where}: {self.name}{part} {problem}")
+
+
+def assembled(index: Index) -> Index:
+    """The index with one tensor for each weight and its scales. Raises CheckpointError where they do not fit."""
+    if index.format not in ("hf", "safetensors"):
+        return index
+    (tensors,) = index.ranks
+    native, where = usual(tensors), home(index, 0, "")
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if match := NAME.fullmatch(name):
+            modules.setdefault(match[1], {})[match[2]] = tensor
+    weights: dict[str, LazyTensor] = {}
+    parts: set[str] = set()
+    for name, found in modules.items():
+        if weight := joined_weight(Module(where, name, found, native), index.settings):
+            weights[name + "weight"] = weight.tensor
+            parts |= {name + part for part in weight.parts}
+    kept = {name: weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name not in parts}
+    plain = {name: replace(t, native=native) if t.native.quantized else t for name, t in kept.items()}
+    return replace(index, ranks=(plain,))
+
+
+def usual(tensors: Mapping[str, LazyTensor]) -> DType:
+    """The type in which most numbers are that are not quantized."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype.name in FLOATS and len(tensor.shape) == 2:
+            sizes[tensor.dtype.name] += tensor.nbytes
+    return PLAIN[sizes.most_common(1)[0][0]] if sizes else F16
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A weight that can be read, and which tensors of its module it is read from."""
+
+    tensor: LazyTensor
+    parts: tuple[str, ...]
+
+
+def joined_weight(module: Module, settings: Mapping[str, Any]) -> Joined | None:
+    """The weight of a module with its scales; None where it has none."""
+    for marker, find in MARKERS.items():
+        if marker in module.tensors and "weight" in module.tensors:
+            return find(module)
+    weight = module.tensors.get("weight")
+    if weight is None or not weight.dtype.quantized:
+        return None
+    if isinstance(settings.get("quantization_config"), dict):
+        raise module.error(
+            "weight", f"is of type {weight.dtype.name}, but has no weight_scale that can be read; download it again."
+        )
+    return None
+
+
+def four_bit(module: Module) -> Joined:
+    """A weight of bitsandbytes' 4-bit types: its state tells the shape."""
+    kind = next((kind for kind in KINDS if STATE + kind in module.tensors), None)
+    if kind is None:
+        raise module.error(f"{STATE}nf4", "is missing, or that of fp4; download it again.")
+    state = read_state(module, STATE + kind)
+    shape: Any = state.get("shape")
+    dtype = DTYPES.get(str(state.get("dtype")))
+    numbers = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 40 for n in shape)
+    blocks = state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize", NESTED)
+    double = "nested_blocksize" in state
+    mean: Any = state.get("nested_offset") if double else 0
+    finite = type(mean) in (int, float) and abs(mean) <= LARGEST_MEAN
+    if not numbers or not dtype or blocks != (kind, BLOCK, NESTED) or not finite:
+        raise module.error(
+            STATE + kind,
+            f"is {json.dumps(state):.300}; expected {kind}, a shape of two sizes, a dtype among {', '.join(DTYPES)}, "
+            f"blocks of {BLOCK} weights and {NESTED} scales, and with the latter a nested_offset.",
+        )
+    return joined(module, SCALED[kind.upper() + "_DQ" * double], tuple(shape), dtype)
+
+
+def read_state(module: Module, part: str) -> dict[str, Any]:
+    """The JSON in a tensor of bytes."""
+    tensor = module.tensors[part]
+    try:
+        value = fourbit.read_state(tensor) if math.prod(tensor.shape) <= LARGEST_STATE else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise module.error(part, f"is no JSON object of up to {LARGEST_STATE} bytes; download it again.")
+    return value
+
+
+def eight_bit(module: Module) -> Joined:
+    """A weight of LLM.int8, whose codes have its shape."""
+    order = module.tensors.get(FORMAT)
+    if order and order.dtype is U8 and (math.prod(order.shape) != 1 or order.read(0, 1).any()):
+        raise module.error(FORMAT, "is not 0: the codes are in a GPU's order; load and save it with bitsandbytes.")
+    return joined(module, SCALED["INT8"], module.tensors["weight"].shape, module.native)
+
+
+def float8(module: Module) -> Joined:
+    """A weight of float8 with one scale, or one for each row."""
+    codes, scale = module.tensors["weight"], module.tensors["weight_scale"]
+    by = "CHANNEL" if len(scale.shape) == 2 else "TENSOR"
+    encoding = SCALED.get(f"{codes.dtype.name.removeprefix('F8_')}_{by}")
+    if encoding is None:
+        raise module.error("weight", f"is of type {codes.dtype.name} with scales; expected F8_E4M3 or F8_E5M2.")
+    return joined(module, encoding, codes.shape, module.native)
+
+
+def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> Joined:
+    """The weight with its parts to read from. Raises CheckpointError where one is missing or does not fit."""
+
+    def unread(start: int, stop: int) -> Any:
+        raise AssertionError(f"rows {start} to {stop} of a tensor without its parts")
+
+    weight = LazyTensor(shape, encoding.dtype, unread, native)
+    parts, tensors = encoding.parts(weight), module.tensors
+    raise_all(CheckpointError, (
+        f"{module.where}: lacks {module.name}{part.name}, which belongs to {module.name}weight; download it again."
+        for part in parts
+        if part.name not in tensors and part.name != FORMAT
+    ))  # fmt: skip
+    raise_all(CheckpointError, (
+        f"{module.where}: {module.name}{part.name} is {describe(tensors[part.name])}; expected {part.dtype.name} "
+        f"{list(part.shape)} for a weight {list(shape)} of {encoding.name}."
+        for part in parts
+        if part.name in tensors and not fits(part, tensors[part.name])
+    ))  # fmt: skip
+    names = tuple(part.name for part in parts if part.name in tensors)
+    return Joined(replace(weight, read=encoding.decode(tensors, shape)), names)
+
+
+def fits(part: Part, tensor: LazyTensor) -> bool:
+    """Whether a stored tensor can be this part; scales may be of any float type, a state of any length."""
+    alike = tensor.dtype.name == part.dtype.name or {tensor.dtype.name, part.dtype.name} <= set(FLOATS)
+    return alike and (tensor.shape == part.shape or (part.name.startswith(STATE) and len(tensor.shape) == 1))
+
+
+def describe(tensor: LazyTensor) -> str:
+    return f"{tensor.dtype.name} {list(tensor.shape)}"
+
+
+# What stands beside a quantized weight, and how the two are read together.
+MARKERS: dict[str, Callable[[Module], Joined]] = {
+    **{STATE + kind: four_bit for kind in KINDS},
+    "weight.absmax": four_bit,
+    "SCB": eight_bit,
+    FORMAT: eight_bit,
+    "weight_scale": float8,
+}

@@ -1,0 +1,77 @@
+"""Source names of weights, and the unified ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neoxconv.core.model import Architecture, Index, Weight
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.errors import CheckpointError
+from neoxconv.formats.neox import folder as neox
+from neoxconv.formats.neox.numbers import FIRST_LAYER
+from neoxconv.storage.remote import Place
+
+NAMING = {"neox": "neox", "hf": "unified", "safetensors": "unified", "gguf": "gguf"}
+Named = list[dict[str, LazyTensor]]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A source name of a weight as a regular expression, and how to turn its layer number into ours."""
+
+    regex: re.Pattern[str]
+    weight: Weight
+    shift: int
+
+
+def patterns(architecture: Architecture, naming: str) -> list[Pattern]:
+    """How a format spells each weight of the table."""
+    found = []
+    for weight in architecture.weights:
+        spelled = {"neox": weight.source, "unified": (weight.unified,), "gguf": (weight.gguf,)}[naming]
+        for name in spelled:
+            text = re.escape(name).replace(re.escape("{i}"), r"(\d{1,9})")
+            prefix, shift = (r"(\d+)\.", FIRST_LAYER) if naming == "neox" else ("", 0)
+            found.append(Pattern(re.compile(prefix + text), weight, shift))
+    return found
+
+
+def name_tensors(index: Index, architecture: Architecture) -> tuple[Named, list[list[str]]]:
+    """Each rank's tensors by unified name, and the source names that the table does not know."""
+    spellings = patterns(architecture, NAMING[index.format])
+    named: Named = []
+    left: list[list[str]] = []
+    for rank, tensors in enumerate(index.ranks):
+        known: dict[str, LazyTensor] = {}
+        unknown = []
+        for name, tensor in tensors.items():
+            unified = unified_name(name, spellings)
+            if unified is None:
+                unknown.append(name)
+            elif unified in known:
+                raise CheckpointError(
+                    f"{home(index, rank, name)}: {name} gives {unified} a second time; remove one of them."
+                )
+            else:
+                known[unified] = tensor
+        named.append(known)
+        left.append(unknown)
+    return named, left
+
+
+def unified_name(name: str, spellings: Sequence[Pattern]) -> str | None:
+    """The unified name of the source's `name`, or None where the table has none."""
+    for spelling in spellings:
+        if match := spelling.regex.fullmatch(name):
+            layer = int(match[1]) - spelling.shift if spelling.weight.stage == "layer" else 0
+            return spelling.weight.at(layer).unified
+    return None
+
+
+def home(index: Index, rank: int, name: str) -> Place:
+    """The file that holds (or should hold) a rank's tensor, as well as names tell."""
+    if index.format != "neox":
+        return index.files[0].storage.path if len(index.files) == 1 else index.folder
+    return neox.home(index, rank, name)

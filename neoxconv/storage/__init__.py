@@ -1,0 +1,1 @@
+"""Bytes, here or far away."""

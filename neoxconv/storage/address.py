@@ -1,0 +1,69 @@
+"""What a command line calls a place: a path, or a URL of any protocol that fsspec knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from neoxconv.errors import PlanError
+from neoxconv.storage.protocols import WEB
+from neoxconv.storage.remote import Place, Remote
+
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
+LOCAL = ("file", "local")
+INSTALL, INSTALLED = "pip install 'neoxconv[remote]'", (*WEB, "s3", "s3a")
+
+
+def place(text: Place | str) -> Place:
+    """The place that a command line means: a path, or a URL of any protocol that fsspec knows.
+
+    Raises PlanError where a package is missing that the protocol needs.
+    """
+    if not isinstance(text, str):
+        return text
+    match = URL.match(text)
+    if not match:
+        return Path(text)
+    protocol = match[1].lower()
+    url = split(text)
+    if url is None or match[2] == "::":
+        raise PlanError(f"{protocol}: this URL cannot be understood; write a password's odd characters as %40, %2F ...")
+    if protocol in LOCAL:
+        return Path(url.path)
+    if {".", ".."} & set(url.path.split("/")):
+        raise PlanError(f"{protocol}: a store knows no `.` and no `..`; write the URL without them.")
+    shown = f"{protocol}://{(url.netloc.rpartition('@')[2] + url.path).rstrip('/')}"
+    kind = file_system(protocol, shown)
+    if protocol in WEB:
+        return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), url.query)
+    options = {key: value for key, value in kind._get_kwargs_from_urls(text).items() if isinstance(value, str | int)}
+    found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), "", tuple(sorted(options.items())))
+    found.fs.invalidate_cache()  # fsspec's, of an earlier look
+    return found
+
+
+def split(text: str) -> SplitResult | None:
+    """The parts of a URL; None where a password may be in a part where it is not looked for."""
+    try:
+        url = urlsplit(text, allow_fragments=False)
+        doubtful = url.port == 0 or (url.scheme in WEB and ("@" in url.path or not url.hostname))
+    except ValueError:
+        return None
+    return None if doubtful else url
+
+
+def file_system(protocol: str, shown: str) -> Any:
+    """fsspec's class for a protocol."""
+    try:
+        from fsspec import get_filesystem_class
+    except ImportError:
+        raise PlanError(f"{shown}: needs fsspec; {INSTALL}.") from None
+    try:
+        return get_filesystem_class(protocol)
+    except ImportError as error:
+        how = INSTALL if protocol in INSTALLED else str(error)
+        raise PlanError(f"{shown}: {protocol} needs a package that is not installed; {how}.") from None
+    except ValueError:
+        raise PlanError(f"{shown}: fsspec knows no protocol {protocol}.") from None

@@ -1,0 +1,149 @@
+"""Byte ranges of a file, here or in a store far away.
+
+A `Storage` holds no open file, so it can be shared by threads and sent to other processes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from neoxconv.dtypes import Bytes
+from neoxconv.errors import CheckpointError
+from neoxconv.storage.protocols import LARGEST
+from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage.requests import FILE, Facts
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A source file of `size` bytes at `path`; `version` is what a store calls its content."""
+
+    path: Place
+    size: int
+    version: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read(self, offset: int, length: int) -> Bytes:
+        """`length` bytes from `offset` on, as uint8. Raises CheckpointError where the file does not hold them all."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CheckpointError(
+                f"{self.path}: bytes {offset} to {offset + length} are wanted but the file has {self.size}. "
+                "It is cut short or damaged; download it again."
+            )
+        data = np.empty(length, np.uint8)
+        if isinstance(self.path, Remote):
+            data[:] = np.frombuffer(self.path.read(offset, length, self.facts), np.uint8)
+            return data
+        view, done = data.data, 0
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while done < length:
+                    count = os.preadv(file.fileno(), [view[done:]], offset + done)
+                    if count == 0:
+                        raise CheckpointError(
+                            f"{self.path}: ends at {offset + done} but had {self.size} bytes when opened; "
+                            "wait until it is whole, and run again."
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror}).") from error
+        return data
+
+    @property
+    def facts(self) -> Facts:
+        """What a store said of the file when it was opened."""
+        return Facts(FILE, self.size, self.version)
+
+    @property
+    def state(self) -> str | int:
+        """What is another where the file's content is: as the store said, or the time of its last change now."""
+        return self.version if isinstance(self.path, Remote) else os.stat(self.path).st_mtime_ns
+
+    def has_changed(self) -> bool:
+        """Whether a store has another file by now."""
+        return isinstance(self.path, Remote) and self.path.changed(self.facts)
+
+    def text(self, offset: int = 0, length: int | None = None) -> bytes:
+        """The same bytes as an immutable string, for headers; the whole file by default."""
+        return self.read(offset, self.size - offset if length is None else length).tobytes()
+
+
+def open_storage(path: Place) -> Storage:
+    """The file at `path`, ready to be read. Raises CheckpointError where there is none."""
+    if isinstance(path, Remote):
+        return open_remote(path)
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from error
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not a file; give one.")
+    return Storage(path, status.st_size)
+
+
+def open_remote(path: Remote) -> Storage:
+    """The file at a URL."""
+    facts = path.look()
+    if facts is None or facts.kind != FILE:
+        raise CheckpointError(
+            f"{path}: {'cannot be found' if facts is None else 'is not a file'}; correct the address."
+        )
+    if facts.size is None:
+        raise CheckpointError(f"{path}: the server does not tell its size; download it, or put it on another server.")
+    return Storage(path, facts.size, facts.version)
+
+
+def is_file(path: Place) -> bool:
+    """Whether a file is there; no error for a name that none can have."""
+    return path.is_file() if isinstance(path, Remote) else os.path.isfile(path)
+
+
+def is_folder(path: Place) -> bool:
+    """Whether a folder is there; no error for a name that none can have."""
+    return path.is_dir() if isinstance(path, Remote) else os.path.isdir(path)
+
+
+def size_of(path: Place) -> int:
+    """The bytes of a file, which need not be readable."""
+    return open_storage(path).size if isinstance(path, Remote) else path.stat().st_size
+
+
+def stream_of(path: Place) -> BinaryIO:
+    """A file as a stream."""
+    if not isinstance(path, Remote):
+        return open(path, "rb")
+    return cast(BinaryIO, io.BufferedReader(Stream(open_storage(path)), LARGEST))
+
+
+class Stream(io.RawIOBase):
+    """A file as a stream: for pickles that lie one after the other, and for what is far away."""
+
+    def __init__(self, file: Storage) -> None:
+        self.file, self.position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.file.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self.file.size - self.position))
+        buffer[:count] = self.file.text(self.position, count)
+        self.position += count
+        return count

@@ -1,0 +1,183 @@
+"""Requests to a store that fsspec reaches: repeated where that can help, their answers checked, failures in our words.
+
+What fsspec and the libraries under it say of a failure may hold a URL with its credentials: none of it is shown, and no
+error of theirs is chained to ours.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from html import unescape
+from typing import Any, BinaryIO
+from urllib.parse import urljoin, urlsplit
+
+from neoxconv.storage.requests import CHANGED, FILE, FOLDER, VERSIONS, Facts, Unusable, ask, changed, wait_for
+
+WEB = ("http", "https")  # a web server's listings may lack what it has
+LARGEST = 8 << 20  # bytes of one answer
+PART, MOST_PARTS = 16 << 20, 9000  # of an object that is written; S3 takes 10,000
+PAGE = 16 << 20  # bytes of a listing in HTML
+LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
+RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+def is_http(fs: Any) -> bool:
+    """Whether a file system is a plain web server: it lists in HTML, and answers in HTTP."""
+    return any(name in fs.protocol for name in WEB)
+
+
+def look(fs: Any, path: str) -> Facts:
+    """What is at a path."""
+    if is_http(fs):
+        found: Facts = wait_for(fs, http_facts, fs, path)
+        return found
+    return facts_of(ask(fs, "info", path))
+
+
+def facts_of(entry: Mapping[str, Any]) -> Facts:
+    """What fsspec's description of a path says."""
+    if entry["type"] != FILE:
+        return Facts(FOLDER)
+    version = next((str(entry[key]) for key in VERSIONS if entry.get(key)), "")
+    return Facts(FILE, entry.get("size"), version)
+
+
+def entries(fs: Any, path: str) -> dict[str, Facts]:
+    """What is in a folder, by name and in the order of names; a web server tells no sizes."""
+    if is_http(fs):
+        found = wait_for(fs, http_entries, fs, path)
+    else:
+        listed = ((entry["name"].rstrip("/"), entry) for entry in ask(fs, "ls", path, detail=True))
+        found = {name.rpartition("/")[2]: facts_of(entry) for name, entry in listed if name != path}
+    return dict(sorted(found.items()))
+
+
+def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
+    """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other."""
+    if is_http(fs):
+        data, found = wait_for(fs, http_part, fs, path, start, stop)
+    elif hasattr(fs, "_call_s3"):
+        data, found = wait_for(fs, s3_part, fs, path, start, stop)
+    elif fs.async_impl:
+        data, found = ask(fs, "cat_file", path, start=start, end=stop), known
+    else:  # fsspec's own opens the file, and would read ahead
+        data, found = fs.cat_file(path, start, stop, cache_type="none"), known
+    if changed(known, found):
+        raise Unusable(CHANGED, again=False)
+    if len(data) != stop - start:
+        raise Unusable(f"bytes {start} to {stop} were asked for, and {len(data)} bytes came")
+    whole: bytes = data
+    return whole
+
+
+def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event) -> None:
+    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
+    block = max(PART, size // MOST_PARTS)
+    target = fs.open(path, "wb", block_size=block)
+    try:
+        while data := source.read(block):
+            if stop.is_set():
+                raise Unusable("was stopped", again=False)
+            target.write(data)
+    except BaseException:
+        with suppress(Exception):
+            target.discard()
+        with suppress(AttributeError):
+            target.forced = target.closed = True  # else what was written so far would be sent as if it were all
+        raise
+    target.close()
+    found = look(fs, path)
+    if found.size not in (None, size):
+        raise Unusable(f"{size} bytes were sent, and {found.size} are there")
+
+
+def headers(fs: Any, **more: str) -> dict[str, Any]:
+    """The options of a request: the user's, and headers of ours; answers as they are stored, since ranges count so."""
+    given: dict[str, Any] = fs.kwargs
+    return given | {"headers": {**given.get("headers", {}), "Accept-Encoding": "identity", **more}}
+
+
+async def http_facts(fs: Any, url: str) -> Facts:
+    """What a web server says of a file, asked for its first byte where it does not say it otherwise."""
+    session = await fs.set_session()
+    async with session.head(fs.encode_url(url), **headers(fs) | {"allow_redirects": True}) as answer:
+        if answer.status < 300 and "Content-Length" in answer.headers:
+            return http_answer(answer)
+    async with session.get(fs.encode_url(url), **headers(fs, Range="bytes=0-0")) as answer:
+        if answer.status != 416:  # of an empty file
+            answer.raise_for_status()
+        return http_answer(answer)
+
+
+def http_answer(answer: Any) -> Facts:
+    """What an answer's head says of the whole file; a page is what a server shows of a folder."""
+    told = answer.headers
+    whole = told.get("Content-Range", "").rpartition("/")[2] or told.get("Content-Length", "")
+    version = told.get("ETag") or told.get("Last-Modified") or ""
+    if answer.content_type == "text/html":
+        return Facts(FOLDER)
+    return Facts(FILE, int(whole) if whole.isdigit() else None, version)
+
+
+async def http_part(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Facts]:
+    """A range of a file, and what the answer says of the whole; never more than the range is taken in."""
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), **headers(fs, Range=f"bytes={start}-{stop - 1}")) as answer:
+        answer.raise_for_status()
+        if answer.status == 200 and start == 0 and answer.content_length == stop:
+            return await body(answer, stop), http_answer(answer)
+        if answer.status != 206:
+            told = "gives no ranges of bytes, only whole files; download it, or put it on another server"
+            raise Unusable(f"the server {told}", again=False)
+        told = answer.headers.get("Content-Range", "")
+        found = RANGE.fullmatch(told)
+        if not found or (int(found[1]), int(found[2])) != (start, stop - 1):
+            raise Unusable(f"bytes {start} to {stop} were asked for, and others came")
+        return await body(answer, stop - start), http_answer(answer)
+
+
+async def body(answer: Any, most: int) -> bytes:
+    """The bytes of an answer; it is given up where they are too many."""
+    data = bytearray()
+    async for chunk in answer.content.iter_any():
+        data += chunk
+        if len(data) > most:
+            raise Unusable(f"more came than the {most} bytes that were asked for")
+    return bytes(data)
+
+
+async def http_entries(fs: Any, url: str) -> dict[str, Facts]:
+    """What the page of a folder links to that lies in it."""
+    session = await fs.set_session()
+    where, question, query = url.partition("?")
+    async with session.get(fs.encode_url(where.rstrip("/") + "/" + question + query), **headers(fs)) as answer:
+        answer.raise_for_status()
+        if answer.content_type != "text/html":
+            return {}
+        page, base = await body(answer, PAGE), str(answer.url)
+    return dict(linked(page.decode("utf-8", "replace"), base))
+
+
+def linked(page: str, base: str) -> Iterator[tuple[str, Facts]]:
+    """Names in the folder at `base` that a page links to; those of folders end in a slash there."""
+    folder = urlsplit(base).path.rpartition("/")[0] + "/"
+    for link in LINK.findall(page):
+        path = urlsplit(urljoin(base, unescape(link))).path
+        name = path.removeprefix(folder).rstrip("/")
+        if path.startswith(folder) and name and "/" not in name:
+            yield name, Facts(FOLDER if path.endswith("/") else FILE)
+
+
+async def s3_part(fs: Any, path: str, start: int, stop: int) -> tuple[bytes, Facts]:
+    """A range of an object, and what the answer says of the whole."""
+    bucket, key, version = fs.split_path(path)
+    more = {"VersionId": version} if version else {}
+    found = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **more)
+    whole = str(found.get("ContentRange", "")).rpartition("/")[2]
+    if not whole.isdigit():
+        raise Unusable("the store gives no ranges of bytes, only whole objects", again=False)
+    async with found["Body"] as body:
+        return await body.read(), Facts(FILE, int(whole), str(found.get("ETag", "")))

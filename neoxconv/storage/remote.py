@@ -1,0 +1,243 @@
+"""A file or folder that fsspec reaches, with the part of pathlib's interface that readers use.
+
+A `Remote` holds no connection, so it can be shared by threads and sent to other processes. As text it is a URL without
+credentials: neither `user:password@` nor what follows a question mark (a signature) is in it; requests have both.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from neoxconv.errors import CheckpointError
+from neoxconv.storage.protocols import LARGEST, WEB, entries, look, part, store
+from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, persist
+
+BLOCK, BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
+SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
+THREADS = 16  # requests at the same time
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Memory:
+    """What was learnt of the places in one source: nothing is asked twice, and of headers a few blocks are kept."""
+
+    facts: dict[str, Facts | None] = field(default_factory=dict)
+    folders: dict[str, dict[str, Facts]] = field(default_factory=dict)
+    blocks: OrderedDict[tuple[str, int], bytes] = field(default_factory=OrderedDict)
+    lock: Any = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, order=True, repr=False)
+class Remote:
+    """The place `path`, as fsspec's file system of that protocol takes it; `shown` is its URL in messages.
+
+    `query` is what requests to a web server carry behind every path; `options` are those of the file system.
+    """
+
+    shown: str
+    protocol: str
+    path: str
+    query: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+    memory: Memory = field(default_factory=Memory, compare=False)
+
+    def __str__(self) -> str:
+        return self.shown
+
+    def __repr__(self) -> str:
+        return f"Remote({self.shown!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remote, (self.shown, self.protocol, self.path, self.query, self.options)
+
+    @property
+    def fs(self) -> Any:
+        """The file system, which fsspec makes once for each process."""
+        import fsspec
+
+        return fsspec.filesystem(self.protocol, **dict(self.options))
+
+    @property
+    def address(self) -> str:
+        """What requests ask for."""
+        return f"{self.path}?{self.query}" if self.query else self.path
+
+    @property
+    def name(self) -> str:
+        return self.shown.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> Remote:
+        """The folder that holds it; of a server or a bucket itself."""
+        shown, path = (text.rpartition("/")[0] for text in (self.shown, self.path))
+        if shown.endswith("/") or not shown:
+            return self
+        return replace(self, shown=shown, path=path)
+
+    def __truediv__(self, name: str) -> Remote:
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        return replace(self, shown="/".join([self.shown, *parts]), path="/".join([self.path, *parts]))
+
+    def with_name(self, name: str) -> Remote:
+        return self.parent / name
+
+    def resolve(self) -> Remote:
+        """The place itself: a store has neither a working folder nor links."""
+        head, shown = self.shown.split("://", 1)
+        return replace(self, shown=f"{head}://{posixpath.normpath(shown)}")
+
+    def look(self) -> Facts | None:
+        """What is here, asked once; None for nothing. Raises CheckpointError where the store does not tell."""
+        facts, above = self.memory.facts, self.memory.folders.get(self.parent.path)
+        if self.path not in facts:
+            if above is None or self.parent is self or self.protocol in WEB:
+                facts[self.path] = self.ask()
+            else:
+                facts[self.path] = above.get(self.name)
+        return facts[self.path]
+
+    def ask(self) -> Facts | None:
+        """What is here now."""
+        try:
+            return persist(self, lambda: look(self.fs, self.address))
+        except Absent as error:
+            if error.refused:
+                raise
+            return None
+
+    def exists(self) -> bool:
+        """Whether anything is here. Raises CheckpointError where the store does not tell."""
+        return self.look() is not None
+
+    def is_file(self) -> bool:
+        """Whether a file is here that can be seen."""
+        return self.kind == FILE
+
+    def is_dir(self) -> bool:
+        """Whether a folder is here that can be seen."""
+        return self.kind == FOLDER
+
+    @property
+    def kind(self) -> str:
+        if listed := self.memory.folders.get(self.parent.path, {}).get(self.name):
+            return listed.kind
+        try:
+            found = self.look()
+        except Absent:
+            return ""
+        return found.kind if found else ""
+
+    def iterdir(self) -> Iterator[Remote]:
+        """What is in the folder, in the order of names. Raises CheckpointError where the store does not tell."""
+        folders = self.memory.folders
+        if self.path not in folders:
+            folders[self.path] = persist(self, lambda: entries(self.fs, self.address))
+        return (self / name for name in folders[self.path])
+
+    def glob(self, pattern: str) -> Iterator[Remote]:
+        """What the folder holds under names of that pattern; nothing where there is none to be seen."""
+        try:
+            return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
+        except Absent:
+            return iter(())
+
+    def rglob(self, pattern: str) -> Iterator[Remote]:
+        """The same for the folders in it too."""
+        for path in self.glob("*"):
+            if fnmatchcase(path.name, pattern):
+                yield path
+            if path.is_dir():
+                yield from path.rglob(pattern)
+
+    def read_bytes(self) -> bytes:
+        facts = self.look() or Facts(FILE)
+        return self.read(0, facts.size or 0, facts)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def read(self, offset: int, length: int, known: Facts) -> bytes:
+        """Bytes of the file that is `known`; few at a time come from blocks that are fetched once.
+
+        Raises CheckpointError where the store does not give them, or has another file by now.
+        """
+        if length > SMALL:
+            starts = range(offset, offset + length, LARGEST)
+            return b"".join(self.fetch(start, min(start + LARGEST, offset + length), known) for start in starts)
+        first = offset // BLOCK * BLOCK
+        return self.blocks(first, offset + length, known)[offset - first : offset - first + length]
+
+    def blocks(self, first: int, stop: int, known: Facts) -> bytes:
+        """The blocks that bytes `first` to `stop` lie in; those that are not kept come in one request."""
+        kept = self.memory.blocks
+        found = {start: kept.get((self.path, start)) for start in range(first, stop, BLOCK)}
+        missing = [start for start, data in found.items() if data is None]
+        if missing:
+            end = min(missing[-1] + BLOCK, known.size or 0)
+            data = self.fetch(missing[0], end, known)
+            cut = range(missing[0], end, BLOCK)
+            found |= {start: data[start - missing[0] :][:BLOCK] for start in cut}
+        with self.memory.lock:
+            for start, block in found.items():
+                kept[self.path, start] = block or b""
+                kept.move_to_end((self.path, start))
+            while len(kept) > BLOCKS:
+                kept.popitem(last=False)
+        return b"".join(block or b"" for block in found.values())
+
+    def fetch(self, start: int, stop: int, known: Facts) -> bytes:
+        """Bytes from the store."""
+        try:
+            return persist(self, lambda: part(self.fs, self.address, start, stop, known)) if stop > start else b""
+        except Absent as error:
+            raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
+
+    def put(self, file: Path, stop: threading.Event) -> None:
+        """Make this the object with a file's bytes; nothing appears before it is whole, or where `stop` is set."""
+
+        def send() -> None:
+            with open(file, "rb") as source:
+                store(self.fs, self.address, source, file.stat().st_size, stop)
+
+        persist(self, send, "written")
+
+    def write(self, data: bytes) -> None:
+        """Make this the object with these bytes."""
+        persist(self, lambda: store(self.fs, self.address, io.BytesIO(data), len(data), threading.Event()), "written")
+
+    def changed(self, known: Facts) -> bool:
+        """Whether the store, asked anew, has another file here."""
+        self.fs.invalidate_cache()
+        now = self.ask()
+        return now is None or changed(known, now)
+
+
+Place = Path | Remote
+
+
+def together(function: Callable[[Item], Result], items: Iterable[Item], where: Place) -> list[Result]:
+    """The function's results in the order of the items: of a remote source many at the same time, else one by one."""
+    if not isinstance(where, Remote):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,128 @@
+"""One request, repeated where that can help: what may pass, what a failure means, in our words.
+
+What fsspec and the libraries under it say of a failure may hold a URL with its credentials: none of it is shown, and no
+error of theirs is chained to ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from neoxconv.errors import CheckpointError
+
+PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each repetition of a request
+TIMEOUT = 60.0  # seconds that an answer may take
+FOLDER, FILE = "directory", "file"
+# What tells one content from another under the same name: the first that a store gives is kept.
+VERSIONS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+CHANGED = "has changed since it was opened; run the command again, on a source that stays"
+AGAIN = (408, 425, 429)  # besides all from 500 on
+REFUSED = (401, 403, 407)
+MISSING = (404, 410)
+Answered = TypeVar("Answered")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a store says of a path: its kind, and of a file its bytes and what tells its content from another."""
+
+    kind: str
+    size: int | None = None
+    version: str = ""
+
+
+class Absent(CheckpointError):
+    """A path where a store has nothing, or nothing that may be seen."""
+
+    def __init__(self, problem: str, *, refused: bool) -> None:
+        super().__init__(problem)
+        self.refused = refused
+
+
+class Unusable(Exception):
+    """An answer that came, and is not what was asked for."""
+
+    def __init__(self, what: str, *, again: bool = True) -> None:
+        super().__init__(what)
+        self.again = again
+
+
+def changed(before: Facts, now: Facts) -> bool:
+    """Whether a file is not the one that it was, as far as the store tells."""
+    versions = before.version and now.version and before.version != now.version
+    return bool(versions) or None is not now.size != before.size
+
+
+def persist(where: object, ask: Callable[[], Answered], deed: str = "read") -> Answered:
+    """What `ask` gives, asked again after a pause where a failure may pass; `deed` is what it does.
+
+    Raises CheckpointError: Absent where there is nothing, or nothing for us.
+    """
+    for count, pause in enumerate((*PAUSES, None), 1):
+        try:
+            return ask()
+        except Exception as error:
+            what, again = judged(error, deed)
+            if (status := status_of(error)) in MISSING + REFUSED:
+                raise Absent(f"{where}: {what}.", refused=status in REFUSED) from None
+            if not again or pause is None:
+                tries = f" ({count} times asked; run the same command again to continue)" if count > 1 else ""
+                raise CheckpointError(f"{where}: {what}{tries}.") from None
+        time.sleep(pause)
+    raise AssertionError(where)
+
+
+def judged(error: Exception, deed: str) -> tuple[str, bool]:
+    """What went wrong, in words that hold nothing of the request, and whether it may pass."""
+    status, kind = status_of(error), type(error).__name__
+    if isinstance(error, Unusable):
+        return str(error), error.again
+    if status in MISSING:
+        return f"is not there ({status}); correct the address", False
+    if status in REFUSED:
+        return f"may not be {deed} ({status}); give credentials that may, in the way fsspec takes them", False
+    if status == 416:
+        return CHANGED, False  # what was asked for lay inside of it
+    if status:
+        return f"the server answers {status}", status in AGAIN or status >= 500
+    if isinstance(error, TimeoutError) or "Timeout" in kind:
+        return f"no answer within {TIMEOUT:g} seconds", True
+    if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
+        return f"cannot be {deed}: a file and a folder would have one name; give another", False
+    if isinstance(error, TypeError | ValueError | LookupError | NotImplementedError | AttributeError):
+        return f"cannot be {deed} by way of fsspec ({kind})", False
+    return f"the connection fails ({kind})", True
+
+
+def status_of(error: BaseException | None) -> int:
+    """The HTTP status that an error of any library stands for; 0 where it stands for none."""
+    if error is None or isinstance(error, Unusable):
+        return 0
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    found = getattr(error, "status", None) or getattr(response, "status_code", response)
+    if isinstance(found, int):
+        return found
+    if isinstance(error, FileNotFoundError):
+        return MISSING[0]
+    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+        return REFUSED[1]
+    return status_of(error.__cause__)
+
+
+def ask(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
+    """What a method of a file system gives, in bounded time."""
+    if fs.async_impl:
+        return wait_for(fs, getattr(fs, f"_{method}"), *arguments, **options)
+    return getattr(fs, method)(*arguments, **options)
+
+
+def wait_for(fs: Any, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a coroutine function gives, run where the file system's others run."""
+    from fsspec.asyn import sync
+
+    return sync(fs.loop, function, *arguments, timeout=TIMEOUT, **options)

@@ -1,0 +1,172 @@
+"""Mixes: which encoding each weight of a GGUF file gets, by its role and layer. The first row that fits decides.
+
+The rows are what llama-quantize does, with and without an importance matrix; it treats the fused attn_qkv like attn_v.
+The `classic` rows for attn_qkv are as they were until early 2025, better known and a little smaller or larger.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from neoxconv.core.encoding import Encoding
+from neoxconv.errors import PlanError
+from neoxconv.quant import ENCODINGS
+
+ANY = "*"
+VECTORS = ("norm", "bias")  # always F32 in GGUF
+PLAIN = ("F32", "F16", "BF16")
+
+When = Callable[[int, int, bool], bool]  # of a layer, the number of layers, and whether there is an importance matrix
+
+
+@dataclass(frozen=True)
+class Row:
+    """A weight of this role gets this encoding, in the layers that `when` says."""
+
+    role: str
+    encoding: str
+    when: When = lambda i, n, imatrix: True
+
+
+def more(i: int, n: int, imatrix: bool) -> bool:
+    """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third between."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
+def first(count: int) -> When:
+    """The first `count` layers."""
+    return lambda i, n, imatrix: i < count
+
+
+def part(share: int, imatrix: bool | None = None) -> When:
+    """The first n / share layers; only with or only without an importance matrix where that is said."""
+    return lambda i, n, given: i < n // share and imatrix in (None, given)
+
+
+HEAD = Row("head", "Q6_K")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """llama.cpp's general.file_type, and the rows: `classic` ones, if any, stand before the others."""
+
+    file_type: int
+    rows: tuple[Row, ...]
+    classic: tuple[Row, ...] = ()
+
+
+def simple(file_type: int, name: str, *rows: Row, classic: tuple[Row, ...] = ()) -> Mix:
+    """The rows, and `name` for all else."""
+    return Mix(file_type, (*rows, Row(ANY, name)), classic)
+
+
+MIXES: dict[str, Mix] = {
+    "F32": simple(0, "F32"),
+    "F16": simple(1, "F16"),
+    "BF16": simple(32, "BF16"),
+    "Q8_0": simple(7, "Q8_0"),
+    "Q6_K": simple(18, "Q6_K"),
+    "Q5_K_M": simple(17, "Q5_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
+                     classic=(Row("qkv", "Q6_K"),)),
+    "Q5_K_S": simple(16, "Q5_K", HEAD),
+    "Q5_1": simple(9, "Q5_1", HEAD),
+    "Q5_0": simple(8, "Q5_0", HEAD, Row("mlp_out", "Q5_1", part(8, imatrix=True))),
+    "Q4_K_M": simple(15, "Q4_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
+                     classic=(Row("qkv", "Q5_K"),)),
+    "Q4_K_S": simple(14, "Q4_K", HEAD, Row("qkv", "Q5_K", first(4)), Row("mlp_out", "Q5_K", part(8)),
+                     classic=(Row("qkv", "Q4_K"),)),
+    "Q4_1": simple(3, "Q4_1", HEAD),
+    "Q4_0": simple(2, "Q4_0", HEAD, Row("mlp_out", "Q4_1", part(8, imatrix=True))),
+    "IQ4_NL": simple(25, "IQ4_NL", HEAD, Row("mlp_out", "Q5_K", part(8, imatrix=False))),
+    "IQ4_XS": simple(30, "IQ4_XS", HEAD, Row("mlp_out", "Q5_K", part(8, imatrix=False))),
+    "Q3_K_L": simple(13, "Q3_K", HEAD, Row("qkv", "Q5_K"), Row("attn_out", "Q5_K"), Row("mlp_out", "Q5_K"),
+                     classic=(Row("qkv", "Q4_K"),)),
+    "Q3_K_M": simple(12, "Q3_K", HEAD, Row("qkv", "Q5_K", first(2)), Row("qkv", "Q4_K"), Row("attn_out", "Q4_K"),
+                     Row("mlp_out", "Q5_K", part(16)), Row("mlp_out", "Q4_K"),
+                     classic=(Row("qkv", "Q4_K"),)),
+    "Q3_K_S": simple(11, "Q3_K", HEAD),
+    "Q2_K": simple(10, "Q2_K", HEAD, Row("qkv", "Q3_K"), Row("attn_out", "Q3_K"), Row("mlp_out", "Q3_K"),
+                   classic=(Row("qkv", "Q2_K"),)),
+}  # fmt: skip
+
+# For rows that no super-block divides, as llama-quantize does; rows that no block of 32 divides are F16.
+FALLBACK = {
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "IQ4_XS": "IQ4_NL",
+}  # fmt: skip
+LAST_RESORT = "F16"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides: a mix, in its current or classic form or `pure` (its main type for every matrix), with an
+    importance matrix or without; and what overrides it: `output` and `embedding` types, and (pattern, type) pairs, the
+    first whose pattern a GGUF name holds.
+
+    Raises PlanError for a name or a pattern that is none.
+    """
+
+    mix: str
+    classic: bool = False
+    pure: bool = False
+    output: str | None = None
+    embedding: str | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
+    imatrix: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mix not in MIXES:
+            raise PlanError(f"--type {self.mix}: expected one of {', '.join(MIXES)}.")
+        types = [self.output, self.embedding, *(name for _, name in self.overrides)]
+        for name in filter(None, types):
+            if name not in ENCODINGS:
+                raise PlanError(f"type {name}: expected one of {', '.join(ENCODINGS)}.")
+        for pattern, _ in self.overrides:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise PlanError(
+                    f"--tensor-type {pattern}: is not a regular expression ({error}); correct it."
+                ) from error
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor as a mix sees it; `layer` of `layers`, -1 outside of them."""
+
+    name: str
+    role: str
+    layer: int
+    layers: int
+    columns: int
+
+
+def choose(choice: Choice, place: Place) -> Encoding:
+    """The encoding of a tensor. Vectors are F32; where the block does not divide the rows, what stands in for it."""
+    if place.role in VECTORS:
+        return ENCODINGS["F32"]
+    name = wanted(choice, place)
+    return ENCODINGS[next(n for n in stand_ins(name, place) if place.columns % ENCODINGS[n].dtype.block == 0)]
+
+
+def wanted(choice: Choice, place: Place) -> str:
+    """What the overrides or the mix give a matrix, whatever its width."""
+    for pattern, name in choice.overrides:
+        if re.search(pattern, place.name):
+            return name
+    special = {"head": choice.output, "embedding": choice.embedding}.get(place.role)
+    if special:
+        return special
+    mix = MIXES[choice.mix]
+    rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
+    at = place.layer, place.layers, choice.imatrix
+    return next(row.encoding for row in rows if row.role in (place.role, ANY) and row.when(*at))
+
+
+def stand_ins(name: str, place: Place) -> Iterator[str]:
+    """The type itself, then what replaces it where its blocks do not divide the rows."""
+    yield name
+    if name in FALLBACK:
+        yield "Q8_0" if place.role == "head" else FALLBACK[name]
+    yield LAST_RESORT

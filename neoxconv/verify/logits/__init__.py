@@ -1,0 +1,1 @@
+"""The third level: what the model predicts."""

@@ -1,0 +1,195 @@
+"""The third level: the target's predictions are the trained model's, layer by layer and at the end.
+
+The reference is the source as it was trained, rank by rank; the candidate is the target. Both are streamed from disk,
+side by side, for the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Doubles, Numbers
+from neoxconv.errors import VerifyError
+from neoxconv.verify.logits.metrics import Comparison, Figures, Running, figures
+from neoxconv.verify.logits.stream import Side, running, side
+
+WORDS = 1024  # logits compared at a time
+SIZES = ("layers", "hidden", "heads", "ff", "rows")
+WORST = 10
+# A layer breaks whose own error is this many times the usual one before it (of the first layer: after it), is large in
+# itself, and near the largest.
+OWN, FIRST, CLEAR, SHARE = 8.0, 3.0, 1e-4, 0.3
+
+Logits = Callable[[int, int], Tensor]  # for words from start to stop, [batch, time, words]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the residual stream is from the reference's after a layer (-1: the embedding)."""
+
+    layer: int
+    error: float  # root mean square of the difference over the stream's
+    cosine: float  # mean over positions
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the predictions differ most: both sides' most likely words with their probabilities."""
+
+    sequence: int
+    position: int
+    divergence: float
+    reference: tuple[tuple[int, float], ...]
+    candidate: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What comparing the predictions found, as values; `divergences` has one of every position, in order."""
+
+    engine: str
+    tokens: Numbers
+    layers: tuple[LayerError, ...]
+    figures: Figures
+    divergences: Doubles
+    worst: tuple[Position, ...]
+
+    @property
+    def broken(self) -> int | None:
+        """The first layer whose own error stands out, else the embedding (-1) if its does; None where none does."""
+        errors = np.array([layer.error for layer in self.layers])
+        if not np.isfinite(errors).all():
+            return self.layers[int(np.argmin(np.isfinite(errors)))].layer
+        squares = errors**2
+        own = np.sqrt(np.maximum(np.diff(squares, prepend=0), 0))
+        if not own.size:
+            return None
+        large = np.maximum(SHARE * own.max(), CLEAR)
+        later = float(np.median(own[2:])) if len(own) > 2 else 0.0
+        usual = [FIRST / OWN * later, *(float(np.median(own[:at])) for at in range(2, len(own)))]
+        for at, expected in enumerate(usual, 1):
+            if own[at] > max(OWN * expected, large):
+                return self.layers[at].layer
+        return -1 if own[0] > max(OWN * float(np.median(own[1:])), large) else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it as plain values, without the tokens."""
+        return {
+            "engine": self.engine,
+            "sequences": len(self.tokens),
+            "length": self.tokens.shape[1],
+            "layers": [asdict(layer) for layer in self.layers],
+            **asdict(self.figures),
+        }
+
+
+def compare_predictions(
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    tokens: Numbers,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+    engine: str = "native",
+    logits: Logits | None = None,
+) -> Predictions:
+    """Run both models on tokens [batch, time]; `progress` is told of every layer of a side, and of the heads.
+
+    `logits` are the candidate's where another engine has computed them; then its layers are not compared. Raises
+    VerifyError where the models have other sizes, PlanError where the device is not there.
+    """
+    following = np.full(tokens.shape, -1)
+    following[:, :-1] = tokens[:, 1:]
+    layers, comparison = run_both(reference, candidate, (tokens, following), device, progress, logits)
+    found = figures(comparison)
+    return Predictions(engine, tokens, layers, found, comparison.divergence, worst(comparison, tokens))
+
+
+def run_both(
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    text: tuple[Numbers, Numbers],
+    device: str,
+    progress: Callable[[int], None],
+    logits: Logits | None,
+) -> tuple[tuple[LayerError, ...], Comparison]:
+    """How far the streams are apart after every layer, and the predictions; `text`: tokens, what follows (-1: none)."""
+    check_sizes(reference, candidate)
+    with running(text[0], device) as (pool, ids):
+        models = [reference] if logits else [reference, candidate]
+        sides = [side(model, pool, device=device) for model in models]
+        streams = [each.embed(ids) for each in sides]
+        layers = [] if logits else [layer_error(-1, *streams)]
+        for number in range(reference.config.layers):
+            for at, each in enumerate(sides):
+                streams[at] = each.layer(number, streams[at])
+                progress(1)
+            if not logits:
+                layers.append(layer_error(number, *streams))
+        heads = [head(each, stream) for each, stream in zip(sides, streams, strict=True)]
+        comparison = compare_heads(text[1], reference.config.rows, heads[0], logits or heads[1], device)
+    progress(len(sides))
+    return tuple(layers), comparison
+
+
+def check_sizes(reference: Checkpoint, candidate: Checkpoint) -> None:
+    """Raise VerifyError where the models have other sizes."""
+    for size in SIZES:
+        ours, theirs = getattr(reference.config, size), getattr(candidate.config, size)
+        if ours != theirs:
+            raise VerifyError(
+                f"{candidate.index.where}: its predictions cannot be compared, as it has {size} {theirs} "
+                f"and the source {ours}; give the source that it was made from."
+            )
+
+
+def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> LayerError:
+    """How far the streams are apart; of ranks with streams of their own, their means."""
+    r, c = (sum(streams[1:], streams[0]) / len(streams) for streams in (reference, candidate))
+    r, c = r.double(), c.double()
+    cosine = (r * c).sum(-1) / (r.norm(dim=-1) * c.norm(dim=-1)).clamp_min(1e-300)
+    return LayerError(number, float((r - c).norm() / r.norm().clamp_min(1e-300)), float(cosine.mean()))
+
+
+def head(model: Side, streams: list[Tensor]) -> Logits:
+    """The model's logits for bands of words."""
+    normed = model.final(streams)
+    return lambda start, stop: model.logits(normed, start, stop)
+
+
+def compare_heads(following: Numbers, rows: int, reference: Logits, candidate: Logits, device: str) -> Comparison:
+    """Both sides' logits, band by band; `following` [batch, time] are the right words."""
+    comparison = Comparison(following.reshape(-1), device)
+    for start in range(0, rows, WORDS):
+        stop = min(start + WORDS, rows)
+        bands = [logits(start, stop).reshape(-1, stop - start) for logits in (reference, candidate)]
+        comparison.add(start, *bands)
+    return comparison
+
+
+def worst(comparison: Comparison, tokens: Numbers) -> tuple[Position, ...]:
+    """The positions that differ most, and what each side expects there."""
+    divergence = comparison.divergence
+    return tuple(
+        Position(
+            int(at // tokens.shape[1]),
+            int(at % tokens.shape[1]),
+            float(divergence[at]),
+            expected(comparison.reference, at),
+            expected(comparison.candidate, at),
+        )
+        for at in np.argsort(-divergence, kind="stable")[:WORST].tolist()
+    )
+
+
+def expected(side: Running, at: int) -> tuple[tuple[int, float], ...]:
+    """The likeliest words at a position, with their probabilities."""
+    shares = (side.values[at] - side.normaliser[at]).exp()
+    return tuple(zip(side.words[at].tolist(), shares.tolist(), strict=True))

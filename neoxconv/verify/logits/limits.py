@@ -1,0 +1,87 @@
+"""How far a target's predictions may be from the trained model's: by its type, or as asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from neoxconv.core.model import Checkpoint
+from neoxconv.targets.divergences import DIVERGENCES, WEIGHTS_ALONE
+from neoxconv.targets.mixes import MIXES
+from neoxconv.verify.logits.compare import Predictions
+
+# Mean KL divergence from the model as it was trained, measured on a small trained model (docs/numerics.md): what
+# joining the ranks' norms costs, and what rounding to plain types does. Twice their sum is allowed.
+JOINING = {"mean": 1.4e-6, "rank0": 3.6e-6, "fold": 6e-13}
+SERIAL = 2e-8  # more, where every rank has a stream of its own
+# The mix in which a block type does most of the work: for files whose tensors have other types than their mix gives.
+MAIN = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
+ROUNDING = {"F32": 0.0, "F16": 7e-8, "BF16": 4e-6}
+ROOM = 2.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A figure, what was found, and what it may be: at most, or with `least` at least."""
+
+    name: str
+    found: float
+    limit: float
+    least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.found >= self.limit if self.least else self.found <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.found:.3g}, expected at {'least' if self.least else 'most'} {self.limit:.3g}"
+
+
+def type_of(candidate: Checkpoint) -> str:
+    """The mix of a GGUF file, else the type of most bytes, a quantized one if there is any."""
+    number = candidate.index.settings.get("general.file_type")
+    named = [name for name, mix in MIXES.items() if mix.file_type == number]
+    if candidate.index.format == "gguf" and named:
+        return named[0]
+    sizes: Counter[str] = Counter()
+    for tensor in candidate.tensors.values():
+        sizes[tensor.dtype.name if tensor.dtype.quantized else tensor.native.name] += tensor.nbytes
+    quantized = [tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized]
+    return max(quantized or sizes, key=lambda name: sizes[name])
+
+
+def default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str = "native") -> float:
+    """The mean KL divergence that a target of this type, made with the source's norms policy, may have at most."""
+    known = DIVERGENCES | ROUNDING | (WEIGHTS_ALONE if engine == "native" else {})
+    ranks = len(source.index.ranks)
+    joined = ranks > 1 and ranks != len(candidate.index.ranks)
+    joining = JOINING[source.norms] + SERIAL * (not source.config.parallel_residual)
+    stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized}
+    names = {type_of(candidate)} | {MAIN.get(name, name) for name in stored}
+    usual = max(DIVERGENCES.values())  # of types that are only read
+    rounding = max(known.get(name, usual) for name in names)
+    return ROOM * (joining * joined + rounding) + 1e-12
+
+
+def check(
+    predictions: Predictions, source: Checkpoint, candidate: Checkpoint, asked: Mapping[str, float | None]
+) -> list[Limit]:
+    """The figures that are limited, by default only the mean divergence; `asked` by the option's name."""
+    figures = predictions.figures
+    mean = asked.get("max_kl")
+    limits = [
+        Limit(
+            "mean KL divergence",
+            figures.mean,
+            default_divergence(source, candidate, predictions.engine) if mean is None else mean,
+        )
+    ]
+    for name, what, found, least in (
+        ("max_kl_p99", "99th percentile of KL", figures.p99, False),
+        ("min_top1", "top-1 agreement", figures.top1, True),
+        ("max_ppl_ratio", "perplexity ratio", figures.perplexity.ratio, False),
+    ):
+        if (limit := asked.get(name)) is not None:
+            limits.append(Limit(what, found, limit, least))
+    return limits

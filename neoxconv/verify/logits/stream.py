@@ -1,0 +1,164 @@
+"""A model run layer by layer from disk: no more of its weights in memory than a few slabs of rows.
+
+The tokens' streams are kept, and one pass over the weights serves all of them. While one slab is multiplied the next
+ones are read and widened by another thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neoxconv.arch.gpt_neox import forward
+from neoxconv.core.model import Checkpoint, ModelConfig
+from neoxconv.core.tensor import LazyTensor, band
+from neoxconv.dtypes import Floats, Numbers
+from neoxconv.errors import PlanError
+from neoxconv.formats.neox import folder as neox
+from neoxconv.formats.neox.numbers import FIRST_LAYER
+from neoxconv.quant import floats
+from neoxconv.sources.naming import name_tensors
+
+SLAB = 16 << 20  # bytes of float32
+AHEAD = 2  # slabs
+READERS = 2  # threads
+INSIDE = 256 << 20  # bytes that the inside of an MLP may take; 2730 tokens of the 20B model
+Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
+
+
+@dataclass(frozen=True)
+class StreamedRank:
+    """One rank's tensors by unified name, read when they are asked for."""
+
+    tensors: dict[str, LazyTensor]
+    device: str
+    pool: ThreadPoolExecutor
+    progress: Callable[[int], None]
+    watch: Watch | None = None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name + ".weight"].shape
+
+    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        tensor = self.tensors[name + ".weight"]
+        return self.on_device(np.concatenate([read(tensor, n, n + 1) for n in numbers]))
+
+    def vector(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return self.on_device(read(tensor, 0, tensor.rows).reshape(-1))
+
+    def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        if self.watch:
+            self.watch(name + ".weight", x)
+        tensor = self.tensors[name + ".weight"]
+        tensor = band(tensor, start, tensor.rows if stop is None else stop)
+        result = torch.empty(*x.shape[:-1], tensor.rows, device=x.device)
+        at = 0
+        for weight in self.slabs(tensor):
+            result[..., at : at + len(weight)] = x @ weight.T
+            at += len(weight)
+        return result
+
+    def slabs(self, tensor: LazyTensor) -> Iterator[Tensor]:
+        """The tensor's rows in float32, in bands, read ahead."""
+        step = max(1, SLAB // (4 * tensor.columns))
+        waiting: deque[Future[Floats]] = deque()
+        starts = iter(range(0, tensor.rows, step))
+        for start in starts:
+            waiting.append(self.pool.submit(read, tensor, start, min(start + step, tensor.rows)))
+            if len(waiting) > AHEAD:
+                yield self.on_device(waiting.popleft().result())
+        while waiting:
+            yield self.on_device(waiting.popleft().result())
+        self.progress(tensor.nbytes)
+
+    def on_device(self, values: Floats) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
+
+
+def read(tensor: LazyTensor, start: int, stop: int) -> Floats:
+    """Rows as float32, whatever they are stored as."""
+    return floats(tensor.read(start, stop), tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model that can be run: its ranks as they were trained, or one merged rank."""
+
+    config: ModelConfig
+    ranks: list[StreamedRank] = field(repr=False)
+    stages: tuple[int, ...] = ()  # the layers that a pipeline stage after the first begins with
+
+    def embed(self, tokens: Tensor) -> list[Tensor]:
+        """The streams before the first layer, for tokens [batch, time]."""
+        return forward.embed(self.ranks, tokens, self.config)
+
+    def layer(self, number: int, streams: list[Tensor]) -> list[Tensor]:
+        """The streams after a layer; the sequences pass in groups, and the weights once for each group."""
+        if number in self.stages:
+            streams = forward.across_stages(streams)
+        batch, time, _ = streams[0].shape
+        group = max(1, INSIDE // (4 * self.config.ff * time))
+        parts = [
+            forward.block(self.ranks, number, [x[start : start + group] for x in streams], self.config)
+            for start in range(0, batch, group)
+        ]
+        return [torch.cat(found) for found in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
+
+    def final(self, streams: list[Tensor]) -> list[Tensor]:
+        """The normalised streams before the head."""
+        return forward.final(self.ranks, streams, self.config)
+
+    def logits(self, normed: list[Tensor], start: int, stop: int) -> Tensor:
+        """The logits [batch, time, stop - start] of the words from `start` to `stop`."""
+        return forward.logits(self.ranks, normed, start, stop, self.config)
+
+
+def as_trained(checkpoint: Checkpoint) -> list[dict[str, LazyTensor]]:
+    """Each rank's own tensors by unified name; of a source without ranks its one."""
+    if len(checkpoint.index.ranks) == 1:
+        return [checkpoint.tensors]
+    return name_tensors(checkpoint.index, checkpoint.architecture)[0]
+
+
+def side(
+    checkpoint: Checkpoint,
+    pool: ThreadPoolExecutor,
+    *,
+    merged: bool = False,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+    watch: Watch | None = None,
+) -> Side:
+    """The model of a checkpoint, rank by rank as it was trained unless `merged`."""
+    tensors = [checkpoint.tensors] if merged else as_trained(checkpoint)
+    stages = tuple(start - FIRST_LAYER for start in neox.stage_starts(checkpoint.index))
+    return Side(checkpoint.config, [StreamedRank(rank, device, pool, progress, watch) for rank in tensors], stages)
+
+
+@contextmanager
+def running(tokens: Numbers, device: str) -> Iterator[tuple[ThreadPoolExecutor, Tensor]]:
+    """The readers that sides share, and tokens [batch, time] where the sides compute.
+
+    Raises PlanError where torch cannot compute on the device.
+    """
+    check_device(device)
+    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+        yield pool, torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+
+
+def check_device(device: str) -> None:
+    """Raise PlanError where torch cannot compute on it."""
+    name, _, number = device.partition(":")
+    number = number or "0"
+    if device == "cpu" or (name == "cuda" and number.isdigit() and int(number) < torch.cuda.device_count()):
+        return
+    found = "torch finds no CUDA device of that number" if name == "cuda" else "expected cpu, cuda or cuda:N"
+    raise PlanError(f"--device {device}: {found}; leave the option out to use the CPU.")

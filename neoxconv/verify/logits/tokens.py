@@ -1,0 +1,145 @@
+"""The tokens that models are compared on: from a text, from a file of token ids, or a text of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Numbers
+from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.formats.tokenizer import Tokenizer
+from neoxconv.sources.tokenizer import tokenizer_of
+
+LENGTH, SEQUENCES = 256, 2
+STEP, OFFSET = 1_103_515_245, 12_345  # a linear congruence: the ids where there is no tokenizer
+
+# Prose, a table, code and figures, so that many kinds of tokens come up.
+TEXT = """\
+The ship had been at anchor for nine days when the wind turned at last. Nobody on deck said a word; they had learned
+that hope, spoken aloud, brought only more calm. The cook went on peeling potatoes, the mate wound his watch, and the
+boy at the masthead, who could see the line of darker water moving in from the west, counted slowly to a hundred before
+he let himself shout.
+
+In 1887 the harbour took in 1,204 vessels, of which 861 carried grain, 233 timber and the rest salt, wool or nothing at
+all. Ten years later there were 2,090. "We shall need a second pier," wrote the harbour master, "or fewer captains."
+
+def median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
+
+| element | symbol | melts at |
+|---------|--------|----------|
+| tin     | Sn     | 231.9 C  |
+| lead    | Pb     | 327.5 C  |
+| zinc    | Zn     | 419.5 C  |
+
+What does a language model know of tin? Only that the word comes before others with certain odds. Yet the odds are not
+idle: change a sign in one matrix of one layer, and the sentences still sound well while the sums go wrong. That is why
+a converted model is asked for its numbers, and not for its opinion.
+
+Der Wind kam aus Westen. Le vent tourna enfin. El barco se movió despacio, como si dudara. (c) 2026; see https://a.b/c?d=e&f=g.
+"""
+
+
+def tokens_for(
+    checkpoint: Checkpoint, text: Path | None, ids: Path | None, length: int, sequences: int | None
+) -> tuple[Numbers, str]:
+    """Tokens [sequences, length] and where they are from; sequences are cut to what there is and the model's context.
+
+    Raises PlanError or CheckpointError where there is no tokenizer, or the ids are not the model's.
+    """
+    length = min(length, checkpoint.config.context)
+    if ids:
+        return from_file(checkpoint, ids, sequences)
+    words = tokenizer_of(checkpoint)
+    if text is None and words is None:
+        count = (sequences or SEQUENCES) * length
+        return invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
+    if words is None:
+        raise PlanError(f"{checkpoint.index.folder}: has no tokenizer; give token ids with --tokens FILE.npy.")
+    found = encode(words, read_text(text) if text else TEXT)
+    if found.max(initial=0) >= checkpoint.config.rows:
+        raise CheckpointError(
+            f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
+            "it is another model's."
+        )
+    wanted = sequences or (len(found) if text else SEQUENCES)
+    if text is None:
+        found = np.tile(found, -(-length * wanted // len(found)))
+    rows = min(len(found) // length, wanted)
+    if rows == 0:
+        length, rows = len(found), 1
+    if length < 2:
+        raise PlanError(f"{text}: comes to {length} tokens, at least 2 are needed; give a longer text.")
+    return found[: rows * length].reshape(rows, length), str(text.name if text else "built-in text")
+
+
+def library(words: Tokenizer) -> Any:
+    """The tokenizers library's own."""
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(words.data.decode())
+
+
+def encode(words: Tokenizer, text: str) -> Numbers:
+    """The ids of a text."""
+    return np.array(library(words).encode(text).ids, np.int64)
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises CheckpointError where it is none."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); give another file."
+        ) from error
+
+
+def from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:
+    """Ids [batch, time] or [time] that numpy saved."""
+    no_ids = "is no .npy file of token ids; make one with numpy.save."
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, BadZipFile) as error:
+        raise CheckpointError(f"{path}: {no_ids}") from error
+    if not isinstance(loaded, np.ndarray):
+        raise CheckpointError(f"{path}: {no_ids}")
+    ids = np.atleast_2d(loaded)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.shape[1] < 2 or not ids.size:
+        raise CheckpointError(
+            f"{path}: holds {ids.dtype} of shape {list(ids.shape)}, expected whole numbers [batch, time], "
+            "two or more in a row; give another file."
+        )
+    if ids.min() < 0 or ids.max() >= checkpoint.config.rows or ids.shape[1] > checkpoint.config.context:
+        raise CheckpointError(
+            f"{path}: has ids from {ids.min()} to {ids.max()} in rows of {ids.shape[1]}; the model has "
+            f"{checkpoint.config.rows} words and a context of {checkpoint.config.context}. Give another file."
+        )
+    return ids[:sequences].astype(np.int64), path.name
+
+
+def invented(rows: int, count: int) -> Numbers:
+    """`count` ids that look random and are always the same."""
+    state, found = OFFSET, []
+    for _ in range(count):
+        state = (state * STEP + OFFSET) % (1 << 31)
+        found.append((state >> 8) % rows)
+    return np.array(found, np.int64)
+
+
+def speller(checkpoint: Checkpoint) -> Callable[[Sequence[int]], str]:
+    """What token ids stand for: text where there is a tokenizer, else their numbers."""
+    words = tokenizer_of(checkpoint)
+    if words is None:
+        return lambda ids: " ".join(f"#{number}" for number in ids)
+    decode = library(words).decode
+    return lambda ids: str(decode(list(ids), skip_special_tokens=False))

@@ -1,0 +1,269 @@
+"""What a comparison of logits found, as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from neoxconv.verify.page.charts import LAYERED, heat_map, kl_chart, largest, layer_chart, number, percent, shown
+from neoxconv.words import plural
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1d2125; --soft: #59616a; --rule: #dde0e4;
+  --accent: #2b5ea8; --mark: #dce7f6; --pass: #1b7341; --fail: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea; --soft: #a3abb4;
+  --rule: #353b42; --accent: #86aff0; --mark: #2c4468; --pass: #71c793; --fail: #f2938b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 56px; }
+section, header, footer { margin-bottom: 48px; }
+h1 { font-size: 26px; line-height: 1.3; margin: 12px 0 24px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 0 0 4px; }
+h3, h4 { font-size: 14px; font-weight: 600; margin: 0 0 8px; color: var(--soft); }
+.card + h3 { margin-top: 24px; }
+h2 + .cards { margin-top: 16px; }
+ul { margin: 8px 0 24px; padding-left: 20px; }
+p { margin: 0 0 16px; max-width: 80ch; overflow-wrap: anywhere; }
+code, .context { font: .87em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.soft, dt, footer { color: var(--soft); }
+.badge { display: inline-block; border: 2px solid; border-radius: 6px; padding: 2px 14px; font-weight: 700; }
+.pass { color: var(--pass); } .fail { color: var(--fail); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 12px; }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 16px; min-width: 0;
+  break-inside: avoid; }
+.cards .card { font-size: 13px; line-height: 1.45; color: var(--soft); }
+.cards strong { display: block; font-size: 23px; line-height: 1.5; font-weight: 600; color: var(--ink);
+  white-space: nowrap; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 24px; }
+.pair section { display: flex; flex-direction: column; }
+.pair .card { flex: 1; }
+.card > svg { display: block; overflow: visible; width: 100%; max-width: 600px; margin: 0 auto; }
+svg text { font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+.rule { stroke: var(--rule); fill: none; }
+.line { stroke: var(--accent); stroke-width: 2; stroke-linecap: round; fill: none; }
+.dot, .bar { fill: var(--accent); }
+.zero { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }
+.odd { stroke: var(--fail); stroke-width: 2; fill: none; }
+.hit { fill: transparent; } g:hover > .hit { fill: var(--accent); fill-opacity: .12; }
+svg .mark + text { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
+.mark { stroke: var(--ink); stroke-width: 1.3; fill: none; }
+.m1 { stroke-dasharray: 6 3; } .m2 { stroke-dasharray: 1.5 3; }
+.bad { fill: var(--fail); } .none { fill: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 7px 0 7px 20px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+tr > :first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere; font-weight: 500; }
+thead th { color: var(--soft); font-weight: 500; }
+tbody tr:last-child > * { border-bottom: 0; }
+summary { color: var(--soft); font-size: 13px; cursor: pointer; }
+details { margin-top: 8px; } details[open] .wide { max-height: 320px; overflow: auto; }
+.heat { display: grid; grid-template-columns: fit-content(40%) 1fr max-content; gap: 5px 14px; align-items: center;
+  font-size: 13px; }
+.heat span { overflow-wrap: anywhere; }
+.heat svg { display: block; width: 100%; height: 20px; }
+.heat b { font-weight: 400; text-align: right; font-variant-numeric: tabular-nums; }
+.scale { position: relative; height: 20px; }
+.scale i { position: absolute; transform: translateX(-50%); font-style: normal; }
+.heat span:nth-last-of-type(1), .scale, .heat b:last-child { color: var(--soft); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 13px; color: var(--soft); margin: 16px 0 0; }
+.legend svg { width: 20px; height: 14px; vertical-align: -2px; } .legend svg[viewBox^="0 0 9"] { width: 150px; }
+.worst { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
+.context { margin: 0 0 16px; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
+mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 2px 3px;
+  box-decoration-break: clone; -webkit-box-decoration-break: clone; border-bottom: 2px solid var(--accent); }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px 24px; }
+ol { list-style: none; margin: 0; padding: 0; font-size: 13px; }
+li { overflow-wrap: anywhere; }
+ol li { display: grid; grid-template-columns: minmax(0, 5fr) 4fr 68px; gap: 8px; align-items: center; padding: 2px 0; }
+ol code { font-size: 13px; }
+ol li > :last-child { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.right { font-weight: 700; }
+.meter { background: var(--rule); height: 8px; border-radius: 2px; overflow: hidden; }
+.meter i { display: block; height: 100%; background: var(--accent); }
+.meter, .meter i, mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+@media (max-width: 560px) {
+  main { padding: 24px 16px 32px; } section, header, footer { margin-bottom: 36px; } h1 { font-size: 22px; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; }
+  .card { padding: 14px 12px; } svg text { font-size: 16px; } th, td { padding-left: 12px; }
+  .heat { grid-template-columns: 1fr max-content; gap: 2px 10px; } .heat span { grid-column: 1 / -1; margin-top: 6px; }
+}
+@media print { details { display: none; }
+  body { background: none; font-size: 11pt; } main { max-width: none; padding: 0; }
+  .pair { grid-template-columns: 1fr 1fr; } .cards { grid-template-columns: repeat(3, 1fr); }
+  h2, h2 + p, h3 { break-after: avoid; }
+  section, header, footer { margin-bottom: 28px; } }
+"""
+EXPLANATION = (
+    "Both models read the same tokens, and every position compares what they predict for the next one.",
+    "The KL divergence, in nats, is zero where both give the same probabilities; its mean says how far the models are "
+    "apart as a whole, its p99 and its largest value how bad the worst positions are.",
+    "The error per layer is that of the residual stream, relative to its size: a steady rise is rounding that adds up, "
+    "a jump is a reason to look at that layer's tensors.",
+    "Perplexity ratio and top-1 agreement say how much of this shows in use: 1 and 100 % are no difference.",
+)
+
+
+def page(facts: Mapping[str, Any]) -> str:
+    """The report as one HTML page."""
+    charts = f'<div class="pair">{layers(facts["layers"])}{divergence(facts)}</div>'
+    parts = (header(facts), cards(facts), limits(facts["limits"]), charts, tensors(facts.get("tensors") or ()))
+    body = "".join([*parts, worst(facts["worst"]), footer()])
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{'PASS' if facts['passed'] else 'FAIL'}: {shown(facts['target'])}</title>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
+    )
+
+
+def header(facts: Mapping[str, Any]) -> str:
+    """The verdict, what is wrong, and what was compared."""
+    tokens = f"{plural(facts['sequences'], 'sequence')} of {plural(facts['length'], 'token')}, {facts['text']}"
+    entries = {"Reference": facts["source"], "Candidate": facts["target"], "Engine": facts["engine"], "Tokens": tokens}
+    listed = "".join(f"<dt>{name}</dt><dd>{shown(value)}</dd>" for name, value in entries.items())
+    findings = "".join(f"<li>{shown(finding)}</li>" for finding in facts["findings"])
+    found = f"<h2>Findings</h2><ul>{findings}</ul>" if findings else ""
+    title = f"{verdict(facts['passed'], 'badge')}<h1>{shown(facts['verdict'])}</h1>"
+    return f"<header>{title}{found}<dl>{listed}</dl></header>\n"
+
+
+def verdict(passed: bool, style: str = "") -> str:
+    """A pass or a fail in sign, word and colour."""
+    kind, sign = ("pass", "✓ PASS") if passed else ("fail", "✗ FAIL")
+    return f'<span class="{f"{style} {kind}".strip()}">{sign}</span>'
+
+
+def section(title: str, about: str, content: str) -> str:
+    """A part of the page: its heading, a sentence about it, and what it shows."""
+    return f'<section><h2>{title}</h2><p class="soft">{about}</p>{content}</section>\n'
+
+
+def cards(facts: Mapping[str, Any]) -> str:
+    """The headline figures."""
+    kl, perplexity = facts["kl"], facts["perplexity"]
+    figures = (
+        ("Mean KL", number(kl["mean"]), f"median {number(kl['median'])}<br>largest {number(kl['max'])}"),
+        ("99th percentile KL", number(kl["p99"]), f"of {plural(len(facts['kl_values']), 'position')}"),
+        ("Top-1 agreement", percent(facts["top1"]), f"top-5: {percent(facts['top5'])}"),
+        ("Perplexity ratio", ratio(perplexity["ratio"], perplexity["ratio_error"]), perplexities(perplexity)),
+        ("Probability change", percent(facts["rms_probability"]), "root mean square,<br>of the right token"),
+        ("Largest difference", number(facts["largest_difference"]), "of any logit"),
+    )
+    made = "".join(f'<div class="card">{name}<strong>{value}</strong>{more}</div>' for name, value, more in figures)
+    return f'<section><h2>Headline figures</h2><div class="cards">{made}</div></section>\n'
+
+
+def ratio(value: float, error: float) -> str:
+    """A ratio with as many digits as its error leaves it, at least three decimals and at most six."""
+    if not math.isfinite(value) or abs(value) >= 100:
+        return number(value)
+    digits = 1 - math.floor(math.log10(error)) if 0 < error < math.inf else 5
+    return f"{value:.{min(max(digits, 3), 6)}f}"
+
+
+def perplexities(found: Mapping[str, float]) -> str:
+    return f"± {number(found['ratio_error'])}<br>{number(found['reference'])} → {number(found['candidate'])}"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML, with the first of each row as its heading."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    lines = (f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def limits(found: Sequence[Mapping[str, Any]]) -> str:
+    """What had to hold, and whether it does."""
+    if not found:
+        return section("Limits", "No limits were set.", "")
+    rows = [(shown(item["name"]), number(item["found"], 5), bound(item), verdict(item["passed"])) for item in found]
+    held = sum(bool(item["passed"]) for item in found)
+    return section("Limits", f"{held} of {len(found)} hold.", table(("Measure", "Found", "Limit", "Result"), rows))
+
+
+def bound(item: Mapping[str, Any]) -> str:
+    """What a figure may be, and on which side of it it must lie."""
+    return f"{'≥' if item['least'] else '≤'} {number(item['limit'], 5)}"
+
+
+def layers(found: Sequence[Mapping[str, Any]]) -> str:
+    """The error after each layer, as a chart and in numbers."""
+    if not found:
+        return section("Error per layer", "The layers were not compared, only the logits.", "")
+    most = largest(float(layer["error"]) for layer in found)
+    rows = [(str(layer["layer"]), number(layer["error"]), number(max(1 - layer["cosine"], 0.0))) for layer in found]
+    values = table(("Layer", "Relative error", "Cosine distance"), rows)
+    about = f"Relative error of the residual stream, the largest {number(most)}."
+    numbers = f"<details><summary>In numbers</summary>{values}</details>"
+    return section("Error per layer", about, f'<div class="card">{layer_chart(found)}{numbers}</div>')
+
+
+def divergence(facts: Mapping[str, Any]) -> str:
+    """How the KL divergence is distributed."""
+    values, kl = facts["kl_values"], facts["kl"]
+    if not values:
+        return section("KL divergence", "No positions were compared.", "")
+    chart = kl_chart(values, {name: kl[name] for name in ("mean", "median", "p99")})
+    return section("KL divergence", "Positions by their divergence.", f'<div class="card">{chart}</div>')
+
+
+def tensors(found: Sequence[Mapping[str, Any]]) -> str:
+    """The error of each tensor's weights: a map of the layers, a list of the rest."""
+    if not found:
+        return ""
+    top = max(found, key=lambda tensor: (math.isnan(tensor["relative"]), tensor["relative"]))
+    rest = [tensor for tensor in found if not LAYERED.fullmatch(tensor["name"])]
+    rows = [(shown(each["name"]), shown(each["encoding"]), number(each["relative"])) for each in rest]
+    outside = f"<h3>Outside the layers</h3>{table(('Tensor', 'Encoding', 'Relative error'), rows)}" if rows else ""
+    about = f"Relative error of the weights, the largest {number(top['relative'])} ({shown(top['name'])})."
+    heat = heat_map(found)
+    return section("Error per tensor", about, (f'<div class="card">{heat}</div>' if heat else "") + outside)
+
+
+def worst(found: Sequence[Mapping[str, Any]]) -> str:
+    """The positions where the models differ most."""
+    if not found:
+        return ""
+    about = "Where the models differ most: the text with the right next token (✓), and what each model expected there."
+    return section("Worst positions", about, f'<div class="worst">{"".join(map(position, found))}</div>')
+
+
+def position(item: Mapping[str, Any]) -> str:
+    """One position: the text with its next token marked, and the likeliest tokens on both sides."""
+    before = item["before"] if len(item["before"]) <= 300 else "…" + item["before"][-299:]
+    where = f"KL {number(item['kl'])}, sequence {item['sequence']}, position {item['position']}"
+    lines = re.sub("(↵+)", r"\1\n", shown(before))
+    text = f'<p class="context"><bdi>{lines}</bdi><mark>{token(item["token"])}</mark></p>'
+    sides = "".join(side(name, item[name.lower()], item["token"]) for name in ("Reference", "Candidate"))
+    return f'<article class="card"><h3>{where}</h3>{text}<div class="sides">{sides}</div></article>'
+
+
+def token(text: str) -> str:
+    """A token, cut if it is long, whose spaces at the ends can be seen."""
+    text = text if len(text) <= 40 else text[:39] + "…"
+    inner = text.strip(" ")
+    left = len(text) - len(text.lstrip(" "))
+    spaced = "␣" * left + inner + "␣" * (len(text) - left - len(inner))
+    return f"<bdi>{shown(spaced) or '(empty)'}</bdi>"
+
+
+def side(name: str, likely: Iterable[Sequence[Any]], right: str) -> str:
+    """One model's likeliest tokens as bars, the right one with a sign."""
+    bars = "".join(chance(text, float(share), text == right) for text, share in likely)
+    return f"<div><h4>{name}</h4><ol>{bars}</ol></div>"
+
+
+def chance(text: str, share: float, right: bool) -> str:
+    wide = 100 * min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+    label = f'<code class="right">{token(text)} ✓</code>' if right else f"<code>{token(text)}</code>"
+    meter = f'<span class="meter"><i style="width:{wide:.1f}%"></i></span>'
+    return f"<li>{label}{meter}<span>{percent(share)}</span></li>"
+
+
+def footer() -> str:
+    """How to read the page."""
+    return f"<footer><h2>How to read this</h2>{''.join(f'<p>{sentence}</p>' for sentence in EXPLANATION)}</footer>\n"

@@ -1,0 +1,1 @@
+"""Questions that both sides answer."""
