@@ -19,7 +19,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import Tokenizer, from_gguf, gguf_keys, hf_files, load
 from neoxconv.synthetic import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", ROOT.parent / "shared" / "fixtures"))
 SOURCES = {
     "tiny": None,

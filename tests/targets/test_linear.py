@@ -18,8 +18,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, veri
 from neoxconv.cli.main import main
 from neoxconv.quant import floats
 from neoxconv.verify.report import Report
+from tests.engine.test_run import digests
 from tests.oracles import causal_logits, fixtures, program
-from tests.test_convert import digests
 from tests.toy import toy
 
 Tensors = dict[str, torch.Tensor]

@@ -24,7 +24,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats import safetensors
 from neoxconv.storage.files import open_storage
 
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
+FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
 OFFICIAL = sorted(FIXTURES.glob("*/hf_official_converter/model.safetensors"))
 TORCH = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 RAW = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}

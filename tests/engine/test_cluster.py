@@ -18,8 +18,8 @@ from neoxconv.cli.main import main
 from neoxconv.engine.cluster import Errand, do, origin_of
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError, PlanError
+from tests.engine.test_run import digests
 from tests.oracles import ROOT
-from tests.test_convert import digests
 from tests.toy import toy
 
 pytest.importorskip("distributed")

@@ -22,7 +22,8 @@ from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import overflows
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError
-from tests.test_bnb import (
+from tests.engine.test_run import PowerCut, cut_after, digests
+from tests.targets.test_linear import (
     ALL,
     BNB,
     FILE,
@@ -43,7 +44,6 @@ from tests.test_bnb import (
     weights,
     with_state,
 )
-from tests.test_convert import PowerCut, cut_after, digests
 
 some = pytest.mark.parametrize("name", ["NF4 double", "INT8", "E4M3 tensor"])
 

@@ -10,7 +10,7 @@ import pytest
 from neoxconv.errors import CheckpointError
 from neoxconv.sources.tokenizer import find
 
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
+FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
 
 
 @pytest.mark.parametrize("tags", ["checkpoints", "checkpoints/global_step10"])

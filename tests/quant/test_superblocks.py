@@ -178,7 +178,7 @@ import hashlib, numpy as np
 from neoxconv.encoding import Context
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
-from tests.test_superblocks import NAMES, weights
+from tests.quant.test_superblocks import NAMES, weights
 rows = np.vstack([weights("gauss", 1 << 14), weights("student", 1 << 14)])
 columns = Context(np.exp(np.linspace(-2, 2, rows.shape[1])).astype(np.float32))
 made = [ENCODINGS[name].encode(rows) for name in NAMES]

@@ -21,7 +21,7 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
 from tests.golden.make_blocks import ggml_encode
 from tests.oracles import ggml_library, llama_logits, write_imatrix
-from tests.test_superblocks import errors, weights
+from tests.quant.test_superblocks import errors, weights
 from tests.toy import toy
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

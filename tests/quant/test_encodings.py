@@ -212,7 +212,7 @@ ELSEWHERE = """
 import sys
 import neoxconv.quant as quant
 assert not {"numba", "torch", "gguf"} & set(sys.modules)
-from tests.test_quant import digest
+from tests.quant.test_encodings import digest
 print(digest())
 """
 
@@ -226,6 +226,6 @@ def digest() -> str:
 def test_another_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
     plain = {"NUMBA_CPU_NAME": "generic", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3", "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", ELSEWHERE]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=os.environ | plain, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == digest(), done.stderr

@@ -18,10 +18,10 @@ from neoxconv import __version__
 from neoxconv.cli.convert import ONLY_FOR
 from neoxconv.engine import publish, steps
 from neoxconv.names import FORMATS
+from tests.cli.test_bad_input import cli, digests, writable_copy
 from tests.oracles import fixtures
-from tests.test_bad_input import cli, digests, writable_copy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "only": ["a"], "shard_size": ["1MB"],
           "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
