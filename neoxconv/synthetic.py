@@ -28,7 +28,9 @@ from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
-from neoxconv.formats.tokenizer import END, NORMALIZERS, PADDING, Tokenizer, _added, _alphabet, _tokenizer_json
+from neoxconv.formats.tokenizer import END, PADDING, Tokenizer
+from neoxconv.formats.tokenizer.byte_level import NFC
+from neoxconv.formats.tokenizer.made import added_token, alphabet, tokenizer_json
 from neoxconv.targets.slim import unchanged
 
 BLOCK = 1 << 20
@@ -291,7 +293,7 @@ TINY_SPACES = (8, 4, 3, 2)
 def tiny() -> Tokenizer:
     """A tokenizer of our own in the manner of the 20B one: 2 special tokens, 256 bytes, 14 merges, 4 runs of spaces."""
     merged = [pair.replace(" ", "") for pair in TINY_PAIRS]
-    vocab = {text: i for i, text in enumerate([END, PADDING, *_alphabet(), *merged])}
-    special = [_added(vocab[text], text, True) for text in (END, PADDING)]
-    spaces = [_added(len(vocab) + i, " " * run, False) for i, run in enumerate(TINY_SPACES)]
-    return Tokenizer(_tokenizer_json(vocab, TINY_PAIRS, special + spaces, NORMALIZERS["olmo"]))
+    vocab = {text: i for i, text in enumerate([END, PADDING, *alphabet(), *merged])}
+    special = [added_token(vocab[text], text, special=True) for text in (END, PADDING)]
+    spaces = [added_token(len(vocab) + i, " " * run, special=False) for i, run in enumerate(TINY_SPACES)]
+    return Tokenizer(tokenizer_json(vocab, TINY_PAIRS, special + spaces, NFC))

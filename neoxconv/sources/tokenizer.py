@@ -1,4 +1,4 @@
-"""Find a model's tokenizer: the file that was named, else one that certainly belongs to the checkpoint."""
+"""Find a model's tokenizer: the files that were named, else those that certainly belong to the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,37 +9,55 @@ from typing import Any
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError
-from neoxconv.formats import tokenizer
-from neoxconv.formats.tokenizer import read_bytes
+from neoxconv.formats.tokenizer import Tokenizer, from_gguf, load, load_folder
+from neoxconv.formats.tokenizer.files import JSON, MERGES, SENTENCEPIECE, SETTINGS, VOCAB, read_bytes
 from neoxconv.storage.files import is_file
 from neoxconv.storage.remote import Place, Remote
 
-USUAL = ("tokenizer.json", "20B_tokenizer.json")
+USUAL = (JSON, "20B_tokenizer.json")
+READ_AS = {
+    "HFTokenizer": JSON,
+    "GPT2BPETokenizer": VOCAB,
+    "SPMTokenizer": SENTENCEPIECE[0],
+}  # gpt-neox's tokenizer_type
 
 
-def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> tokenizer.Tokenizer | None:
-    """The tokenizer at `explicit`, else the one in or near the source; None where there is none."""
-    index, path = checkpoint.index, tokenizer_path(checkpoint, explicit)
-    if path:
-        return tokenizer.load(path)
-    return tokenizer.from_gguf(index.settings, str(index.where)) if "tokenizer.ggml.tokens" in index.settings else None
+def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokenizer | None:
+    """The tokenizer at `explicit` (a file, or a folder with its files), else the source's; None where there is none.
 
-
-def tokenizer_path(checkpoint: Checkpoint, explicit: Path | None = None) -> Place | None:
-    """Where the tokenizer of a checkpoint lies, as `find` says; None where no file holds it."""
+    Raises CheckpointError where `explicit` holds none, where two candidates differ, or where a file cannot be read.
+    """
     index = checkpoint.index
-    return find(explicit, index.folder, index.settings, [path.parent for path in index.configs])
+    whole = (
+        explicit if explicit and explicit.is_dir() else index.folder if index.format == "hf" and not explicit else None
+    )
+    if whole and (found := load_folder(whole)):
+        return found
+    if "tokenizer.ggml.model" in index.settings and not explicit:
+        return from_gguf(index.settings, str(index.where))
+    path = find(explicit, index.folder, index.settings, [path.parent for path in index.configs])
+    return load_with_settings(path, index.settings) if path else None
+
+
+def load_with_settings(path: Place, configs: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer in a file, with the merges that the YAML names, or what transformers keeps beside a tokenizer.json."""
+    folder = load_folder(path.parent) if path.name == JSON and is_file(path.with_name(SETTINGS)) else None
+    if folder:
+        return folder
+    merges = _setting(configs, "merge_file")
+    beside = path.with_name(Path(merges).name) if merges else path.with_name(MERGES)
+    return load(path, beside if is_file(beside) else None)
 
 
 def find(
     explicit: Path | None, folder: Place, configs: Mapping[str, Any], config_dirs: Sequence[Place]
 ) -> Place | None:
-    """The tokenizer file of the source in `folder`, or None where there is none.
+    """The file with the vocabulary of the source in `folder`, or None where there is none.
 
     `explicit` (a file, or a folder that holds one) wins. Else what lies in `folder`, in the checkpoint's folder (the
     one with `latest`) or in the one above that; the nearest wins, and in it the file that the YAML `configs` name.
-    Else where the YAML points, from `config_dirs` or the working folder. Raises CheckpointError where `explicit` holds
-    nothing, or where two candidates differ.
+    Else where the YAML points, from `config_dirs`; never from the working folder. Raises CheckpointError where
+    `explicit` holds nothing, or where two candidates differ.
     """
     if explicit is not None:
         chosen = _only([explicit] if is_file(explicit) else _inside(explicit, None))
@@ -49,17 +67,19 @@ def find(
     named = _named(configs)
     near = next(filter(None, (_inside(place, named) for place in _places(folder))), [])
     pointed = [directory / named for directory in config_dirs] if named else []
-    found = [path for path in (*near, *pointed) if is_file(path)]
-    if not found and named and is_file(Path(named)):
-        return Path(named)
-    return _only(found)
+    return _only([path for path in (*near, *pointed) if is_file(path)])
+
+
+def _setting(configs: Mapping[str, Any], name: str) -> str | None:
+    """A text in the YAML, which spells names with hyphens or underscores."""
+    found = {str(key).replace("-", "_"): value for key, value in configs.items()}.get(name)
+    return found if isinstance(found, str) else None
 
 
 def _named(configs: Mapping[str, Any]) -> str | None:
-    """The vocabulary file that the YAML names, where that is a tokenizer.json (other types read other files)."""
-    settings = {key.replace("-", "_"): value for key, value in configs.items()}
-    named, kind = settings.get("vocab_file"), settings.get("tokenizer_type", "HFTokenizer")
-    return named if isinstance(named, str) and kind == "HFTokenizer" else None
+    """The vocabulary file that the YAML names, where that is of a kind that we read."""
+    kind = _setting(configs, "tokenizer_type") or "HFTokenizer"
+    return _setting(configs, "vocab_file") if kind in READ_AS else None
 
 
 def _places(folder: Place) -> list[Place]:
@@ -73,9 +93,10 @@ def _inside(folder: Place, named: str | None) -> list[Place]:
     """The candidates in one folder: the named file, else those of usual names, else every tokenizer-like one."""
     first = [folder / Path(named).name] if named else []
     usual = [folder / name for name in USUAL]
-    others = sorted(path for path in folder.glob("*tokenizer*.json") if path.name != "tokenizer_config.json")
-    present = ([path for path in tier if is_file(path)] for tier in (first, usual, others))
-    return next(filter(None, present), [])
+    others = sorted(path for path in folder.glob("*tokenizer*.json") if path.name != SETTINGS)
+    gpt_2 = [folder / VOCAB] if is_file(folder / MERGES) else []
+    tiers = (first, usual, others, gpt_2, [folder / name for name in SENTENCEPIECE])
+    return next(filter(None, ([path for path in tier if is_file(path)] for tier in tiers)), [])
 
 
 def _only(candidates: Sequence[Place]) -> Place | None:
@@ -84,3 +105,9 @@ def _only(candidates: Sequence[Place]) -> Place | None:
         if read_bytes(candidates[0]) != read_bytes(other):
             raise CheckpointError(f"{candidates[0]} and {other} differ. Say with --tokenizer which one is the model's.")
     return candidates[0] if candidates else None
+
+
+def tokenizer_path(checkpoint: Checkpoint, explicit: Path | None = None) -> Place | None:
+    """Where the vocabulary of a checkpoint's tokenizer lies; None where no file holds it."""
+    found = tokenizer_of(checkpoint, explicit)
+    return found.path if found else None

@@ -1,0 +1,171 @@
+"""A tokenizer as people have it: files that belong together, under the names that Hugging Face gives them.
+
+    tokenizer.json                          the whole of it: normalizer, splitter, model, added tokens
+    vocab.json and merges.txt               byte-level BPE as GPT-2 has it, from which a tokenizer.json is built
+    spiece.model, tokenizer.model, ...      sentencepiece's own
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja, ...    beside any of these
+
+They are carried into other folders byte for byte, whatever they hold: only GGUF looks inside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from neoxconv.errors import CheckpointError
+from neoxconv.formats.tokenizer.made import added_token, tokenizer_json
+from neoxconv.storage.files import is_file, open_storage
+from neoxconv.storage.remote import Place
+
+JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+VOCAB, MERGES = "vocab.json", "merges.txt"
+SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+CARRIED = (
+    JSON, SETTINGS, SPECIAL, "added_tokens.json", TEMPLATE, "chat_template.json", VOCAB, MERGES, "vocab.txt",
+    *SENTENCEPIECE,
+)  # fmt: skip
+
+END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these texts
+MAX_BYTES = 1 << 28
+POINTER = b"version https://git-lfs"
+KINDS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # of special tokens, as settings name them
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """`data` is a tokenizer.json (empty where there is none), `path` the file with the vocabulary (None: made here).
+
+    `beside` are the other files by name. With `built`, `data` was made here of a vocab.json and a merges.txt.
+    """
+
+    data: bytes
+    path: Place | None = None
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    built: bool = False
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return str(self.path or "tokenizer")
+
+    @cached_property
+    def parsed(self) -> dict[str, Any]:
+        """What `data` says. Raises CheckpointError where that is no tokenizer.json."""
+        if not self.data:
+            raise CheckpointError(f"{self.name}: is sentencepiece's, and there is no {JSON} beside it; make one.")
+        try:
+            parsed = json.loads(self.data.decode())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.name}: is not JSON ({error}); give another with --tokenizer.") from error
+        if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
+            problem = "it has no section `model` (a vocabulary alone is not enough)"
+            raise CheckpointError(f"{self.name}: {problem}; give another with --tokenizer.")
+        return {**parsed, "added_tokens": parsed.get("added_tokens") or []}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """tokenizer_config.json and what special_tokens_map.json adds to it; empty where there are none."""
+        return {**self._table(SPECIAL), **self._table(SETTINGS)}
+
+    def _table(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self.beside.get(name, b"{}").decode())
+        except (ValueError, RecursionError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of every text, as far as the files tell without the library that reads them; empty for others."""
+        if not self.data:
+            return {}
+        vocab = self.parsed["model"].get("vocab")
+        if isinstance(vocab, list):  # Unigram: texts with their scores
+            found = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+        else:
+            found = dict(vocab) if isinstance(vocab, dict) else {}
+        added = [token for token in self.parsed["added_tokens"] if isinstance(token, dict)]
+        found |= {token["content"]: token["id"] for token in added if {"content", "id"} <= token.keys()}
+        return {text: i for text, i in found.items() if isinstance(text, str) and type(i) is int}
+
+    @property
+    def count(self) -> int | None:
+        """One more than the largest id; None where the files do not tell."""
+        return max(self.ids.values(), default=-1) + 1 or None
+
+    def special(self, kind: str) -> int | None:
+        """The id of the token that the settings call `kind`_token; without settings END begins and ends a text."""
+        token = self.settings.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if text is None and kind in ("bos", "eos") and SETTINGS not in self.beside:
+            text = END
+        return self.ids.get(text) if isinstance(text, str) else None
+
+
+def load(path: Place, merges: Place | None = None) -> Tokenizer:
+    """The tokenizer in the file `path`: a tokenizer.json, a vocab.json with `merges`, or sentencepiece's.
+
+    Raises CheckpointError where it cannot be read, or is a git-lfs pointer.
+    """
+    data = read_bytes(path)
+    if path.suffix == ".model":
+        return Tokenizer(b"", path, {path.name: data})
+    if merges and not _has_model(data):
+        files = {VOCAB: data, MERGES: read_bytes(merges)}
+        return Tokenizer(build(files[VOCAB], files[MERGES], str(path)), path, files, built=True)
+    return Tokenizer(data, path)
+
+
+def load_folder(folder: Place) -> Tokenizer | None:
+    """All files of the tokenizer in a Hugging Face folder; None where none of them holds a vocabulary."""
+    main = next((folder / name for name in (JSON, VOCAB, *SENTENCEPIECE) if is_file(folder / name)), None)
+    if main is None:
+        return None
+    loaded = load(main, folder / MERGES if is_file(folder / MERGES) else None)
+    names = [name for name in CARRIED if name != main.name and is_file(folder / name)]
+    beside = {name: read_bytes(folder / name) for name in names}
+    if (folder / TEMPLATES).is_dir():
+        paths = sorted((folder / TEMPLATES).glob("*.jinja"), key=str)
+        beside |= {f"{TEMPLATES}/{path.name}": read_bytes(path) for path in paths}
+    return Tokenizer(loaded.data, main, {**loaded.beside, **beside}, loaded.built)
+
+
+def read_bytes(path: Place) -> bytes:
+    """The bytes of a tokenizer's file. Raises CheckpointError for one that is far too large, or a git-lfs pointer."""
+    file = open_storage(path)
+    if file.size > MAX_BYTES:
+        raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {MAX_BYTES}; give another file.")
+    data = file.text()
+    if data.startswith(POINTER):
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
+    return data
+
+
+def _has_model(data: bytes) -> bool:
+    """Whether a JSON file is a tokenizer.json, and not the bare vocabulary of GPT-2."""
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get("model"), dict)
+
+
+def build(vocab: bytes, merges: bytes, where: str) -> bytes:
+    """The tokenizer.json of a vocab.json and a merges.txt, as transformers builds it for GPT-2's tokenizer.
+
+    Raises CheckpointError where they are none.
+    """
+    try:
+        table, lines = json.loads(vocab.decode()), merges.decode().splitlines()
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: it and {MERGES} are no vocabulary and its merges ({error}).") from error
+    if not isinstance(table, dict) or not all(type(i) is int for i in table.values()):
+        raise CheckpointError(f"{where}: is no table of texts and ids; give another file with --tokenizer.")
+    pairs = [line for line in lines[lines[:1] != [] and lines[0].startswith("#version") :] if line.strip()]
+    added = [added_token(table[text], text, special=True) for text in (END, PADDING) if text in table]
+    return tokenizer_json(table, pairs, added, None)

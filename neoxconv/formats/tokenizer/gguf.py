@@ -1,0 +1,282 @@
+"""A tokenizer in GGUF's words, `tokenizer.ggml.*`, and back.
+
+llama.cpp splits text by the name in `pre`, of which it knows about a hundred. SPLITTERS has those that cut as a
+tokenizers file does: the regular expressions were compared with llama.cpp's (src/llama-vocab.cpp, llm_tokenizer_bpe),
+and ids with its own on strings in twenty scripts. llama.cpp never composes characters (NFC), whatever `pre` says.
+What begins and ends a text, and the template, are read as llama.cpp's converter reads them: by gguf's SpecialVocab.
+"""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.formats.tokenizer.byte_level import NFC, byte_level, check_rows, merge, same_splitter
+from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, TEMPLATE, Tokenizer
+from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, added_token, as_json, tokenizer_json
+
+PREFIX = "tokenizer.ggml."
+TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokens
+WANTED = "Give the tokenizer.json of the model with --tokenizer."
+# How settings call a special token, and how GGUF does (gguf.Keys.Tokenizer; `seperator` is its spelling).
+KEYS = {kind: f"{kind}_token_id" for kind in KINDS} | {
+    "unk": "unknown_token_id", "pad": "padding_token_id", "sep": "seperator_token_id",
+}  # fmt: skip
+
+# The split of GPT-4 and Llama 3, which takes up to three digits at a time; Qwen 2's takes one.
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT_4, QWEN_2 = (rf"{LETTERS}|\p{{N}}{count}|{SIGNS}" for count in ("{1,3}", ""))
+CUT = {**BYTE_LEVEL, "use_regex": False}
+
+
+def split_by(pattern: str) -> list[dict[str, Any]]:
+    """A splitter that cuts by a regular expression before it turns bytes into characters."""
+    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, CUT]
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """A name in `pre`: the steps of tokenizers' pre-tokenizer, and the option of BPE, that do the same."""
+
+    pre: str
+    steps: Sequence[Mapping[str, Any]]
+    normalizer: Mapping[str, Any] | None = None  # what the name tells us of it; llama.cpp has none
+    whole_words: bool = False  # a word that is a token is not merged from its parts (`ignore_merges`)
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLITTERS = (
+    Splitter("olmo", [BYTE_LEVEL], NFC),
+    Splitter("gpt-2", [BYTE_LEVEL]),
+    Splitter("mpt", [BYTE_LEVEL], NFC),
+    Splitter("starcoder", [DIGITS, BYTE_LEVEL]),
+    Splitter("llama-bpe", split_by(GPT_4), whole_words=True),
+    Splitter("dbrx", split_by(GPT_4)),
+    Splitter("qwen2", split_by(QWEN_2)),
+)
+BY_NAME = {splitter.pre: splitter for splitter in SPLITTERS} | {"default": SPLITTERS[1]}
+UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
+
+
+def gguf_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The keys of the vocabulary as llama.cpp's converter writes them, for an embedding of `rows` rows.
+
+    Types in GGUF: model and pre string; tokens and merges arrays of strings; token_type array of int32.
+    Raises CheckpointError where the tokenizer does what GGUF cannot say, or has an id beyond `rows`.
+    """
+    parsed = byte_level(tokenizer)
+    raise_all(CheckpointError, (f"{tokenizer.name}: {problem}" for problem in _beyond_gguf(tokenizer, parsed)))
+    ids = check_rows(tokenizer, rows)
+    texts = {index: text for text, index in ids.items()}
+    types = dict.fromkeys(texts, NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
+    splitter = _splitter(parsed)
+    assert splitter is not None
+    keys = {
+        "model": "gpt2",
+        "pre": splitter.pre,
+        "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
+        "token_type": [types.get(i, UNUSED) for i in range(rows)],
+        "merges": [merge(pair) for pair in parsed["model"]["merges"]],
+    }
+    return {PREFIX + key: value for key, value in keys.items()}
+
+
+def special_keys(tokenizer: Tokenizer, files: Mapping[str, bytes], rows: int) -> dict[str, Any]:
+    """What begins, ends and fills a text, what is added by itself, and the template, as gguf reads them from `files`.
+
+    `files` are those of a Hugging Face folder, its config.json among them. Raises CheckpointError where gguf cannot
+    read them, or an id is beyond `rows`.
+    """
+    from gguf import GGUFWriter, SpecialVocab
+
+    logger = logging.getLogger("gguf.vocab")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory(prefix="neoxconv-") as folder:
+            for name, data in files.items():
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                (Path(folder) / name).write_bytes(data)
+            found = SpecialVocab(folder)
+    except OSError:
+        raise
+    except Exception as error:  # whatever strange JSON makes it do
+        what = f"gguf cannot read its settings ({type(error).__name__})"
+        raise CheckpointError(f"{tokenizer.name}: {what}; compare {SETTINGS} with a model that works.") from error
+    finally:
+        logger.setLevel(level)
+    raise_all(CheckpointError, (
+        f"{tokenizer.name}: the settings call token {number} {kind}, but the model has {rows} rows; correct them."
+        for kind, number in found.special_token_ids.items() if number >= rows
+    ))  # fmt: skip
+    writer = GGUFWriter(None, "")
+    found.add_to_gguf(writer, quiet=True)
+    return {key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
+
+
+def _steps(parsed: Mapping[str, Any]) -> list[Any]:
+    """The steps of the pre-tokenizer."""
+    found = parsed.get("pre_tokenizer")
+    if isinstance(found, dict) and found.get("type") == "Sequence" and isinstance(found.get("pretokenizers"), list):
+        return list(found["pretokenizers"])
+    return [found]
+
+
+def _splitter(parsed: Mapping[str, Any]) -> Splitter | None:
+    """The name in `pre` that cuts text as this tokenizer does."""
+    steps, whole_words = _steps(parsed), bool(parsed["model"].get("ignore_merges"))
+    for splitter in SPLITTERS:
+        fits = len(steps) == len(splitter.steps) and all(map(_same_step, steps, splitter.steps))
+        single = len(splitter.steps) == 1
+        if fits and whole_words == splitter.whole_words and (not single or _normalizer(parsed) == splitter.normalizer):
+            return splitter
+    return None
+
+
+def _same_step(found: Any, wanted: Mapping[str, Any]) -> bool:
+    return same_splitter(found, wanted) if wanted["type"] == "ByteLevel" else found == wanted
+
+
+def _normalizer(parsed: Mapping[str, Any]) -> Any:
+    """The normalizer; a sequence of one is that one, of none is none."""
+    found = parsed.get("normalizer")
+    if isinstance(found, dict) and found.get("type") == "Sequence":
+        inner = found.get("normalizers") or [None]
+        return inner[0] if len(inner) == 1 else found
+    return found
+
+
+def _beyond_gguf(tokenizer: Tokenizer, parsed: Mapping[str, Any]) -> list[str]:
+    """What this tokenizer does that llama.cpp, with the keys we write, would not do."""
+    options = [key for key in UNSAID if parsed["model"].get(key)]
+    greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
+    normalizer, splitter = _normalizer(parsed), parsed.get("pre_tokenizer")
+    framing = _framing(parsed.get("post_processor"))
+    strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
+    faults = (
+        (normalizer not in (None, NFC), f"normalizer {reprlib.repr(normalizer)}"),
+        (_splitter(parsed) is None and normalizer in (None, NFC), f"pre_tokenizer {reprlib.repr(splitter)}"),
+        (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
+        (options, f"BPE with {', '.join(options)}"),
+        (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),
+    )
+    advice = "which GGUF's gpt-2 family does not have. Choose another target, or another --tokenizer."
+    return [f"it has {fault} {advice}" for wrong, fault in faults if wrong]
+
+
+def _content(tokenizer: Tokenizer, kind: str) -> str:
+    """The text of a special token."""
+    token = tokenizer.settings.get(f"{kind}_token", END)
+    return str(token.get("content") if isinstance(token, Mapping) else token)
+
+
+def _framing(after: Any) -> set[str]:
+    """The tokens that a post_processor adds to a text."""
+    if not isinstance(after, dict):
+        return set()
+    if after.get("type") == "Sequence":
+        return {text for step in after.get("processors") or () for text in _framing(step)}
+    if after.get("type") == "TemplateProcessing":
+        parts = [part.get("SpecialToken") for part in after.get("single") or () if isinstance(part, dict)]
+        return {str(part.get("id")) for part in parts if isinstance(part, dict)}
+    return set() if after.get("type") == "ByteLevel" else {str(after.get("type"))}
+
+
+def _type(token: Mapping[str, Any]) -> int:
+    """llama.cpp's converter also takes a token that merely looks special (`<|...|>`) for one."""
+    text = token["content"]
+    return CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The tokenizer's keys of a GGUF file; `where` is what messages name."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def get(self, name: str) -> Any:
+        return self.values.get(PREFIX + name)
+
+    def texts(self, name: str) -> list[Any]:
+        found = self.get(name)
+        return list(found) if isinstance(found, Iterable) and not isinstance(found, str) else []
+
+    @property
+    def unsaid(self) -> list[str]:
+        """What an old file does not say of its tokenizer, and what is taken instead."""
+        notes = []
+        if self.get("pre") in (None, "default"):
+            notes.append(f"{self.where}: {PREFIX}pre is {self.get('pre') or 'missing'}; words are split as gpt-2's are")
+        if not self.texts("token_type"):
+            notes.append(
+                f"{self.where}: {PREFIX}token_type is missing; tokens that look like <|this|> count as special"
+            )
+        return notes
+
+
+def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
+    """The tokenizer that `tokenizer.*` keys describe: equal ids, without the padding tokens; its settings beside it.
+
+    Raises CheckpointError where the keys are missing, contradictory or not of byte-level BPE in a way that we know.
+    """
+    keys = Keys(values, where)
+    model, pre = keys.get("model"), keys.get("pre")
+    splitter = BY_NAME.get("default" if pre is None else pre) if isinstance(pre, str | None) else None
+    if model != "gpt2" or splitter is None:
+        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*BY_NAME]}. {WANTED}")
+    tokens, types, merges = (keys.texts(name) for name in ("tokens", "token_type", "merges"))
+    if all(isinstance(text, str) for text in tokens) and not types:
+        types = [_guessed(text) for text in tokens]
+    if not all(isinstance(text, str) for text in tokens) or len(tokens) != len(types) or not {*types} <= {*TYPES}:
+        found_types = f"{len(tokens)} tokens need as many types of {TYPES}, {len(types)} found"
+        raise CheckpointError(f"{where}: {found_types}. {WANTED}")
+    kept = [(i, text, kind) for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED]
+    # Added tokens stand in the vocabulary too: outside it the tokenizers library would number them anew.
+    vocab = {text: i for i, text, _ in kept}
+    if len(vocab) < len(kept):
+        raise CheckpointError(f"{where}: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {WANTED}")
+    added = [added_token(i, text, special=kind == CONTROL) for i, text, kind in kept if kind != NORMAL]
+    steps = list(splitter.steps)
+    cut = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+    options = {"ignore_merges": True} if splitter.whole_words else {}
+    data = tokenizer_json(vocab, merges, added, splitter.normalizer, cut, **options)
+    tokenizer = Tokenizer(data, beside=_settings(keys, tokens))
+    byte_level(tokenizer)  # raises for what is no tokenizer
+    return tokenizer
+
+
+def _guessed(text: str) -> int:
+    """The type of a token of a file that does not say it."""
+    padding = text.startswith("[PAD") and text.endswith("]")
+    return UNUSED if padding else CONTROL if text.startswith("<|") and text.endswith("|>") else NORMAL
+
+
+def _settings(keys: Keys, tokens: Sequence[str]) -> dict[str, bytes]:
+    """tokenizer_config.json and the template, where the keys say more than that END begins and ends a text."""
+    numbers = {kind: keys.get(KEYS[kind]) for kind in KINDS}
+    named = {
+        f"{kind}_token": tokens[number]
+        for kind, number in numbers.items()
+        if type(number) is int and 0 <= number < len(tokens)
+    }
+    adds = {f"add_{kind}_token": keys.get(f"add_{kind}_token") for kind in KINDS}
+    template = keys.values.get("tokenizer.chat_template")
+    usual = {"bos_token": END, "eos_token": END, "unk_token": END}
+    if not any(adds.values()) and template is None and named == usual:
+        return {}
+    settings = {
+        **named,
+        **{name: value for name, value in adds.items() if isinstance(value, bool)},
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    files = {SETTINGS: as_json(settings)}
+    return files | ({TEMPLATE: template.encode()} if isinstance(template, str) else {})
