@@ -15,11 +15,7 @@ from neoxconv.storage.files import is_file
 from neoxconv.storage.remote import Place, Remote
 
 USUAL = (JSON, "20B_tokenizer.json")
-READ_AS = {
-    "HFTokenizer": JSON,
-    "GPT2BPETokenizer": VOCAB,
-    "SPMTokenizer": SENTENCEPIECE[0],
-}  # gpt-neox's tokenizer_type
+KINDS = ("HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer")  # gpt-neox's tokenizer_type, of those whose files we know
 
 
 def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokenizer | None:
@@ -40,7 +36,7 @@ def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokeni
 
 
 def load_with_settings(path: Place, configs: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in a file, with the merges that the YAML names, or what transformers keeps beside a tokenizer.json."""
+    """The tokenizer in a file, with the merges that the YAML names, or the settings beside a tokenizer.json."""
     folder = load_folder(path.parent) if path.name == JSON and is_file(path.with_name(SETTINGS)) else None
     if folder:
         return folder
@@ -79,7 +75,7 @@ def _setting(configs: Mapping[str, Any], name: str) -> str | None:
 def _named(configs: Mapping[str, Any]) -> str | None:
     """The vocabulary file that the YAML names, where that is of a kind that we read."""
     kind = _setting(configs, "tokenizer_type") or "HFTokenizer"
-    return _setting(configs, "vocab_file") if kind in READ_AS else None
+    return _setting(configs, "vocab_file") if kind in KINDS else None
 
 
 def _places(folder: Place) -> list[Place]:
@@ -95,7 +91,7 @@ def _inside(folder: Place, named: str | None) -> list[Place]:
     usual = [folder / name for name in USUAL]
     others = sorted(path for path in folder.glob("*tokenizer*.json") if path.name != SETTINGS)
     gpt_2 = [folder / VOCAB] if is_file(folder / MERGES) else []
-    tiers = (first, usual, others, gpt_2, [folder / name for name in SENTENCEPIECE])
+    tiers = (first, usual, others, gpt_2, [folder / name for name in sorted(SENTENCEPIECE)])
     return next(filter(None, ([path for path in tier if is_file(path)] for tier in tiers)), [])
 
 

@@ -183,7 +183,7 @@ def test_the_real_tokenizer_loads_in_little_memory_and_without_libraries() -> No
         "import resource, sys; from pathlib import Path; from neoxconv.formats.tokenizer import gguf_keys, load\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); gguf_keys(load(Path(sys.argv[1])), 50432); print((peak() - before) // 1024)\n"
-        "assert not {'torch', 'tokenizers', 'transformers', 'gguf', 'numba'} & set(sys.modules)"
+        "assert not {'torch', 'tokenizers', 'transformers', 'numba'} & set(sys.modules)"
     )
     command = [sys.executable, "-c", script, str(present(FIXTURES.parent / "20B_tokenizer.json"))]
     assert int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout) < 64
@@ -206,13 +206,14 @@ def test_the_real_tokenizer_loads_in_little_memory_and_without_libraries() -> No
         (changed(lambda p: p.update(added_tokens=[{"id": 1}])).data, "added tokens"),
         (changed(lambda p: p["added_tokens"][2].update(content="\ud800")).data, "Unicode"),
         (changed(lambda p: (p["added_tokens"].pop(0), p["model"]["vocab"].pop("<|endoftext|>"))).data, "endoftext"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     ],
 )
 def test_what_is_no_byte_level_bpe_is_refused(data: bytes, found: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(data)
     with pytest.raises(CheckpointError, match=found) as caught:
-        load(tmp_path / "tokenizer.json")
-    assert str(tmp_path) in str(caught.value) and "wanted" in str(caught.value)
+        gguf_keys(load(tmp_path / "tokenizer.json"), 1000)
+    assert str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_what_is_no_byte_level_bpe_is_refused(data: bytes, found: str, tmp_path:
         (lambda p: p.update(normalizer={"type": "NFKC"}), "NFKC"),
         (lambda p: p["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
         (lambda p: p["pre_tokenizer"].update(use_regex=False), "pre_tokenizer"),
-        (lambda p: p.update(post_processor={"type": "TemplateProcessing"}), "post_processor"),
+        (lambda p: p.update(post_processor={"type": "RobertaProcessing"}), "post_processor"),
         (lambda p: p["model"].update(ignore_merges=True), "ignore_merges"),
         (lambda p: p["added_tokens"][2].update(lstrip=True), "neighbouring"),
         (lambda p: p["added_tokens"][2].update(id=1000), "has id 1000 but programs read it as 272"),
@@ -266,15 +267,13 @@ def test_ids_beyond_a_gap_are_kept(extra: str) -> None:
     "key, value, found",
     [
         ("model", "llama", "'llama'"),
-        ("pre", "llama-bpe", "'llama-bpe'"),
-        ("pre", None, "None"),
+        ("pre", "tekken", "'tekken'"),
         ("pre", [], r"\[\]"),
         ("tokens", 5, "0 tokens"),
         ("tokens", [["a"]] * 276, "276 tokens"),
         ("token_type", [1], "276 tokens .* 1 found"),
         ("token_type", [6] * 276, "types"),
         ("tokens", ["<|endoftext|>"] * 276, "twice"),
-        ("tokens", [str(i) for i in range(276)], "endoftext"),
         ("merges", ["ab"], "merges"),
     ],
 )

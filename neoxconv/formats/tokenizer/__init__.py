@@ -2,9 +2,9 @@
 
 from neoxconv.formats.tokenizer.byte_level import SURROGATE, check_rows, hf_files
 from neoxconv.formats.tokenizer.files import END, PADDING, Tokenizer, load, load_folder
-from neoxconv.formats.tokenizer.gguf import from_gguf, gguf_keys, special_keys
+from neoxconv.formats.tokenizer.gguf import from_gguf, gguf_keys
 
 __all__ = [
     "END", "PADDING", "SURROGATE", "Tokenizer", "check_rows", "from_gguf", "gguf_keys", "hf_files", "load",
-    "load_folder", "special_keys",
+    "load_folder",
 ]  # fmt: skip

@@ -23,11 +23,11 @@ from neoxconv.storage.remote import Place
 
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
-SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+SENTENCEPIECE = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 CARRIED = (
     JSON, SETTINGS, SPECIAL, "added_tokens.json", TEMPLATE, "chat_template.json", VOCAB, MERGES, "vocab.txt",
-    *SENTENCEPIECE,
+    *sorted(SENTENCEPIECE),
 )  # fmt: skip
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these texts
@@ -56,7 +56,7 @@ class Tokenizer:
     @cached_property
     def parsed(self) -> dict[str, Any]:
         """What `data` says. Raises CheckpointError where that is no tokenizer.json."""
-        if not self.data:
+        if not self.data and SENTENCEPIECE & self.beside.keys():
             raise CheckpointError(f"{self.name}: is sentencepiece's, and there is no {JSON} beside it; make one.")
         try:
             parsed = json.loads(self.data.decode())
@@ -123,7 +123,7 @@ def load(path: Place, merges: Place | None = None) -> Tokenizer:
 
 def load_folder(folder: Place) -> Tokenizer | None:
     """All files of the tokenizer in a Hugging Face folder; None where none of them holds a vocabulary."""
-    main = next((folder / name for name in (JSON, VOCAB, *SENTENCEPIECE) if is_file(folder / name)), None)
+    main: Place | None = next(filter(is_file, (folder / name for name in (JSON, VOCAB, *sorted(SENTENCEPIECE)))), None)
     if main is None:
         return None
     loaded = load(main, folder / MERGES if is_file(folder / MERGES) else None)

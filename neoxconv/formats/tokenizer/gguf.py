@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
-from neoxconv.formats.tokenizer.byte_level import NFC, byte_level, check_rows, merge, same_splitter
+from neoxconv.formats.tokenizer.byte_level import NFC, byte_level, check_rows, hf_files, merge, same_splitter
 from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, TEMPLATE, Tokenizer
 from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, added_token, as_json, tokenizer_json
 
@@ -65,12 +65,25 @@ BY_NAME = {splitter.pre: splitter for splitter in SPLITTERS} | {"default": SPLIT
 UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
 
 
-def gguf_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The keys of the vocabulary as llama.cpp's converter writes them, for an embedding of `rows` rows.
+def gguf_keys(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keys as llama.cpp's converter writes them, for an embedding of `rows` rows; `config` is config.json's.
 
-    Types in GGUF: model and pre string; tokens and merges arrays of strings; token_type array of int32.
-    Raises CheckpointError where the tokenizer does what GGUF cannot say, or has an id beyond `rows`.
+    Types in GGUF: model and pre string; tokens and merges arrays of strings; token_type array of int32; ids uint32;
+    add_* bool. Raises CheckpointError where the tokenizer does what GGUF cannot say, has an id beyond `rows`, or where
+    nothing tells which token ends a text.
     """
+    vocabulary = vocabulary_keys(tokenizer, rows)
+    special = special_keys(tokenizer, {**hf_files(tokenizer, 0), "config.json": as_json(config or {})}, rows)
+    ids = {key: value for key, value in special.items() if key.endswith("_token_id")}
+    if PREFIX + "eos_token_id" not in ids:
+        what = f"nothing says which token ends a text, and there is no {END}"
+        raise CheckpointError(f"{tokenizer.name}: {what}; name it in {SETTINGS} as eos_token.")
+    silent = dict.fromkeys((PREFIX + "add_bos_token", PREFIX + "add_eos_token"), False)
+    return {**vocabulary, **ids, **silent, **special}
+
+
+def vocabulary_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The keys of the tokens, their types and merges, and of how text is split."""
     parsed = byte_level(tokenizer)
     raise_all(CheckpointError, (f"{tokenizer.name}: {problem}" for problem in _beyond_gguf(tokenizer, parsed)))
     ids = check_rows(tokenizer, rows)
@@ -91,10 +104,24 @@ def gguf_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
 def special_keys(tokenizer: Tokenizer, files: Mapping[str, bytes], rows: int) -> dict[str, Any]:
     """What begins, ends and fills a text, what is added by itself, and the template, as gguf reads them from `files`.
 
-    `files` are those of a Hugging Face folder, its config.json among them. Raises CheckpointError where gguf cannot
-    read them, or an id is beyond `rows`.
+    `files` are those of a Hugging Face folder. Raises CheckpointError where gguf cannot read them, or an id is beyond
+    `rows`.
     """
-    from gguf import GGUFWriter, SpecialVocab
+    found = read_special(tokenizer, files)
+    raise_all(CheckpointError, (
+        f"{tokenizer.name}: the settings call token {number} {kind}, but the model has {rows} rows; correct them."
+        for kind, number in found.special_token_ids.items() if number >= rows
+    ))  # fmt: skip
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(None, "")
+    found.add_to_gguf(writer, quiet=True)
+    return {key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
+
+
+def read_special(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> Any:
+    """gguf's SpecialVocab of the files of a folder."""
+    from gguf import SpecialVocab
 
     logger = logging.getLogger("gguf.vocab")
     level = logger.level
@@ -104,21 +131,14 @@ def special_keys(tokenizer: Tokenizer, files: Mapping[str, bytes], rows: int) ->
             for name, data in files.items():
                 (Path(folder) / name).parent.mkdir(exist_ok=True)
                 (Path(folder) / name).write_bytes(data)
-            found = SpecialVocab(folder)
+            return SpecialVocab(folder)
     except OSError:
         raise
     except Exception as error:  # whatever strange JSON makes it do
         what = f"gguf cannot read its settings ({type(error).__name__})"
-        raise CheckpointError(f"{tokenizer.name}: {what}; compare {SETTINGS} with a model that works.") from error
+        raise CheckpointError(f"{tokenizer.name}: {what}; compare {SETTINGS} with a model's that works.") from error
     finally:
         logger.setLevel(level)
-    raise_all(CheckpointError, (
-        f"{tokenizer.name}: the settings call token {number} {kind}, but the model has {rows} rows; correct them."
-        for kind, number in found.special_token_ids.items() if number >= rows
-    ))  # fmt: skip
-    writer = GGUFWriter(None, "")
-    found.add_to_gguf(writer, quiet=True)
-    return {key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
 
 
 def _steps(parsed: Mapping[str, Any]) -> list[Any]:
@@ -158,11 +178,15 @@ def _beyond_gguf(tokenizer: Tokenizer, parsed: Mapping[str, Any]) -> list[str]:
     options = [key for key in UNSAID if parsed["model"].get(key)]
     greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
     normalizer, splitter = _normalizer(parsed), parsed.get("pre_tokenizer")
+    whole_words = " with ignore_merges" if parsed["model"].get("ignore_merges") else ""
     framing = _framing(parsed.get("post_processor"))
     strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
     faults = (
         (normalizer not in (None, NFC), f"normalizer {reprlib.repr(normalizer)}"),
-        (_splitter(parsed) is None and normalizer in (None, NFC), f"pre_tokenizer {reprlib.repr(splitter)}"),
+        (
+            _splitter(parsed) is None and normalizer in (None, NFC),
+            f"pre_tokenizer {reprlib.repr(splitter)}{whole_words}",
+        ),
         (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
         (options, f"BPE with {', '.join(options)}"),
         (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),
