@@ -123,14 +123,19 @@ def load(path: Place, merges: Place | None = None) -> Tokenizer:
 
 def load_folder(folder: Place) -> Tokenizer | None:
     """All files of the tokenizer in a Hugging Face folder; None where none of them holds a vocabulary."""
-    main: Place | None = next(filter(is_file, (folder / name for name in (JSON, VOCAB, *sorted(SENTENCEPIECE)))), None)
-    if main is None:
-        return None
+    for name in (JSON, VOCAB, *sorted(SENTENCEPIECE)):
+        if is_file(folder / name):
+            return _load_all(folder, folder / name)
+    return None
+
+
+def _load_all(folder: Place, main: Place) -> Tokenizer:
+    """The tokenizer whose vocabulary is in `main`, with everything of it in the folder."""
     loaded = load(main, folder / MERGES if is_file(folder / MERGES) else None)
     names = [name for name in CARRIED if name != main.name and is_file(folder / name)]
     beside = {name: read_bytes(folder / name) for name in names}
     if (folder / TEMPLATES).is_dir():
-        paths = sorted((folder / TEMPLATES).glob("*.jinja"), key=str)
+        paths: list[Place] = sorted((folder / TEMPLATES).glob("*.jinja"), key=str)
         beside |= {f"{TEMPLATES}/{path.name}": read_bytes(path) for path in paths}
     return Tokenizer(loaded.data, main, {**loaded.beside, **beside}, loaded.built)
 

@@ -179,12 +179,13 @@ def _beyond_gguf(tokenizer: Tokenizer, parsed: Mapping[str, Any]) -> list[str]:
     greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
     normalizer, splitter = _normalizer(parsed), parsed.get("pre_tokenizer")
     whole_words = " with ignore_merges" if parsed["model"].get("ignore_merges") else ""
+    unknown = _splitter(parsed) is None
     framing = _framing(parsed.get("post_processor"))
     strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
     faults = (
         (normalizer not in (None, NFC), f"normalizer {reprlib.repr(normalizer)}"),
         (
-            _splitter(parsed) is None and normalizer in (None, NFC),
+            unknown and normalizer in (None, NFC),
             f"pre_tokenizer {reprlib.repr(splitter)}{whole_words}",
         ),
         (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
