@@ -1,0 +1,138 @@
+"""What belongs to a model beside its weights, carried from the source into a target: tokenizer, tokens, settings.
+
+Files are carried as bytes. Of config.json every field is carried that a conversion does not decide; what has no place
+in a target is named in a note.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neoxconv.core.model import Checkpoint
+from neoxconv.errors import CheckpointError
+from neoxconv.formats.tokenizer import Tokenizer
+from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX
+from neoxconv.sources.tokenizer import tokenizer_of
+from neoxconv.storage.files import is_file, open_storage
+
+GENERATION = "generation_config.json"
+LARGEST = 1 << 20  # bytes of a generation_config.json
+KINDS = ("bos", "eos", "pad")  # of the tokens that config.json names
+UNSET_END = 2  # eos_token_id of transformers' GPTNeoXConfig where nobody set it
+# Fields of config.json that are decided here: by the target's types, or not at all, since they would be untrue.
+DECIDED = ("quantization_config", "rope_scaling", "transformers_version")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """`ids` are bos_token_id, eos_token_id and pad_token_id as config.json has them; `config` its further fields."""
+
+    tokenizer: Tokenizer | None
+    ids: Mapping[str, Any]
+    config: Mapping[str, Any]
+    generation: bytes | None
+    notes: tuple[str, ...]
+
+    @property
+    def settings(self) -> list[str]:
+        """The files that a target without a place for transformers' settings leaves out."""
+        beside = self.tokenizer.beside if self.tokenizer else {}
+        vocabulary = {"vocab.json", "merges.txt", "vocab.txt", *(name for name in beside if name.endswith(".model"))}
+        return [*(name for name in beside if name not in vocabulary), *([GENERATION] if self.generation else [])]
+
+
+def carried(checkpoint: Checkpoint, explicit: Path | None = None) -> Carried:
+    """What the source has; `explicit` is a tokenizer to take instead of its own.
+
+    Raises CheckpointError where a file cannot be read.
+    """
+    tokenizer = tokenizer_of(checkpoint, explicit)
+    ids, notes = token_ids(checkpoint, tokenizer)
+    if explicit and tokenizer:
+        notes += other_size(checkpoint, tokenizer)
+    return Carried(
+        tokenizer,
+        ids,
+        further_fields(checkpoint),
+        generation(checkpoint, ids),
+        (*notes, *beyond_rows(checkpoint, ids)),
+    )
+
+
+def is_hugging_face(checkpoint: Checkpoint) -> bool:
+    """Whether the settings are those of a config.json."""
+    return "model_type" in checkpoint.index.settings
+
+
+def token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[dict[str, Any], list[str]]:
+    """The tokens at which text begins and ends, and that fill it: as the source says, else the tokenizer's; notes.
+
+    gpt-neox says nothing of them; without a tokenizer they are 0 then, as for the 20B model.
+    """
+    settings, found, notes = checkpoint.index.settings, {}, []
+    own = {kind: tokenizer.special(kind) if tokenizer else None for kind in KINDS}
+    for kind in KINDS:
+        name = f"{kind}_token_id"
+        said = settings.get(PREFIX + KEYS[kind], settings.get(name))
+        unset = kind == "eos" and said == UNSET_END and own[kind] not in (None, UNSET_END)
+        if unset:
+            notes.append(
+                f"{name} is {said} in config.json, which is transformers' default; the tokenizer's is {own[kind]}"
+            )
+        value = own[kind] if said is None or unset else said
+        if value is None and kind != "pad" and tokenizer is None and not is_hugging_face(checkpoint):
+            value = 0
+        if value is not None or (is_hugging_face(checkpoint) and name in settings):
+            found[name] = value
+    return found, notes
+
+
+def further_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of the source's config.json that no conversion decides; of other sources none."""
+    if not is_hugging_face(checkpoint):
+        return {}
+    ids = {f"{kind}_token_id" for kind in KINDS}
+    return {name: value for name, value in checkpoint.index.settings.items() if name not in {*DECIDED, *ids}}
+
+
+def generation(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> bytes | None:
+    """The source's generation_config.json; None where it has none, or only repeats an end that nobody set."""
+    path = checkpoint.index.folder / GENERATION
+    if checkpoint.index.format != "hf" or not is_file(path):
+        return None
+    file = open_storage(path)
+    if file.size > LARGEST:
+        raise CheckpointError(f"{path}: has {file.size} bytes, at most {LARGEST} are expected; give another file.")
+    data = file.text()
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    repeats = isinstance(value, dict) and value.get("_from_model_config") and value.get("eos_token_id") == UNSET_END
+    return None if repeats and ids.get("eos_token_id") != UNSET_END else data
+
+
+def other_size(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+    """A note where the tokenizer that was given has not as many tokens as the source's own."""
+    try:
+        own = tokenizer_of(checkpoint)
+        counts = tokenizer.count, own.count if own else None
+    except CheckpointError:
+        return []
+    if None in counts or counts[0] == counts[1]:
+        return []
+    return [
+        f"--tokenizer has {counts[0]} tokens, the source's own {counts[1]}; the model has {checkpoint.config.rows} rows"
+    ]
+
+
+def beyond_rows(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> Iterable[str]:
+    """A note for each token that the model does not have."""
+    rows = checkpoint.config.rows
+    for name, value in ids.items():
+        numbers = [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
+        yield from (f"{name} is {number}, but the model has {rows} rows" for number in numbers if number >= rows)

@@ -1,0 +1,142 @@
+"""What lies beside the weights: whether the target's tokenizer and settings are the source's.
+
+Compared by meaning, not by bytes: other tools write the same tokenizer in other words. Each side is made into a table
+of facts. A GGUF file's are its own keys, and the source's those that would be written of its tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from neoxconv.core.model import Checkpoint
+from neoxconv.errors import CheckpointError
+from neoxconv.formats.tokenizer import Tokenizer, gguf_keys
+from neoxconv.formats.tokenizer.byte_level import merge
+from neoxconv.formats.tokenizer.files import KINDS, SETTINGS, TEMPLATE
+from neoxconv.formats.tokenizer.gguf import PREFIX
+from neoxconv.targets.carried import GENERATION, Carried, carried
+from neoxconv.verify.report import Finding, Report
+
+Facts = Mapping[str, Any]
+STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+MOST = 80  # characters of a value in a message
+TOKENS, PRE = PREFIX + "tokens", PREFIX + "pre"
+ALIKE = {
+    "olmo",
+    "mpt",
+}  # names in `pre` that llama.cpp takes for one: the 20B tokenizer had the second before the first
+NEVER_UNLESS_SAID = {PREFIX + f"add_{kind}_token" for kind in KINDS}
+BY_THE_WAY = ("_from_model_config", "transformers_version")  # fields of generation_config.json without an effect
+
+
+def verify_beside(source: Checkpoint, target: Checkpoint) -> Report | None:
+    """Whether the target's tokenizer and settings are the source's; None where there is nothing to compare."""
+    if target.index.format == "safetensors":  # a single file has no place for them
+        return None
+    ours = carried(source)
+    if target.index.format == "gguf":
+        wanted, found = gguf_facts(source, ours), target.index.settings
+    else:
+        wanted, found = folder_facts(ours, target), folder_facts(carried(target), target)
+    findings = tuple(Finding(str(target.index.where), what) for what in differences(wanted, found))
+    return Report("tokenizer", f"{len(wanted)} facts of tokenizer and settings", findings) if wanted else None
+
+
+def differences(wanted: Facts, found: Facts) -> Iterator[str]:
+    """What of the source's facts the target says otherwise."""
+    for name, value in wanted.items():
+        if not same(name, value, found.get(name)):
+            yield difference(name, value, found.get(name))
+
+
+def same(name: str, wanted: Any, found: Any) -> bool:
+    """Whether a fact is the same; what is never added may be left unsaid."""
+    if name in NEVER_UNLESS_SAID:
+        return bool(wanted) == bool(found)
+    return bool(wanted == found) or (name == PRE and {wanted, found} == ALIKE)
+
+
+def difference(name: str, wanted: Any, found: Any) -> str:
+    """What differs in a fact; of a list the first item."""
+    if found is None:
+        return f"{name} is missing; the source's is {shown(wanted)}"
+    if isinstance(wanted, list) and isinstance(found, list):
+        pairs = zip(wanted, found, strict=False)
+        number = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(wanted), len(found)))
+        there, here = (shown(items[number]) if number < len(items) else "missing" for items in (found, wanted))
+        counts = f" ({len(found)} items, the source's {len(wanted)})" if len(found) != len(wanted) else ""
+        return f"{name}: item {number} is {there}, the source's {here}{counts}"
+    return f"{name} is {shown(found)}, the source's {shown(wanted)}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MOST else text[:MOST] + "..."
+
+
+def gguf_facts(source: Checkpoint, ours: Carried) -> Facts:
+    """The keys of a GGUF file of the source; of a tokenizer that we have no words for, its tokens alone."""
+    if source.index.format == "gguf":
+        return {name: value for name, value in source.index.settings.items() if name.startswith("tokenizer.")}
+    if ours.tokenizer is None:
+        return {}
+    try:
+        return gguf_keys(ours.tokenizer, source.config.rows, ours.ids)
+    except CheckpointError:
+        return {TOKENS: by_id(ours.tokenizer)}
+
+
+def by_id(tokenizer: Tokenizer) -> list[str]:
+    """The texts in the order of their ids."""
+    return [text for text, _ in sorted(tokenizer.ids.items(), key=lambda item: item[1])]
+
+
+def folder_facts(side: Carried, target: Checkpoint) -> dict[str, Any]:
+    """What a side says, as far as a folder of the target's format has a place for it."""
+    facts = tokenizer_facts(side.tokenizer) if side.tokenizer else {}
+    if target.index.format != "hf":
+        return facts
+    facts |= {f"config.json's {name}": value for name, value in side.ids.items()}
+    facts |= settings_facts(side.tokenizer) if side.tokenizer and SETTINGS in side.tokenizer.beside else {}
+    generation = table(side.generation) if side.generation else {}
+    return facts | {f"{GENERATION}'s {name}": value for name, value in generation.items() if name not in BY_THE_WAY}
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Model, tokens, merges, stages and special tokens; of sentencepiece's files the bytes."""
+    name = "the tokenizer's"
+    if not tokenizer.data:
+        return {f"{name} {file}": data.hex() for file, data in tokenizer.beside.items() if file.endswith(".model")}
+    try:
+        parsed = tokenizer.parsed
+    except CheckpointError:
+        return {f"{name} tokenizer.json": tokenizer.data.decode(errors="replace")}
+    return {
+        f"{name} model": parsed["model"].get("type"),
+        f"{name} tokens": [*zip(by_id(tokenizer), sorted(tokenizer.ids.values()), strict=True)],
+        f"{name} merges": [merge(pair) for pair in parsed["model"].get("merges") or []],
+        **{f"{name} {stage}": parsed.get(stage) or {} for stage in STAGES},
+        f"{name} special tokens": sorted(str(t.get("content")) for t in parsed["added_tokens"] if t.get("special")),
+    }
+
+
+def settings_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What tokenizer_config.json says of special tokens, of what is added by itself, and of the template."""
+    settings, file = tokenizer.settings, tokenizer.beside.get(TEMPLATE)
+    special = {f"{kind}_token": tokenizer.special(kind) for kind in KINDS}
+    adds = {name: settings.get(name) for kind in KINDS if (name := f"add_{kind}_token") in settings}
+    template = settings.get("chat_template") if file is None else file.decode(errors="replace")
+    facts = {name: value for name, value in (special | adds | {"chat template": template}).items() if value is not None}
+    return {f"{SETTINGS}'s {name}": value for name, value in facts.items()}
+
+
+def table(data: bytes) -> Facts:
+    """A JSON object; empty where the bytes are none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
