@@ -31,7 +31,7 @@ def size(count: int) -> str:
 
 def plural(count: int, noun: str) -> str:
     """A count and its noun: 1 file, 2 files."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def table(align: str, rows: Sequence[Sequence[object]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -53,6 +53,23 @@ class Entry:
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, and what is made of them."""
         return 2 * 4 * self.encoding.groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+
+
+def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:
+    """The entries in order, in groups of at most `size` bytes; a larger one has a group to itself.
+
+    At least one group, which is empty where there are no entries.
+    """
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        nbytes = entry.nbytes
+        if groups[-1] and filled + nbytes > size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += nbytes
+    return groups
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def computed(like: LazyTensor, read: Callable[[int, int], Floats], shape: tuple[
     return LazyTensor(shape or like.shape, F32, read, like.native)
 
 
-def constant(values: Floats) -> LazyTensor:
-    """A small tensor that is held in memory."""
+def in_memory(values: Floats) -> LazyTensor:
+    """A small tensor whose `values` [rows, ...] are held in memory."""
     return LazyTensor(values.shape, F32, lambda start, stop: values[start:stop], F32)
 
 

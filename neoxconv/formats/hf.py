@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neoxconv.core.layout import Entry, FileLayout
+from neoxconv.core.layout import Entry, FileLayout, in_groups
 from neoxconv.core.model import Index, SourceFile
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError, raise_all
@@ -103,15 +103,7 @@ def plain(name: str) -> bool:
 
 def layout(entries: Sequence[Entry], shard_size: int) -> tuple[FileLayout, ...]:
     """Files of at most `shard_size` bytes of tensors, filled in order; a larger tensor has one to itself."""
-    groups: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        nbytes = entry.nbytes
-        if groups[-1] and size + nbytes > shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += nbytes
+    groups = in_groups(entries, shard_size)
     count = len(groups)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [FILES[0][0]]
     return tuple(safetensors.layout(n, group, {"format": "pt"}) for n, group in zip(names, groups, strict=True))

@@ -17,7 +17,7 @@ import numpy as np
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Weight
-from neoxconv.core.tensor import LazyTensor, computed, constant
+from neoxconv.core.tensor import LazyTensor, computed, in_memory
 from neoxconv.dtypes import FLOATS, DType
 from neoxconv.formats import tokenizer
 from neoxconv.formats.neox import folder as neox
@@ -158,7 +158,7 @@ def named_as_in_2022(checkpoint: Checkpoint) -> Iterator[Whole]:
     for layer, weight, buffer in checkpoint.architecture.stored(config):
         if buffer:
             name = number_name(weight, layer, config.layers, buffer.source)
-            yield Whole(name, name, constant(buffer.values(config)))
+            yield Whole(name, name, in_memory(buffer.values(config)))
         else:
             name, tensor = number_name(weight, layer, config.layers), checkpoint.tensors[weight.unified]
             yield Whole(name, weight.unified, decoded(tensor) if tensor.dtype.quantized else tensor, weight)

@@ -261,7 +261,7 @@ def test_a_file_that_is_no_matrix_is_refused(kind: str, made: dict[str, Path], t
     path = made["f16"]
     if kind != "a model":
         path = tmp_path / "other"
-        path.write_text("some text that goes on for a while" * (kind == "text"))
+        path.write_text("some text that goes on for a while" if kind == "text" else "")
     with pytest.raises(CheckpointError, match=r"importance matrix|general\.type"):
         imatrix.read(path)
 

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neoxconv.core.layout import Entry, FileLayout, Slot
+from neoxconv.core.layout import Entry, FileLayout, Slot, in_groups
 from neoxconv.errors import PlanError
 from neoxconv.formats.gguf.read import ALIGNMENT, ARRAY, MAGIC, MAX_DIMS, NUMBERS, SCALARS, STRING
 
@@ -32,7 +32,7 @@ def layout(
     Only the first part has `keys`; a tensor larger than `split_size` has a part to itself. Raises PlanError for a value
     or an encoding that GGUF cannot hold, and for more parts than it can count.
     """
-    groups = split(entries, split_size) if split_size else [list(entries)]
+    groups = in_groups(entries, split_size) if split_size else [list(entries)]
     keys = in_sections(keys)
     if len(groups) == 1:
         return (one_file(f"{stem}.gguf", keys, groups[0]),)
@@ -51,19 +51,6 @@ def in_sections(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys, general ones first and the tokenizer's last; the alignment is ours, whatever a source file had."""
     ordered = sorted(keys, key=lambda key: SECTIONS.get(key.split(".")[0], 1))
     return {key: keys[key] for key in ordered if key != "general.alignment"}
-
-
-def split(entries: Sequence[Entry], split_size: int) -> list[list[Entry]]:
-    """Entries in order, in groups of at most `split_size` bytes; a larger one has a group to itself."""
-    groups: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if groups[-1] and size + entry.nbytes > split_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += entry.nbytes
-    return groups
 
 
 def aligned(count: int) -> int:
