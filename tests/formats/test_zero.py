@@ -25,6 +25,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats, narrow
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.neox.zero import flat, with_masters
+from neoxconv.formats.neox.zero.flat import Padding
 from neoxconv.formats.pt import Placeholder, read_pt
 from neoxconv.formats.pt.unpickle import Size
 from neoxconv.names import FORMATS
@@ -531,13 +532,13 @@ def test_sizes_that_writers_make_fit_and_others_do_not(total: int, ways: int, in
     whole_sizes = [full] * ways * intervals
     lean = [min(full, max(0, total - i * full)) for i in range(len(whole_sizes))]
     anything = range(total + full * len(whole_sizes))
-    assert flat.misfit(lean, total, anything, True) is None
-    assert flat.misfit(whole_sizes, total, anything, False) is None
-    assert flat.misfit(lean, total + 1, (), None) is not None or sum(lean) < sum(whole_sizes) == total + 1
+    assert flat.misfit(lean, total, Padding.CUT, anything) is None
+    assert flat.misfit(whole_sizes, total, Padding.KEPT, anything) is None
+    assert flat.misfit(lean, total + 1, Padding.UNKNOWN, ()) is not None or sum(lean) < sum(whole_sizes) == total + 1
     for i in range(len(lean)):
         for change in (-1, 1):
             wrong = [size + change * (i == j) for j, size in enumerate(lean)]
-            assert min(wrong) < 0 or flat.misfit(wrong, total, anything, True) is not None
+            assert min(wrong) < 0 or flat.misfit(wrong, total, Padding.CUT, anything) is not None
 
 
 def test_a_band_reads_its_own_bytes_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
@@ -19,18 +20,21 @@ NEAR = 1024  # numbers on either side of a border that are looked at
 
 @dataclass(frozen=True)
 class Flat:
-    """Rows of float32, none empty: where each begins, and the file that holds it."""
+    """Rows of float32 one after the other, none empty."""
 
-    pieces: tuple[LazyTensor, ...]
-    starts: tuple[int, ...]
-    files: tuple[Place, ...]
+    pieces: tuple[LazyTensor, ...]  # [numbers] each
+    starts: tuple[int, ...]  # the position of each piece's first number
+    files: tuple[Place, ...]  # that hold the pieces
 
     def piece_at(self, position: int) -> int:
         """The number of the piece that holds a position."""
         return bisect_right(self.starts, position) - 1
 
     def read(self, start: int, stop: int) -> Floats:
-        """The numbers from `start` to `stop`; no others are read."""
+        """The numbers from `start` to `stop` [stop - start]; no others are read.
+
+        Raises CheckpointError where a file has become shorter.
+        """
         first = self.piece_at(start)
         if first == self.piece_at(max(start, stop - 1)):
             return self.pieces[first].floats(start - self.starts[first], stop - self.starts[first])
@@ -60,7 +64,7 @@ class Master:
 
     @property
     def tensor(self) -> LazyTensor:
-        """It as a tensor of which bands of rows can be read."""
+        """The master as a tensor of which bands of rows can be read."""
         columns, tail = math.prod(self.shape[1:]), self.shape[1:]
 
         def read(start: int, stop: int) -> Floats:
@@ -71,20 +75,30 @@ class Master:
 
     @property
     def borders(self) -> Iterator[tuple[int, int]]:
-        """Bands of rows: the first and the last ones, and those around each place where another piece begins."""
+        """Bands of rows: the first ones, the last ones, and those around each seam, where another piece begins."""
         rows, columns = self.tensor.rows, max(1, self.tensor.columns)
         few = max(1, NEAR // columns)
         inside = self.flat.starts[self.flat.piece_at(self.start) + 1 : self.flat.piece_at(self.end - 1) + 1]
-        for row in (0, *((start - self.start) // columns for start in inside), rows):
+        seams = [(start - self.start) // columns for start in inside]
+        for row in (0, *seams, rows):
             yield max(0, row - few), min(rows, row + few)
 
     @property
     def end(self) -> int:
+        """The position behind its last number."""
         return self.start + math.prod(self.shape)
 
     def file_of(self, number: int) -> Place:
         """The file that holds one of its numbers."""
         return self.flat.files[self.flat.piece_at(self.start + number)]
+
+
+class Padding(Enum):
+    """What a writer does with the numbers that fill up a group's last partitions and belong to no parameter."""
+
+    CUT = "cut off, so that the last partitions are short or empty"
+    KEPT = "kept, so that all partitions have one size"
+    UNKNOWN = "either"
 
 
 @dataclass(frozen=True)
@@ -95,19 +109,21 @@ class Misfit:
     what: str
 
 
-def misfit(sizes: Sequence[int], total: int, padding: Container[int], cut: bool | None) -> Misfit | None:
-    """What is wrong unless pieces of these sizes hold `total` numbers: all are of one size, and what is too much is an
-    admitted `padding` at the end; or it is cut off there. `cut` says which of the two, None that it may be either.
+def misfit(sizes: Sequence[int], total: int, padding: Padding, admitted: Container[int]) -> Misfit | None:
+    """What is wrong with pieces of these sizes that should hold `total` numbers; None where they do.
+
+    Each must be as large as the first, but for padding at the end, `admitted` counts of which are fine.
     """
     full = sizes[0]
-    whole, lean = [full] * len(sizes), [min(full, max(0, total - i * full)) for i in range(len(sizes))]
-    admitted = {True: [lean], False: [whole], None: [whole, lean]}[cut]
-    left = full * len(sizes) - total
-    if list(sizes) in admitted and (left == 0 or left in padding):
+    kept = [full] * len(sizes)
+    cut = [min(full, max(0, total - i * full)) for i in range(len(sizes))]
+    expected = {Padding.CUT: [cut], Padding.KEPT: [kept], Padding.UNKNOWN: [kept, cut]}[padding]
+    left_over = full * len(sizes) - total
+    if list(sizes) in expected and (left_over == 0 or left_over in admitted):
         return None
     asked = f"the parameters have {total} numbers"
     for i, size in enumerate(sizes):
-        if all(size != form[i] for form in admitted):
-            expected = " or ".join(map(str, dict.fromkeys(form[i] for form in admitted)))
-            return Misfit(i, f"partition {i} of {len(sizes)} holds {size} numbers, expected {expected}; {asked}")
+        if all(size != one[i] for one in expected):
+            known = " or ".join(map(str, dict.fromkeys(one[i] for one in expected)))
+            return Misfit(i, f"partition {i} of {len(sizes)} holds {size} numbers, expected {known}; {asked}")
     return Misfit(0, f"{len(sizes)} partitions of {full} numbers hold {sum(sizes)}, but {asked}")

@@ -1,4 +1,4 @@
-"""Partitions put together again: each parameter a range of its group, held against what the layer files have."""
+"""Partitions put together again: each parameter a range of its group, compared with what the layer files have."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import FLOATS, narrow, widen
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.folder import SEQUENTIAL, home, states_file
-from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, extent, find_files, naturals, read_shard
-from neoxconv.formats.neox.zero.flat import Master, joined, misfit
+from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, counts_in, extent, find_files, read_shard
+from neoxconv.formats.neox.zero.flat import Master, Padding, joined, misfit
 
 BUFFERS = "inv_freq"  # the ending of names that no optimizer has
 
@@ -27,14 +27,17 @@ def with_masters(index: Index) -> Index:
     """The index with every parameter made of the optimizer files' fp32 masters; `stored` has what they replace.
 
     Buffers stay as they are stored. Of every parameter the first rows, the last ones and those where partitions meet
-    were compared: rounded, they are what is stored. Raises CheckpointError; PlanError where there are no such files.
+    were compared: rounded, they are what is stored. Raises CheckpointError where files or numbers are missing, or are
+    not of these weights; PlanError where there are no optimizer files.
     """
     paths = find_files(index)
     shards = collected(lambda at: read_shard(paths[at]), paths)
-    ranks, ways = extent(index, shards)
-    found = collected(lambda mp: masters_of(index, mp, [shards[mp, dp] for dp in range(ways)]), range(ranks))
-    degree = len(index.ranks)
-    masters = [across_stages([found[mp] for mp in range(rank, ranks, degree)]) for rank in range(degree)]
+    model_ranks, data_ranks = extent(index, shards)
+    found = collected(
+        lambda mp: masters_of(index, mp, [shards[mp, dp] for dp in range(data_ranks)]), range(model_ranks)
+    )
+    degree = len(index.ranks)  # model-parallel rank = stage * degree + tensor-parallel rank
+    masters = [across_stages([found[mp] for mp in range(rank, model_ranks, degree)]) for rank in range(degree)]
     raise_all(CheckpointError, (problem for rank in range(degree) for problem in unpaired(index, rank, masters[rank])))
     prove(index, masters)
     made = [
@@ -55,8 +58,8 @@ def masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str
     for number, group in enumerate(grouped(index, mp, first)):
         pieces = [(shard.path, shard.groups[number][i]) for i in range(first.intervals[number]) for shard in shards]
         total = sum(map(math.prod, group.values()))
-        padding = admitted(number, shards, pieces[0][1].rows)
-        problem = misfit([piece.rows for _, piece in pieces], total, padding, first.cut)
+        admitted = admitted_padding(number, shards, pieces[0][1].rows)
+        problem = misfit([piece.rows for _, piece in pieces], total, first.padding, admitted)
         if problem:
             raise CheckpointError(f"{pieces[problem.piece][0]}: group {number}: {problem.what}; {ADVICE}.")
         flat, start = joined(pieces), 0
@@ -66,21 +69,23 @@ def masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str
     return masters
 
 
-def admitted(number: int, shards: Sequence[Shard], full: int) -> range:
-    """How much padding a group may have, the first of its partitions having `full` numbers.
+def admitted_padding(number: int, shards: Sequence[Shard], full: int) -> range:
+    """How many numbers of padding a group may have, the first of its partitions having `full` numbers.
 
-    DeeperSpeed's last interval may be nearly all padding; DeepSpeed's partitions are multiples of two numbers.
+    Raises CheckpointError where another data-parallel rank than the last says that it has some.
     """
     *others, last = shards
-    if wrong := next((shard for shard in others if shard.paddings and shard.paddings[number]), None):
+    if wrong := next((shard for shard in others if shard.padded and shard.padded[number]), None):
         raise CheckpointError(f"{wrong.path}: group {number} has padding, which only the last rank has; {ADVICE}.")
-    if last.paddings:
-        return range(last.paddings[number], last.paddings[number] + 1)
-    return range((2 if last.cut is None else full) * len(shards))
+    if last.padded:
+        return range(last.padded[number], last.padded[number] + 1)
+    if last.padding is Padding.UNKNOWN:  # DeepSpeed's: each partition is a multiple of two numbers
+        return range(2 * len(shards))
+    return range(full * len(shards))  # DeeperSpeed's: the last interval may be nearly all padding
 
 
 def grouped(index: Index, mp: int, shard: Shard) -> list[Shapes]:
-    """The parameters of each of a file's groups, in their order.
+    """The parameters of each of a file's groups, in their order; raises CheckpointError where no list says them.
 
     Where one list has those of two groups, the first are those with weight decay, the others norms and biases.
     """
@@ -103,11 +108,14 @@ def grouped(index: Index, mp: int, shard: Shard) -> list[Shapes]:
 def is_shape(item: tuple[Any, Any]) -> bool:
     """Whether a name and the shape of a tensor."""
     name, shape = item
-    return isinstance(name, str) and isinstance(shape, tuple) and len(naturals(shape)) == len(shape) and 0 not in shape
+    return isinstance(name, str) and isinstance(shape, tuple) and len(counts_in(shape)) == len(shape) and 0 not in shape
 
 
 def spared(name: str) -> bool:
-    """Whether gpt-neox lets a parameter's weight not decay: biases, and all of a norm's."""
+    """Whether gpt-neox gives a parameter no weight decay: biases, and all of a norm's.
+
+    Source: gpt-neox's megatron/model/utils.py, get_params_for_weight_decay_optimization.
+    """
     *modules, last = name.split(".")
     return last == "bias" or bool(modules and "norm" in modules[-1])
 
@@ -145,20 +153,24 @@ def unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How many numbers of a tensor are not their masters rounded, how far they are off at most, and the first one."""
+    """What of a tensor is not its master rounded."""
 
-    count: int = 0
-    largest: float = 0.0
-    first: int = 0
+    count: int = 0  # numbers
+    largest: float = 0.0  # how far one is off at most; infinite where one of the two is no finite number
+    first: int = 0  # the position of the first, row by row
 
 
 def difference(master: LazyTensor, stored: LazyTensor, bands: Iterable[tuple[int, int]]) -> Difference:
-    """What differs in some bands of rows; bands that overlap count twice."""
+    """What differs in some bands of rows, rows that are in two of them counted twice.
+
+    Raises CheckpointError where a file cannot be read.
+    """
     found = Difference()
     for start, stop in bands:
         rounded = widen(narrow(master.floats(start, stop), stored.dtype), stored.dtype)
         held = stored.floats(start, stop)
-        wrong = (rounded != held) & ~(np.isnan(rounded) & np.isnan(held))
+        both_nan = np.isnan(rounded) & np.isnan(held)
+        wrong = (rounded != held) & ~both_nan
         if not wrong.any():
             continue
         with np.errstate(invalid="ignore", over="ignore"):
