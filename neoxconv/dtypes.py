@@ -54,7 +54,6 @@ PLAIN = {dtype.name: dtype for dtype in (F64, F32, F16, BF16, I64, I32, I16, I8,
 FLOATS = ("F64", "F32", "F16", "BF16")
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 F8_E4M3, F8_E5M2 = plain("F8_E4M3", "u1"), plain("F8_E5M2", "u1")  # their bits travel as bytes
-STORED = PLAIN | {dtype.name: dtype for dtype in (F8_E4M3, F8_E5M2)}  # what a safetensors file may hold
 
 
 def widen(rows: Array, dtype: DType) -> Floats:
