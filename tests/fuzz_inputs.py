@@ -27,7 +27,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, F32, U8
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import Size
-from neoxconv.formats.pt.zips import CENTRAL
+from neoxconv.formats.pt.zip_headers import CENTRAL
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled.fourbit import NF4_TABLE, nested_table
 

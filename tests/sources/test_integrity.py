@@ -19,7 +19,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.engine import publish
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt import read_pt
-from neoxconv.formats.pt.zips import CENTRAL, LOCAL
+from neoxconv.formats.pt.zip_headers import CENTRAL, LOCAL
 from neoxconv.sources.integrity import Integrity, check, parts_of, read_part
 from neoxconv.storage.files import open_storage
 from tests.cli.test_bad_input import cli, digests

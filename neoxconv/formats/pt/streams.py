@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-MAX_STEPS = 2_000_000
-MAX_READ = 64 << 20
-CHUNK = 1 << 20
+MAX_STEPS = 2_000_000  # reads and other work
+MAX_READ = 64 << 20  # bytes of one item
+MAX_LINE = 1 << 16  # bytes
+CHUNK = 1 << 20  # bytes read at once
 
 
 class Bounded:
@@ -23,6 +24,7 @@ class Bounded:
             raise ValueError("it asks for more work than any checkpoint")
 
     def read(self, count: int) -> bytes:
+        """The next `count` bytes. Raises ValueError for more than 64 MiB, EOFError where the stream ends before."""
         self.spend(1)
         if not 0 <= count <= MAX_READ:
             raise ValueError(f"an item claims {count} bytes")
@@ -41,6 +43,7 @@ class Bounded:
             count -= len(data)
 
     def readline(self) -> bytes:
+        """The next line, or the first 64 KiB of it."""
         self.spend(1)
-        line: bytes = self.stream.readline(1 << 16)
+        line: bytes = self.stream.readline(MAX_LINE)
         return line

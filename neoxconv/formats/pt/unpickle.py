@@ -36,10 +36,12 @@ TORCH_DTYPES: dict[str, DType] = {
     "float16": F16, "bfloat16": BF16, "float32": F32, "float64": F64,
     "int64": I64, "int32": I32, "int16": I16, "int8": I8, "uint8": U8, "bool": BOOL,
 }  # fmt: skip
-MAX_DEPTH = 64
-MAX_NODES = 2_000_000
-SET_STEPS, KEY_STEPS = 16, 1000
-KEYS = (str, int, float, bool, bytes, type(None))
+MAX_DEPTH = 64  # of containers in containers
+MAX_NODES = 2_000_000  # values, every reference followed
+MAX_AXES = 16  # of a tensor
+SET_STEPS, KEY_STEPS = 16, 1000  # what an empty set, and a key of a huge number, cost of Bounded's steps
+KEYS = (str, int, float, bool, bytes, type(None))  # what a dictionary's keys may be
+# What Python's unpickler, and calls with arguments from a file, raise for a malformed pickle.
 UNPICKLING_ERRORS = (
     pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, LookupError, MemoryError,
     NameError, OverflowError, RecursionError, struct.error, TypeError, ValueError,
@@ -147,6 +149,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         return key
 
     def ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        """An OrderedDict of pairs."""
         self.spend(len(items))
         return OrderedDict((self.key(key), value) for key, value in items)
 
@@ -162,6 +165,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         return text.encode("latin1")
 
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
+        """A tensor; `rest` is requires_grad, hooks and metadata, which says that numbers are to be negated."""
         lazy_negation = rest[2] if len(rest) > 2 else None
         if not isinstance(storage, StorageRef) or lazy_negation:
             return Placeholder("torch.Tensor")
@@ -169,8 +173,8 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
 
     def typed_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
         """A tensor on a storage of bytes, its type given after requires_grad and hooks."""
-        named = len(rest) > 2 and isinstance(rest[2], Placeholder)
-        dtype = TORCH_DTYPES.get(rest[2].name.removeprefix("torch.")) if named else None
+        has_dtype = len(rest) > 2 and isinstance(rest[2], Placeholder)
+        dtype = TORCH_DTYPES.get(rest[2].name.removeprefix("torch.")) if has_dtype else None
         if dtype is None or not isinstance(storage, StorageRef):
             return Placeholder("torch.Tensor")
         typed = StorageRef(storage.name, storage.key, dtype, storage.numel // dtype.nbytes)
@@ -178,19 +182,19 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
 
     def persistent_load(self, pid: Any) -> Placeholder:
         """The storage that `('storage', class, key, location, numel)` names; a placeholder for types not known here."""
-        named = (
+        is_storage = (
             isinstance(pid, tuple)
             and len(pid) in (5, 6)
             and pid[0] == "storage"
             and isinstance(pid[1], Placeholder)
             and isinstance(pid[2], str)
         )
-        if not named:
+        if not is_storage:
             raise ValueError("it refers to something that is not a storage")
         kind = pid[1].name
         dtype = STORAGES.get(kind.removeprefix("torch.").removeprefix("storage."))
-        view = pid[5] if len(pid) == 6 else None  # files older than the zip: (key, first number, count)
-        start = natural(view[1]) if isinstance(view, tuple) and len(view) == 3 else 0
+        part = pid[5] if len(pid) == 6 else None  # files older than the zip: (key, first number, count)
+        start = natural(part[1]) if isinstance(part, tuple) and len(part) == 3 else 0
         return StorageRef(kind, pid[2], dtype, natural(pid[4]), start) if dtype else Placeholder(kind)
 
     def load_frame(self) -> None:
@@ -210,6 +214,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         self.append(function(*args))
 
     def load_newobj_ex(self) -> None:
+        """Make a placeholder, whatever the arguments."""
         _, _, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
         self.stack.append(cls if isinstance(cls, Placeholder) else Placeholder("object"))
 
@@ -219,6 +224,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         self.append(set())
 
     def load_frozenset(self) -> None:
+        """Make a placeholder; no checkpoint has one."""
         self.pop_mark()
         self.append(Placeholder("builtins.frozenset"))
 
@@ -269,15 +275,15 @@ def first_of(value: Any, *rest: Any) -> Any:
 
 
 def natural(value: Any) -> int:
-    """A count or a position."""
+    """A count or a position; raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
         raise ValueError(f"{reprlib.repr(value):.40} stands where a count is expected")
     return value
 
 
 def naturals(values: Any) -> tuple[int, ...]:
-    """A shape or strides."""
-    if not isinstance(values, tuple | list) or len(values) > 16:
+    """A shape or strides; raises ValueError for anything else."""
+    if not isinstance(values, tuple | list) or len(values) > MAX_AXES:
         raise ValueError("a shape is not a short tuple")
     return tuple(map(natural, values))
 
