@@ -1,9 +1,11 @@
 """Importance matrices: for every tensor, how much an error in each of its columns matters.
 
 llama.cpp's llama-imatrix makes them: over the tokens of a text, the mean square of what each column is multiplied with.
+
     GGUF form  tensors NAME.in_sum2 [columns] and NAME.counts [1]: sums, and the tokens they run over
     .dat form  entries:i32, each: length:i32 name calls:i32 columns:i32 f32...; then chunks:i32 length:i32 text's name
-Source: llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp. Only ratios within a tensor act.
+
+Only ratios within a tensor act. Source: llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 """
 
 from __future__ import annotations
@@ -23,17 +25,18 @@ from neoxconv.formats.gguf import read as gguf
 from neoxconv.storage.files import Storage, open_storage
 
 SUMS, COUNTS = ".in_sum2", ".counts"
-MAX_ENTRIES, MAX_NAME, MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # far above any model
+# Far above any model.
+MAX_ENTRIES, MAX_NAME, MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # MAX_NAME in bytes
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The importance of columns by the GGUF names of tensors, each scaled to a mean of 1; `chunks` of text made it."""
+    """The importance of columns by the GGUF names of tensors."""
 
     path: Path
     sha256: str
-    entries: dict[str, Floats]
-    chunks: int
+    entries: dict[str, Floats]  # [columns] each, with a mean of 1
+    chunks: int  # of text that it was made with; 0 where the file does not say
 
 
 def read(path: Path) -> Matrix:
@@ -50,7 +53,10 @@ def read(path: Path) -> Matrix:
 
 
 def scaled(path: Path, name: str, values: Floats) -> Floats:
-    """Importances with a mean of 1; none (all 0) stay so. Raises CheckpointError where one is no number from 0 on."""
+    """Importances [columns] with a mean of 1; none (all 0) stay so.
+
+    Raises CheckpointError where one is no finite number from 0 on.
+    """
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
     if bad.size:
         raise CheckpointError(
@@ -62,7 +68,10 @@ def scaled(path: Path, name: str, values: Floats) -> Floats:
 
 
 def read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
-    """The entries of the GGUF form, and the number of chunks. A tensor that saw no token counts as all alike."""
+    """The entries of the GGUF form, and the number of chunks. A tensor that saw no token counts as all alike.
+
+    Raises CheckpointError where the file is another kind of GGUF, or an entry is not what it must be.
+    """
     header = gguf.read_header(file)
     kind = header.keys.get("general.type")
     if kind != "imatrix":
@@ -91,21 +100,29 @@ def numbers(file: Storage, tensor: LazyTensor | None, name: str) -> Floats:
 
 
 def read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int]:
-    """The entries of the .dat form, and the number of chunks, which older files lack."""
+    """The entries of the .dat form, and the number of chunks, which older files lack.
+
+    Raises CheckpointError where the bytes cannot be them.
+    """
+    entries: dict[str, Floats] = {}
+    end = 4
     try:
-        entries = dict(dat_entries(data))
+        for name, values, behind in dat_entries(data):
+            entries[name], end = values, behind
     except (ValueError, struct.error) as error:
         what = "it ends early" if isinstance(error, struct.error) else error
         raise CheckpointError(
             f"{file.path}: is no importance matrix, in neither the GGUF nor the .dat form, or is damaged ({what}); "
             "make it again."
         ) from error
-    end = 4 + sum(12 + len(name.encode()) + values.nbytes for name, values in entries.items())
     return entries, struct.unpack_from("<i", data, end)[0] if len(data) >= end + 4 else 0
 
 
-def dat_entries(data: bytes) -> Iterator[tuple[str, Floats]]:
-    """Names and importances; raises ValueError or struct.error where the bytes cannot be them."""
+def dat_entries(data: bytes) -> Iterator[tuple[str, Floats, int]]:
+    """Names, importances [columns] and the bytes behind which each ends.
+
+    Raises ValueError or struct.error where the bytes cannot be them.
+    """
     position = 4
     for number in range(counted(data, 0, MAX_ENTRIES)):
         length = counted(data, position, MAX_NAME)
@@ -114,12 +131,13 @@ def dat_entries(data: bytes) -> Iterator[tuple[str, Floats]]:
         columns = counted(data, position, MAX_COLUMNS)
         if position + 4 + 4 * columns > len(data):
             raise ValueError(f"entry {number} ends beyond the file")
-        yield name, np.frombuffer(data, "<f4", columns, position + 4)
-        position += 4 + 4 * columns
+        values = np.frombuffer(data, "<f4", columns, position + 4)
+        position += 4 + values.nbytes
+        yield name, values, position
 
 
 def counted(data: bytes, offset: int, limit: int) -> int:
-    """The number at `offset`, as a count of 1 to `limit` things."""
+    """The number at `offset`, as a count of 1 to `limit` things; raises ValueError where it is none."""
     count: int = struct.unpack_from("<i", data, offset)[0]
     if not 1 <= count <= limit:
         raise ValueError(f"a count of {count} at byte {offset}")

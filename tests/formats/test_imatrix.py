@@ -235,6 +235,13 @@ def test_a_tensor_whose_importances_are_all_zero_has_none(made: dict[str, Path],
     assert any("3 tensors without importances" in note for note in planned(made, zeros, type="Q4_K_M").notes)
 
 
+def test_the_chunks_are_found_behind_a_name_that_is_there_twice(tmp_path: Path) -> None:
+    row = struct.pack("<i", 1) + b"a" + struct.pack("<ii2f", 1, 2, 1.0, 3.0)
+    (tmp_path / "m.dat").write_bytes(struct.pack("<i", 2) + 2 * row + struct.pack("<ii", 7, 0))
+    matrix = imatrix.read(tmp_path / "m.dat")
+    assert matrix.chunks == 7 and matrix.entries["a"].tolist() == [0.5, 1.5]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
 def test_a_value_that_is_no_importance_is_named(bad: float, made: dict[str, Path], tmp_path: Path) -> None:
     def change(entries: dict[str, Floats]) -> dict[str, Floats]:

@@ -4,7 +4,7 @@
     key:    name type:u32 value          string = length:u64 bytes; array = type:u32 count:u64 items
     tensor: name dims:u32 extents:u64... type:u32 offset:u64      extents from the fastest, offset from the data's start
 
-Source: ggml's gguf.cpp. This file reads; gguf_layout.py writes.
+Source: ggml's src/gguf.cpp. This file reads; write.py lays files out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,12 +27,19 @@ from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.storage.files import Storage, open_storage
 from neoxconv.storage.remote import Place, together
 
-MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
+MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32  # bytes of which offsets are multiples, unless a key says otherwise
 SPLIT = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
 # Far above any model (20B: a header of 3 MB, 532 tensors), low enough to bound the memory that a lying file can take.
-MAX_HEADER, MAX_NAME, MAX_DIMS, MAX_DEPTH, MAX_ALIGNMENT = 64 << 20, 0xFFFF, 4, 4, 1 << 20
-MAX_COUNT, MAX_ITEMS, CHUNK = 1 << 16, 1 << 22, 1 << 20  # keys or tensors; items of all arrays; bytes read at first
+MAX_HEADER = 64 << 20  # bytes
+MAX_COUNT = 1 << 16  # keys, or tensors
+MAX_ITEMS = 1 << 22  # of all arrays
+MAX_DEPTH = 4  # of arrays in arrays
+MAX_NAME = 0xFFFF  # bytes
+MAX_DIMS = 4
+MAX_ALIGNMENT = 1 << 20  # bytes
+CHUNK = 1 << 20  # bytes of a header that are read at first
+LEAST_KEY, LEAST_TENSOR = 13, 33  # bytes that one takes at least
 
 # ggml's number of a type, its name, the weights of a block and their bytes. Source: ggml.h and ggml-common.h.
 BLOCKS = (
@@ -53,7 +60,18 @@ NUMBERS = {dtype.name: number for number, dtype in TYPES.items()}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 STRUCTS = {letter: struct.Struct("<" + letter) for letter in SCALARS.values()}
-LEAST = {STRING: 8, ARRAY: 12, **{kind: STRUCTS[letter].size for kind, letter in SCALARS.items()}}  # bytes of an item
+# The bytes that a value of a type takes at least.
+LEAST = {STRING: 8, ARRAY: 12, **{kind: STRUCTS[letter].size for kind, letter in SCALARS.items()}}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, with the SHA-256 of the bytes that say it."""
+
+    file: Storage
+    keys: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    checksum: str
 
 
 def index(path: Place) -> Index:
@@ -86,14 +104,90 @@ def parts(path: Place) -> list[Place]:
     return names
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself, with the SHA-256 of the bytes that say it."""
+def read_header(file: Storage) -> Header:
+    """Index one file; raises CheckpointError where the header is damaged or lies about the file."""
+    cursor = Cursor(file)
+    if cursor.take(min(4, file.size)) != MAGIC:
+        raise CheckpointError(f"{file.path}: is not a GGUF file: expected it to begin with GGUF; give another file.")
+    check_version(file, cursor.number("I"))
+    tensor_count, key_count = cursor.count(MAX_COUNT, LEAST_TENSOR), cursor.count(MAX_COUNT, LEAST_KEY)
+    keys: dict[str, Any] = {}
+    for _ in range(key_count):
+        name = cursor.name("key", keys)
+        keys[name] = cursor.value(cursor.kind())
+    infos = read_tensor_infos(cursor, tensor_count)
+    alignment = read_alignment(file, keys)
+    base = -(-cursor.position // alignment) * alignment
+    check_apart(file, infos, base, alignment)
+    tensors = {name: stored(file, base + info.offset, info.shape, info.dtype) for name, info in infos.items()}
+    return Header(file, keys, tensors, hashlib.sha256(cursor.buffer[: cursor.position]).hexdigest())
 
-    file: Storage
-    keys: dict[str, Any]
-    tensors: dict[str, LazyTensor]
-    checksum: str
+
+def check_version(file: Storage, version: int) -> None:
+    """Raise CheckpointError for a version, or an order of bytes, that is not read."""
+    if version in VERSIONS:
+        return
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    found = f"big-endian, version {swapped}" if swapped in VERSIONS else f"version {version}"
+    raise CheckpointError(f"{file.path}: is GGUF {found}; expected little-endian, version 2 or 3. Convert it first.")
+
+
+def read_alignment(file: Storage, keys: dict[str, Any]) -> int:
+    """The number of which every tensor's offset is a multiple.
+
+    Raises CheckpointError where it is no power of two, as ggml demands, or too large.
+    """
+    found = keys.get("general.alignment", ALIGNMENT)
+    if type(found) is not int or not 1 <= found <= MAX_ALIGNMENT or found.bit_count() != 1:
+        expected = f"expected a power of two up to {MAX_ALIGNMENT}; download the file again."
+        raise CheckpointError(f"{file.path}: general.alignment is {found!r:.40}, {expected}")
+    return found
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as the header describes it."""
+
+    shape: tuple[int, ...]  # rows first
+    dtype: DType
+    offset: int  # from the data's start
+    nbytes: int
+
+
+def read_tensor_infos(cursor: Cursor, count: int) -> dict[str, TensorInfo]:
+    """The descriptions of the next `count` tensors by name; raises CheckpointError for a type or shape that is none."""
+    infos: dict[str, TensorInfo] = {}
+    for _ in range(count):
+        name = cursor.name("tensor", infos)
+        dims = cursor.number("I")
+        if not 1 <= dims <= MAX_DIMS:
+            raise cursor.damaged(f"has {dims} dimensions, expected 1 to {MAX_DIMS}")
+        shape = tuple(reversed([cursor.number("Q") for _ in range(dims)]))
+        kind, offset = cursor.number("I"), cursor.number("Q")
+        if kind not in TYPES:
+            raise CheckpointError(
+                f"{cursor.file.path}: {cursor.subject} is of ggml type {kind}, which cannot be read; give another file."
+            )
+        dtype = TYPES[kind]
+        row = shape[-1] if dims > 1 else 1  # a vector's rows are single numbers
+        if 0 in shape or row % dtype.block:
+            raise cursor.damaged(f"has shape {list(shape)}, expected rows of a multiple of {dtype.block} weights")
+        infos[name] = TensorInfo(shape, dtype, offset, dtype.size(math.prod(shape)))
+    return infos
+
+
+def check_apart(file: Storage, infos: Mapping[str, TensorInfo], base: int, alignment: int) -> None:
+    """Raise CheckpointError where a tensor is not aligned, shares bytes with another or reaches beyond the file."""
+    end, before = 0, ""
+    for name, info in sorted(infos.items(), key=lambda item: item[1].offset):
+        where = f"{file.path}: tensor {name!r:.100}"
+        if info.offset % alignment:
+            raise CheckpointError(f"{where}: begins at {info.offset}, no multiple of {alignment}; download it again.")
+        if info.offset < end:
+            raise CheckpointError(f"{where}: begins at {info.offset}, inside of {before!r:.100}; download it again.")
+        end, before = info.offset + info.nbytes, name
+        if base + end > file.size:
+            raise CheckpointError(f"{where}: ends at byte {base + end}, the file at {file.size}; download it again.")
 
 
 def check_parts(headers: Sequence[Header]) -> None:
@@ -120,7 +214,10 @@ def check_parts(headers: Sequence[Header]) -> None:
 
 
 def with_native_types(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors with the type a plain target keeps: blocks F16, vectors (always F32 here) what most matrix bytes are."""
+    """Tensors with the type that a plain target keeps: of blocks F16, of vectors what most bytes of matrices are.
+
+    GGUF has vectors in F32 whatever the model was trained in.
+    """
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         if len(tensor.shape) > 1 and native(tensor.dtype).name in FLOATS:
@@ -133,12 +230,15 @@ def with_native_types(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def native(dtype: DType) -> DType:
-    """The plain type that stands for a stored one."""
+    """The plain type that a plain target keeps of a stored one."""
     return dtype if dtype.block == 1 else F16
 
 
 class Cursor:
-    """Reads a header from front to back, in chunks, never beyond the file; `subject` is what messages name."""
+    """Reads a header from front to back, in chunks, never beyond the file; `subject` is what messages name.
+
+    Every method that reads raises CheckpointError where the file ends early or says what cannot be.
+    """
 
     def __init__(self, file: Storage) -> None:
         self.file, self.subject = file, "the header"
@@ -217,86 +317,3 @@ class Cursor:
         if inner in SCALARS:
             return list(struct.unpack(f"<{count}{SCALARS[inner]}", self.take(count * LEAST[inner])))
         return [self.value(inner, depth + 1) for _ in range(count)]
-
-
-def read_header(file: Storage) -> Header:
-    """Index one file; raises CheckpointError where the header is damaged or lies about the file."""
-    cursor = Cursor(file)
-    if cursor.take(min(4, file.size)) != MAGIC:
-        raise CheckpointError(f"{file.path}: is not a GGUF file: expected it to begin with GGUF; give another file.")
-    check_version(file, cursor.number("I"))
-    tensor_count, key_count = cursor.count(MAX_COUNT, 33), cursor.count(MAX_COUNT, 13)
-    keys: dict[str, Any] = {}
-    for _ in range(key_count):
-        name = cursor.name("key", keys)
-        keys[name] = cursor.value(cursor.kind())
-    places = read_places(cursor, tensor_count)
-    alignment = read_alignment(file, keys)
-    base = -(-cursor.position // alignment) * alignment
-    check_places(file, places, base, alignment)
-    tensors = {name: stored(file, base + p.offset, p.shape, p.dtype) for name, p in places.items()}
-    return Header(file, keys, tensors, hashlib.sha256(cursor.buffer[: cursor.position]).hexdigest())
-
-
-def check_version(file: Storage, version: int) -> None:
-    """Raise CheckpointError for a version, or an order of bytes, that is not read."""
-    if version in VERSIONS:
-        return
-    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-    found = f"big-endian, version {swapped}" if swapped in VERSIONS else f"version {version}"
-    raise CheckpointError(f"{file.path}: is GGUF {found}; expected little-endian, version 2 or 3. Convert it first.")
-
-
-def read_alignment(file: Storage, keys: dict[str, Any]) -> int:
-    """The number of which every tensor's offset is a multiple: a power of two, as ggml demands."""
-    found = keys.get("general.alignment", ALIGNMENT)
-    if type(found) is not int or not 1 <= found <= MAX_ALIGNMENT or found & (found - 1):
-        expected = f"expected a power of two up to {MAX_ALIGNMENT}; download the file again."
-        raise CheckpointError(f"{file.path}: general.alignment is {found!r:.40}, {expected}")
-    return found
-
-
-@dataclass(frozen=True)
-class Span:
-    """A tensor as the header describes it; the offset counts from the data's start."""
-
-    shape: tuple[int, ...]
-    dtype: DType
-    offset: int
-    nbytes: int
-
-
-def read_places(cursor: Cursor, count: int) -> dict[str, Span]:
-    """The descriptions of the next `count` tensors."""
-    places: dict[str, Span] = {}
-    for _ in range(count):
-        name = cursor.name("tensor", places)
-        dims = cursor.number("I")
-        if not 1 <= dims <= MAX_DIMS:
-            raise cursor.damaged(f"has {dims} dimensions, expected 1 to {MAX_DIMS}")
-        shape = tuple(reversed([cursor.number("Q") for _ in range(dims)]))
-        kind, offset = cursor.number("I"), cursor.number("Q")
-        if kind not in TYPES:
-            raise CheckpointError(
-                f"{cursor.file.path}: {cursor.subject} is of ggml type {kind}, which cannot be read; give another file."
-            )
-        dtype = TYPES[kind]
-        row = shape[-1] if dims > 1 else 1  # a vector's rows are single numbers
-        if 0 in shape or row % dtype.block:
-            raise cursor.damaged(f"has shape {list(shape)}, expected rows of a multiple of {dtype.block} weights")
-        places[name] = Span(shape, dtype, offset, math.prod(shape) // dtype.block * dtype.nbytes)
-    return places
-
-
-def check_places(file: Storage, places: dict[str, Span], base: int, alignment: int) -> None:
-    """Raise CheckpointError where a tensor is not aligned, shares bytes with another or reaches beyond the file."""
-    end, before = 0, ""
-    for name, place in sorted(places.items(), key=lambda item: item[1].offset):
-        where = f"{file.path}: tensor {name!r:.100}"
-        if place.offset % alignment:
-            raise CheckpointError(f"{where}: begins at {place.offset}, no multiple of {alignment}; download it again.")
-        if place.offset < end:
-            raise CheckpointError(f"{where}: begins at {place.offset}, inside of {before!r:.100}; download it again.")
-        end, before = place.offset + place.nbytes, name
-        if base + end > file.size:
-            raise CheckpointError(f"{where}: ends at byte {base + end}, the file at {file.size}; download it again.")

@@ -1,5 +1,7 @@
 """The layout of GGUF files, version 3: keys and tensor descriptions in one header, tensors at multiples of 32 bytes.
 
+    | header: see read.py | zeros up to a multiple of 32 | tensor, zeros | tensor, zeros | ...
+
 Types of keys and the parts of a split file are those of llama.cpp's converter and of gguf-py's GGUFWriter.
 """
 
@@ -13,15 +15,17 @@ from neoxconv.core.layout import Entry, FileLayout, Slot, in_groups
 from neoxconv.errors import PlanError
 from neoxconv.formats.gguf.read import ALIGNMENT, ARRAY, MAGIC, MAX_DIMS, NUMBERS, SCALARS, STRING
 
+VERSION = 3
+# The types of keys' values, beside STRING and ARRAY; Python's types that have one; the numbers that whole ones hold.
 U16, U32, I32, F32, BOOL, U64, I64 = 2, 4, 5, 6, 7, 10, 11
-# Keys whose type is not what their value suggests.
-KEY_TYPES = {"split.no": U16, "split.count": U16, "split.tensors.count": I32}
 KINDS = ((bool, BOOL), (float, F32), (str, STRING), (list, ARRAY))
 RANGES = {U32: (0, 2**32 - 1), I32: (-(2**31), 2**31 - 1), U64: (0, 2**64 - 1), I64: (-(2**63), 2**63 - 1)}
-# Whole numbers take the first type that holds them; gguf-py gives single ones U32 and lists I32.
-WHOLE, WHOLES = (U32, I32, U64, I64), (I32, U32, I64, U64)
+# Whole numbers take the first type that holds them; gguf-py gives single ones U32 and those of lists I32.
+SINGLE, LISTED = (U32, I32, U64, I64), (I32, U32, I64, U64)
+# Keys whose type is not what their value suggests.
+KEY_TYPES = {"split.no": U16, "split.count": U16, "split.tensors.count": I32}
 SECTIONS = {"general": 0, "tokenizer": 2}  # the architecture's keys stand between
-MAX_PARTS = 0xFFFF
+MAX_PARTS = 0xFFFF  # what split.count, a U16, holds
 
 
 def layout(
@@ -59,8 +63,8 @@ def aligned(count: int) -> int:
 
 
 def one_file(name: str, keys: Mapping[str, Any], entries: Sequence[Entry]) -> FileLayout:
-    """A file's header as one piece, and its tensors behind it."""
-    header = [MAGIC, struct.pack("<I2Q", 3, len(entries), len(keys))]
+    """A file's header as one piece, and its tensors behind it; raises PlanError for what GGUF cannot hold."""
+    header = [MAGIC, struct.pack("<I2Q", VERSION, len(entries), len(keys))]
     header += [string(key, key) + typed(key, value) for key, value in keys.items()]
     offset, offsets = 0, []
     for entry in entries:
@@ -74,7 +78,10 @@ def one_file(name: str, keys: Mapping[str, Any], entries: Sequence[Entry]) -> Fi
 
 
 def described(entry: Entry, offset: int) -> bytes:
-    """A tensor's name, extents from the fastest, type, and `offset` from the data's start."""
+    """A tensor's name, extents from the fastest, type, and `offset` from the data's start.
+
+    Raises PlanError for a shape or an encoding that GGUF cannot hold.
+    """
     shape, encoding = entry.tensor.shape, entry.encoding
     row = shape[-1] if len(shape) > 1 else 1
     if encoding.name not in NUMBERS or not 1 <= len(shape) <= MAX_DIMS or row % encoding.dtype.block:
@@ -82,12 +89,12 @@ def described(entry: Entry, offset: int) -> bytes:
             f"{entry.name}: GGUF cannot hold shape {list(shape)} as {encoding.name}; expected 1 to {MAX_DIMS} "
             f"dimensions, rows of a multiple of {encoding.dtype.block} and one of {', '.join(NUMBERS)}."
         )
-    place = struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), NUMBERS[encoding.name], offset)
-    return string(entry.name, entry.name) + place
+    extents = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+    return string(entry.name, entry.name) + extents + struct.pack("<IQ", NUMBERS[encoding.name], offset)
 
 
 def string(key: str, text: str) -> bytes:
-    """A length and the bytes."""
+    """A length and the bytes of `text`, which belongs to `key`; raises PlanError where it is no Unicode text."""
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
@@ -97,7 +104,7 @@ def string(key: str, text: str) -> bytes:
 
 def typed(key: str, value: Any) -> bytes:
     """A value behind its type."""
-    kind = kind_of(key, [value], WHOLE)
+    kind = kind_of(key, [value], SINGLE)
     return struct.pack("<I", kind) + packed(key, kind, [value])
 
 
@@ -107,7 +114,7 @@ def packed(key: str, kind: int, values: Sequence[Any]) -> bytes:
         return b"".join(string(key, value) for value in values)
     if kind != ARRAY:
         return numbers(key, kind, values)
-    inner = [kind_of(key, value, WHOLES) for value in values]
+    inner = [kind_of(key, value, LISTED) for value in values]
     return b"".join(
         struct.pack("<IQ", kind, len(value)) + packed(key, kind, value)
         for kind, value in zip(inner, values, strict=True)
@@ -123,7 +130,10 @@ def numbers(key: str, kind: int, values: Sequence[Any]) -> bytes:
 
 
 def kind_of(key: str, values: Sequence[Any], whole: Sequence[int]) -> int:
-    """The type in which all `values` are stored; of whole numbers the first of `whole` that holds them."""
+    """The type in which all `values` are stored; of whole numbers the first of `whole` that holds them.
+
+    Raises PlanError where there is none.
+    """
     if key in KEY_TYPES:
         return KEY_TYPES[key]
     found = {type(value) for value in values} or {int}
