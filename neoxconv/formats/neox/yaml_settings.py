@@ -9,28 +9,36 @@ from neoxconv.errors import CheckpointError
 from neoxconv.storage.files import open_storage
 from neoxconv.storage.remote import Place
 
+# Far above any configuration.
 LARGEST = 1 << 17  # bytes of a file
-DEEPEST, MOST_VALUES, LONGEST_VALUE = 64, 1 << 16, 3000  # levels; values, every alias followed; characters
+DEEPEST = 64  # levels
+MOST_VALUES = 1 << 16  # every alias followed
+LONGEST_VALUE = 3000  # characters
 ODD_SCALARS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # what PyYAML raises for them
 
 
 def read_configs(paths: Sequence[Place]) -> dict[str, Any]:
-    """All settings of the YAML files with `_` for `-`; a key given twice must have one value."""
+    """All settings of the YAML files with `_` for `-`; raises CheckpointError where a key has two values."""
     merged: dict[str, Any] = {}
-    home: dict[str, Place] = {}
+    first_path: dict[str, Place] = {}
     for path in paths:
-        for key, value in ((str(key).replace("-", "_"), value) for key, value in read_yaml(path).items()):
+        for spelled, value in read_yaml(path).items():
+            key = str(spelled).replace("-", "_")
             if key in merged and merged[key] != value:
                 raise CheckpointError(
-                    f"{path}: {key} is {value!r} but {merged[key]!r} in {home[key].name}; "
+                    f"{path}: {key} is {value!r} but {merged[key]!r} in {first_path[key].name}; "
                     "give the right file with --config."
                 )
-            merged[key], home[key] = value, home.get(key, path)
+            merged[key] = value
+            first_path.setdefault(key, path)
     return merged
 
 
 def read_yaml(path: Place) -> dict[str, Any]:
-    """The settings in one YAML file, in bounded time and memory: nothing is built before its size is known."""
+    """The settings in one YAML file, in bounded time and memory: nothing is built before its size is known.
+
+    Raises CheckpointError where it is too large, no YAML or no mapping.
+    """
     import yaml
 
     file = open_storage(path)
