@@ -21,7 +21,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DType:
-    """How numbers are stored: `block` of them take `nbytes` bytes, read as arrays of `stored`.
+    """How numbers are stored: `block` of them take `nbytes` bytes, which numpy reads as arrays of `stored`.
 
     Of types whose scales lie beside them (`Scaled`), `stored` is float32: whoever reads them decodes them.
     """
@@ -67,14 +67,15 @@ def narrow(rows: Floats, dtype: DType) -> Array:
     """float32 values rounded to nearest, ties to even, in the stored form of `dtype`; too large becomes infinite."""
     if dtype is BF16:
         bits = np.ascontiguousarray(rows).view(np.uint32)
-        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-        rounded = np.where(np.isnan(rows), (bits >> 16) | 0x40, rounded)
+        odd = (bits >> 16) & 1  # the last bit that is kept
+        rounded = (bits + (odd + np.uint32(0x7FFF))) >> 16
+        rounded = np.where(np.isnan(rows), (bits >> 16) | 0x40, rounded)  # a NaN stays one, and quiet
         return rounded.astype(np.uint16)
     with np.errstate(over="ignore"):
         return rows.astype(dtype.stored, copy=False)
 
 
-# The exponent bits: all set in infinities and NaN, and nowhere else.
+# The bits of a number as unsigned, and which of them are the exponent: all set in infinities and NaN, nowhere else.
 EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48)}
 
 

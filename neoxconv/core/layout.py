@@ -1,4 +1,9 @@
-"""What a target will hold: entries with their encodings, their places in files, and every other byte of these."""
+"""What a target will hold: entries with their encodings, their offsets in files, and every other byte of these.
+
+    FileLayout   | piece: known bytes | slot: a part of an entry | slot | late: made of the slots' digests | zeros | ...
+
+An Entry is a tensor under the target's name. Its encoding stores it as one Part or several, each of which has a Slot.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +43,7 @@ class Entry:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The tensors that the target holds of it: one, or codes and what belongs to them."""
+        """The tensors that the target holds of it: one, or codes and what belongs to them, each under its full name."""
         if isinstance(self.encoding, Encoding):
             return (Part(self.name, self.encoding.dtype, self.tensor.shape),)
         module = self.name.removesuffix("weight")
