@@ -48,11 +48,11 @@ def read(path: Path) -> Matrix:
     found, chunks = read_gguf(file) if data[:4] == gguf.MAGIC else read_dat(file, data)
     if not found:
         raise CheckpointError(f"{path}: holds no importances; make it with llama-imatrix.")
-    entries = {name: scaled(path, name, values) for name, values in found.items()}
+    entries = {name: with_mean_1(path, name, values) for name, values in found.items()}
     return Matrix(path, hashlib.sha256(data).hexdigest(), entries, chunks)
 
 
-def scaled(path: Path, name: str, values: Floats) -> Floats:
+def with_mean_1(path: Path, name: str, values: Floats) -> Floats:
     """Importances [columns] with a mean of 1; none (all 0) stay so.
 
     Raises CheckpointError where one is no finite number from 0 on.
@@ -124,11 +124,11 @@ def dat_entries(data: bytes) -> Iterator[tuple[str, Floats, int]]:
     Raises ValueError or struct.error where the bytes cannot be them.
     """
     position = 4
-    for number in range(counted(data, 0, MAX_ENTRIES)):
-        length = counted(data, position, MAX_NAME)
+    for number in range(count_at(data, 0, MAX_ENTRIES)):
+        length = count_at(data, position, MAX_NAME)
         name = data[position + 4 : position + 4 + length].decode()
         position += 4 + length + 4  # the number of calls scales all alike
-        columns = counted(data, position, MAX_COLUMNS)
+        columns = count_at(data, position, MAX_COLUMNS)
         if position + 4 + 4 * columns > len(data):
             raise ValueError(f"entry {number} ends beyond the file")
         values = np.frombuffer(data, "<f4", columns, position + 4)
@@ -136,7 +136,7 @@ def dat_entries(data: bytes) -> Iterator[tuple[str, Floats, int]]:
         yield name, values, position
 
 
-def counted(data: bytes, offset: int, limit: int) -> int:
+def count_at(data: bytes, offset: int, limit: int) -> int:
     """The number at `offset`, as a count of 1 to `limit` things; raises ValueError where it is none."""
     count: int = struct.unpack_from("<i", data, offset)[0]
     if not 1 <= count <= limit:

@@ -123,6 +123,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         self.make_tensor, self.spend = make_tensor, stream.spend
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for `module.name`: a function of ours, or a placeholder. Nothing is imported."""
         where = f"{module}.{name}"
         admitted: dict[str, Any] = {
             "collections.OrderedDict": self.ordered,
@@ -154,6 +155,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         return OrderedDict((self.key(key), value) for key, value in items)
 
     def set_of(self, items: Any = ()) -> set[Any]:
+        """A set of items that can be hashed."""
         self.spend(len(items))
         return set(map(self.key, items))
 
@@ -229,6 +231,7 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         self.append(Placeholder("builtins.frozenset"))
 
     def load_additems(self) -> None:
+        """Add to a set; a placeholder takes nothing."""
         items = self.pop_mark()
         if isinstance(self.stack[-1], set):
             self.stack[-1].update(map(self.key, items))
@@ -236,19 +239,23 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
             raise TypeError(f"it adds to a {type(self.stack[-1]).__name__} as to a set")
 
     def load_setitem(self) -> None:
+        """Set one item of a dictionary, or of what stands for one."""
         value, key = self.stack.pop(), self.stack.pop()
         self.stack[-1][self.key(key)] = value
 
     def load_setitems(self) -> None:
+        """Set items of a dictionary, or of what stands for one."""
         items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack[-1][self.key(key)] = value
 
     def load_dict(self) -> None:
+        """Make a dictionary of keys and values in turns."""
         items = self.pop_mark()
         self.append({self.key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
 
 
+# What Python's unpickler does otherwise, or would do and is refused.
 for opcode, load in {
     pickle.FRAME: Unpickler.load_frame,
     pickle.BUILD: Unpickler.load_build,
@@ -267,10 +274,12 @@ for opcode, load in {
 
 
 def make_size(items: Any = ()) -> Size:
+    """A torch.Size; raises ValueError where the items are no shape."""
     return Size(naturals(items))
 
 
 def first_of(value: Any, *rest: Any) -> Any:
+    """A parameter's tensor, without what torch adds to it."""
     return value
 
 
