@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from neoxconv.core.layout import Entry, FileLayout, in_groups
 from neoxconv.core.model import Index, SourceFile
@@ -34,7 +34,13 @@ FILES = (
 )
 # What stands for the whole folder when it is given.
 PART = re.compile(r"config\.json|(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
-Header = tuple[dict[str, LazyTensor], str]
+
+
+class Header(NamedTuple):
+    """What a file of weights holds, and the SHA-256 of what describes it."""
+
+    tensors: dict[str, LazyTensor]
+    checksum: str
 
 
 def index(folder: Place) -> Index:
@@ -45,8 +51,9 @@ def index(folder: Place) -> Index:
     for single, shards in FILES:
         if (folder / single).is_file():
             file = open_storage(folder / single)
-            tensors, checksum = read_header(file)
-            return Index("hf", folder, (SourceFile(file, checksum),), (tensors,), settings)
+            header = read_header(file)
+            files = (SourceFile(file, header.checksum),)
+            return Index(format="hf", folder=folder, files=files, ranks=(header.tensors,), settings=settings)
         if (folder / shards).is_file():
             return sharded(folder, folder / shards, settings)
     raise CheckpointError(
@@ -63,10 +70,10 @@ def sharded(folder: Place, path: Place, settings: dict[str, Any]) -> Index:
     raise_all(CheckpointError, (f"{folder}: lacks {n!r:.300}, which {path.name} names; download it." for n in missing))
     files = dict(zip(names, together(lambda name: open_storage(folder / name), names, folder), strict=True))
     headers = dict(zip(names, together(read_header, files.values(), folder), strict=True))
-    check_placed(path, weight_map, {name: tensors for name, (tensors, _) in headers.items()})
-    tensors = {name: tensor for file in names for name, tensor in headers[file][0].items()}
-    sources = tuple(SourceFile(file, headers[name][1]) for name, file in files.items())
-    return Index("hf", folder, sources, (tensors,), settings)
+    check_placed(path, weight_map, {name: header.tensors for name, header in headers.items()})
+    tensors = {name: tensor for file in names for name, tensor in headers[file].tensors.items()}
+    sources = tuple(SourceFile(file, headers[name].checksum) for name, file in files.items())
+    return Index(format="hf", folder=folder, files=sources, ranks=(tensors,), settings=settings)
 
 
 def read_weight_map(path: Place) -> dict[str, str]:
@@ -109,7 +116,7 @@ def read_header(file: Storage) -> Header:
     """The tensors of a safetensors or .bin file, and its checksum; raises CheckpointError where it is damaged."""
     if file.path.suffix == ".safetensors":
         header = safetensors.read_header(file)
-        return header.tensors, header.checksum
+        return Header(header.tensors, header.checksum)
     found = read_pt(file)
     if not isinstance(found.value, dict):
         raise CheckpointError(
@@ -120,7 +127,7 @@ def read_header(file: Storage) -> Header:
         CheckpointError,
         (f"{file.path}: {name!r:.80} is not a named tensor that can be read; remove it." for name in odd),
     )
-    return found.value, found.checksum
+    return Header(found.value, found.checksum)
 
 
 def layout(entries: Sequence[Entry], shard_size: int) -> tuple[FileLayout, ...]:

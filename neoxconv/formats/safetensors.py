@@ -59,7 +59,13 @@ def index(path: Place) -> Index:
         settings = read_json(beside)
     else:
         settings = read_object(header.metadata.get("config", "{}"), path, "the config in its metadata")
-    return Index("safetensors", path.parent, (SourceFile(file, header.checksum),), (header.tensors,), settings)
+    return Index(
+        format="safetensors",
+        folder=path.parent,
+        files=(SourceFile(file, header.checksum),),
+        ranks=(header.tensors,),
+        settings=settings,
+    )
 
 
 def read_header(file: Storage) -> Header:

@@ -83,11 +83,11 @@ def index(path: Place) -> Index:
     check_parts(headers)
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
     return Index(
-        "gguf",
-        path.parent,
-        tuple(SourceFile(header.file, header.checksum) for header in headers),
-        (with_native_types(tensors),),
-        {key: value for key, value in headers[0].keys.items() if not key.startswith("split.")},
+        format="gguf",
+        folder=path.parent,
+        files=tuple(SourceFile(header.file, header.checksum) for header in headers),
+        ranks=(with_native_types(tensors),),
+        settings={key: value for key, value in headers[0].keys.items() if not key.startswith("split.")},
     )
 
 

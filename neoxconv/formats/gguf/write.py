@@ -57,11 +57,6 @@ def in_sections(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {key: keys[key] for key in ordered if key != "general.alignment"}
 
 
-def aligned(count: int) -> int:
-    """`count` rounded up to a multiple of 32."""
-    return -(-count // ALIGNMENT) * ALIGNMENT
-
-
 def one_file(name: str, keys: Mapping[str, Any], entries: Sequence[Entry]) -> FileLayout:
     """A file's header as one piece, and its tensors behind it; raises PlanError for what GGUF cannot hold."""
     header = [MAGIC, struct.pack("<I2Q", VERSION, len(entries), len(keys))]
@@ -75,6 +70,11 @@ def one_file(name: str, keys: Mapping[str, Any], entries: Sequence[Entry]) -> Fi
     base = aligned(len(text))
     slots = tuple(Slot(entry, base + at) for entry, at in zip(entries, offsets, strict=True))
     return FileLayout(name, base + offset, ((0, text),), slots)
+
+
+def aligned(count: int) -> int:
+    """`count` rounded up to a multiple of 32."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def described(entry: Entry, offset: int) -> bytes:
