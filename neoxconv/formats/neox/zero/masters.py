@@ -16,6 +16,7 @@ from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.folder import SEQUENTIAL, home, states_file
 from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, counts_in, extent, find_files, read_shard
 from neoxconv.formats.neox.zero.flat import Master, Padding, joined, misfit
+from neoxconv.storage.remote import Place
 
 BUFFERS = "inv_freq"  # the ending of names that no optimizer has
 
@@ -89,20 +90,31 @@ def grouped(index: Index, mp: int, shard: Shard) -> list[Shapes]:
 
     Where one list has those of two groups, the first are those with weight decay, the others norms and biases.
     """
-    path, shapes = shard.path, shard.shapes
-    if shapes is None:
-        state = index.states.get(mp)
-        path, shapes = index.folder / states_file(mp), state.get("param_shapes") if isinstance(state, dict) else None
-    groups = shapes if isinstance(shapes, list) else [shapes]
-    if not groups or not all(isinstance(group, dict) and all(map(is_shape, group.items())) for group in groups):
-        raise CheckpointError(f"{path}: has no param_shapes, which say what the masters are; {ADVICE}.")
+    path, groups = param_shapes(index, mp, shard)
     if len(groups) == 1 and len(shard.groups) == 2:
         decayed = {name: shape for name, shape in groups[0].items() if not spared(name)}
-        groups = [decayed, {name: shape for name, shape in groups[0].items() if name not in decayed}]
+        others = {name: shape for name, shape in groups[0].items() if spared(name)}
+        groups = [decayed, others]
     if len(groups) != len(shard.groups):
         found = f"{len(shard.groups)} groups, param_shapes in {path.name} has {len(groups)}"
         raise CheckpointError(f"{shard.path}: has {found}; {ADVICE}.")
     return groups
+
+
+def param_shapes(index: Index, mp: int, shard: Shard) -> tuple[Place, list[Shapes]]:
+    """The lists of parameters in an optimizer file, or else in the mp_rank file, and the path of that file.
+
+    Raises CheckpointError where there are none, or something else stands there.
+    """
+    path, shapes = shard.path, shard.shapes
+    if shapes is None:
+        state = index.states.get(mp)
+        path = index.folder / states_file(mp)
+        shapes = state.get("param_shapes") if isinstance(state, dict) else None
+    groups = shapes if isinstance(shapes, list) else [shapes]
+    if not groups or not all(isinstance(group, dict) and all(map(is_shape, group.items())) for group in groups):
+        raise CheckpointError(f"{path}: has no param_shapes, which say what the masters are; {ADVICE}.")
+    return path, groups
 
 
 def is_shape(item: tuple[Any, Any]) -> bool:
