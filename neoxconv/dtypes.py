@@ -21,15 +21,15 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DType:
-    """How numbers are stored: `block` of them take `nbytes` bytes, which numpy reads as arrays of `stored`.
+    """How numbers are stored: `block` of them take `nbytes` bytes, which are read as arrays of `numpy`.
 
-    Of types whose scales lie beside them (`Scaled`), `stored` is float32: whoever reads them decodes them.
+    Of types whose scales lie beside them (`Scaled`), `numpy` is float32: whoever reads them decodes them.
     """
 
     name: str
     block: int
     nbytes: int
-    stored: np.dtype[Any]
+    numpy: np.dtype[Any]
 
     @property
     def quantized(self) -> bool:
@@ -41,9 +41,9 @@ class DType:
         return columns // self.block * self.nbytes
 
 
-def plain(name: str, stored: str) -> DType:
-    """A type that stores each number on its own, in the numpy type `stored`."""
-    return DType(name, 1, np.dtype(stored).itemsize, np.dtype(stored))
+def plain(name: str, numpy: str) -> DType:
+    """A type that stores each number on its own, in the type that numpy calls `numpy`."""
+    return DType(name, 1, np.dtype(numpy).itemsize, np.dtype(numpy))
 
 
 F64, F32, F16, BF16 = plain("F64", "<f8"), plain("F32", "<f4"), plain("F16", "<f2"), plain("BF16", "<u2")
@@ -72,7 +72,7 @@ def narrow(rows: Floats, dtype: DType) -> Array:
         rounded = np.where(np.isnan(rows), (bits >> 16) | 0x40, rounded)  # a NaN stays one, and quiet
         return rounded.astype(np.uint16)
     with np.errstate(over="ignore"):
-        return rows.astype(dtype.stored, copy=False)
+        return rows.astype(dtype.numpy, copy=False)
 
 
 # The bits of a number as unsigned, and which of them are the exponent: all set in infinities and NaN, nowhere else.

@@ -90,7 +90,7 @@ class Bound:
 class Encoding:
     """How rows of float32 become stored bytes, and back.
 
-    `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.stored` (for block types [n, row bytes] of uint8);
+    `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.numpy` (for block types [n, row bytes] of uint8);
     `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
     an encoder that makes use of a context; None where there is nothing to choose. Weights of a
     magnitude beyond `limit` are cut to the largest that the type holds.

@@ -19,7 +19,7 @@ Read = Callable[[int, int], Array]
 class LazyTensor:
     """Rows `start` to `stop` on request.
 
-    `read` returns [stop - start, *shape[1:]] of `dtype.stored`; for a block type [stop - start, row bytes] of uint8.
+    `read` returns [stop - start, *shape[1:]] of `dtype.numpy`; for a block type [stop - start, row bytes] of uint8.
     `native` is the number type in which the source holds the values: what a writer keeps unless told otherwise.
     It differs from `dtype` where reading computes (a mean in F32 of F16 ranks). A 1-D tensor has rows of one number.
     """
@@ -61,7 +61,7 @@ def stored(file: Storage, offset: int, shape: Sequence[int], dtype: DType) -> La
         data = file.read(offset + start * row, (stop - start) * row)
         if dtype.block > 1:
             return data.reshape(stop - start, row)
-        return data.view(dtype.stored).reshape(stop - start, *tail)
+        return data.view(dtype.numpy).reshape(stop - start, *tail)
 
     return LazyTensor(tuple(shape), dtype, read, dtype)
 

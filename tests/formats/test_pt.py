@@ -66,7 +66,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     elif isinstance(theirs, torch.Tensor):
         expected = array(theirs)
         assert isinstance(ours, LazyTensor) and ours.shape == tuple(theirs.shape)
-        assert ours.dtype.stored == expected.dtype
+        assert ours.dtype.numpy == expected.dtype
         step = max(5, ours.rows // 7)
         bands = [ours.read(row, min(row + step, ours.rows)) for row in range(0, ours.rows, step)]
         assert b"".join(band.tobytes() for band in bands) == expected.tobytes()
@@ -350,7 +350,7 @@ def entry(tensor: torch.Tensor) -> Entry:
     """An entry whose bytes are the tensor's."""
     numbers = array(tensor)
     dtype = {torch.bfloat16: PLAIN["BF16"], torch.bool: PLAIN["BOOL"]}.get(tensor.dtype)
-    dtype = dtype or next(d for d in PLAIN.values() if d.stored == numbers.dtype)
+    dtype = dtype or next(d for d in PLAIN.values() if d.numpy == numbers.dtype)
     lazy = LazyTensor(
         tuple(tensor.shape), dtype, lambda start, stop: numbers.reshape(-1, *tensor.shape[1:])[start:stop], dtype
     )

@@ -70,7 +70,7 @@ def assert_same(ours: Mapping[str, LazyTensor], theirs: Mapping[str, torch.Tenso
     for name, tensor in theirs.items():
         bits = (tensor.view(RAW[tensor.dtype]) if tensor.dtype in RAW else tensor).contiguous().numpy()
         found = ours[name]
-        assert (found.shape, found.dtype.stored) == (tuple(tensor.shape), bits.dtype)
+        assert (found.shape, found.dtype.numpy) == (tuple(tensor.shape), bits.dtype)
         bands = [found.read(row, min(row + 3, found.rows)) for row in range(0, found.rows, 3)]
         assert b"".join(band.tobytes() for band in bands) == bits.tobytes()
 

@@ -137,7 +137,7 @@ def test_an_encoding_never_sees_slab_borders_or_threads(encoding: Encoding) -> N
 def test_shapes_and_types(encoding: Encoding, shape: tuple[int, int]) -> None:
     rows = noise(*shape)
     stored = encoding.encode(rows)
-    assert stored.dtype == encoding.dtype.stored and stored.nbytes == shape[0] * encoding.dtype.size(shape[1])
+    assert stored.dtype == encoding.dtype.numpy and stored.nbytes == shape[0] * encoding.dtype.size(shape[1])
     assert len(stored) == shape[0]
     assert encoding.decode(stored).shape == shape and encoding.decode(stored).dtype == np.float32
     assert encoding.wrong(rows, stored).shape == shape and not encoding.wrong(rows, stored).any()

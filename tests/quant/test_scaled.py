@@ -99,7 +99,7 @@ def written(encoding: Scaled, tensor: LazyTensor) -> dict[str, bytes]:
 def reader(encoding: Scaled, tensor: LazyTensor, made: dict[str, bytes] | None = None) -> Read:
     made, parts = made or written(encoding, tensor), {}
     for part in encoding.parts(tensor):
-        rows = np.frombuffer(made[part.name], part.dtype.stored).reshape(-1 if part.late else part.shape)
+        rows = np.frombuffer(made[part.name], part.dtype.numpy).reshape(-1 if part.late else part.shape)
         parts[part.name] = LazyTensor(rows.shape, part.dtype, lambda a, b, rows=rows: rows[a:b], part.dtype)
     return encoding.decode(parts, tensor.shape)
 
@@ -129,7 +129,7 @@ def test_four_bits_are_written_and_read_as_by_bitsandbytes(bnb: ModuleType, name
         assert ours == {key: part.numpy().tobytes() for key, part in theirs.items()}, (kind, shape)
         for part in parts:
             stored = theirs[part.name].numpy()
-            assert part.dtype.stored == stored.dtype and (part.late or part.shape == stored.shape)
+            assert part.dtype.numpy == stored.dtype and (part.late or part.shape == stored.shape)
             assert part.nbytes == stored.nbytes or (part.late and part.nbytes > stored.nbytes)
         values = reader(encoding, tensor, ours)(0, tensor.rows)
         expected = bnb.dequantize_4bit(codes, state).float().numpy()

@@ -76,7 +76,7 @@ def strided(file: Storage, base: int, view: View) -> Read:
     steps = tuple(step * dtype.nbytes for step in view.stride)
 
     def read(start: int, stop: int) -> Array:
-        rows = np.empty((stop - start, *view.shape[1:]), dtype.stored)
+        rows = np.empty((stop - start, *view.shape[1:]), dtype.numpy)
         if rows.size:
             fill(rows, file, base + start * steps[0], steps)
         return rows
