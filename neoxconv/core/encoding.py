@@ -71,11 +71,12 @@ class Groups(Protocol):
         2 2 2 2 2 2        3 3 3 3 3 3        0 0 0 0 0 0
 
     A tensor is encoded band after band of its rows. A band must hold whole groups: here all 4 rows for the blocks, any
-    number of rows for the others. Where `whole`, the tensor is one group, and no band holds all of it.
+    number of rows for the others. Only the tensor as one group is larger than a band.
     """
 
     @property
-    def whole(self) -> bool: ...
+    def whole(self) -> bool:
+        """The tensor is one group."""
 
     def rows_per_whole_group(self, columns: int) -> int:
         """The least number of rows of so many columns that are whole groups, but for a tensor's end."""
@@ -109,8 +110,8 @@ class Encoding:
 
     `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.stored` (for block types [n, row bytes] of uint8);
     `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
-    an encoder that makes use of a context; None where there is nothing to choose. Weights of a
-    magnitude beyond `limit` are cut to the largest that the type holds.
+    an encoder that makes use of a context; None where there is nothing to choose. Weights of a magnitude beyond `limit`
+    are cut to the largest that the type holds.
     """
 
     name: str
@@ -148,8 +149,8 @@ class Scaled:
     one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
     source's type, are rounded to before.
 
-    For verification: `scales` are made of sizes, and `nearest` is what the nearest codes of weights stand for, both
-    as parts of what 1 stands for in their group.
+    For verification: `scales` are made of sizes, and `nearest` of weights is what their nearest codes stand for, both as
+    shares of what 1 stands for in their group.
     """
 
     name: str

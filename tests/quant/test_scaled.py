@@ -16,13 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neoxconv.core.encoding import Bound, Encoding, Scaled
+from neoxconv.core.encoding import Bound, Encoding, Groups, Scaled
 from neoxconv.core.layout import Entry
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import BF16, F16, F32, Array, DType, Floats, narrow, widen
 from neoxconv.engine.encode import pieces
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.scaled import float8, fourbit, kernels
+from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup
 from tests.oracles import ROOT, program
 
 FLOAT8 = {torch.float8_e4m3fn: float8.FORM_E4M3, torch.float8_e5m2: float8.FORM_E5M2}
@@ -205,6 +206,15 @@ def test_a_scale_is_the_least_power_of_two_that_will_do(kind: torch.dtype, form:
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_groups_is_true() -> None:
+    lines = (line.split() for line in (Groups.__doc__ or "").splitlines())
+    drawn = np.array([line for line in lines if line and line[0].isdigit()], np.float32)
+    for k, groups in enumerate((BlockGroups(8), RowGroups(), TensorGroup())):
+        found = np.arange(groups.groups_of(0, 4, 6).stop, dtype=np.float32)
+        assert np.array_equal(groups.per_weight(found, (4, 6)), drawn[:, 6 * k : 6 * k + 6])
+        assert groups.rows_per_whole_group(6) == (4 if k == 0 else 1) and groups.whole == (k == 2)
 
 
 @scaled

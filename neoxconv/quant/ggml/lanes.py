@@ -7,6 +7,8 @@ A candidate scale gives every weight y = a * x + b, its code q (the nearest) and
 e, e * q and e * e, each weighted, hold all there is to know: the best line through these codes (least squares) and its
 error, without the cancellation that sums of x * x bring. They also give the error of any other scale and minimum with
 the same codes, which is how those are rounded to their few bits: not each to its nearest, but together.
+
+The searches import this file as `at`: s[at.SCALE, i] is the scale in lane i of their scratch s.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def weight_scales(form: Float8Form, sizes: Floats) -> Floats:
 
 
 def scales(form: Float8Form, sizes: Floats) -> Scales:
-    """What the largest number of the form stands for in each group."""
+    """What the largest number of the form stands for in each group [groups]: 1 is that number here."""
     tops = weight_scales(form, sizes) * np.float32(form.largest)
     return Scales(tops, tops, np.zeros_like(tops))
 
@@ -162,9 +162,9 @@ def decode_scaled(form: Float8Form, by_row: bool, stored: Mapping[str, LazyTenso
     return read
 
 
-def nearest(form: Float8Form, parts: Floats) -> Floats:
-    """The nearest numbers, as parts of the largest."""
-    return decode(form, encode(form, parts * np.float32(form.largest))) / np.float32(form.largest)
+def nearest(form: Float8Form, shares: Floats) -> Floats:
+    """The nearest numbers, as shares of the largest."""
+    return decode(form, encode(form, shares * np.float32(form.largest))) / np.float32(form.largest)
 
 
 def encoding(form: Float8Form) -> Encoding:

@@ -249,9 +249,9 @@ def scales(form: FourBitForm, sizes: Floats) -> Scales:
     return Scales(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
 
 
-def nearest(form: FourBitForm, parts: Floats) -> Floats:
+def nearest(form: FourBitForm, shares: Floats) -> Floats:
     """The numbers of the table that are nearest."""
-    return form.values[form.order][np.searchsorted(form.middles, parts)]
+    return form.values[form.order][np.searchsorted(form.middles, shares)]
 
 
 def scaled(form: FourBitForm) -> Scaled:

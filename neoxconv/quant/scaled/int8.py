@@ -53,9 +53,9 @@ def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     return read
 
 
-def nearest(parts: Floats) -> Floats:
+def nearest(shares: Floats) -> Floats:
     """The nearest multiples of a 127th."""
-    return np.asarray(np.rint(parts * np.float32(LEVELS)) / np.float32(LEVELS), np.float32)
+    return np.asarray(np.rint(shares * np.float32(LEVELS)) / np.float32(LEVELS), np.float32)
 
 
 def scales(sizes: Floats) -> Scales:
