@@ -149,8 +149,8 @@ class Scaled:
     one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
     source's type, are rounded to before.
 
-    For verification: `scales` are made of sizes, and `nearest` of weights is what their nearest codes stand for, both as
-    shares of what 1 stands for in their group.
+    For verification: `scales` are made of sizes; `nearest` gives for weights what their nearest codes stand for. Both
+    are shares of what 1 stands for in their group.
     """
 
     name: str
