@@ -57,7 +57,7 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, and what is made of them."""
-        return 2 * 4 * self.encoding.groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+        return 2 * 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
 
 
 def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:

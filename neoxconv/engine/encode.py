@@ -55,8 +55,8 @@ def plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> Piece:
 def count_bad(entry: Entry, encoding: Encoding, rows: Array, values: Floats | None, data: Array) -> int:
     """How many values are infinite or not a number: as they are stored, or for quantized types before and after.
 
-    `values` are the rows in float32 where they were needed to encode them. What float16 holds cannot overflow the
-    float16 of a block's step; of wider types a large weight can.
+    `values` are the rows in float32 where they were needed to encode them. A float16 weight always fits the float16
+    scale of its block; a float32 one may not.
     """
     if not encoding.dtype.quantized:
         return nonfinite(data, encoding.dtype)
@@ -70,13 +70,13 @@ def count_bad(entry: Entry, encoding: Encoding, rows: Array, values: Floats | No
 
 def scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[Piece]:
     """The codes of a tensor, then the parts that need the sizes of all its groups."""
-    tensor, grain = entry.tensor, encoding.grain
-    sizes = sizes_of(encoding, tensor, slab) if encoding.whole else np.empty(encoding.groups(tensor), np.float32)
+    tensor, groups = entry.tensor, encoding.groups
+    sizes = sizes_of(encoding, tensor, slab) if groups.whole else np.empty(encoding.count_groups(tensor), np.float32)
     for start, values in bands(encoding, tensor, slab):
-        span = grain.span(start, start + len(values), tensor.columns)
-        if not encoding.whole:
-            sizes[span] = grain.sizes(values)
-        yield Piece(0, as_bytes(encoding.encode(values, sizes[span])), nonfinite(values, F32))
+        touched = groups.groups_of(start, start + len(values), tensor.columns)
+        if not groups.whole:
+            sizes[touched] = groups.largest(values)
+        yield Piece(0, as_bytes(encoding.encode(values, sizes[touched])), nonfinite(values, F32))
     for number, data in enumerate(encoding.finish(tensor, sizes), 1):
         yield Piece(number, np.frombuffer(data, np.uint8))
 

@@ -11,11 +11,14 @@ quantize_row_*_ref does (ggml-quants.c, compiled without FMA and without an imat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import __version__ as numba_version
+from numba import config, njit
+
+from neoxconv.quant.kernel_cache import folder_for
 
 F = TypeVar("F", bound=Callable[..., object])
 Halves = npt.NDArray[np.uint16]
@@ -26,9 +29,24 @@ BELOW_HALF = f32(0.49999997)  # with 0.5 itself, 0.49999997 would round up to 1
 STEP_16 = f32(2.0**-14)  # the smallest normal float16
 
 
+SETTINGS: Any = config  # numba's, some from the environment
+CACHE = folder_for(SETTINGS.CACHE_DIR, numba_version)
+
+
 def kernel(function: F) -> F:
-    """`function`, compiled: releases the GIL, is cached on disk, divides by zero as IEEE 754 says, costs no call."""
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy", forceinline=True)(function))
+    """`function`, compiled: releases the GIL, is cached on disk, divides by zero as IEEE 754 says, costs no call.
+
+    Kernels take their arguments by position, in the searches more than four: x, w, s and n are the same in all of them,
+    and an object that held them could not be cached (numba's jitclass cannot).
+    """
+    chosen, SETTINGS.CACHE_DIR = (
+        SETTINGS.CACHE_DIR,
+        str(CACHE or ""),
+    )  # numba looks at it now; others' kernels stay theirs
+    try:
+        return cast(F, njit(nogil=True, cache=bool(CACHE), error_model="numpy", forceinline=True)(function))
+    finally:
+        SETTINGS.CACHE_DIR = chosen
 
 
 @kernel

@@ -62,10 +62,27 @@ def wrong(dtype: DType, rows: Floats, stored: Array, weighted: bool = False) -> 
     return differs
 
 
-F32 = Encoding("F32", dtypes.F32, unchanged, unchanged, partial(wrong, dtypes.F32), bound=Bound(0, "weight"))
+F32 = Encoding(
+    name="F32",
+    dtype=dtypes.F32,
+    encode=unchanged,
+    decode=unchanged,
+    wrong=partial(wrong, dtypes.F32),
+    bound=Bound(0, "weight"),
+)
 F16 = Encoding(
-    "F16", dtypes.F16, encode_f16, decode_f16, partial(wrong, dtypes.F16), bound=Bound(2.0**-11, "weight", "3e-08")
+    name="F16",
+    dtype=dtypes.F16,
+    encode=encode_f16,
+    decode=decode_f16,
+    wrong=partial(wrong, dtypes.F16),
+    bound=Bound(2.0**-11, "weight", "3e-08"),
 )
 BF16 = Encoding(
-    "BF16", dtypes.BF16, encode_bf16, decode_bf16, partial(wrong, dtypes.BF16), bound=Bound(2.0**-8, "weight")
+    name="BF16",
+    dtype=dtypes.BF16,
+    encode=encode_bf16,
+    decode=decode_bf16,
+    wrong=partial(wrong, dtypes.BF16),
+    bound=Bound(2.0**-8, "weight"),
 )

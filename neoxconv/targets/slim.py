@@ -112,11 +112,11 @@ def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
 def unchanged(dtype: DType) -> Encoding:
     """An encoding for bytes that are only copied."""
     return Encoding(
-        dtype.name,
-        dtype,
-        lambda rows: rows,
-        lambda rows: rows.astype(np.float32),
-        lambda rows, stored, weighted=False: rows != stored,
+        name=dtype.name,
+        dtype=dtype,
+        encode=lambda rows: rows,
+        decode=lambda rows: rows.astype(np.float32),
+        wrong=lambda rows, stored, weighted=False: rows != stored,
     )
 
 

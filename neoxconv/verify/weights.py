@@ -115,7 +115,7 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    check = Groups(SCALED[encoding], pair.source) if encoding in SCALED else None
+    check = ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
     for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
@@ -147,27 +147,41 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
     return result, Finding(pair.name, what)
 
 
-class Groups:
+class ScaledCheck:
     """What weights whose scales lie beside them may have become: each group's size is known from all of the source."""
 
     def __init__(self, encoding: Scaled, source: LazyTensor) -> None:
-        self.encoding, self.source, self.unit = encoding, source, encoding.grain.unit(source.columns)
-        self.settled = encoding.settle(sizes_of(encoding, source, SLAB))
+        self.encoding, self.source = encoding, source
+        self.scales = encoding.scales(sizes_of(encoding, source, SLAB))
+
+    @property
+    def unit(self) -> int:
+        """Rows that are whole groups."""
+        return self.encoding.groups.rows_per_whole_group(self.source.columns)
 
     def wrong(self, weights: Floats, values: Floats, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer."""
-        grain, nearest = self.encoding.grain, self.encoding.nearest
-        span = grain.span(start, stop, self.source.columns)
-        groups = self.settled.encoded, self.settled.decoded, self.settled.slack
-        size, scale, slack = (grain.spread(numbers[span], weights.shape) for numbers in groups)
+        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer.
+
+        With the scales e (encoded), d (decoded) and the slack s of a weight's group, all in the weight's own unit, and
+        nearest(x) the number of the code's table nearest to x (without a unit), a weight w may be stored as v where
+
+            v stands for a code     |v - found * d| <= EXACT * |v| + s              found = nearest(v / d)
+            none is nearer          |asked - found| <= |asked - nearest(asked)| + EXACT * |asked|       asked = w / e
+
+        The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told.
+        """
+        groups, nearest = self.encoding.groups, self.encoding.nearest
+        touched = groups.groups_of(start, stop, self.source.columns)
+        numbers = self.scales.encoded, self.scales.decoded, self.scales.slack
+        encoded, decoded, slack = (groups.per_weight(each[touched], weights.shape) for each in numbers)
         weights = rounded(self.encoding, self.source, weights)
         with np.errstate(divide="ignore", invalid="ignore"):
-            asked = np.where(size > 0, weights / size, 0)
-            found = nearest(np.where(scale != 0, values / scale, 0))
-        off_grid = ~(np.abs(values - found * scale) <= EXACT * np.abs(values) + slack)
+            asked = np.where(encoded > 0, weights / encoded, 0)
+            found = nearest(np.where(decoded != 0, values / decoded, 0))
+        no_code = ~(np.abs(values - found * decoded) <= EXACT * np.abs(values) + slack)
         further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + EXACT * np.abs(asked))
-        further &= np.abs(scale) > slack  # else the scale is lost in its own rounding, and no code can be told
-        return np.asarray((off_grid | further) & ~(np.isnan(weights) & np.isnan(values)))
+        further &= np.abs(decoded) > slack
+        return np.asarray((no_code | further) & ~(np.isnan(weights) & np.isnan(values)))
 
 
 def differs(pair: Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:

@@ -175,7 +175,7 @@ def test_a_row_that_the_block_does_not_divide_is_refused(encoding: Encoding) -> 
 
 CHILD = """
 import hashlib, numpy as np
-from neoxconv.encoding import Context
+from neoxconv.core.encoding import Context
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
 from tests.quant.test_superblocks import NAMES, weights
@@ -190,7 +190,7 @@ print(*(hashlib.sha256(stored.tobytes()).hexdigest() for stored in made))
 @pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes() -> None:
     """A child that compiles for a plain x86-64 or ARM, without the wider vector units, and with numpy's turned off."""
-    others = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_DISABLE_CACHING": "1"}
+    others = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     outputs = [
         subprocess.check_output([sys.executable, "-c", CHILD], cwd=ROOT, env=os.environ | extra, text=True)
         for extra in ({}, others)

@@ -79,17 +79,17 @@ def code(weight: np.float32, ruler: Ruler) -> np.int32:
 
 
 @kernel
-def put_codes(block: Bytes, weights: Floats, ruler: Ruler) -> None:
+def put_codes(block: Bytes, weights: Floats, ruler: Ruler, fifth: bool) -> None:
     """Store the codes of 32 weights at the end of `block`: nibbles j | (j + 16) << 4, before them any fifth bits."""
     at = block.size - 16
     for j in range(16):
         block[at + j] = u8((code(weights[j], ruler) & i32(15)) | (code(weights[j + 16], ruler) & i32(15)) << i32(4))
-    if ruler[3] == 31:
-        fifth = u32(0)
+    if fifth:
+        bits = u32(0)
         for j in range(weights.size):
-            fifth |= u32(u32(code(weights[j], ruler) >> i32(4)) << u32(j))
+            bits |= u32(u32(code(weights[j], ruler) >> i32(4)) << u32(j))
         for j in range(4):
-            block[at - 4 + j] = u8((fifth >> u32(8 * j)) & u32(255))
+            block[at - 4 + j] = u8((bits >> u32(8 * j)) & u32(255))
 
 
 @kernel
@@ -115,7 +115,7 @@ def balanced(weights: Floats, levels: int, blocks: Bytes) -> None:
 
 
 @kernel
-def signed(weights: Floats, levels: int, blocks: Bytes) -> None:
+def signed(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
     """Q4_0, Q5_0: the weight of largest size takes the code -levels, which is stored as 0."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
@@ -127,11 +127,11 @@ def signed(weights: Floats, levels: int, blocks: Bytes) -> None:
             largest = NAN
         step = f32(largest / f32(-levels))
         put_half(blocks[b], 0, step)
-        put_codes(blocks[b], weights[b], (ZERO, inverse(step), f32(levels) + HALF, i32(2 * levels - 1)))
+        put_codes(blocks[b], weights[b], (ZERO, inverse(step), f32(levels) + HALF, i32(2 * levels - 1)), fifth)
 
 
 @kernel
-def ranged(weights: Floats, levels: int, blocks: Bytes) -> None:
+def ranged(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
     """Q4_1, Q5_1: codes 0 to levels from the smallest weight, which is stored, to the largest."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
@@ -141,7 +141,7 @@ def ranged(weights: Floats, levels: int, blocks: Bytes) -> None:
         step = f32((high - low) / f32(levels))
         put_half(blocks[b], 0, step)
         put_half(blocks[b], 2, low)
-        put_codes(blocks[b], weights[b], (low, inverse(step), HALF, i32(levels)))
+        put_codes(blocks[b], weights[b], (low, inverse(step), HALF, i32(levels)), fifth)
 
 
 @kernel

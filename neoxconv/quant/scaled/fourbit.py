@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv.core.encoding import Bound, Part, Scaled, Settled
+from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F32, TORCH_NAMES, U8, Array, Bytes, DType, Floats
-from neoxconv.quant.scaled import groups
+from neoxconv.quant.scaled.groups import BlockGroups, largest, whole_blocks
 
 BLOCK, NESTED = 64, 256
+GROUPS = BlockGroups(BLOCK)
 STATE = "weight.quant_state.bitsandbytes__"  # and the kind
 LONGEST = 24  # characters of a float32 in JSON
 CHUNK = 4096 * NESTED  # scales that are nested at a time
@@ -36,7 +37,7 @@ WIDEST = 0.0142  # the largest distance of two neighbours in the nested table: a
 
 
 @dataclass(frozen=True)
-class Form:
+class FourBitForm:
     """A table of 16 numbers from -1 to 1, with or without double quantization of the blocks' scales."""
 
     kind: str
@@ -45,7 +46,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        return self.kind.upper() + "_DQ" * self.double
+        return f"{self.kind.upper()}_DQ" if self.double else self.kind.upper()
 
     @property
     def values(self) -> Floats:
@@ -61,6 +62,12 @@ class Form:
         """The numbers halfway between neighbours."""
         rising = self.values[self.order]
         return (rising[:-1] + rising[1:]) / np.float32(2)
+
+    @property
+    def bound(self) -> Bound:
+        """Half the widest gap in the table; double quantization rounds the block's largest, too."""
+        widest = float(np.diff(self.values[self.order]).max())
+        return Bound(widest / 2, "block's largest", "more where that is rounded" if self.double else "")
 
     @property
     def state(self) -> str:
@@ -121,8 +128,8 @@ def nest(scales: Floats) -> Nested:
     with np.errstate(all="ignore"):  # what is not finite is refused when all is written, unless it is wanted
         middle = np.float32(mean(scales))
         for start in range(0, len(scales), CHUNK):
-            nested = groups.whole_blocks(scales[start : start + CHUNK] - middle, NESTED)
-            found = groups.sizes(nested)
+            nested = whole_blocks(scales[start : start + CHUNK] - middle, NESTED)
+            found = largest(nested)
             inverse = np.divide(np.float32(1), found, out=np.zeros_like(found), where=found > 0)
             points = np.nan_to_num(np.clip(nested * inverse[:, None], -1, 1)) + np.float32(1)
             nearest = nested_codes()[(points * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(np.int32)]
@@ -137,11 +144,11 @@ def unnest(codes: Bytes, table: Floats, sizes: Floats, mean: np.float32) -> Floa
     return np.asarray(table[codes] * sizes + mean, np.float32)
 
 
-def encode(form: Form, rows: Floats, sizes: Floats) -> Bytes:
+def encode(form: FourBitForm, rows: Floats, sizes: Floats) -> Bytes:
     """Rows [n, columns] as bytes of two codes, flat; sizes [blocks] are the largest |w| of each block."""
     from neoxconv.quant.scaled.kernels import nearest_codes
 
-    blocks = groups.whole_blocks(rows, BLOCK)
+    blocks = whole_blocks(rows, BLOCK)
     packed = np.empty((len(blocks), BLOCK // 2), np.uint8)
     nearest_codes(blocks, sizes, form.middles, form.order, packed)
     if left := rows.size % BLOCK:  # bitsandbytes divides a last, shorter block, and multiplies the others
@@ -151,11 +158,11 @@ def encode(form: Form, rows: Floats, sizes: Floats) -> Bytes:
     return packed.reshape(-1)
 
 
-def parts(form: Form, tensor: LazyTensor) -> tuple[Part, ...]:
+def parts(form: FourBitForm, tensor: LazyTensor) -> tuple[Part, ...]:
     """The stored tensors of a weight."""
     count = math.prod(tensor.shape)
     blocks = -(-count // BLOCK)
-    text = len(state(form, tensor, 0.0)) + LONGEST * form.double
+    text = len(state(form, tensor, 0.0)) + (LONGEST if form.double else 0)
     nested = (
         Part("weight.nested_absmax", F32, (-(-blocks // NESTED),)),
         Part("weight.nested_quant_map", F32, (len(nested_table()),)),
@@ -169,7 +176,7 @@ def parts(form: Form, tensor: LazyTensor) -> tuple[Part, ...]:
     )
 
 
-def state(form: Form, tensor: LazyTensor, mean: float) -> bytes:
+def state(form: FourBitForm, tensor: LazyTensor, mean: float) -> bytes:
     """What bitsandbytes keeps besides the tensors, as it spells it."""
     facts: dict[str, Any] = {
         "quant_type": form.kind,
@@ -182,7 +189,7 @@ def state(form: Form, tensor: LazyTensor, mean: float) -> bytes:
     return json.dumps(facts).encode()
 
 
-def finish(form: Form, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
+def finish(form: FourBitForm, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
     """The bytes of all parts but the codes."""
     if math.prod(tensor.shape) % BLOCK:
         sizes = np.concatenate([sizes[:-1], np.maximum(sizes[-1:], np.float32(1e-38))])
@@ -194,25 +201,25 @@ def finish(form: Form, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
     return found.codes.tobytes(), table, found.sizes.tobytes(), nested_table().tobytes(), last
 
 
-def decode(form: Form, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
+def decode(form: FourBitForm, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows; bitsandbytes rounds them to the state's dtype when it is done."""
     columns, count = math.prod(shape[1:]), math.prod(shape)
-    scales = scales_of(form, stored)
+    absmax = absmax_of(form, stored)
 
     def read(start: int, stop: int) -> Array:
-        span = groups.blocks(BLOCK).span(start, stop, columns)
-        first, last = span.start * BLOCK, min(span.stop * BLOCK, count)
+        touched = GROUPS.groups_of(start, stop, columns)
+        first, last = touched.start * BLOCK, min(touched.stop * BLOCK, count)
         table = stored["weight.quant_map"].floats(0, 16)
         pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # of each byte
         codes = stored["weight"].read(first // 2, -(-last // 2)).reshape(-1)
-        values = groups.whole_blocks(pairs[codes].reshape(-1)[: last - first], BLOCK)
-        values = (values * scales(span.start, span.stop)[:, None]).reshape(-1)
+        values = whole_blocks(pairs[codes].reshape(-1)[: last - first], BLOCK)
+        values = (values * absmax(touched.start, touched.stop)[:, None]).reshape(-1)
         return values[start * columns - first : stop * columns - first].reshape(stop - start, *shape[1:])
 
     return read
 
 
-def scales_of(form: Form, stored: Mapping[str, LazyTensor]) -> Read:
+def absmax_of(form: FourBitForm, stored: Mapping[str, LazyTensor]) -> Read:
     """A reader of the blocks' scales, float32."""
     absmax = stored["weight.absmax"]
     if not form.double:
@@ -233,38 +240,34 @@ def read_state(part: LazyTensor) -> Any:
     return json.loads(part.read(0, part.rows).tobytes().decode())
 
 
-def settle(form: Form, sizes: Floats) -> Settled:
+def scales(form: FourBitForm, sizes: Floats) -> Scales:
     """The sizes before and after double quantization, which may be off by a step of the nested table: a mean that is
     summed in another order decides."""
     if not form.double:
-        return Settled(sizes, sizes, np.zeros_like(sizes))
+        return Scales(sizes, sizes, np.zeros_like(sizes))
     found = nest(sizes)
-    return Settled(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
+    return Scales(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
 
 
-def nearest(form: Form, parts: Floats) -> Floats:
+def nearest(form: FourBitForm, shares: Floats) -> Floats:
     """The numbers of the table that are nearest."""
-    return form.values[form.order][np.searchsorted(form.middles, parts)]
+    return form.values[form.order][np.searchsorted(form.middles, shares)]
 
 
-def scaled(form: Form) -> Scaled:
+def scaled(form: FourBitForm) -> Scaled:
     """The row of the table of encodings for `form`."""
     return Scaled(
-        form.name,
-        DType(form.name, BLOCK, 33 if form.double else 36, np.dtype("<f4")),
-        groups.blocks(BLOCK),
-        partial(parts, form),
-        partial(encode, form),
-        partial(finish, form),
-        partial(decode, form),
-        partial(nearest, form),
-        partial(settle, form),
-        Bound(
-            float(np.diff(form.values[form.order]).max() / 2),
-            "block's largest",
-            "more where that is rounded" * form.double,
-        ),
-        lambda native: native,
+        name=form.name,
+        dtype=DType(form.name, BLOCK, 33 if form.double else 36, np.dtype("<f4")),
+        groups=GROUPS,
+        parts=partial(parts, form),
+        encode=partial(encode, form),
+        finish=partial(finish, form),
+        decode=partial(decode, form),
+        nearest=partial(nearest, form),
+        scales=partial(scales, form),
+        bound=form.bound,
+        rounded=lambda native: native,
     )
 
 
@@ -276,7 +279,7 @@ NF4_TABLE = (
 FP4_TABLE = tuple(sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 
 NF4, NF4_DQ, FP4, FP4_DQ = (
-    scaled(Form(kind, table, double))
+    scaled(FourBitForm(kind, table, double))
     for kind, table in (("nf4", NF4_TABLE), ("fp4", FP4_TABLE))
     for double in (False, True)
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.kernels import ONE, ZERO, f32, i32, kernel, u8, u32
@@ -57,9 +56,9 @@ def whole_steps(rows: Floats, sizes: Floats, codes: npt.NDArray[np.int8]) -> Non
             out[i] = np.int8(i32(f32(f32(row[i] * inverse) + ROUNDER) - ROUNDER))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def lane_sums(values: Floats) -> Floats:
-    """The sums of every column of [n, k], in the order in which torch's cascade_sum adds rows.
+    """The sums of every column of [n, k], in the order in which torch's `multi_row_sum` (SumKernel.cpp) adds rows.
 
     Rows are added to one accumulator; when it has `step` of them it is added to the next of four, and so on.
     """
@@ -80,8 +79,8 @@ def lane_sums(values: Floats) -> Floats:
             for k in range(width):
                 levels[level, k] += levels[level - 1, k]
                 levels[level - 1, k] = ZERO
-            if i & ((step - 1) << (level * power)):
-                break
+            if i % (step ** (level + 1)):
+                break  # this accumulator does not have `step` of the one before it yet
     while i < count:
         for k in range(width):
             levels[0, k] += values[i, k]
@@ -93,10 +92,11 @@ def lane_sums(values: Floats) -> Floats:
     return totals
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def mean(values: Floats) -> np.float32:
-    """The mean of float32 numbers as torch gives it on one thread of an x86 CPU, bit for bit (SumKernel.cpp).
+    """The mean of float32 numbers as torch gives it on one thread of an x86 CPU, bit for bit.
 
+    As `vectorized_inner_sum` and, below a register, `scalar_inner_sum` do (aten/src/ATen/native/cpu/SumKernel.cpp).
     Four registers of eight lanes are summed side by side, then the registers, the rest of them, the rest, the lanes;
     of less than one register four numbers side by side, then the rest.
     """
