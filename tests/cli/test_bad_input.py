@@ -15,7 +15,7 @@ import torch
 
 from neoxconv.cli.main import main
 from neoxconv.engine import publish
-from tests.oracles import fixtures
+from tests.fixtures import fixture
 
 NAME, STEP = "neox_2022_tp2_pp4", "global_step10"
 
@@ -25,8 +25,8 @@ Damage = Callable[[Path], Any]
 def writable_copy(folder: Path) -> Path:
     """A copy of a real checkpoint in `folder`, without optimizer states, its tokenizer beside it."""
     copy = folder / "checkpoints"
-    shutil.copytree(fixtures() / NAME / "checkpoints", copy, ignore=shutil.ignore_patterns("*optim_states*"))
-    shutil.copy(fixtures() / NAME / "tiny_tokenizer.json", folder)
+    shutil.copytree(fixture(f"{NAME}/checkpoints"), copy, ignore=shutil.ignore_patterns("*optim_states*"))
+    shutil.copy(fixture(f"{NAME}/tiny_tokenizer.json"), folder)
     for path in (copy, *copy.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return copy
@@ -253,7 +253,7 @@ def test_a_file_that_is_no_model_never_stands_for_its_neighbour(
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused_by_every_target(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = fixtures() / "trained_tp2_pp4" / "tokenizer.json"
+    other = fixture("trained_tp2_pp4/tokenizer.json")
     for target in ("hf", "gguf"):
         assert cli("convert", source, source.parent / "out", "--to", target, "--tokenizer", other) == 1
         assert "the embedding has 512 rows" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from neoxconv.cli.convert import ONLY_FOR
 from neoxconv.engine import publish, steps
 from neoxconv.names import FORMATS
 from tests.cli.test_bad_input import cli, digests, writable_copy
-from tests.oracles import fixtures
+from tests.fixtures import fixture
 
 ROOT = Path(__file__).parents[2]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "only": ["a"], "shard_size": ["1MB"],
@@ -208,7 +208,7 @@ def test_verify_finds_a_flipped_byte(format: str, source: Path, capsys: pytest.C
 
 
 def test_verify_of_another_model_says_so_in_a_line_or_two(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = fixtures() / "trained_tp2_pp4" / "checkpoints"
+    other = fixture("neox_2022_sequential_tp2/checkpoints")
     assert cli("verify", source, other) == 3
     shown = capsys.readouterr().out
     assert "the models have other shapes" in shown and "hidden is 256 in the target and 64 in the source" in shown

@@ -18,7 +18,7 @@ from neoxconv.engine.memory import memory_for
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import made_in, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from tests.oracles import fixtures
+from tests.fixtures import fixture
 from tests.toy import toy
 
 MIB = 1 << 20
@@ -40,7 +40,7 @@ class PowerCut(BaseException):
 
 
 def source() -> Path:
-    return fixtures() / "neox_2022_tp2_pp4" / "checkpoints"
+    return fixture("neox_2022_tp2_pp4/checkpoints")
 
 
 def plan(recipe: Recipe, norms: str = "mean") -> Plan:

@@ -23,9 +23,9 @@ from neoxconv.dtypes import BF16, F16, F32, DType, Floats, narrow, widen
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import safetensors
 from neoxconv.storage.files import open_storage
+from tests.fixtures import fixture
 
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
-OFFICIAL = sorted(FIXTURES.glob("*/hf_official_converter/model.safetensors"))
+OFFICIAL = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2")  # of EleutherAI's converter
 TORCH = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 RAW = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -95,9 +95,9 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt", "ключ": "значение"}
 
 
-@pytest.mark.skipif(not OFFICIAL, reason=f"no fixtures at {FIXTURES}")
-@pytest.mark.parametrize("path", OFFICIAL, ids=lambda path: path.parts[-3])
-def test_a_real_file_is_read_as_the_library_reads_it(path: Path) -> None:
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_real_file_is_read_as_the_library_reads_it(name: str) -> None:
+    path = fixture(f"{name}/hf_official_converter/model.safetensors")
     assert_same(read(path).tensors, load_file(path))
 
 

@@ -18,8 +18,9 @@ from neoxconv.core.encoding import Encoding
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.quant import ENCODINGS
+from tests.fixtures import fixture
 from tests.golden.make_blocks import ggml, ggml_encode
-from tests.oracles import ROOT, fixtures, ggml_library
+from tests.oracles import ROOT, ggml_library
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
 kinds = pytest.importorskip("gguf", reason="gguf is not installed").GGMLQuantizationType
@@ -84,7 +85,7 @@ def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> Non
 @every
 def test_the_error_on_a_trained_model_is_no_larger_than_ggmls(encoding: Encoding) -> None:
     library = ggml_library()
-    rows = trained(fixtures() / "trained_tp2_pp4" / "checkpoints")[::3]
+    rows = trained(fixture("trained_tp2_pp4/checkpoints"))[::3]
     ours = errors(encoding, rows, encoding.encode(rows))
     theirs = errors(encoding, rows, ggml_encode(library, encoding.name, rows))
     assert ours[0] <= theirs[0] and ours[1] <= theirs[1]

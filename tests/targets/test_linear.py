@@ -19,7 +19,8 @@ from neoxconv.cli.main import main
 from neoxconv.quant import floats
 from neoxconv.verify.report import Report
 from tests.engine.test_run import digests
-from tests.oracles import causal_logits, fixtures, program
+from tests.fixtures import real
+from tests.oracles import causal_logits, program
 from tests.toy import toy
 
 Tensors = dict[str, torch.Tensor]
@@ -165,7 +166,7 @@ def test_transformers_runs_the_weights_that_are_read_back(name: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["INT8", "NF4 double"])
 def test_a_trained_model_with_folded_norms_keeps_its_predictions(name: str, tmp_path: Path) -> None:
-    model = fixtures() / "trained_tp2_pp4"
+    model = real("trained_tp2_pp4")
     target = assert_as_transformers(model / "checkpoints", tmp_path, name, "fold")
     assert compared(model / "checkpoints", target, "fold").passed
     ours = torch.from_numpy(causal_logits(target, np.load(model / "reference" / "tokens.npy")[:2, :64], "float16"))
