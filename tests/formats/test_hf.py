@@ -22,7 +22,7 @@ from neoxconv.dtypes import BF16, F16, F32, DType
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import hf, safetensors
 from tests.fixtures import fixture
-from tests.formats.test_safetensors import OFFICIAL, TORCH, assert_same, entry, write
+from tests.tensor_files import OFFICIAL, TORCH, assert_same, entry, write
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 Tensors = Mapping[str, torch.Tensor]

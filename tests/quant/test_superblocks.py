@@ -6,61 +6,27 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neoxconv import open_checkpoint
 from neoxconv.core.encoding import Encoding
-from neoxconv.dtypes import Bytes, Floats
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.quant import ENCODINGS
 from tests.fixtures import fixture
 from tests.golden.make_blocks import ggml, ggml_encode
 from tests.oracles import ROOT, ggml_library
+from tests.superblocks import NAMES, errors, trained, weights
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
 kinds = pytest.importorskip("gguf", reason="gguf is not installed").GGMLQuantizationType
 
-NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL")
-BLOCK = dict.fromkeys(NAMES, 32) | dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)  # weights that share a scale
 every = pytest.mark.parametrize("encoding", [ENCODINGS[name] for name in NAMES], ids=lambda e: e.name)
 
 
 ODD = ("gauss", "zeros", "constant", "outlier", "ties", "below")
-
-
-def weights(kind: str, count: int = 1 << 17, seed: int = 0) -> Floats:
-    random = np.random.default_rng(seed)
-    made = {
-        "gauss": random.standard_normal(count),
-        "laplace": random.laplace(size=count),
-        "student": random.standard_t(3, count),
-    }[kind]
-    return (made * 0.02).astype(np.float32).reshape(-1, 512)
-
-
-def trained(checkpoint: Path) -> Floats:
-    """All matrices of a checkpoint, 256 weights a row."""
-    tensors = open_checkpoint(checkpoint).tensors.values()
-    return np.vstack([tensor.floats(0, tensor.rows).reshape(-1, 256) for tensor in tensors if len(tensor.shape) == 2])
-
-
-def importance(name: str, blocks: Floats) -> Floats:
-    """How ggml's encoder weighs the errors in [n, block] without an importance matrix."""
-    if name in ("Q4_K", "Q5_K"):
-        return np.sqrt((blocks**2).mean(axis=1, keepdims=True)) + np.abs(blocks)
-    return np.abs(blocks) if name == "Q2_K" else blocks**2
-
-
-def errors(encoding: Encoding, rows: Floats, stored: Bytes) -> tuple[float, float]:
-    """Weighted and plain root of the sum of squares."""
-    blocks = rows.reshape(-1, BLOCK[encoding.name])
-    squares = (blocks - encoding.decode(stored).reshape(blocks.shape)).astype(np.float64) ** 2
-    return float(np.sqrt((importance(encoding.name, blocks) * squares).sum())), float(np.sqrt(squares.sum()))
 
 
 @every
@@ -176,10 +142,10 @@ def test_a_row_that_the_block_does_not_divide_is_refused(encoding: Encoding) -> 
 
 CHILD = """
 import hashlib, numpy as np
-from neoxconv.encoding import Context
+from neoxconv.core.encoding import Context
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
-from tests.quant.test_superblocks import NAMES, weights
+from tests.superblocks import NAMES, weights
 rows = np.vstack([weights("gauss", 1 << 14), weights("student", 1 << 14)])
 columns = Context(np.exp(np.linspace(-2, 2, rows.shape[1])).astype(np.float32))
 made = [ENCODINGS[name].encode(rows) for name in NAMES]

@@ -22,8 +22,8 @@ from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.zips import CENTRAL, LOCAL
 from neoxconv.sources.integrity import Integrity, check, parts_of, read_part
 from neoxconv.storage.files import open_storage
-from tests.cli.test_bad_input import cli, digests
 from tests.fixtures import fixture
+from tests.helpers import cli, digests
 from tests.toy import toy
 
 FIXTURES = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
