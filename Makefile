@@ -50,7 +50,7 @@ $(VENV)/bin/pip $(TF4)/bin/pip:
 	$(PYTHON) -m venv $(@:/bin/pip=)
 
 $(VENV)/.run: $(PINS) | $(VENV)/bin/pip
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[logits]'
 	@touch $@
 
 $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/bin/pip

@@ -590,5 +590,5 @@ def test_a_header_of_20b_opens_at_once(tmp_path: Path) -> None:
     [path] = materialise(layout("x", keys, entries, None), tmp_path)
     start = time.process_time()
     found = index(path)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5  # 0.2 s; what grows with the square of the tokens takes minutes
     assert found.settings == keys and len(found.ranks[0]) == 532

@@ -31,6 +31,7 @@ from tests.blocks import (
     random_bits,
 )
 from tests.golden.make_blocks import BLOCKS, ggml_encode
+from tests.machines import PLAIN, X86
 from tests.oracles import ggml_library
 
 # --- the same bytes as others ---------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def golden_rows() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_those_of_ggml(encoding: Encoding, kind: str) -> None:
     library = ggml_library()
-    for size in SIZES:
+    for size in SIZES if X86 else SIZES[:3]:  # of steps that overflow as 1 / step, ggml makes what the processor does
         rows = data(kind, seed=2, size=size)
         assert np.array_equal(encoding.encode(rows), ggml_encode(library, encoding.name, rows)), size
 
@@ -189,9 +190,8 @@ print(digest())
 
 
 @pytest.mark.slow
-def test_another_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
-    plain = {"NUMBA_CPU_NAME": "generic", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3", "NUMBA_CACHE_DIR": str(tmp_path)}
+def test_another_cpu_gives_the_same_bytes() -> None:
     command = [sys.executable, "-c", ELSEWHERE]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=os.environ | plain, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, env=os.environ | PLAIN, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == digest(), done.stderr
