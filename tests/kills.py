@@ -36,7 +36,7 @@ from neoxconv.engine.plan import Plan, resume_key
 from neoxconv.engine.publish import aside_of, check_target
 from neoxconv.engine.workplace import has_files, partial_of
 from neoxconv.errors import PlanError
-from tests.engine.test_run import digests
+from tests.helpers import digests
 from tests.toy import toy
 
 CHANGES = ("pwrite", "fsync", "replace", "unlink", "rmdir", "mkdir", "truncate", "open")

@@ -30,11 +30,6 @@ Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
 Logits = npt.NDArray[np.float32]  # [batch, time, vocab]
 
 
-def fixtures() -> Path:
-    """Return the folder of real checkpoints: $NEOXCONV_FIXTURES, or ../shared/fixtures beside the repository."""
-    return require(Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures"), "the fixtures")
-
-
 def require(path: Path, what: str) -> Path:
     """Return the path, or skip the test that asked for it."""
     if not path.exists():

@@ -47,7 +47,7 @@ SPELLINGS = (  # the table of names by generation in gpt-neox's own converter, a
 )
 
 
-def digests(folder: Path) -> dict[str, str]:
+def pt_digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.pt")}
 
 
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", MODEL)
     write_checkpoint(tmp_path / "b", MODEL)
     write_checkpoint(tmp_path / "c", replace(MODEL, seed=1))
-    assert digests(tmp_path / "a") == digests(tmp_path / "b") != digests(tmp_path / "c")
+    assert pt_digests(tmp_path / "a") == pt_digests(tmp_path / "b") != pt_digests(tmp_path / "c")
 
 
 @pytest.mark.slow

@@ -303,6 +303,8 @@ def explain(error: Exception) -> int:
         return complain(str(error), DIFFERS if isinstance(error, VerifyError) else FAILED)
     if isinstance(error, OSError) and error.strerror:
         return complain(f"{error.filename or 'standard output'}: {error.strerror}.", FAILED)
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return complain("torch, which runs the models, is not installed; pip install 'neoxconv[logits]'.", FAILED)
     what = " ".join(f"{type(error).__name__}: {error}".split())
     return complain(f"unexpected {what}; run again with -v to see where, and report it.", FAILED)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,8 @@ from neoxconv.engine.memory import memory_for
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import made_in, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from tests.oracles import fixtures
+from tests.fixtures import fixture
+from tests.helpers import PowerCut, cut_after, digests
 from tests.toy import toy
 
 MIB = 1 << 20
@@ -35,32 +34,12 @@ RECIPES = (
 )
 
 
-class PowerCut(BaseException):
-    """Stands for whatever ends a process in the middle."""
-
-
 def source() -> Path:
-    return fixtures() / "neox_2022_tp2_pp4" / "checkpoints"
+    return fixture("neox_2022_tp2_pp4/checkpoints")
 
 
 def plan(recipe: Recipe, norms: str = "mean") -> Plan:
     return make_plan(open_checkpoint(source(), norms=norms), recipe)
-
-
-def digests(target: Path) -> dict[str, str]:
-    files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
-    return {str(p.relative_to(target)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def cut_after(count: int) -> Callable[[int], None]:
-    calls = []
-
-    def progress(_: int) -> None:
-        calls.append(1)
-        if len(calls) > count:
-            raise PowerCut
-
-    return progress
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: "-".join(map(str, (r.format, r.type, r.tp))))

@@ -18,9 +18,9 @@ from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
 from neoxconv.storage import protocols, requests
 from neoxconv.storage.address import place
 from neoxconv.storage.remote import Remote
-from tests.engine.test_cluster import Cluster, cluster
-from tests.engine.test_run import digests
+from tests.clusters import Cluster, cluster
 from tests.far import SECRET, s3, upload
+from tests.helpers import digests
 from tests.toy import toy
 
 __all__ = ["cluster", "s3"]

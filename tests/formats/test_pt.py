@@ -28,10 +28,12 @@ from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
 from neoxconv.storage.files import Storage, open_storage
-from tests.oracles import ROOT
+from tests.fixtures import fixture
 
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures")
-FILES = sorted(path for path in FIXTURES.rglob("*.pt") if "model_01" not in path.name)  # rank 1's are like rank 0's
+REAL = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
+KINDS = ("layer_*", "mp_rank_*", "*optim_states")
+NEVER_WRITTEN = {(REAL[1], KINDS[0]), (REAL[3], KINDS[2])}  # sequential: no layer files; trained: no optimizer
+WRITTEN = [(name, kind) for name in REAL for kind in KINDS if (name, kind) not in NEVER_WRITTEN]
 FORMATS = {"zip": True, "legacy": False}
 
 BASE = torch.arange(2 * 3 * 40, dtype=torch.float32).reshape(6, 40)
@@ -88,11 +90,11 @@ def saved(folder: Path, value: Any, **options: Any) -> Storage:
     return open_storage(folder / "file.pt")
 
 
-@pytest.mark.skipif(not FILES, reason=f"no fixtures at {FIXTURES}")
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parts[-4]}/{path.name}")
-def test_a_real_file_is_read_as_torch_reads_it(path: Path) -> None:
-    theirs = torch.load(path, weights_only=False, map_location="cpu", pickle_module=PERMISSIVE)
-    assert_same(read_pt(open_storage(path)).value, theirs)
+@pytest.mark.parametrize(("name", "kind"), WRITTEN)
+def test_real_files_are_read_as_torch_reads_them(name: str, kind: str) -> None:
+    for path in fixture(f"{name}/checkpoints", f"*/{kind}.pt").glob(f"*/{kind}.pt"):
+        theirs = torch.load(path, weights_only=False, map_location="cpu", pickle_module=PERMISSIVE)
+        assert_same(read_pt(open_storage(path)).value, theirs)
 
 
 TREES: dict[str, Any] = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from neoxconv.core.encoding import Encoding
 from neoxconv.dtypes import Bytes
 from neoxconv.quant import ENCODINGS
-from tests.quant.test_encodings import KINDS, data, every, kinds, noise, packed, quants
+from tests.blocks import KINDS, data, every, kinds, noise, packed, quants
 
 
 @every

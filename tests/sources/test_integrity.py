@@ -22,8 +22,8 @@ from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.zip_headers import CENTRAL, LOCAL
 from neoxconv.sources.integrity import Integrity, check, parts_of, read_part
 from neoxconv.storage.files import open_storage
-from tests.cli.test_bad_input import cli, digests
-from tests.oracles import fixtures
+from tests.fixtures import fixture
+from tests.helpers import cli, digests
 from tests.toy import toy
 
 FIXTURES = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
@@ -227,7 +227,7 @@ def test_a_healthy_source_passes_and_is_counted(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_a_real_checkpoint_passes(name: str) -> None:
-    told = checked(fixtures() / name / "checkpoints")
+    told = checked(fixture(f"{name}/checkpoints"))
     assert told and not told.damage and told.records and not told.bare_files and not told.bare_records
 
 

@@ -22,8 +22,8 @@ from neoxconv.storage import requests
 from neoxconv.storage.address import place
 from neoxconv.storage.remote import Remote
 from neoxconv.synthetic import Synthetic, write_checkpoint
-from tests.cli.test_bad_input import cli, digests
 from tests.far import SECRET, Fault, Request, Web, s3, upload, web
+from tests.helpers import cli, digests
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed; pip install 'neoxconv[remote]'")
 __all__ = ["s3"]

@@ -20,7 +20,8 @@ from neoxconv.names import TYPES
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.targets.divergences import DIVERGENCES
 from neoxconv.targets.mixes import MIXES
-from tests.oracles import fixtures, llama_logits, llama_quantize, llama_types, program, write_imatrix
+from tests.fixtures import real
+from tests.oracles import llama_logits, llama_quantize, llama_types, program, write_imatrix
 from tests.toy import toy
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
@@ -132,7 +133,7 @@ def test_the_command_line_takes_them_in_any_case(tmp_path: Path, capsys: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("mix", ["Q4_K_M", "Q2_K"])
 def test_the_divergences_that_formats_lists_are_about_those_of_a_few_sequences(mix: str, tmp_path: Path) -> None:
-    fixture = fixtures() / "trained_tp2_pp4"
+    fixture = real("trained_tp2_pp4")
     tokens = np.load(fixture / "reference" / "tokens.npy")[:4]
     exact, file = (
         llama_logits(run(planned(fixture / "checkpoints", type=name), tmp_path / name), tokens) for name in ("F16", mix)

@@ -22,8 +22,8 @@ from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import overflows
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError
-from tests.engine.test_run import PowerCut, cut_after, digests
-from tests.targets.test_linear import (
+from tests.helpers import PowerCut, cut_after, digests
+from tests.scaled import (
     ALL,
     BNB,
     FILE,

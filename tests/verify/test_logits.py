@@ -16,7 +16,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.main import main
 from neoxconv.sources.checkpoint import open_checkpoint as opened
 from neoxconv.verify.logits.compare import compare_predictions
-from tests.oracles import fixtures, llama_logits
+from tests.fixtures import fixture, real
+from tests.oracles import llama_logits
 from tests.toy import toy
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
@@ -24,7 +25,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def source() -> Path:
-    return fixtures() / "trained_tp2_pp4" / "checkpoints"
+    return fixture("trained_tp2_pp4/checkpoints")
 
 
 def verify(*words: object, length: int = 96) -> int:
@@ -188,7 +189,7 @@ def test_slim_predicts_what_was_trained_to_the_last_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "trained_tp2_pp4"])
 def test_the_exact_merge_is_exact(name: str, tmp_path: Path) -> None:
-    folder = fixtures() / name
+    folder = real(name)
     tokens = np.load(folder / "reference" / "tokens.npy")[:4, :128]
     checkpoint = opened(folder / "checkpoints")
 
@@ -201,7 +202,7 @@ def test_the_exact_merge_is_exact(name: str, tmp_path: Path) -> None:
 
 
 def test_a_serial_models_exact_merge_passes(tmp_path: Path) -> None:
-    shards = fixtures() / "neox_2026_bf16_tp2_pp2" / "checkpoints"
+    shards = fixture("neox_2026_bf16_tp2_pp2/checkpoints")
     target = run(make_plan(open_checkpoint(shards, norms="fold"), Recipe("hf", dtype="F32")), tmp_path / "hf")
     assert verify(shards, target, length=48) == 0
 
