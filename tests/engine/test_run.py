@@ -14,7 +14,7 @@ import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.engine.journal import Journal
-from neoxconv.engine.memory import memory_for
+from neoxconv.engine.memory import budget_for
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import made_in, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
@@ -278,11 +278,11 @@ def test_nan_is_found_before_it_is_quantized(tmp_path: Path) -> None:
 
 
 def test_memory_lowers_the_jobs_before_slabs_get_small() -> None:
-    assert memory_for(2, 512 * MIB).jobs == 2
-    few = memory_for(64, 300 * MIB)
+    assert budget_for(2, 512 * MIB).jobs == 2
+    few = budget_for(64, 300 * MIB)
     assert few.jobs < 64 and few.slab >= MIB and few.peak <= 300 * MIB
     with pytest.raises(PlanError, match="at least"):
-        memory_for(1, 50 * MIB)
+        budget_for(1, 50 * MIB)
 
 
 def test_a_source_cut_short_during_the_run_is_named(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ from neoxconv.cli.main import main
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import work_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from neoxconv.storage import protocols, requests
-from neoxconv.storage.address import place
-from neoxconv.storage.remote import Remote
+from neoxconv.storage import Remote, place, protocols, requests
 from tests.engine.test_cluster import Cluster, cluster
 from tests.engine.test_run import digests
 from tests.far import SECRET, s3, upload
@@ -117,7 +115,7 @@ def test_unfinished_work_for_one_store_gives_no_right_to_another(plan: Plan, mon
     assert isinstance(other, Remote)
     (other / "model.safetensors").write(b"a stranger's")
     with monkeypatch.context() as patched:
-        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "send_last", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, "memory://mine/hf")
     assert work_of(other).is_dir()  # the same name here
@@ -134,7 +132,7 @@ def test_an_object_that_is_gone_is_made_again(plan: Plan, tmp_path: Path, monkey
     target = place("memory://gone/hf")
     assert isinstance(target, Remote)
     with monkeypatch.context() as patched:
-        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "send_last", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, target)
     target.fs.rm(f"{target.path}/{plan.files[1].name}")
@@ -180,7 +178,7 @@ def interrupted(plan: Plan, target: str, **options: Any) -> None:
     from neoxconv.engine import upload
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "send_last", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, target, **options)
 
@@ -205,16 +203,16 @@ def test_what_was_sent_unchecked_is_made_again_where_it_is_to_be_checked(tmp_pat
 
 
 def test_an_object_that_another_writes_over_is_noticed_before_the_manifest(plan: Plan) -> None:
-    from neoxconv.engine import upload
+    from neoxconv.engine import run as engine
 
-    target, check = place("memory://over/hf"), upload.check_sources
+    target, check = place("memory://over/hf"), engine.check_sources
 
     def write_over(plan: Plan) -> None:
         (target / plan.files[0].name).write(b"another's")  # type: ignore[union-attr]
         check(plan)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(upload, "check_sources", write_over)
+        patched.setattr(engine, "check_sources", write_over)
         with pytest.raises(NeoxconvError, match="is not what was sent; something else writes there"):
             run(plan, target)
     assert not (place("memory://over/hf") / "manifest.json").exists()

@@ -18,9 +18,7 @@ from neoxconv.cli import inspect
 from neoxconv.engine import run
 from neoxconv.engine.plan import Recipe, make_plan, resume_key
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.storage import requests
-from neoxconv.storage.address import place
-from neoxconv.storage.remote import Remote
+from neoxconv.storage import Remote, place, requests
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from tests.cli.test_bad_input import cli, digests
 from tests.far import SECRET, Fault, Request, Web, s3, upload, web
