@@ -44,19 +44,19 @@ def pieces(entry: Entry, slab: int) -> Iterator[Piece]:
 def plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> Piece:
     """A band of rows as a type of its own stores them."""
     if entry.copied:
-        return Piece(0, as_bytes(rows), count_bad(entry, encoding, rows, None, rows))
+        return Piece(0, as_bytes(rows), count_bad(entry, encoding, rows=rows, data=rows))
     values = floats(rows, entry.tensor.dtype)
     search = entry.search
     data = search(values, entry.context) if search and entry.context else encoding.encode(values)
     overflow = int(np.count_nonzero(np.abs(values) > encoding.limit)) if encoding.limit < np.inf else 0
-    return Piece(0, as_bytes(data), count_bad(entry, encoding, rows, values, data), overflow)
+    return Piece(0, as_bytes(data), count_bad(entry, encoding, rows=rows, data=data, values=values), overflow)
 
 
-def count_bad(entry: Entry, encoding: Encoding, rows: Array, values: Floats | None, data: Array) -> int:
-    """How many values are infinite or not a number: as they are stored, or for quantized types before and after.
+def count_bad(entry: Entry, encoding: Encoding, *, rows: Array, data: Array, values: Floats | None = None) -> int:
+    """How many values of a band are infinite or not a number: as stored, or for quantized types before and after.
 
-    `values` are the rows in float32 where they were needed to encode them. What float16 holds cannot overflow the
-    float16 of a block's step; of wider types a large weight can.
+    `rows` are as the source has them, `data` as the target will, `values` float32 where rows were widened to encode
+    them. A float16 weight always fits the float16 scale of its block; a larger float32 or bfloat16 one may not.
     """
     if not encoding.dtype.quantized:
         return nonfinite(data, encoding.dtype)

@@ -23,7 +23,7 @@ from neoxconv.engine.publish import DiskTarget, room
 from neoxconv.engine.steps import Progress, Work
 from neoxconv.engine.upload import StoreTarget
 from neoxconv.engine.workers import Crew
-from neoxconv.engine.workplace import locked, made_in
+from neoxconv.engine.workplace import locked, made_in, work_of
 from neoxconv.errors import NeoxconvError
 from neoxconv.storage import Place, is_far, place
 from neoxconv.words import size
@@ -64,27 +64,16 @@ class Destination(Protocol):
 class Conversion:
     """A plan that may be carried out: its target may be made and its memory suffices; nothing is written yet."""
 
-    destination: Destination
+    plan: Plan
+    target: Place
     budget: Budget
     allow_nonfinite: bool
     executor: str | None
 
-    @property
-    def plan(self) -> Plan:
-        return self.destination.plan
-
-    @property
-    def target(self) -> Place:
-        return self.destination.target
-
-    @property
-    def crew(self) -> Crew:
-        return Crew(self.budget.jobs, self.executor)
-
     def count_done(self) -> int:
         """How many steps an interrupted run noted as done. Raises PlanError where it had another plan."""
         key = resume_key(self.plan)
-        known = read_journal(self.destination.work / Journal.NAME, key, not self.allow_nonfinite)
+        known = read_journal(work_of(self.target) / Journal.NAME, key, not self.allow_nonfinite)
         return sum(all(key in known for key in step.keys) for step in self.plan.steps)
 
 
@@ -138,17 +127,22 @@ def prepare(
     executor: str | None = None,
 ) -> Conversion:
     """The first half of `run`: everything checked and nothing written. Raises PlanError where `run` would."""
-    where = place(target).resolve()
-    budget = budget_for(threads_for(plan.checkpoint, jobs), memory, plan.kept)
-    destination = destination_of(plan, where, checked=not allow_nonfinite)
-    destination.check(overwrite=overwrite)
-    return Conversion(destination=destination, budget=budget, allow_nonfinite=allow_nonfinite, executor=executor)
+    conversion = Conversion(
+        plan=plan,
+        target=place(target).resolve(),
+        budget=budget_for(threads_for(plan.checkpoint, jobs), memory, plan.kept),
+        allow_nonfinite=allow_nonfinite,
+        executor=executor,
+    )
+    destination_of(conversion).check(overwrite=overwrite)
+    return conversion
 
 
-def destination_of(plan: Plan, target: Place, *, checked: bool) -> Destination:
-    """How a target is made where it is to be; `checked` says that every value of it must be finite."""
+def destination_of(conversion: Conversion) -> Destination:
+    """How the target is made where it is to be."""
+    plan, target = conversion.plan, conversion.target
     if is_far(target):
-        return StoreTarget(plan, target, checked)
+        return StoreTarget(plan, target, checked=not conversion.allow_nonfinite)
     return DiskTarget(plan, Path(str(target)))
 
 
@@ -157,15 +151,16 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
 
     Raises NeoxconvError when the disk or a value stops it, PlanError where another run is at work there.
     """
-    plan, destination, crew = conversion.plan, conversion.destination, conversion.crew
-    allowed, folder = conversion.allow_nonfinite, destination.work
+    plan, allowed, budget = conversion.plan, conversion.allow_nonfinite, conversion.budget
+    crew, destination = Crew(budget.jobs, conversion.executor), destination_of(conversion)
+    folder = destination.work
     try:
         destination.check_room(crew)
         with locked(folder), Journal(folder, resume_key(plan), checked=not allowed) as journal:
             work = Work(
                 folder=made_in(folder),
                 known=journal.known,
-                slab=conversion.budget.slab,
+                slab=budget.slab,
                 allow_nonfinite=allowed,
                 progress=progress,
                 source=plan.source,

@@ -38,9 +38,9 @@ def place(text: Place | str) -> Place:
     shown = f"{protocol}://{(url.netloc.rpartition('@')[2] + url.path).rstrip('/')}"
     kind = file_system(protocol, shown)
     if protocol in WEB:
-        return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), url.query)
+        return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), query=url.query)
     options = {key: value for key, value in kind._get_kwargs_from_urls(text).items() if isinstance(value, str | int)}
-    found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), "", tuple(sorted(options.items())))
+    found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), options=tuple(sorted(options.items())))
     return found.anew()  # fsspec may know it from earlier
 
 

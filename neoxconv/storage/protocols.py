@@ -55,7 +55,7 @@ def entries(fs: Any, path: str) -> dict[str, Facts]:
     return dict(sorted(found.items()))
 
 
-def read_range(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
+def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts) -> bytes:
     """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other."""
     if is_http(fs):
         data, found = wait_for(fs, http_range, fs, path, start, stop)
@@ -73,7 +73,7 @@ def read_range(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes
     return whole
 
 
-def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event) -> None:
+def store(fs: Any, path: str, source: BinaryIO, *, size: int, stop: threading.Event) -> None:
     """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
     block = max(PART, size // MOST_PARTS)
     target = fs.open(path, "wb", block_size=block)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,9 +46,9 @@ class Remote:
     shown: str
     protocol: str
     path: str
-    query: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
-    cache: Cache = field(default_factory=Cache, compare=False)
+    query: str = field(default="", kw_only=True)
+    options: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
+    cache: Cache = field(default_factory=Cache, compare=False, kw_only=True)
 
     def __str__(self) -> str:
         return self.shown
@@ -56,7 +57,7 @@ class Remote:
         return f"Remote({self.shown!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Remote, (self.shown, self.protocol, self.path, self.query, self.options)
+        return partial(Remote, query=self.query, options=self.options), (self.shown, self.protocol, self.path)
 
     @property
     def fs(self) -> Any:
@@ -217,7 +218,7 @@ class Remote:
         if start >= stop:
             return b""
         try:
-            return retrying(self, lambda: read_range(self.fs, self.address, start, stop, known))
+            return retrying(self, lambda: read_range(self.fs, self.address, start=start, stop=stop, known=known))
         except Absent as error:
             raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 
@@ -226,13 +227,14 @@ class Remote:
 
         def send() -> None:
             with open(file, "rb") as source:
-                store(self.fs, self.address, source, file.stat().st_size, stop)
+                store(self.fs, self.address, source, size=file.stat().st_size, stop=stop)
 
         retrying(self, send, "written")
 
     def write(self, data: bytes) -> None:
         """Make this the object with these bytes."""
-        retrying(self, lambda: store(self.fs, self.address, io.BytesIO(data), len(data), threading.Event()), "written")
+        source, never = io.BytesIO(data), threading.Event()
+        retrying(self, lambda: store(self.fs, self.address, source, size=len(data), stop=never), "written")
 
     def changed(self, known: Facts) -> bool:
         """Whether the store, asked anew, has another file here."""
