@@ -209,9 +209,7 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
     check_memory(given["memory"])  # too little is told before anything is opened
     reading = Reading(given["config"], given["preset"], given["norms"])
     checkpoint = opened(source, given, reading.norms or "mean")
-    target = target.resolve()
-    if not target.name:
-        raise PlanError(f"{target}: is no place for a target; give the name of a file or a folder in it.")
+    target = engine.as_target(target)
     check_apart(checkpoint, source, target)
     conversion = engine.prepare(
         make_plan(checkpoint, recipe),

@@ -24,7 +24,7 @@ from neoxconv.engine.steps import Progress, Work
 from neoxconv.engine.upload import StoreTarget
 from neoxconv.engine.workers import Crew
 from neoxconv.engine.workplace import locked, made_in, work_of
-from neoxconv.errors import NeoxconvError
+from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.storage import Place, is_far, place
 from neoxconv.words import size
 
@@ -129,13 +129,21 @@ def prepare(
     """The first half of `run`: everything checked and nothing written. Raises PlanError where `run` would."""
     conversion = Conversion(
         plan=plan,
-        target=place(target).resolve(),
+        target=as_target(target),
         budget=budget_for(threads_for(plan.checkpoint, jobs), memory, plan.kept),
         allow_nonfinite=allow_nonfinite,
         executor=executor,
     )
     destination_of(conversion).check(overwrite=overwrite)
     return conversion
+
+
+def as_target(target: Place | str) -> Place:
+    """The place itself that a target is to have. Raises PlanError where that has no name, as `/` has none."""
+    where = place(target).resolve()
+    if not where.name:
+        raise PlanError(f"{where}: is no place for a target; give the name of a file or a folder in it.")
+    return where
 
 
 def destination_of(conversion: Conversion) -> Destination:

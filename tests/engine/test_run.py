@@ -14,8 +14,10 @@ import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.engine.journal import Journal
+from neoxconv.engine.manifest import overflows, read_manifest
 from neoxconv.engine.memory import budget_for
 from neoxconv.engine.plan import Plan
+from neoxconv.engine.run import carry_out, prepare
 from neoxconv.engine.workplace import made_in, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
 from tests.oracles import fixtures
@@ -207,6 +209,29 @@ def test_an_empty_folder_counts_as_absent_for_a_folder_target(tmp_path: Path) ->
     (tmp_path / "folder").mkdir()
     with pytest.raises(PlanError, match="writes one file"):
         run(plan(Recipe("gguf")), tmp_path / "folder")
+
+
+def test_a_place_without_a_name_is_none_for_a_target() -> None:
+    with pytest.raises(PlanError, match="is no place for a target"):
+        run(plan(Recipe("hf")), "/")
+
+
+def test_the_halves_of_a_run_tell_what_was_done_and_what_overflowed(tmp_path: Path) -> None:
+    """What the command line shows without reading the manifest back."""
+    source = toy(tmp_path, dtype="BF16")
+    for file in source.glob("*/layer_02*"):
+        state = torch.load(file, weights_only=True)
+        state["mlp.dense_h_to_4h.weight"][0, 0] = 1e3
+        torch.save(state, file)
+    made = make_plan(open_checkpoint(source), Recipe("float8", scale="none"))
+    with pytest.raises(PowerCut):
+        run(made, tmp_path / "x", jobs=1, progress=cut_after(9))
+    conversion = prepare(made, tmp_path / "x")
+    assert conversion.count_done() < len(made.steps) and not (tmp_path / "x").exists()
+    done = carry_out(conversion)
+    assert done.target == tmp_path / "x" and list(done.overflow.values()) == [2]  # one on each rank
+    manifest = read_manifest(tmp_path / "x")
+    assert manifest and done.overflow == overflows(manifest["files"])
 
 
 def test_the_plan_knows_every_byte_before_it_writes(tmp_path: Path) -> None:
