@@ -36,7 +36,7 @@ class DiskTarget:
         return partial_of(self.target)
 
     @property
-    def short(self) -> Path:
+    def on_disk(self) -> Path:
         return self.target
 
     def check(self, *, overwrite: bool) -> None:

@@ -41,8 +41,8 @@ class Destination(Protocol):
         """The folder for unfinished work."""
 
     @property
-    def short(self) -> Path:
-        """What messages name where the disk is full."""
+    def on_disk(self) -> Path:
+        """What messages name where its disk is full."""
 
     def check(self, *, overwrite: bool) -> None:
         """Raise PlanError where the target may not be made."""
@@ -192,7 +192,7 @@ def explain(error: OSError, destination: Destination) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed, free = room(destination.plan, work)
         return (
-            f"{destination.short}: {os.strerror(error.errno)}: {size(needed)} are still to be written and "
+            f"{destination.on_disk}: {os.strerror(error.errno)}: {size(needed)} are still to be written and "
             f"{size(free)} are free; make room and run the same command again to continue."
         )
     kept = f"; what is done is kept in {work.name}" if work.is_dir() else ""

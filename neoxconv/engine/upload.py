@@ -29,7 +29,6 @@ from neoxconv.engine.workers import Crew, run_steps, threads
 from neoxconv.engine.workplace import free_for, held, made_in, work_of
 from neoxconv.errors import NeoxconvError, PlanError, raise_all
 from neoxconv.storage import Remote
-from neoxconv.storage.protocols import WEB
 from neoxconv.words import size
 
 BEGUN = ".begun"
@@ -95,7 +94,7 @@ class StoreTarget:
         return work_of(self.target)
 
     @property
-    def short(self) -> Path:
+    def on_disk(self) -> Path:
         return self.work
 
     @cached_property
@@ -117,9 +116,9 @@ class StoreTarget:
     def check(self, *, overwrite: bool) -> None:
         """Raise PlanError where the target cannot be written, or holds anything that this run has not sent."""
         target = self.target
-        if target.protocol in WEB:
+        if target.is_web:
             raise PlanError(f"{target}: a web server takes no files; give a store, such as s3://BUCKET/NAME.")
-        if "/" not in target.shown.split("://", 1)[1].strip("/"):
+        if target.is_root:
             raise PlanError(f"{target}: names a bucket; give the name of a target in it, such as s3://BUCKET/NAME.")
         if overwrite:
             raise PlanError(

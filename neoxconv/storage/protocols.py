@@ -73,7 +73,7 @@ def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts) -> by
     return whole
 
 
-def store(fs: Any, path: str, source: BinaryIO, *, size: int, stop: threading.Event) -> None:
+def write_object(fs: Any, path: str, source: BinaryIO, *, size: int, stop: threading.Event) -> None:
     """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
     block = max(PART, size // MOST_PARTS)
     target = fs.open(path, "wb", block_size=block)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, store
+from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, write_object
 from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retrying
 
 BLOCK, BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
@@ -122,7 +122,17 @@ class Remote:
     @property
     def is_unlisted(self) -> bool:
         """Whether no listing tells that nothing is here: a web server's may lack what it has, and a root is in none."""
-        return self.protocol in WEB or self.parent is self
+        return self.is_web or self.is_root
+
+    @property
+    def is_web(self) -> bool:
+        """Whether it is on a plain web server, which takes no files."""
+        return self.protocol in WEB
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it is a server or a bucket itself."""
+        return self.parent is self
 
     def facts_now(self) -> Facts | None:
         """What is here now."""
@@ -227,14 +237,14 @@ class Remote:
 
         def send() -> None:
             with open(file, "rb") as source:
-                store(self.fs, self.address, source, size=file.stat().st_size, stop=stop)
+                write_object(self.fs, self.address, source, size=file.stat().st_size, stop=stop)
 
         retrying(self, send, "written")
 
     def write(self, data: bytes) -> None:
         """Make this the object with these bytes."""
         source, never = io.BytesIO(data), threading.Event()
-        retrying(self, lambda: store(self.fs, self.address, source, size=len(data), stop=never), "written")
+        retrying(self, lambda: write_object(self.fs, self.address, source, size=len(data), stop=never), "written")
 
     def changed(self, known: Facts) -> bool:
         """Whether the store, asked anew, has another file here."""

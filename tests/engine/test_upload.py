@@ -57,13 +57,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of objects that are written from now on, in their order."""
     from neoxconv.storage import remote
 
-    paths, store = list[str](), remote.store
+    paths, store = list[str](), remote.write_object
 
     def storing(fs: Any, path: str, source: Any, **how: Any) -> None:
         store(fs, path, source, **how)
         paths.append(path)
 
-    monkeypatch.setattr(remote, "store", storing)
+    monkeypatch.setattr(remote, "write_object", storing)
     return paths
 
 
@@ -96,7 +96,7 @@ def test_what_was_sent_is_not_made_again(plan: Plan, tmp_path: Path, monkeypatch
     from neoxconv.storage import remote
 
     whole = digests(run(plan, tmp_path / "whole"))
-    store, sent = remote.store, []
+    store, sent = remote.write_object, []
 
     def failing(fs: Any, path: str, *rest: Any, **more: Any) -> None:
         if len(sent) == 2:
@@ -107,7 +107,7 @@ def test_what_was_sent_is_not_made_again(plan: Plan, tmp_path: Path, monkeypatch
     target = place("memory://again/hf")
     assert isinstance(target, Remote)
     with monkeypatch.context() as patched:
-        patched.setattr(remote, "store", failing)
+        patched.setattr(remote, "write_object", failing)
         with pytest.raises(CheckpointError, match=r"memory://again/hf/.*: may not be written \(403\)") as caught:
             run(plan, target)
         assert SECRET not in str(caught.value)
@@ -258,7 +258,7 @@ def test_no_part_of_an_object_is_left_where_its_reading_fails(s3: Any, tmp_path:
     stopped.set()
     for source, stop in ((Broken(bytes(40 << 20)), threading.Event()), (io.BytesIO(bytes(40 << 20)), stopped)):
         with pytest.raises((OSError, requests.Unusable)):
-            protocols.store(fs, "bucket/broken/x", source, size=40 << 20, stop=stop)
+            protocols.write_object(fs, "bucket/broken/x", source, size=40 << 20, stop=stop)
         assert not s3.list_objects_v2(Bucket="bucket", Prefix="broken").get("KeyCount")
 
 
