@@ -52,10 +52,12 @@ class Sent:
         return mark.is_file() and mark.read_text() == self.key
 
     def begin(self) -> None:
+        """Note that this run has begun."""
         self.folder.mkdir(exist_ok=True)
         (self.folder / BEGUN).write_text(self.key)
 
     def path(self, name: str) -> Path:
+        """Where the note on a file lies."""
         return self.folder / quote(name, safe="")
 
     def add(self, described: Described, there: Remote) -> None:
@@ -155,7 +157,7 @@ class StoreTarget:
         return self.find_sent()
 
     def make(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
-        """Make and send the files, each noted when it is in the store."""
+        """Make and send the files, each noted when it is in the store. Raises CheckpointError where that fails."""
         if crew.executor:
             made = self.make_on_workers(files, work, crew.executor)
         else:

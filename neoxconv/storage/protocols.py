@@ -56,7 +56,10 @@ def entries(fs: Any, path: str) -> dict[str, Facts]:
 
 
 def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts) -> bytes:
-    """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other."""
+    """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other.
+
+    Raises Unusable where others came, or not all of them.
+    """
     if is_http(fs):
         data, found = wait_for(fs, http_range, fs, path, start, stop)
     elif hasattr(fs, "_call_s3"):
@@ -74,7 +77,10 @@ def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts) -> by
 
 
 def write_object(fs: Any, path: str, source: BinaryIO, *, size: int, stop: threading.Event) -> None:
-    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
+    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set.
+
+    Raises Unusable where it was stopped, or where the store then has another size.
+    """
     block = max(PART, size // MOST_PARTS)
     target = fs.open(path, "wb", block_size=block)
     try:

@@ -233,7 +233,10 @@ class Remote:
             raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 
     def put(self, file: Path, stop: threading.Event) -> None:
-        """Make this the object with a file's bytes; nothing appears before it is whole, or where `stop` is set."""
+        """Make this the object with a file's bytes; nothing appears before it is whole, or where `stop` is set.
+
+        Raises CheckpointError where the store does not take it.
+        """
 
         def send() -> None:
             with open(file, "rb") as source:
@@ -242,7 +245,7 @@ class Remote:
         retrying(self, send, "written")
 
     def write(self, data: bytes) -> None:
-        """Make this the object with these bytes."""
+        """Make this the object with these bytes. Raises CheckpointError where the store does not take it."""
         source, never = io.BytesIO(data), threading.Event()
         retrying(self, lambda: write_object(self.fs, self.address, source, size=len(data), stop=never), "written")
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neoxconv import open_checkpoint
+from neoxconv import Recipe, open_checkpoint
 from neoxconv.cli import inspect
 from neoxconv.engine import run
-from neoxconv.engine.plan import Recipe, make_plan, resume_key
+from neoxconv.engine.plan import make_plan, resume_key
 from neoxconv.errors import CheckpointError
 from neoxconv.storage import Remote, place, requests
 from neoxconv.synthetic import Synthetic, write_checkpoint
