@@ -21,9 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tests.test_imatrix import columns, weighted
-from tests.test_superblocks import NAMES as SUPER
-from tests.test_superblocks import errors, trained, weights
 
 from neoxconv.core.encoding import Context
 from neoxconv.dtypes import Floats
@@ -31,6 +28,9 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
 from tests.golden.make_blocks import NAMES as SIMPLE
 from tests.golden.make_blocks import ggml, ggml_encode
+from tests.test_imatrix import columns, weighted
+from tests.test_superblocks import NAMES as SUPER
+from tests.test_superblocks import errors, trained, weights
 
 ROUNDS = 7
 SHAPE = (341, 6144)  # a slab of 8 MiB

@@ -6,7 +6,7 @@ from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, opened
 from neoxconv.engine.side_file import check_side_file, whole
 from neoxconv.formats.imatrix import write
-from neoxconv.storage import Place
+from neoxconv.storage.remote import Place
 from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.tokens import tokens_for
 

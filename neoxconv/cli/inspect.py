@@ -17,7 +17,8 @@ from neoxconv.engine.manifest import MANIFEST
 from neoxconv.formats.neox import folder as neox
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.sources.integrity import Integrity
-from neoxconv.storage import Place, size_of, together
+from neoxconv.storage.files import size_of
+from neoxconv.storage.remote import Place, together
 from neoxconv.words import first_of, plural, size, table
 
 FORMATS = {

@@ -13,7 +13,7 @@ from neoxconv.names import NORMS, PRESETS, TYPES, WEIGHTS
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
-    from neoxconv.storage import Place
+    from neoxconv.storage.remote import Place
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -21,7 +21,7 @@ PATH = click.Path(path_type=Path)
 
 def location(text: str) -> Place:
     """The path or the URL that an argument means."""
-    from neoxconv.storage import place
+    from neoxconv.storage.address import place
 
     return place(text)
 

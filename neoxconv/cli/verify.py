@@ -15,7 +15,7 @@ from neoxconv.engine.side_file import check_side_file
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError, VerifyError
 from neoxconv.sources.checkpoint import open_checkpoint, read_index
 from neoxconv.sources.coverage import is_partial
-from neoxconv.storage import Place
+from neoxconv.storage.remote import Place
 from neoxconv.verify import verify_bytes, verify_weights
 from neoxconv.verify.report import Finding, Report, TensorError, verdicts
 from neoxconv.words import first_of, table

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Floats
-from neoxconv.storage import Place, Storage
+from neoxconv.storage.files import Storage
+from neoxconv.storage.remote import Place
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,10 @@ def plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> Piece:
 
 
 def count_bad(entry: Entry, encoding: Encoding, *, rows: Array, data: Array, values: Floats | None = None) -> int:
-    """How many values of a band are infinite or not a number: as stored, or for quantized types before and after.
+    """How many values are infinite or not a number: as they are stored, or for quantized types before and after.
 
-    `rows` are as the source has them, `data` as the target will, `values` float32 where rows were widened to encode
-    them. A float16 weight always fits the float16 scale of its block; a larger float32 or bfloat16 one may not.
+    `values` are the rows in float32 where they were needed to encode them. A float16 weight always fits the float16
+    scale of its block; a float32 one may not.
     """
     if not encoding.dtype.quantized:
         return nonfinite(data, encoding.dtype)

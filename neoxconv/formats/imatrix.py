@@ -20,7 +20,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Doubles, Floats, Numbers
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.gguf import read as gguf
-from neoxconv.storage import Storage, open_storage
+from neoxconv.storage.files import Storage, open_storage
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_ENTRIES, MAX_NAME, MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # far above any model

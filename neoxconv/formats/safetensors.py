@@ -22,7 +22,8 @@ from neoxconv.core.model import Index, SourceFile
 from neoxconv.core.tensor import LazyTensor, stored
 from neoxconv.dtypes import STORED
 from neoxconv.errors import CheckpointError
-from neoxconv.storage import Place, Storage, open_storage
+from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage.remote import Place
 
 MAX_HEADER = 100 << 20
 MAX_JSON = 16 << 20  # of a file beside the weights

@@ -19,7 +19,8 @@ from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox import zero
 from neoxconv.formats.pt.records import ZipRecord, contradicted, records_of, tensors_on
 from neoxconv.sources.naming import NAMING, patterns, unified_name
-from neoxconv.storage import Place, Storage, open_storage
+from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage.remote import Place
 from neoxconv.words import plural
 
 Progress = Callable[[int], None]

@@ -11,7 +11,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import FIRST_LAYER
-from neoxconv.storage import Place
+from neoxconv.storage.remote import Place
 
 NAMING = {"neox": "neox", "hf": "unified", "safetensors": "unified", "gguf": "gguf"}
 Named = list[dict[str, LazyTensor]]

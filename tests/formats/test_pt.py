@@ -27,7 +27,7 @@ from neoxconv.dtypes import PLAIN
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
-from neoxconv.storage import Storage, open_storage
+from neoxconv.storage.files import Storage, open_storage
 from tests.oracles import ROOT
 
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures")

@@ -22,7 +22,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import BF16, F16, F32, DType, Floats, narrow, widen
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import safetensors
-from neoxconv.storage import open_storage
+from neoxconv.storage.files import open_storage
 
 FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
 OFFICIAL = sorted(FIXTURES.glob("*/hf_official_converter/model.safetensors"))

@@ -21,7 +21,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.zips import CENTRAL, LOCAL
 from neoxconv.sources.integrity import Integrity, check, parts_of, read_part
-from neoxconv.storage import open_storage
+from neoxconv.storage.files import open_storage
 from tests.cli.test_bad_input import cli, digests
 from tests.oracles import fixtures
 from tests.toy import toy

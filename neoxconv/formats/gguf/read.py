@@ -24,7 +24,8 @@ from neoxconv.core.model import Index, SourceFile
 from neoxconv.core.tensor import LazyTensor, stored
 from neoxconv.dtypes import F16, F32, FLOATS, PLAIN, DType
 from neoxconv.errors import CheckpointError, raise_all
-from neoxconv.storage import Place, Storage, open_storage, together
+from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage.remote import Place, together
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 SPLIT = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")

@@ -22,7 +22,8 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
-from neoxconv.storage import Place, is_folder, open_storage, together
+from neoxconv.storage.files import is_folder, open_storage
+from neoxconv.storage.remote import Place, together
 
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")

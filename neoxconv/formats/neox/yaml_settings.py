@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from neoxconv.errors import CheckpointError
-from neoxconv.storage import Place, open_storage
+from neoxconv.storage.files import open_storage
+from neoxconv.storage.remote import Place
 
 LARGEST = 1 << 17  # bytes of a file
 DEEPEST, MOST_VALUES, LONGEST_VALUE = 64, 1 << 16, 3000  # levels; values, every alias followed; characters

@@ -11,7 +11,7 @@ from typing import Any
 from neoxconv.formats.pt.tensors import Place
 from neoxconv.formats.pt.unpickle import load_pickle
 from neoxconv.formats.pt.zips import FULL, LOCAL, Central, locate, read_directory, read_headers, read_pickle
-from neoxconv.storage import Storage
+from neoxconv.storage.files import Storage
 
 DESCRIBED = 8  # the flag of members whose CRC-32 and size stand behind their bytes
 DESCRIPTORS = {"<4s3I": FULL, "<4sI2Q": 1 << 64}  # how they stand there, and the largest size it can tell

@@ -11,7 +11,7 @@ import numpy as np
 from neoxconv.core.tensor import LazyTensor, Read, stored
 from neoxconv.dtypes import Array
 from neoxconv.formats.pt.unpickle import StorageRef
-from neoxconv.storage import Storage
+from neoxconv.storage.files import Storage
 
 MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
 MAX_AXES = 16

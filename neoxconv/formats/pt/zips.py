@@ -14,7 +14,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt.tensors import Place, PtFile, Record, tensor_in
 from neoxconv.formats.pt.unpickle import StorageRef, load_pickle
-from neoxconv.storage import Storage
+from neoxconv.storage.files import Storage
 
 MAX_PICKLE = 64 << 20
 MAX_DIRECTORY = 64 << 20

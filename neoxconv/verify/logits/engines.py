@@ -18,7 +18,7 @@ import torch
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.errors import PlanError, VerifyError
-from neoxconv.storage import Place, is_here
+from neoxconv.storage.remote import Place
 from neoxconv.verify.logits.compare import Logits
 
 
@@ -32,7 +32,7 @@ def needed(module: str, package: str) -> ModuleType:
 
 def here(target: Place) -> Path:
     """A target that other programs can open. Raises PlanError for a URL."""
-    if is_here(target):
+    if isinstance(target, Path):
         return target
     raise PlanError(f"{target}: other engines read local files only; download it, or leave --engine out.")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine.side_file import whole
-from neoxconv.storage import Place
+from neoxconv.storage.remote import Place
 from neoxconv.verify.logits.bisect import bisect
 from neoxconv.verify.logits.compare import Position, Predictions, check_sizes, compare_predictions
 from neoxconv.verify.logits.engines import ENGINES
