@@ -15,7 +15,9 @@ import numpy as np
 
 from neoxconv.dtypes import Bytes
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.places import Place, is_file as is_file, is_folder as is_folder  # until imports are rewritten
+from neoxconv.storage.places import Place  # until imports are rewritten
+from neoxconv.storage.places import is_file as is_file
+from neoxconv.storage.places import is_folder as is_folder
 from neoxconv.storage.protocols import LARGEST
 from neoxconv.storage.remote import Remote
 from neoxconv.storage.requests import FILE, Facts

@@ -16,7 +16,9 @@ from neoxconv.cli.main import main
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import work_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from neoxconv.storage import Remote, place, protocols, requests
+from neoxconv.storage import protocols, requests
+from neoxconv.storage.address import place
+from neoxconv.storage.remote import Remote
 from tests.engine.test_cluster import Cluster, cluster
 from tests.engine.test_run import digests
 from tests.far import SECRET, s3, upload
