@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,19 +15,15 @@ from neoxconv.cli.inspect import FORMATS
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, checked, opened
 from neoxconv.core.model import Checkpoint
-from neoxconv.engine.journal import Journal, read_journal
-from neoxconv.engine.manifest import overflows, read_manifest
-from neoxconv.engine.memory import Memory, memory_for, threads_for
-from neoxconv.engine.plan import Plan, make_plan, resume_key
-from neoxconv.engine.publish import check_target, nearest_folder
-from neoxconv.engine.run import run
-from neoxconv.engine.upload import check_free
-from neoxconv.engine.workplace import partial_of, work_of
+from neoxconv.engine import run as engine
+from neoxconv.engine.memory import check_memory
+from neoxconv.engine.plan import Plan, make_plan
+from neoxconv.engine.workplace import free_for, work_of
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
 from neoxconv.sources import integrity
 from neoxconv.sources.checkpoint import rank_difference
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage import Place, holds
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural, size, table
 
@@ -72,22 +67,43 @@ def check_options(given: Given) -> None:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How SRC is to be read, each by the option of that name; None leaves it to us."""
+
+    config: tuple[Path, ...] = ()
+    preset: str | None = None
+    norms: str | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """The options that `verify` needs too; of `--norms` the target's manifest tells it."""
+        configs = [word for path in self.config for word in ("--config", str(path))]
+        return [*configs, *(["--preset", self.preset] if self.preset else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
 
     source: Place
-    target: Place
-    plan: Plan
-    memory: Memory
-    given: Given
-    done: int
+    reading: Reading
+    conversion: engine.Conversion
+    done: int  # steps
     check: integrity.Integrity | None = None  # of the source, where it was asked for
+
+    @property
+    def plan(self) -> Plan:
+        return self.conversion.plan
+
+    @property
+    def target(self) -> Place:
+        return self.conversion.target
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The plan's notes, and options that have no effect."""
         idle = self.idle_norms
-        notes = [f"--norms {self.given['norms']} does nothing here: {idle}"] if idle else []
+        notes = [f"--norms {self.reading.norms} does nothing here: {idle}"] if idle else []
         if self.done:
             notes.append(f"continues: {self.done} of {len(self.plan.steps)} tensors are done and are hashed again")
         return (*self.plan.notes, *notes)
@@ -101,7 +117,7 @@ class Request:
     def idle_norms(self) -> str | None:
         """Why --norms, if it was given, has no effect; None where it has."""
         ranks = len(self.plan.checkpoint.index.ranks)
-        if not self.given["norms"]:
+        if not self.reading.norms:
             return None
         if ranks == 1:
             return "the source has no ranks to merge"
@@ -112,7 +128,7 @@ class Request:
     @property
     def free(self) -> int:
         """Bytes free on the disk where the target is made."""
-        return shutil.disk_usage(nearest_folder(work_of(self.target))).free
+        return free_for(work_of(self.target))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -120,7 +136,7 @@ class Request:
         return {
             "bytes_total": self.plan.total,
             "files": [{"name": name, "bytes": count} for name, count in self.sizes.items()],
-            "peak_memory": self.memory.peak,
+            "peak_memory": self.conversion.budget.peak,
             "disk_free": self.free,
             "notes": list(self.notes),
         }
@@ -128,7 +144,7 @@ class Request:
     @property
     def summary(self) -> str:
         """The plan in a few lines."""
-        plan, index = self.plan, self.plan.checkpoint.index
+        plan, index, budget = self.plan, self.plan.checkpoint.index, self.conversion.budget
         ranks = len(index.ranks)
         rows = [
             ("source", f"{FORMATS[index.format]} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
@@ -136,7 +152,7 @@ class Request:
             ("target", f"{plan.recipe.format} {self.target}"),
             ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
             ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
-            ("memory", f"{size(self.memory.peak)} at most with {plural(self.memory.jobs, 'thread')}{self.place}"),
+            ("memory", f"{size(budget.peak)} at most with {plural(budget.jobs, 'thread')}{self.elsewhere}"),
         ]
         if ranks > 1:
             difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
@@ -146,9 +162,9 @@ class Request:
         return table("<<", rows + [("note", note) for note in self.notes])
 
     @property
-    def place(self) -> str:
+    def elsewhere(self) -> str:
         """Where else than here the work is done."""
-        return f", on each worker of {self.given['executor']}" if self.given["executor"] else ""
+        return f", on each worker of {executor}" if (executor := self.conversion.executor) else ""
 
     @property
     def listing(self) -> str:
@@ -159,20 +175,11 @@ class Request:
 
     def run(self, quiet: bool) -> dict[str, Any]:
         """Carry the request out; what came of it as plain values."""
-        begin, given = time.monotonic(), self.given
+        begin = time.monotonic()
         total = sum(step.nbytes for step in self.plan.steps)
         with progress_bar(total, "converting", quiet) as progress:
             try:
-                run(
-                    self.plan,
-                    self.target,
-                    jobs=given["jobs"],
-                    memory=given["memory"],
-                    overwrite=given["overwrite"],
-                    allow_nonfinite=given["allow_nonfinite"],
-                    executor=given["executor"],
-                    progress=progress,
-                )
+                made = engine.carry_out(self.conversion, progress)
             except KeyboardInterrupt as stop:
                 raise type(stop)(f"{self.target}: not finished; run the same command again to continue.") from stop
         return {
@@ -180,14 +187,12 @@ class Request:
             "bytes_total": self.plan.total,
             "seconds": round(time.monotonic() - begin, 3),
             "notes": [*self.notes],
-            "overflow": overflows(read_manifest(self.target) or {"files": []}),
+            "overflow": made.overflow,
         }
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
-        settings = [word for path in self.given["config"] for word in ("--config", str(path))]
-        settings += ["--preset", self.given["preset"]] if self.given["preset"] else []
-        check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *settings])
+        check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *self.reading.words])
         lines = [
             f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
             for name, count in result["overflow"].items()
@@ -201,41 +206,33 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
     check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
-    memory_for(given["jobs"], given["memory"])  # too little is told before anything is opened
-    checkpoint = opened(source, given, given["norms"] or "mean")
-    target = target.resolve()
-    if isinstance(target, Path) and not target.name:
-        raise PlanError(f"{target}: is no place for a target; give the name of a file or a folder in it.")
+    check_memory(given["memory"])  # too little is told before anything is opened
+    reading = Reading(given["config"], given["preset"], given["norms"])
+    checkpoint = opened(source, given, reading.norms or "mean")
+    target = engine.as_target(target)
     check_apart(checkpoint, source, target)
-    plan = make_plan(checkpoint, recipe)
-    memory = memory_for(threads_for(checkpoint, given["jobs"]), given["memory"], plan.kept)
-    if isinstance(target, Remote):
-        check_free(plan, target, given["overwrite"])
-    else:
-        check_target(plan, target, given["overwrite"])
-    done = read_journal(work_of(target) / Journal.NAME, resume_key(plan), not given["allow_nonfinite"])
+    conversion = engine.prepare(
+        make_plan(checkpoint, recipe),
+        target,
+        jobs=given["jobs"],
+        memory=given["memory"],
+        overwrite=given["overwrite"],
+        allow_nonfinite=bool(given["allow_nonfinite"]),
+        executor=given["executor"],
+    )
+    done = conversion.count_done()
     check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
     raise_all(CheckpointError, map(str, check.damage if check else ()))
-    finished = sum(all(key in done for key in step.keys) for step in plan.steps)
-    return Request(source, target, plan, memory, given, finished, check)
+    return Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
 
 
 def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
-    if isinstance(source, Remote):
-        here = index.folder if index.format in ("neox", "hf") else source
-        inside = isinstance(target, Remote) and isinstance(here, Remote) and target.protocol == here.protocol
-        if inside and f"{target.path}/".startswith(f"{here.path}/"):  # type: ignore[union-attr]
-            raise PlanError(f"{target}: lies in the source {here}; give a target outside of it.")
-        return
-    target = work_of(target) if isinstance(target, Remote) else target
-    folders: list[Place] = [source] if source.is_dir() else []
+    folders = [source] if source.is_dir() else []
     folders += [index.folder] if index.format in ("neox", "hf") else []
-    files = {path.resolve() for file in index.files if isinstance(path := file.storage.path, Path)}
-    for made in (target.resolve(), partial_of(target).resolve()):
-        for folder in (folder.resolve() for folder in folders):
-            if made == folder or folder in made.parents:
-                raise PlanError(f"{target}: lies in the source {folder}; give a target outside of it.")
-        if any(made == file or made in file.parents for file in files):
-            raise PlanError(f"{target}: holds the source {source}; give a target outside of it.")
+    for made in (target, work_of(target)):
+        if folder := next((folder for folder in folders if holds(folder, made)), None):
+            raise PlanError(f"{made}: lies in the source {folder.resolve()}; give a target outside of it.")
+        if any(holds(made, file.storage.path) for file in index.files):
+            raise PlanError(f"{made}: holds the source {source}; give a target outside of it.")

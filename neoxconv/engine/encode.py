@@ -44,15 +44,15 @@ def pieces(entry: Entry, slab: int) -> Iterator[Piece]:
 def plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> Piece:
     """A band of rows as a type of its own stores them."""
     if entry.copied:
-        return Piece(0, as_bytes(rows), count_bad(entry, encoding, rows, None, rows))
+        return Piece(0, as_bytes(rows), count_bad(entry, encoding, rows=rows, data=rows))
     values = floats(rows, entry.tensor.dtype)
     search = entry.search
     data = search(values, entry.context) if search and entry.context else encoding.encode(values)
     overflow = int(np.count_nonzero(np.abs(values) > encoding.limit)) if encoding.limit < np.inf else 0
-    return Piece(0, as_bytes(data), count_bad(entry, encoding, rows, values, data), overflow)
+    return Piece(0, as_bytes(data), count_bad(entry, encoding, rows=rows, data=data, values=values), overflow)
 
 
-def count_bad(entry: Entry, encoding: Encoding, rows: Array, values: Floats | None, data: Array) -> int:
+def count_bad(entry: Entry, encoding: Encoding, *, rows: Array, data: Array, values: Floats | None = None) -> int:
     """How many values are infinite or not a number: as they are stored, or for quantized types before and after.
 
     `values` are the rows in float32 where they were needed to encode them. A float16 weight always fits the float16

@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from neoxconv.core.model import describe
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage import Place
 from neoxconv.version import __version__
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
+Described = dict[str, Any]  # a file as the manifest has it: its name, bytes, SHA-256 and ranges
+Kind = TypeVar("Kind", bound=Place)
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,12 @@ class Range:
     length: int
 
 
-@overload
-def beside(target: Path) -> Path: ...
-@overload
-def beside(target: Remote) -> Remote: ...
-def beside(target: Place) -> Place:
+def beside(target: Kind) -> Kind:
     """Where the manifest of a single file lies."""
     return target.with_name(f"{target.name}.{MANIFEST}")
 
 
-def manifest(plan: Plan, described: Sequence[Mapping[str, Any]]) -> bytes:
+def manifest(plan: Plan, described: Sequence[Described]) -> bytes:
     """The manifest of a target whose files of tensors are `described`, as JSON with a fixed order of keys."""
     value = {
         "neoxconv": __version__,
@@ -53,7 +52,7 @@ def manifest(plan: Plan, described: Sequence[Mapping[str, Any]]) -> bytes:
         "recipe": plan.recipe.facts,
         "norms": plan.checkpoint.norms,
         **plan.checkpoint.unusual,
-        "config": plan.facts["config"],
+        "config": describe(plan.checkpoint.config),
         "notes": list(plan.notes),
         "sources": plan.sources,
         "dropped": list(plan.checkpoint.dropped),
@@ -62,7 +61,7 @@ def manifest(plan: Plan, described: Sequence[Mapping[str, Any]]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> dict[str, Any]:
+def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> Described:
     """A file of tensors: their digests are known, the container's are read."""
     ranges = []
     with open(folder / file.name, "rb") as stream:
@@ -74,13 +73,13 @@ def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest])
     return {"name": file.name, "bytes": file.size, "sha256": combined(r["sha256"] for r in ranges), "ranges": ranges}
 
 
-def overflows(manifest: Mapping[str, Any]) -> dict[str, int]:
+def overflows(described: Sequence[Described]) -> dict[str, int]:
     """How many weights of each tensor were cut to the largest number of its type."""
-    ranges = (entry for file in manifest["files"] for entry in file["ranges"])
+    ranges = (entry for file in described for entry in file["ranges"])
     return {entry["name"]: entry["overflow"] for entry in ranges if "overflow" in entry}
 
 
-def describe_sidecar(name: str, data: bytes) -> dict[str, Any]:
+def describe_sidecar(name: str, data: bytes) -> Described:
     """A small file: one range."""
     sha256 = hashlib.sha256(data).hexdigest()
     return {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError
-from neoxconv.storage.remote import THREADS, Remote
+from neoxconv.storage import at_once
 from neoxconv.words import size
 
 MIB = 1 << 20
@@ -15,10 +14,11 @@ BASE = 200 * MIB  # what Python, numpy, the kernels and a tokenizer take before 
 COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
 SLAB = 2 * MIB  # larger ones leave the caches, and malloc gives their pages back each time: half the speed
 SMALLEST_SLAB = MIB
+DEFAULT_MEMORY = 512 * MIB
 
 
 @dataclass(frozen=True)
-class Memory:
+class Budget:
     """How a run keeps within its memory: workers, and bytes of float32 that each handles at a time."""
 
     jobs: int
@@ -32,22 +32,27 @@ class Memory:
 
 
 def threads_for(checkpoint: Checkpoint, jobs: int | None) -> int:
-    """How many threads read a checkpoint: as many as wanted, else the processors, 8 at most.
-
-    Of a remote source more, which mostly wait for the network: while one encodes a band, others' are on their way.
-    """
-    return jobs or (THREADS if isinstance(checkpoint.index.folder, Remote) else min(os.cpu_count() or 1, 8))
+    """How many threads read a checkpoint: as many as wanted, else as many as read it best where it is."""
+    return jobs or at_once(checkpoint.index.folder)
 
 
-def memory_for(jobs: int | None, memory: int, kept: int = 0) -> Memory:
-    """As many jobs as wanted (default: processors, 8 at most) and slabs of 2 MiB at most, within `memory` bytes.
+def least_of(kept: int) -> int:
+    """The fewest bytes that one worker does with."""
+    return COPIES * SMALLEST_SLAB + kept
+
+
+def check_memory(memory: int, kept: int = 0) -> None:
+    """Raise PlanError where not even one worker keeps within `memory` bytes."""
+    if memory - BASE < least_of(kept):
+        needed = -(-(BASE + least_of(kept)) // MIB)
+        raise PlanError(f"--memory {size(memory)} is too little; at least {needed} MiB are needed.")
+
+
+def budget_for(jobs: int, memory: int, kept: int = 0) -> Budget:
+    """As many jobs as wanted and slabs of 2 MiB at most, within `memory` bytes; each worker has `kept` besides slabs.
 
     Jobs fall before a slab gets under 1 MiB. Raises PlanError where not even one fits.
     """
-    wanted = jobs or min(os.cpu_count() or 1, 8)
-    least = COPIES * SMALLEST_SLAB + kept
-    if memory - BASE < least:
-        needed = -(-(BASE + least) // MIB)
-        raise PlanError(f"--memory {size(memory)} is too little; at least {needed} MiB are needed.")
-    workers = min(wanted, (memory - BASE) // least)
-    return Memory(workers, min(SLAB, ((memory - BASE) // workers - kept) // COPIES), kept)
+    check_memory(memory, kept)
+    workers = min(jobs, (memory - BASE) // least_of(kept))
+    return Budget(workers, min(SLAB, ((memory - BASE) // workers - kept) // COPIES), kept)

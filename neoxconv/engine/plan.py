@@ -17,7 +17,7 @@ from typing import Any
 from neoxconv.core.layout import Entry, FileLayout, Slot
 from neoxconv.core.model import Checkpoint, describe
 from neoxconv.errors import CheckpointError, PlanError, raise_all
-from neoxconv.storage.remote import Remote, together
+from neoxconv.storage import together
 from neoxconv.targets import TARGETS
 from neoxconv.targets.recipe import Recipe
 from neoxconv.version import __version__
@@ -58,7 +58,7 @@ def by_entry(file: FileLayout) -> list[tuple[Slot, ...]]:
     return [tuple(group) for group in slots.values()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What will be written. `sidecars` are whole small files; `single` means that the target is one file."""
 
@@ -78,6 +78,10 @@ class Plan:
     def steps_of(self, file: FileLayout) -> list[Step]:
         """The steps that write a file."""
         return [step for step in self.steps if step.file is file]
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of the tensors in the file of that name."""
+        return sum(step.nbytes for step in self.steps if step.file.name == name)
 
     @property
     def source(self) -> str:
@@ -111,7 +115,7 @@ class Plan:
             for file in self.checkpoint.index.files
         ]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that decides the target's bytes."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
@@ -155,12 +159,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     content = target.make(checkpoint, recipe)
     entries = [slot.entry for file in content.files for slot in file.slots if slot.number == 0]
     return Plan(
-        checkpoint,
-        recipe,
-        content.files,
-        content.sidecars,
-        (*checkpoint.notes, *content.notes, *lossy_notes(checkpoint, entries)),
-        target.single and len(content.files) == 1 and not recipe.split_size,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        files=content.files,
+        sidecars=content.sidecars,
+        notes=(*checkpoint.notes, *content.notes, *lossy_notes(checkpoint, entries)),
+        single=target.single and len(content.files) == 1 and not recipe.split_size,
     )
 
 
@@ -189,7 +193,7 @@ def resume_key(plan: Plan) -> str:
 
 def check_sources(plan: Plan) -> None:
     """Raise CheckpointError where a file far away is not the one that was opened; not every store tells on reading."""
-    files = [file.storage for file in plan.checkpoint.index.files if isinstance(file.storage.path, Remote)]
+    files = [file.storage for file in plan.checkpoint.index.files]
     changed = together(lambda file: file.has_changed(), files, plan.checkpoint.index.folder)
     raise_all(CheckpointError, (
         f"{file.path}: has changed while it was read; convert again from a source that stays."

@@ -24,7 +24,7 @@ class Stopped(Exception):
     """Another step failed, or the user wants to stop; this one ends between two slabs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What every step of a run shares: where the files are made, what an earlier run noted, and how much at a time."""
 

@@ -8,8 +8,9 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from neoxconv.errors import PlanError
+from neoxconv.storage.places import Place
 from neoxconv.storage.protocols import WEB
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage.remote import Remote
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 LOCAL = ("file", "local")
@@ -27,7 +28,7 @@ def place(text: Place | str) -> Place:
     if not match:
         return Path(text)
     protocol = match[1].lower()
-    url = split(text)
+    url = parse_url(text)
     if url is None or match[2] == "::":
         raise PlanError(f"{protocol}: this URL cannot be understood; write a password's odd characters as %40, %2F ...")
     if protocol in LOCAL:
@@ -37,14 +38,13 @@ def place(text: Place | str) -> Place:
     shown = f"{protocol}://{(url.netloc.rpartition('@')[2] + url.path).rstrip('/')}"
     kind = file_system(protocol, shown)
     if protocol in WEB:
-        return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), url.query)
+        return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), query=url.query)
     options = {key: value for key, value in kind._get_kwargs_from_urls(text).items() if isinstance(value, str | int)}
-    found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), "", tuple(sorted(options.items())))
-    found.fs.invalidate_cache()  # fsspec's, of an earlier look
-    return found
+    found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), options=tuple(sorted(options.items())))
+    return found.anew()  # fsspec may know it from earlier
 
 
-def split(text: str) -> SplitResult | None:
+def parse_url(text: str) -> SplitResult | None:
     """The parts of a URL; None where a password may be in a part where it is not looked for."""
     try:
         url = urlsplit(text, allow_fragments=False)

@@ -14,7 +14,7 @@ from html import unescape
 from typing import Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
-from neoxconv.storage.requests import CHANGED, FILE, FOLDER, VERSIONS, Facts, Unusable, ask, changed, wait_for
+from neoxconv.storage.requests import CHANGED, FILE, FOLDER, VERSIONS, Facts, Unusable, call, changed, wait_for
 
 WEB = ("http", "https")  # a web server's listings may lack what it has
 LARGEST = 8 << 20  # bytes of one answer
@@ -29,12 +29,12 @@ def is_http(fs: Any) -> bool:
     return any(name in fs.protocol for name in WEB)
 
 
-def look(fs: Any, path: str) -> Facts:
+def facts_at(fs: Any, path: str) -> Facts:
     """What is at a path."""
     if is_http(fs):
         found: Facts = wait_for(fs, http_facts, fs, path)
         return found
-    return facts_of(ask(fs, "info", path))
+    return facts_of(call(fs, "info", path))
 
 
 def facts_of(entry: Mapping[str, Any]) -> Facts:
@@ -50,19 +50,22 @@ def entries(fs: Any, path: str) -> dict[str, Facts]:
     if is_http(fs):
         found = wait_for(fs, http_entries, fs, path)
     else:
-        listed = ((entry["name"].rstrip("/"), entry) for entry in ask(fs, "ls", path, detail=True))
+        listed = ((entry["name"].rstrip("/"), entry) for entry in call(fs, "ls", path, detail=True))
         found = {name.rpartition("/")[2]: facts_of(entry) for name, entry in listed if name != path}
     return dict(sorted(found.items()))
 
 
-def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
-    """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other."""
+def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts) -> bytes:
+    """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other.
+
+    Raises Unusable where others came, or not all of them.
+    """
     if is_http(fs):
-        data, found = wait_for(fs, http_part, fs, path, start, stop)
+        data, found = wait_for(fs, http_range, fs, path, start, stop)
     elif hasattr(fs, "_call_s3"):
-        data, found = wait_for(fs, s3_part, fs, path, start, stop)
+        data, found = wait_for(fs, s3_range, fs, path, start, stop)
     elif fs.async_impl:
-        data, found = ask(fs, "cat_file", path, start=start, end=stop), known
+        data, found = call(fs, "cat_file", path, start=start, end=stop), known
     else:  # fsspec's own opens the file, and would read ahead
         data, found = fs.cat_file(path, start, stop, cache_type="none"), known
     if changed(known, found):
@@ -73,8 +76,11 @@ def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
     return whole
 
 
-def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event) -> None:
-    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
+def write_object(fs: Any, path: str, source: BinaryIO, *, size: int, stop: threading.Event) -> None:
+    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set.
+
+    Raises Unusable where it was stopped, or where the store then has another size.
+    """
     block = max(PART, size // MOST_PARTS)
     target = fs.open(path, "wb", block_size=block)
     try:
@@ -89,7 +95,7 @@ def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event
             target.forced = target.closed = True  # else what was written so far would be sent as if it were all
         raise
     target.close()
-    found = look(fs, path)
+    found = facts_at(fs, path)
     if found.size not in (None, size):
         raise Unusable(f"{size} bytes were sent, and {found.size} are there")
 
@@ -122,7 +128,7 @@ def http_answer(answer: Any) -> Facts:
     return Facts(FILE, int(whole) if whole.isdigit() else None, version)
 
 
-async def http_part(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Facts]:
+async def http_range(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Facts]:
     """A range of a file, and what the answer says of the whole; never more than the range is taken in."""
     session = await fs.set_session()
     async with session.get(fs.encode_url(url), **headers(fs, Range=f"bytes={start}-{stop - 1}")) as answer:
@@ -171,7 +177,7 @@ def linked(page: str, base: str) -> Iterator[tuple[str, Facts]]:
             yield name, Facts(FOLDER if path.endswith("/") else FILE)
 
 
-async def s3_part(fs: Any, path: str, start: int, stop: int) -> tuple[bytes, Facts]:
+async def s3_range(fs: Any, path: str, start: int, stop: int) -> tuple[bytes, Facts]:
     """A range of an object, and what the answer says of the whole."""
     bucket, key, version = fs.split_path(path)
     more = {"VersionId": version} if version else {}

@@ -52,18 +52,19 @@ class Unusable(Exception):
 
 def changed(before: Facts, now: Facts) -> bool:
     """Whether a file is not the one that it was, as far as the store tells."""
-    versions = before.version and now.version and before.version != now.version
-    return bool(versions) or None is not now.size != before.size
+    if before.version and now.version and before.version != now.version:
+        return True
+    return now.size is not None and now.size != before.size
 
 
-def persist(where: object, ask: Callable[[], Answered], deed: str = "read") -> Answered:
-    """What `ask` gives, asked again after a pause where a failure may pass; `deed` is what it does.
+def retrying(where: object, request: Callable[[], Answered], deed: str = "read") -> Answered:
+    """What `request` gives, sent again after a pause where a failure may pass; `deed` is what it does.
 
     Raises CheckpointError: Absent where there is nothing, or nothing for us.
     """
     for count, pause in enumerate((*PAUSES, None), 1):
         try:
-            return ask()
+            return request()
         except Exception as error:
             what, again = judged(error, deed)
             if (status := status_of(error)) in MISSING + REFUSED:
@@ -114,7 +115,7 @@ def status_of(error: BaseException | None) -> int:
     return status_of(error.__cause__)
 
 
-def ask(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
+def call(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
     """What a method of a file system gives, in bounded time."""
     if fs.async_impl:
         return wait_for(fs, getattr(fs, f"_{method}"), *arguments, **options)

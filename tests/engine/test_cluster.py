@@ -9,7 +9,7 @@ import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.main import main
-from neoxconv.engine.cluster import Errand, do, origin_of
+from neoxconv.engine.cluster import Errand, origin_of, run_errand
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError, PlanError
 from tests.clusters import Cluster, cluster
@@ -105,9 +105,11 @@ def test_a_worker_that_comes_to_another_plan_refuses(cluster: Cluster, tmp_path:
 
 def test_a_worker_that_does_not_see_the_target_says_so(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     plan = make_plan(open_checkpoint(source), Recipe("hf"))
-    errand = Errand(origin_of(plan), 0, tmp_path / "elsewhere", {}, 1 << 20, False)
+    errand = Errand(
+        origin=origin_of(plan), number=0, folder=tmp_path / "elsewhere", known={}, slab=1 << 20, allow_nonfinite=False
+    )
     with pytest.raises(NeoxconvError, match=r"is not there on worker .*; the workers of a cluster must see"):
-        do(errand)
+        run_errand(errand)
 
 
 def test_a_tokenizer_found_in_our_working_folder_is_found_by_workers(
