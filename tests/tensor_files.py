@@ -19,9 +19,12 @@ RAW = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.flo
 
 def encoding(dtype: DType) -> Encoding:
     return Encoding(
-        dtype.name, dtype, lambda rows: narrow(rows, dtype), lambda data: widen(data, dtype),
-        lambda rows, data: narrow(rows, dtype) != data,
-    )  # fmt: skip
+        name=dtype.name,
+        dtype=dtype,
+        encode=lambda rows: narrow(rows, dtype),
+        decode=lambda data: widen(data, dtype),
+        wrong=lambda rows, data: narrow(rows, dtype) != data,
+    )
 
 
 ENCODINGS = {dtype: encoding(dtype) for dtype in TORCH}

@@ -47,7 +47,13 @@ def encoding(dtype: DType) -> Encoding:
             return narrow(rows, dtype)
         return np.asarray(quants.quantize(rows, gguf.GGMLQuantizationType[dtype.name]))
 
-    return Encoding(dtype.name, dtype, encode, lambda stored: widen(stored, dtype), lambda rows, stored: rows != rows)
+    return Encoding(
+        name=dtype.name,
+        dtype=dtype,
+        encode=encode,
+        decode=lambda stored: widen(stored, dtype),
+        wrong=lambda rows, stored: rows != rows,
+    )
 
 
 def entry(name: str, tensor: LazyTensor, dtype: DType | None = None) -> Entry:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Digest, Entry, FileLayout
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import PLAIN
+from neoxconv.dtypes import PLAIN, DType
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
@@ -348,6 +348,10 @@ def test_a_compressed_zip_is_refused(tmp_path: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def as_they_are(dtype: DType) -> Encoding:
+    return Encoding(name=dtype.name, dtype=dtype, encode=lambda r: r, decode=lambda r: r, wrong=lambda r, s: r != s)
+
+
 def entry(tensor: torch.Tensor) -> Entry:
     """An entry whose bytes are the tensor's."""
     numbers = array(tensor)
@@ -356,7 +360,7 @@ def entry(tensor: torch.Tensor) -> Entry:
     lazy = LazyTensor(
         tuple(tensor.shape), dtype, lambda start, stop: numbers.reshape(-1, *tensor.shape[1:])[start:stop], dtype
     )
-    return Entry("", "", lazy, Encoding(dtype.name, dtype, lambda r: r, lambda r: r, lambda r, s: r != s))
+    return Entry("", "", lazy, as_they_are(dtype))
 
 
 def write(layout: FileLayout, folder: Path) -> Path:
@@ -427,7 +431,7 @@ def test_a_sparse_file_beyond_4_gib_is_read_by_torch_and_here(tmp_path: Path) ->
     rows = (1 << 32) // 1024 + 3
     dtype = PLAIN["F16"]
     lazy = LazyTensor((rows, 512), dtype, lambda start, stop: np.zeros((stop - start, 512), "<f2"), dtype)
-    large = Entry("", "", lazy, Encoding("F16", dtype, lambda r: r, lambda r: r, lambda r, s: r != s))
+    large = Entry("", "", lazy, as_they_are(dtype))
     layout = layout_pt("a.pt", {"large": large, "small": entry(BASE)})
     with open(tmp_path / "a.pt", "wb") as target:
         target.truncate(layout.size)
