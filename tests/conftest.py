@@ -1,4 +1,4 @@
-"""Settings that hold for every test, and the line at the end that says which tests were not run, and how to run them."""
+"""Settings that hold for every test; the line at the end that says which were not run, and how to run them."""
 
 from __future__ import annotations
 

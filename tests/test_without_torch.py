@@ -20,8 +20,8 @@ from neoxconv.cli.main import main
 
 source, folder = sys.argv[1:]
 assert main(["inspect", source]) == 0
-for words in ("hf", "slim --tp 1", "safetensors", "gguf --type Q4_K_M", "bnb --type NF4 --double-quant", "bnb --type INT8",
-              "float8 --type E4M3 --scale channel"):
+for words in ("hf", "slim --tp 1", "safetensors", "gguf --type Q4_K_M", "bnb --type NF4 --double-quant",
+              "bnb --type INT8", "float8 --type E4M3 --scale channel"):
     target = f"{folder}/{words.replace(' ', '')}"
     assert main(["convert", source, target, "--quiet", "--to", *words.split()]) == 0, words
     assert main(["verify", source, target, "--quiet"]) == 0, words
