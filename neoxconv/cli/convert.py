@@ -74,12 +74,6 @@ class Reading:
     preset: str | None = None
     norms: str | None = None
 
-    @property
-    def words(self) -> list[str]:
-        """The options that `verify` needs too; of `--norms` the target's manifest tells it."""
-        configs = [word for path in self.config for word in ("--config", str(path))]
-        return [*configs, *(["--preset", self.preset] if self.preset else [])]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -192,7 +186,9 @@ class Request:
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
-        check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *self.reading.words])
+        settings = [word for path in self.reading.config for word in ("--config", str(path))]
+        settings += ["--preset", self.reading.preset] if self.reading.preset else []
+        check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *settings])
         lines = [
             f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
             for name, count in result["overflow"].items()
