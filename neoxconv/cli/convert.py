@@ -14,7 +14,7 @@ import click
 
 from neoxconv.cli.inspect import FORMATS
 from neoxconv.cli.progress import progress_bar
-from neoxconv.cli.source import Given, checked, opened
+from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine.journal import Journal, read_journal
 from neoxconv.engine.manifest import overflows, read_manifest
@@ -202,7 +202,7 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
     check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
     memory_for(given["jobs"], given["memory"])  # too little is told before anything is opened
-    checkpoint = opened(source, given, given["norms"] or "mean")
+    checkpoint = opened(source, chosen(Reading, given))
     target = target.resolve()
     if isinstance(target, Path) and not target.name:
         raise PlanError(f"{target}: is no place for a target; give the name of a file or a folder in it.")
@@ -214,7 +214,8 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
     else:
         check_target(plan, target, given["overwrite"])
     done = read_journal(work_of(target) / Journal.NAME, resume_key(plan), not given["allow_nonfinite"])
-    check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
+    quiet = given["quiet"] or given["json"]
+    check = checked(checkpoint, jobs=given["jobs"], quiet=quiet) if given["check"] else None
     raise_all(CheckpointError, map(str, check.damage if check else ()))
     finished = sum(all(key in done for key in step.keys) for step in plan.steps)
     return Request(source, target, plan, memory, given, finished, check)

@@ -37,9 +37,9 @@ class Running:
         peak = torch.maximum(self.peak, best.values[:, 0])
         shrink, powers = torch.exp(self.peak - peak), torch.exp(logits - peak[:, None])
         self.total, self.peak = self.total * shrink + powers.sum(1), peak
-        place = self.right - start
-        inside = (place >= 0) & (place < logits.shape[1])
-        self.chosen[inside] = logits[inside, place[inside]]
+        column = self.right - start
+        inside = (column >= 0) & (column < logits.shape[1])
+        self.chosen[inside] = logits[inside, column[inside]]
         top = torch.cat([self.values, best.values], 1).topk(TOP)
         self.values = top.values
         self.words = torch.cat([self.words, best.indices + start], 1).gather(1, top.indices)

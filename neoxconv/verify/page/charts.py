@@ -110,11 +110,12 @@ def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     first, last = int(found[0]["layer"]), int(found[-1]["layer"])
     errors = [float(layer["error"]) for layer in found]
     zeros = any(error <= 0 for error in errors)
-    axis = LogAxis.over(errors, BOTTOM - 26 * zeros, 28)
+    axis = LogAxis.over(errors, BOTTOM - 26 if zeros else BOTTOM, 28)
     wide = (RIGHT - LEFT) / (last - first + 1)
     places = [LEFT + wide * (int(layer["layer"]) - first + 0.5) for layer in found]
     points = [(x, height(error, axis)) for x, error in zip(places, errors, strict=True)]
-    parts = [line(axis.at(tick), number(tick)) for tick in axis.ticks()] + [line(BOTTOM, "0")] * zeros
+    parts = [line(axis.at(tick), number(tick)) for tick in axis.ticks()]
+    parts += [line(BOTTOM, "0")] if zeros else []
     parts += [text(LEFT + wide * (layer - first + 0.5), BOTTOM + 20, str(layer)) for layer in steps(first, last, 9)]
     parts += [joined(errors, points), *(spot(*pair, wide) for pair in zip(found, points, strict=True))]
     label = f"Relative error after layers {first} to {last}, the largest {number(largest(errors))}"
@@ -155,9 +156,9 @@ def kl_chart(values: Sequence[float], marks: Mapping[str, float]) -> str:
     """How many positions have which KL divergence; tiny and not finite values have bars of their own at the sides."""
     odd = sum(not math.isfinite(value) for value in values)
     scaled = [value for value in values if TINY <= value < math.inf]
-    axis = LogAxis.over(scaled, LEFT + SLOT + GAP, RIGHT - (SLOT + GAP) * bool(odd))
+    axis = LogAxis.over(scaled, LEFT + SLOT + GAP, RIGHT - SLOT - GAP if odd else RIGHT)
     bars = [("below 1e-10", LEFT, SLOT, len(values) - len(scaled) - odd), *binned(scaled, axis)]
-    bars += [("not finite", RIGHT - SLOT, SLOT, odd)] * bool(odd)
+    bars += [("not finite", RIGHT - SLOT, SLOT, odd)] if odd else []
     words = ", ".join(f"{name} {number(value)}" for name, value in marks.items())
     label = f"KL divergence of {plural(len(values), 'position')}: {words}"
     return svg(label, [*plotted(bars), *kl_labels(axis, bool(odd)), *drawn(marks, axis)])
@@ -173,7 +174,7 @@ def plotted(bars: Sequence[tuple[str, float, float, int]]) -> list[str]:
 def kl_labels(axis: LogAxis, odd: bool) -> list[str]:
     """What is written below the bars."""
     ticks = [(LEFT + SLOT / 2, "≈ 0"), *((axis.at(tick), number(tick)) for tick in axis.ticks())]
-    ticks += [(RIGHT - SLOT / 2, "NaN")] * odd
+    ticks += [(RIGHT - SLOT / 2, "NaN")] if odd else []
     return [*(text(x, BOTTOM + 20, label) for x, label in ticks), axis_name("KL divergence of a position")]
 
 
@@ -190,7 +191,7 @@ def binned(values: Sequence[float], axis: LogAxis) -> Iterable[tuple[str, float,
 
 def raised(count: int, most: int) -> float:
     """Where a bar of `count` ends; even one position can be seen."""
-    return BOTTOM - max((BOTTOM - 66) * count / max(most, 1), 2 * (count > 0))
+    return BOTTOM - max((BOTTOM - 66) * count / most, 2) if count else BOTTOM
 
 
 def bar(label: str, x: float, wide: float, count: int, most: int) -> str:
