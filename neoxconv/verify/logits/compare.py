@@ -65,14 +65,8 @@ class Predictions:
     @property
     def broken(self) -> int | None:
         """The first layer whose own error stands out, else the embedding (-1) if its does; None where none does."""
-        errors = np.array([layer.error for layer in self.layers])
-        if not errors.size:
-            return None
-        if not np.isfinite(errors).all():
-            return self.layers[int(np.argmin(np.isfinite(errors)))].layer
-        own = own_errors(errors)
-        found = own > np.maximum(most_expected(own), max(LEAST, NEAR_LARGEST * own.max()))
-        return next((self.layers[at].layer for at in (*range(1, len(own)), 0) if found[at]), None)
+        place = first_broken(np.array([layer.error for layer in self.layers]))
+        return None if place is None else self.layers[place].layer
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -84,6 +78,20 @@ class Predictions:
             "layers": [asdict(layer) for layer in self.layers],
             **asdict(self.figures),
         }
+
+
+def first_broken(errors: Doubles) -> int | None:
+    """Which of the errors [embedding, layers ...] is the first whose own part stands out, the embedding's the last.
+
+    None where none does, and where there are no errors; an error that is not finite stands out always.
+    """
+    if not errors.size:
+        return None
+    if not np.isfinite(errors).all():
+        return int(np.argmin(np.isfinite(errors)))
+    own = own_errors(errors)
+    found = own > np.maximum(most_expected(own), max(LEAST, NEAR_LARGEST * own.max()))
+    return next((place for place in (*range(1, len(own)), 0) if found[place]), None)
 
 
 def own_errors(errors: Doubles) -> Doubles:
