@@ -21,7 +21,7 @@ from neoxconv.cli.verify import open_target
 from neoxconv.engine import publish, steps
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import read_manifest
-from neoxconv.errors import CheckpointError
+from neoxconv.errors import PlanError
 from neoxconv.formats import hf
 from neoxconv.names import FORMATS
 from tests.cli.test_bad_input import cli, digests, writable_copy
@@ -241,7 +241,7 @@ def test_the_sources_preset_is_for_targets_without_settings_of_their_own(source:
     assert cli("convert", source, target, "--to", "safetensors", "--quiet") == 0
     assert open_target(target, "20B").config.hidden == 64
     safetensors.save_file(safetensors.load_file(target), bare)
-    with pytest.raises(CheckpointError, match=r"--preset 20B: has hidden size 6144, but .*bare\.safetensors has 64"):
+    with pytest.raises(PlanError, match=r"--preset 20B: has hidden size 6144, but .*bare\.safetensors has 64"):
         open_target(bare, "20B")
 
 
