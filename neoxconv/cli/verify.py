@@ -176,7 +176,7 @@ def audit(asked: Audit) -> Outcome:
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
-        return Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error))))
+        return Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error), ran=False)))
     if asked.level == "logits":
         reports = (*reports, check_logits(source, made, asked, reports))
     return Outcome(basis, reports)
@@ -219,7 +219,7 @@ def check_logits(source: Checkpoint, made: Checkpoint, asked: Audit, before: Seq
         try:
             return compare(source, made, asked.trial, target=target, before=before, progress=progress)
         except VerifyError as error:
-            return Report("logits", "cannot be compared", problems(target, error))
+            return Report("logits", "cannot be compared", problems(target, error), ran=False)
 
 
 def problems(target: Place, error: NeoxconvError) -> tuple[Finding, ...]:

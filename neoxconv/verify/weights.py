@@ -23,7 +23,7 @@ from neoxconv.verify.report import Finding, Report, TensorError
 Progress = Callable[[int], None]
 SLAB = 4 << 20
 EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
-LOOSE = 0.8  # relative error of types that are only read: IQ1_S reaches 0.6, other weights give 1 or more
+LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function; GGUF does not say which GELU, llama.cpp computes the tanh form.
 COMPARED = (
     "layers",
@@ -115,7 +115,7 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    check = Groups(SCALED[encoding], pair.source) if encoding in SCALED else None
+    check = ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
     for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
@@ -147,7 +147,7 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
     return result, Finding(pair.name, what)
 
 
-class Groups:
+class ScaledCheck:
     """What weights whose scales lie beside them may have become: each group's size is known from all of the source."""
 
     def __init__(self, encoding: Scaled, source: LazyTensor) -> None:
@@ -155,7 +155,15 @@ class Groups:
         self.settled = encoding.settle(sizes_of(encoding, source, SLAB))
 
     def wrong(self, weights: Floats, values: Floats, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer."""
+        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer.
+
+        With the weights w and the values v, and of each weight's group: `size`, what a code of 1 stands for when it is
+        encoded; `scale`, what it stands for when it is read back; `slack`, how far the scale's own rounding may move v;
+        and with nearest(x), the code's value nearest to x, a value is wrong where one of these does not hold:
+
+            |v - nearest(v / scale) scale|              <=  EXACT |v| + slack                  v is a code's value
+            |w / size - nearest(v / scale)|             <=  |w / size - nearest(w / size)| + EXACT |w / size|
+        """
         grain, nearest = self.encoding.grain, self.encoding.nearest
         span = grain.span(start, stop, self.source.columns)
         groups = self.settled.encoded, self.settled.decoded, self.settled.slack
@@ -164,10 +172,10 @@ class Groups:
         with np.errstate(divide="ignore", invalid="ignore"):
             asked = np.where(size > 0, weights / size, 0)
             found = nearest(np.where(scale != 0, values / scale, 0))
-        off_grid = ~(np.abs(values - found * scale) <= EXACT * np.abs(values) + slack)
-        further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + EXACT * np.abs(asked))
-        further &= np.abs(scale) > slack  # else the scale is lost in its own rounding, and no code can be told
-        return np.asarray((off_grid | further) & ~(np.isnan(weights) & np.isnan(values)))
+        no_code = ~(np.abs(values - found * scale) <= EXACT * np.abs(values) + slack)
+        not_nearest = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + EXACT * np.abs(asked))
+        not_nearest &= np.abs(scale) > slack  # else the scale is lost in its own rounding, and no code can be told
+        return np.asarray((no_code | not_nearest) & ~(np.isnan(weights) & np.isnan(values)))
 
 
 def differs(pair: Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:

@@ -22,7 +22,7 @@ from neoxconv.verify.logits.stream import Side, running, side
 WORDS = 1024  # logits compared at a time
 SIZES = ("layers", "hidden", "heads", "ff", "rows")
 WORST = 10
-# When a layer's own error stands out; where these numbers are from: docs/verification.md, "Thresholds".
+# When a layer's own error stands out. Where these numbers are from: docs/verification.md, "Thresholds".
 OVER_EARLIER = 8.0  # times the median own error of all before it
 OVER_LATER = 3.0  # of layer 0, which has only the embedding before it: times that of the layers after it
 LEAST = 1e-4  # the error is large in itself,
