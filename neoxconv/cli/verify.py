@@ -208,7 +208,7 @@ def check_weights(source: Checkpoint, made: Checkpoint, asked: Audit) -> Report:
 
 def check_logits(source: Checkpoint, made: Checkpoint, asked: Audit, before: Sequence[Report]) -> Report:
     """The third level, with a bar that counts layers; a page where one was asked for."""
-    from neoxconv.verify.logits.level import compare
+    from neoxconv.verify.logits.level import verify_logits
 
     target = asked.target
     if is_partial(made.index):
@@ -217,7 +217,7 @@ def check_logits(source: Checkpoint, made: Checkpoint, asked: Audit, before: Seq
         )
     with progress_bar(2 * (source.config.layers + 1), "layers", asked.quiet, "layer") as progress:
         try:
-            return compare(source, made, asked.trial, target=target, before=before, progress=progress)
+            return verify_logits(source, made, asked.trial, target=target, before=before, progress=progress)
         except VerifyError as error:
             return Report("logits", "cannot be compared", problems(target, error), ran=False)
 

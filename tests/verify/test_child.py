@@ -17,6 +17,7 @@ import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.main import main
+from neoxconv.errors import VerifyError
 from neoxconv.verify.logits import programs
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import compare_predictions
@@ -40,7 +41,7 @@ DEEDS = {
     "os.kill(os.getpid(), signal.SIGILL)": "llama.cpp died of SIGILL; its build may be for another processor",
     "os.kill(os.getpid(), signal.SIGSEGV)": "llama.cpp died of SIGSEGV; it said last: GGML_ASSERT(false) failed",
     "os.kill(os.getpid(), signal.SIGKILL)": "llama.cpp died of SIGKILL; memory may have run out",
-    "os.kill(os.getpid(), 40)": "llama.cpp died of signal 40",
+    "os.kill(os.getpid(), signal.SIGTERM)": "llama.cpp died of SIGTERM; it said last: GGML_ASSERT(false) failed",
     "os._exit(7)": "llama.cpp ended by itself with exit code 7; it said last: GGML_ASSERT(false) failed",
     "sys.exit('no')": "llama.cpp ended by itself with exit code 1; it said last: no",
     "raise RuntimeError('no room')": "llama.cpp cannot run it (RuntimeError: no room); leave --engine out",
@@ -150,6 +151,13 @@ def test_a_file_of_logits_is_written_by_the_sequence(tmp_path: Path) -> None:
     programs.run_all(made, tokens, tmp_path / "a.npy")
     assert np.array_equal(np.load(tmp_path / "a.npy"), tokens[..., None] * np.arange(5000, dtype=np.float32))
     assert sizes[2] > 4 * 4 * 5000
+
+
+def test_a_full_disk_is_told_with_what_to_do() -> None:
+    with pytest.raises(
+        VerifyError, match=r"/dev/full: has no room for 1 x 4 tokens' logits .*; name a folder .*TMPDIR"
+    ):
+        programs.run_all(lambda row: np.zeros((4, 5000), np.float32), np.zeros((1, 4), np.int64), Path("/dev/full"))
 
 
 # --- the real ones ----------------------------------------------------------------------------------------------------

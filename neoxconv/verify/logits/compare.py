@@ -16,7 +16,7 @@ from torch import Tensor
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Doubles, Numbers
 from neoxconv.errors import VerifyError
-from neoxconv.verify.logits.metrics import Comparison, Figures, Running, figures
+from neoxconv.verify.logits.metrics import Comparison, Figures, Softmax, figures
 from neoxconv.verify.logits.stream import Side, running, side
 
 WORDS = 1024  # logits compared at a time
@@ -213,7 +213,7 @@ def worst(comparison: Comparison, tokens: Numbers) -> tuple[Position, ...]:
     )
 
 
-def expected(side: Running, at: int) -> tuple[tuple[int, float], ...]:
+def expected(side: Softmax, at: int) -> tuple[tuple[int, float], ...]:
     """The likeliest words at a position, with their probabilities."""
     shares = (side.values[at] - side.normaliser[at]).exp()
     return tuple(zip(side.words[at].tolist(), shares.tolist(), strict=True))

@@ -13,7 +13,7 @@ from neoxconv.storage.remote import Place
 from neoxconv.verify.logits.bisect import bisect
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
-from neoxconv.verify.logits.limits import Limit, check, type_of
+from neoxconv.verify.logits.limits import Limit, judged, type_of
 from neoxconv.verify.logits.tokens import speller, tokens_for
 from neoxconv.verify.logits.trial import Trial
 from neoxconv.verify.page.page import page
@@ -25,7 +25,7 @@ LAYERS_SHOWN = 12
 CONTEXT = 40  # tokens shown before a position
 
 
-def compare(
+def verify_logits(
     source: Checkpoint,
     candidate: Checkpoint,
     trial: Trial,
@@ -46,7 +46,7 @@ def compare(
     predictions = compare_predictions(
         source, candidate, tokens, device=device, progress=progress, engine=engine, logits=logits
     )
-    limits = check(predictions, source, candidate, trial.limits)
+    limits = judged(predictions, source, candidate, trial.limits)
     findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
     if findings and predictions.broken is not None:
         where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"

@@ -64,7 +64,7 @@ def default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str = 
     return ROOM * ((joining if joined else 0.0) + rounding) + 1e-12
 
 
-def check(predictions: Predictions, source: Checkpoint, candidate: Checkpoint, asked: Limits) -> list[Limit]:
+def judged(predictions: Predictions, source: Checkpoint, candidate: Checkpoint, asked: Limits) -> list[Limit]:
     """Each figure that is limited; by default only the mean divergence is."""
     figures, mean = predictions.figures, asked.max_kl
     if mean is None:

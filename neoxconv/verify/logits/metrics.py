@@ -17,8 +17,8 @@ from neoxconv.dtypes import Doubles, Numbers
 TOP = 5
 
 
-class Running:
-    """One side's logits over the words seen so far, for each position: all that a softmax needs, in float64.
+class Softmax:
+    """One side's logits over the words seen so far, for each position: all that their softmax needs, in float64.
 
     `right` [positions] is the next token, -1 for none.
     """
@@ -61,7 +61,7 @@ class Comparison:
 
     def __init__(self, right: Numbers, device: str = "cpu") -> None:
         following = torch.from_numpy(right).to(device)
-        self.reference, self.candidate = Running(following), Running(following)
+        self.reference, self.candidate = Softmax(following), Softmax(following)
         self.difference = torch.zeros_like(self.reference.peak)  # sum of exp(r) * (r - c)
         self.largest = 0.0
 

@@ -6,6 +6,7 @@ them, which begins with `main` here; only numpy is imported at the top.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -26,6 +27,7 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError
 
 TOKENS, LOGITS = "tokens.npy", "logits.npy"  # files in the folder that both processes know
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a share of it, or what one file may hold
 Words = npt.NDArray[np.float32]  # the logits of one sequence, [time, words]
 Run = Callable[[Numbers], Words]  # what a loaded model makes of one sequence of token ids [time]
 
@@ -150,15 +152,26 @@ def answered(name: str, path: Path, folder: Path, asked: Iterator[bytes]) -> Ite
 
 
 def run_all(run: Run, tokens: Numbers, file: Path) -> None:
-    """Write the logits [batch, time, words] of tokens [batch, time] as a .npy file, each sequence when it is ready."""
-    with open(file, "wb") as stream:
-        for number, row in enumerate(tokens):
-            logits = np.ascontiguousarray(run(row), "<f4")
-            if number == 0:
-                shape = (len(tokens), *logits.shape)
-                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(stream, header)
-            stream.write(logits.data)
+    """Write the logits [batch, time, words] of tokens [batch, time] as a .npy file, each sequence when it is ready.
+
+    Raises VerifyError where the disk is full.
+    """
+    try:
+        with open(file, "wb") as stream:
+            for number, row in enumerate(tokens):
+                logits = np.ascontiguousarray(run(row), "<f4")
+                if number == 0:
+                    shape = (len(tokens), *logits.shape)
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(logits.data)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise VerifyError(
+            f"{file}: has no room for {len(tokens)} x {tokens.shape[1]} tokens' logits ({error.strerror}); "
+            "name a folder on another disk in TMPDIR, or give fewer tokens."
+        ) from error
 
 
 def questions() -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.storage.remote import Place
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import run_both
-from neoxconv.verify.logits.metrics import Running, as_array
+from neoxconv.verify.logits.metrics import Softmax, as_array
 from neoxconv.verify.logits.tokens import library
 from neoxconv.verify.logits.trial import Task
 from neoxconv.verify.tasks.questions import Marks, Requests, read_task, requests, score
@@ -84,7 +84,7 @@ def bands(asked: Requests) -> Iterator[Requests]:
         yield Requests(asked.tokens[rows], asked.next[rows], asked.scored[rows])
 
 
-def answers(side: Running, shape: tuple[int, ...]) -> tuple[Doubles, Marks]:
+def answers(side: Softmax, shape: tuple[int, ...]) -> tuple[Doubles, Marks]:
     """The log-probability of each right word, 0 where none is asked for, and whether it is the likeliest."""
     chance = np.where(side.right.cpu().numpy() < 0, 0.0, as_array(side.log_probability))
     return chance.reshape(shape), (side.words[:, 0] == side.right).cpu().numpy().reshape(shape)
