@@ -104,7 +104,7 @@ class Exchange:
         return layer_error(0, self.known[part], found).error
 
 
-def bisect(source: Checkpoint, candidate: Checkpoint, layer: int | None, tokens: Numbers, device: str) -> Suspect:
+def bisect(source: Checkpoint, candidate: Checkpoint, layer: int | None, tokens: Numbers, *, device: str) -> Suspect:
     """What goes wrong in `layer` (-1: the embedding, None: in the layer that stands out, else the head), and why."""
     part = HEAD if layer is None else EMBEDDING if layer < 0 else layer_part(layer)
     with running(tokens[:1, :TOKENS], device) as (pool, ids):

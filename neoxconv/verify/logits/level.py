@@ -42,17 +42,14 @@ def verify_logits(
     tokens, text = tokens_for(source, trial.sample)
     check_sizes(source, candidate)
     engine, device = trial.engine, trial.device
-    logits = logits_of(trial.engine, target, candidate, tokens)
+    logits = logits_of(engine, target, candidate, tokens)
     predictions = compare_predictions(
         source, candidate, tokens, device=device, progress=progress, engine=engine, logits=logits
     )
     limits = judged(predictions, source, candidate, trial.limits)
-    findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
-    if findings and predictions.broken is not None:
-        where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
-        findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
+    findings = found_wrong(predictions, limits, target)
     if trial.bisect and findings and engine == "native":
-        suspect = bisect(source, candidate, predictions.broken, tokens, device)
+        suspect = bisect(source, candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
     told = lines(predictions, limits)
@@ -75,6 +72,15 @@ def logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers
         return None
     with program(engine, target, candidate) as ask:
         return ask(tokens)
+
+
+def found_wrong(predictions: Predictions, limits: Sequence[Limit], target: Place) -> list[Finding]:
+    """The limits that do not hold; if any, also where it begins, as far as that stands out."""
+    findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
+    if findings and predictions.broken is not None:
+        where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
+        findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
+    return findings
 
 
 def lines(predictions: Predictions, limits: Sequence[Limit]) -> list[str]:

@@ -157,18 +157,28 @@ def kl_chart(values: Sequence[float], marks: Mapping[str, float]) -> str:
     odd = sum(not math.isfinite(value) for value in values)
     scaled = [value for value in values if TINY <= value < math.inf]
     axis = LogAxis.over(scaled, LEFT + SLOT + GAP, RIGHT - SLOT - GAP if odd else RIGHT)
-    bars = [("below 1e-10", LEFT, SLOT, len(values) - len(scaled) - odd), *binned(scaled, axis)]
-    bars += [("not finite", RIGHT - SLOT, SLOT, odd)] if odd else []
+    bars = [Bar("below 1e-10", LEFT, SLOT, len(values) - len(scaled) - odd), *binned(scaled, axis)]
+    bars += [Bar("not finite", RIGHT - SLOT, SLOT, odd)] if odd else []
     words = ", ".join(f"{name} {number(value)}" for name, value in marks.items())
     label = f"KL divergence of {plural(len(values), 'position')}: {words}"
     return svg(label, [*plotted(bars), *kl_labels(axis, bool(odd)), *drawn(marks, axis)])
 
 
-def plotted(bars: Sequence[tuple[str, float, float, int]]) -> list[str]:
+@dataclass(frozen=True)
+class Bar:
+    """The values from where to where, as text, its place and width, and how many values there are."""
+
+    label: str
+    x: float
+    wide: float
+    count: int
+
+
+def plotted(bars: Sequence[Bar]) -> list[str]:
     """The bars over the lines of their counts."""
-    most = max(count for *_, count in bars)
+    most = max(each.count for each in bars)
     lines = [line(raised(count, most), f"{count:,}") for count in steps(0, most, 6)]
-    return lines + [bar(*entry, most) for entry in bars]
+    return lines + [drawn_bar(each, most) for each in bars]
 
 
 def kl_labels(axis: LogAxis, odd: bool) -> list[str]:
@@ -178,15 +188,15 @@ def kl_labels(axis: LogAxis, odd: bool) -> list[str]:
     return [*(text(x, BOTTOM + 20, label) for x, label in ticks), axis_name("KL divergence of a position")]
 
 
-def binned(values: Sequence[float], axis: LogAxis) -> Iterable[tuple[str, float, float, int]]:
-    """The bins of the scale that have values: their range, place, width and count."""
+def binned(values: Sequence[float], axis: LogAxis) -> Iterable[Bar]:
+    """The bins of the scale that have values."""
     each = max(4, 16 // (axis.high - axis.low))  # of a decade
     last = each * (axis.high - axis.low) - 1
     counts = Counter(min(max(int((math.log10(value) - axis.low) * each), 0), last) for value in values)
     wide = (axis.end - axis.start) / (last + 1)
     for index, count in sorted(counts.items()):
         ends = " to ".join(number(10.0 ** (axis.low + step / each)) for step in (index, index + 1))
-        yield ends, axis.start + index * wide, wide, count
+        yield Bar(ends, axis.start + index * wide, wide, count)
 
 
 def raised(count: int, most: int) -> float:
@@ -194,10 +204,11 @@ def raised(count: int, most: int) -> float:
     return BOTTOM - max((BOTTOM - 66) * count / most, 2) if count else BOTTOM
 
 
-def bar(label: str, x: float, wide: float, count: int, most: int) -> str:
-    y = raised(count, most)
-    place = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(wide - 1, 0.5):.1f}" height="{BOTTOM - y:.1f}"'
-    return f'<g><title>{shown(label)}: {plural(count, "position")}</title><rect class="bar" {place}/></g>'
+def drawn_bar(bar: Bar, most: int) -> str:
+    """A bar, the highest being of `most` values, that says what it stands for."""
+    y = raised(bar.count, most)
+    place = f'x="{bar.x + 0.5:.1f}" y="{y:.1f}" width="{max(bar.wide - 1, 0.5):.1f}" height="{BOTTOM - y:.1f}"'
+    return f'<g><title>{shown(bar.label)}: {plural(bar.count, "position")}</title><rect class="bar" {place}/></g>'
 
 
 def drawn(marks: Mapping[str, float], axis: LogAxis) -> Iterable[str]:

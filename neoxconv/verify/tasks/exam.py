@@ -62,17 +62,19 @@ def examine(
     words = tokenizer_of(source)
     if words is None:
         raise PlanError(f"{source.index.folder}: has no tokenizer, which --task needs; put its tokenizer.json there.")
-    questions = read_task(task.name, task.data, library(words), source.config.context, task.limit)
+    questions = read_task(task.name, task.data, library(words), context=source.config.context, limit=task.limit)
     asked = requests(questions)
     parts = []
     with nullcontext() if engine == "native" else program(engine, target, candidate) as ask:
         for band in bands(asked):
             following = np.where(band.scored, band.next, -1)
             logits = ask(band.tokens) if ask else None
-            _, found = run_both(source, candidate, band.tokens, following, device=device, logits=logits)
-            parts.append([answers(side, band.tokens.shape) for side in (found.reference, found.candidate)])
-    sides = [[np.concatenate(column) for column in zip(*rows, strict=True)] for rows in zip(*parts, strict=True)]
-    scores = {side: score(task.name, questions, asked, *both) for side, both in zip(SIDES, sides, strict=True)}
+            _, both = run_both(source, candidate, band.tokens, following, device=device, logits=logits)
+            parts.append([answers(side, band.tokens.shape) for side in (both.reference, both.candidate)])
+    scores = {}
+    for side, found in zip(SIDES, zip(*parts, strict=True), strict=True):
+        logprob, greedy = (np.concatenate(column) for column in zip(*found, strict=True))
+        scores[side] = score(task.name, questions, asked, logprob=logprob, greedy=greedy)
     return Exam(task.name, task.data.name, scores)
 
 

@@ -136,7 +136,7 @@ def cleaned(text: str) -> str:
 TASKS: dict[str, Callable[[Line], Exercise]] = {"lambada": lambada, "piqa": piqa, "hellaswag": hellaswag}
 
 
-def read_task(name: str, data: Path, tokenizer: Any, context: int, limit: int | None = None) -> list[Question]:
+def read_task(name: str, data: Path, tokenizer: Any, *, context: int, limit: int | None = None) -> list[Question]:
     """The questions of a .jsonl file, or the first `limit`, for a model of `context` positions.
 
     `tokenizer` is a tokenizers.Tokenizer that neither pads nor truncates. Raises PlanError for an unknown task or an
@@ -209,7 +209,7 @@ def requests(questions: Sequence[Question]) -> Requests:
 
 
 def score(
-    name: str, questions: Sequence[Question], requests: Requests, logprob: Doubles, greedy: Marks
+    name: str, questions: Sequence[Question], requests: Requests, *, logprob: Doubles, greedy: Marks
 ) -> dict[str, float]:
     """The task's metrics, from the log-probability of each `requests.next` and whether it is the likeliest token.
 
