@@ -6,14 +6,13 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 
 from neoxconv.cli.inspect import FORMATS
 from neoxconv.cli.progress import progress_bar
-from neoxconv.cli.source import Given, checked, opened
+from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine import run as engine
 from neoxconv.engine.memory import check_memory
@@ -64,15 +63,6 @@ def check_options(given: Given) -> None:
         )
     if name == "slim" and given["dtype"] == "F32":
         raise click.UsageError("--dtype F32 is for hf and safetensors; slim takes F16 or BF16.")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How SRC is to be read, each by the option of that name; None leaves it to us."""
-
-    config: tuple[Path, ...] = ()
-    preset: str | None = None
-    norms: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +193,8 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
     check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
     check_memory(given["memory"])  # too little is told before anything is opened
-    reading = Reading(given["config"], given["preset"], given["norms"])
-    checkpoint = opened(source, given, reading.norms or "mean")
+    reading = chosen(Reading, given)
+    checkpoint = opened(source, reading)
     target = engine.as_target(target)
     check_apart(checkpoint, source, target)
     conversion = engine.prepare(
@@ -217,7 +207,8 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
         executor=given["executor"],
     )
     done = conversion.count_done()
-    check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
+    quiet = given["quiet"] or given["json"]
+    check = checked(checkpoint, jobs=given["jobs"], quiet=quiet) if given["check"] else None
     raise_all(CheckpointError, map(str, check.damage if check else ()))
     return Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
 

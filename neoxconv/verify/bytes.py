@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,15 +24,18 @@ from neoxconv.verify.report import Finding, Report
 Progress = Callable[[int], None]
 
 
-def verify_bytes(target: Place | str, *, progress: Progress = lambda count: None) -> Report:
+def verify_bytes(
+    target: Place | str, *, manifest: Mapping[str, Any] | None = None, progress: Progress = lambda count: None
+) -> Report:
     """Whether the files of `target` are byte for byte those that its manifest describes.
 
-    Raises CheckpointError where the target or its manifest is missing. `progress` gets counts of bytes read.
+    Raises CheckpointError where the target or its manifest is missing. `manifest` spares reading it here; `progress`
+    gets counts of bytes read.
     """
     target = place(target)
     if not target.exists():
         raise CheckpointError(f"{target}: does not exist.")
-    manifest = read_manifest(target)
+    manifest = manifest or read_manifest(target)
     if manifest is None:
         raise CheckpointError(
             f"{manifest_path(target)}: does not exist, so there is nothing to check the bytes against. "
@@ -84,10 +87,8 @@ def check_file(target: Place, file: dict[str, Any], progress: Progress) -> Itera
         yield Finding(name, "the manifest's digest of the file does not fit those of its ranges")
     with stream_of(path) as stream:
         for entry in file["ranges"]:
-            part = part_of(entry)
-            if hash_range(stream, part) != entry["sha256"]:
-                what = part.name or "header or padding"
-                yield Finding(
-                    name, f"{what} (bytes {part.offset} to {part.offset + part.length}) differs from what was written"
-                )
-            progress(part.length)
+            written = part_of(entry)
+            if hash_range(stream, written) != entry["sha256"]:
+                where = f"bytes {written.offset} to {written.offset + written.length}"
+                yield Finding(name, f"{written.name or 'header or padding'} ({where}) differs from what was written")
+            progress(written.length)

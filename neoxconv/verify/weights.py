@@ -23,7 +23,7 @@ from neoxconv.verify.report import Finding, Report, TensorError
 Progress = Callable[[int], None]
 SLAB = 4 << 20
 EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
-LOOSE = 0.8  # relative error of types that are only read: IQ1_S reaches 0.6, other weights give 1 or more
+LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function; GGUF does not say which GELU, llama.cpp computes the tanh form.
 COMPARED = (
     "layers",

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ import pytest
 
 from neoxconv import __version__
 from neoxconv.cli.convert import ONLY_FOR
+from neoxconv.cli.verify import open_target
 from neoxconv.engine import publish, steps
+from neoxconv.engine.journal import Journal
+from neoxconv.engine.manifest import read_manifest
+from neoxconv.errors import PlanError
+from neoxconv.formats import hf
 from neoxconv.names import FORMATS
 from tests.fixtures import fixture
 from tests.helpers import cli, digests, writable_copy
@@ -207,6 +213,38 @@ def test_verify_finds_a_flipped_byte(format: str, source: Path, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1] == "FAIL: weights differ"
 
 
+def test_verify_reads_the_targets_headers_and_manifest_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = source.parent / "out"
+    assert cli("convert", source, target, "--to", "hf", "--quiet") == 0
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(hf, "index", counted("index", hf.index))
+    for module in ("cli.verify", "verify.bytes"):
+        monkeypatch.setattr(f"neoxconv.{module}.read_manifest", counted("manifest", read_manifest))
+    assert cli("verify", source, target, "--quiet") == 0
+    assert sorted(calls) == ["index", "manifest"]
+    calls.clear()
+    assert cli("verify", target, "--quiet") == 0
+    assert calls == ["manifest"]
+
+
+def test_the_sources_preset_is_for_targets_without_settings_of_their_own(source: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    target, bare = source.parent / "out.safetensors", source.parent / "bare.safetensors"
+    assert cli("convert", source, target, "--to", "safetensors", "--quiet") == 0
+    assert open_target(target, "20B").config.hidden == 64
+    safetensors.save_file(safetensors.load_file(target), bare)
+    with pytest.raises(PlanError, match=r"--preset 20B: has hidden size 6144, but .*bare\.safetensors has 64"):
+        open_target(bare, "20B")
+
+
 def test_verify_of_another_model_says_so_in_a_line_or_two(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = fixture("neox_2026_bf16_tp2_pp2/checkpoints")
     assert cli("verify", source, other) == 3
@@ -230,11 +268,15 @@ def test_stopped_in_the_middle_the_same_command_finishes(
     whole, target = source.parent / "whole", source.parent / "out"
     command = ("--to", "hf", "--jobs", "1", "--quiet")
     assert cli("convert", source, whole, *command) == 0
-    write, calls = steps.write_all, []
+    write, calls, journal = steps.write_all, [], publish.partial_of(target) / Journal.NAME
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 9:
+            end = time.monotonic() + 60
+            while len(journal.read_text().splitlines()) < 2:  # another thread notes what is done
+                assert time.monotonic() < end
+                time.sleep(0.01)
             os.kill(os.getpid(), number)
         write(*arguments)
 

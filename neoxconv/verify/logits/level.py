@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.storage.remote import Place
 from neoxconv.verify.logits.bisect import bisect
-from neoxconv.verify.logits.compare import Position, Predictions, check_sizes, compare_predictions
-from neoxconv.verify.logits.engines import ENGINES
-from neoxconv.verify.logits.limits import Limit, check, type_of
-from neoxconv.verify.logits.tokens import LENGTH, speller, tokens_for
+from neoxconv.verify.logits.child import program
+from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
+from neoxconv.verify.logits.limits import Limit, judged, type_of
+from neoxconv.verify.logits.tokens import speller, tokens_for
+from neoxconv.verify.logits.trial import Trial
 from neoxconv.verify.page.page import page
 from neoxconv.verify.report import Finding, Report, verdicts
 from neoxconv.verify.tasks.exam import examine
@@ -23,43 +25,62 @@ LAYERS_SHOWN = 12
 CONTEXT = 40  # tokens shown before a position
 
 
-def compare(
+def verify_logits(
     source: Checkpoint,
     candidate: Checkpoint,
+    trial: Trial,
+    *,
     target: Place,
-    before: Sequence[Report],
-    given: Mapping[str, Any],
-    progress: Callable[[int], None],
+    before: Sequence[Report] = (),
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """The report of the third level; `before` are those of the others, `given` the options."""
-    tokens, text = tokens_for(source, given["text"], given["tokens"], given["length"] or LENGTH, given["sequences"])
+    """The report of the third level on `candidate`, which lies at `target`; `before` are those of the other levels.
+
+    `progress` is told of every layer of a side, and of the heads. Raises VerifyError where the two cannot be compared
+    or the engine dies, PlanError or CheckpointError where the trial cannot be done.
+    """
+    tokens, text = tokens_for(source, trial.sample)
     check_sizes(source, candidate)
-    engine, device = given["engine"], given["device"] or "cpu"
-    logits = ENGINES[engine](target, candidate, tokens) if engine != "native" else None
+    engine, device = trial.engine, trial.device
+    logits = logits_of(engine, target, candidate, tokens)
     predictions = compare_predictions(
         source, candidate, tokens, device=device, progress=progress, engine=engine, logits=logits
     )
-    limits = check(predictions, source, candidate, given)
-    findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
-    if findings and predictions.broken is not None:
-        where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
-        findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
-    if given["bisect"] and findings and engine == "native":
-        suspect = bisect(source, candidate, predictions.broken, tokens, device)
+    limits = judged(predictions, source, candidate, trial.limits)
+    findings = found_wrong(predictions, limits, target)
+    if trial.bisect and findings and engine == "native":
+        suspect = bisect(source, candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
     told = lines(predictions, limits)
-    if given["task"]:
-        exam = examine(source, candidate, target, given)
+    if trial.task:
+        exam = examine(source, candidate, trial.task, target=target, engine=engine, device=device)
         facts["task"] = asdict(exam)
         told.append(table("<<<", [(f"task on {exam.data}", "reference", "target"), *exam.rows]))
     checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine}"
     report = Report("logits", checked, tuple(findings), lines=tuple(told), facts=facts)
-    if given["html"]:
-        facts = page_facts(source, target, predictions, limits, (*before, report))
-        with whole(given["html"]) as partial:
-            partial.write_text(page({"text": text} | facts), "utf-8")
+    if trial.html:
+        shown = page_facts(source, predictions, limits, target=target, reports=(*before, report))
+        with whole(trial.html) as partial:
+            partial.write_text(page({"text": text} | shown), "utf-8")
     return report
+
+
+def logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:
+    """Another engine's logits of the target; None for the native engine, which makes them layer by layer."""
+    if engine == "native":
+        return None
+    with program(engine, target, candidate) as ask:
+        return ask(tokens)
+
+
+def found_wrong(predictions: Predictions, limits: Sequence[Limit], target: Place) -> list[Finding]:
+    """The limits that do not hold; if any, also where it begins, as far as that stands out."""
+    findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
+    if findings and predictions.broken is not None:
+        where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
+        findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
+    return findings
 
 
 def lines(predictions: Predictions, limits: Sequence[Limit]) -> list[str]:
@@ -90,9 +111,14 @@ def layer_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
 
 
 def page_facts(
-    source: Checkpoint, target: Place, predictions: Predictions, limits: Sequence[Limit], reports: Sequence[Report]
+    source: Checkpoint,
+    predictions: Predictions,
+    limits: Sequence[Limit],
+    *,
+    target: Place,
+    reports: Sequence[Report],
 ) -> dict[str, Any]:
-    """What the page shows, as plain values."""
+    """What the page shows, as plain values; `reports` are those of all levels."""
     f, spell = predictions.figures, speller(source)
     findings = [f"{report.level}: {finding}" for report in reports for finding in report.findings]
     return predictions.facts | {

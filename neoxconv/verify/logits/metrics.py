@@ -17,8 +17,8 @@ from neoxconv.dtypes import Doubles, Numbers
 TOP = 5
 
 
-class Running:
-    """One side's logits over the words seen so far, for each position: all that a softmax needs, in float64.
+class Softmax:
+    """One side's logits over the words seen so far, for each position: all that their softmax needs, in float64.
 
     `right` [positions] is the next token, -1 for none.
     """
@@ -37,9 +37,9 @@ class Running:
         peak = torch.maximum(self.peak, best.values[:, 0])
         shrink, powers = torch.exp(self.peak - peak), torch.exp(logits - peak[:, None])
         self.total, self.peak = self.total * shrink + powers.sum(1), peak
-        place = self.right - start
-        inside = (place >= 0) & (place < logits.shape[1])
-        self.chosen[inside] = logits[inside, place[inside]]
+        column = self.right - start
+        inside = (column >= 0) & (column < logits.shape[1])
+        self.chosen[inside] = logits[inside, column[inside]]
         top = torch.cat([self.values, best.values], 1).topk(TOP)
         self.values = top.values
         self.words = torch.cat([self.words, best.indices + start], 1).gather(1, top.indices)
@@ -61,7 +61,7 @@ class Comparison:
 
     def __init__(self, right: Numbers, device: str = "cpu") -> None:
         following = torch.from_numpy(right).to(device)
-        self.reference, self.candidate = Running(following), Running(following)
+        self.reference, self.candidate = Softmax(following), Softmax(following)
         self.difference = torch.zeros_like(self.reference.peak)  # sum of exp(r) * (r - c)
         self.largest = 0.0
 

@@ -14,8 +14,9 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_of
+from neoxconv.verify.logits.trial import Sample
 
-LENGTH, SEQUENCES = 256, 2
+SEQUENCES = 2  # of our own text
 STEP, OFFSET = 1_103_515_245, 12_345  # a linear congruence: the ids where there is no tokenizer
 
 # Prose, a table, code and figures, so that many kinds of tokens come up.
@@ -49,16 +50,15 @@ Der Wind kam aus Westen. Le vent tourna enfin. El barco se movió despacio, como
 """
 
 
-def tokens_for(
-    checkpoint: Checkpoint, text: Path | None, ids: Path | None, length: int, sequences: int | None
-) -> tuple[Numbers, str]:
+def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
     """Tokens [sequences, length] and where they are from; sequences are cut to what there is and the model's context.
 
     Raises PlanError or CheckpointError where there is no tokenizer, or the ids are not the model's.
     """
-    length = min(length, checkpoint.config.context)
-    if ids:
-        return from_file(checkpoint, ids, sequences)
+    text, sequences = sample.text, sample.sequences
+    length = min(sample.length, checkpoint.config.context)
+    if sample.tokens:
+        return from_file(checkpoint, sample.tokens, sequences)
     words = tokenizer_of(checkpoint)
     if text is None and words is None:
         count = (sequences or SEQUENCES) * length

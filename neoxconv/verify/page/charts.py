@@ -110,11 +110,12 @@ def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     first, last = int(found[0]["layer"]), int(found[-1]["layer"])
     errors = [float(layer["error"]) for layer in found]
     zeros = any(error <= 0 for error in errors)
-    axis = LogAxis.over(errors, BOTTOM - 26 * zeros, 28)
+    axis = LogAxis.over(errors, BOTTOM - 26 if zeros else BOTTOM, 28)
     wide = (RIGHT - LEFT) / (last - first + 1)
     places = [LEFT + wide * (int(layer["layer"]) - first + 0.5) for layer in found]
     points = [(x, height(error, axis)) for x, error in zip(places, errors, strict=True)]
-    parts = [line(axis.at(tick), number(tick)) for tick in axis.ticks()] + [line(BOTTOM, "0")] * zeros
+    parts = [line(axis.at(tick), number(tick)) for tick in axis.ticks()]
+    parts += [line(BOTTOM, "0")] if zeros else []
     parts += [text(LEFT + wide * (layer - first + 0.5), BOTTOM + 20, str(layer)) for layer in steps(first, last, 9)]
     parts += [joined(errors, points), *(spot(*pair, wide) for pair in zip(found, points, strict=True))]
     label = f"Relative error after layers {first} to {last}, the largest {number(largest(errors))}"
@@ -155,48 +156,59 @@ def kl_chart(values: Sequence[float], marks: Mapping[str, float]) -> str:
     """How many positions have which KL divergence; tiny and not finite values have bars of their own at the sides."""
     odd = sum(not math.isfinite(value) for value in values)
     scaled = [value for value in values if TINY <= value < math.inf]
-    axis = LogAxis.over(scaled, LEFT + SLOT + GAP, RIGHT - (SLOT + GAP) * bool(odd))
-    bars = [("below 1e-10", LEFT, SLOT, len(values) - len(scaled) - odd), *binned(scaled, axis)]
-    bars += [("not finite", RIGHT - SLOT, SLOT, odd)] * bool(odd)
+    axis = LogAxis.over(scaled, LEFT + SLOT + GAP, RIGHT - SLOT - GAP if odd else RIGHT)
+    bars = [Bar("below 1e-10", LEFT, SLOT, len(values) - len(scaled) - odd), *binned(scaled, axis)]
+    bars += [Bar("not finite", RIGHT - SLOT, SLOT, odd)] if odd else []
     words = ", ".join(f"{name} {number(value)}" for name, value in marks.items())
     label = f"KL divergence of {plural(len(values), 'position')}: {words}"
     return svg(label, [*plotted(bars), *kl_labels(axis, bool(odd)), *drawn(marks, axis)])
 
 
-def plotted(bars: Sequence[tuple[str, float, float, int]]) -> list[str]:
+@dataclass(frozen=True)
+class Bar:
+    """The values from where to where, as text, its place and width, and how many values there are."""
+
+    label: str
+    x: float
+    wide: float
+    count: int
+
+
+def plotted(bars: Sequence[Bar]) -> list[str]:
     """The bars over the lines of their counts."""
-    most = max(count for *_, count in bars)
+    most = max(each.count for each in bars)
     lines = [line(raised(count, most), f"{count:,}") for count in steps(0, most, 6)]
-    return lines + [bar(*entry, most) for entry in bars]
+    return lines + [drawn_bar(each, most) for each in bars]
 
 
 def kl_labels(axis: LogAxis, odd: bool) -> list[str]:
     """What is written below the bars."""
     ticks = [(LEFT + SLOT / 2, "≈ 0"), *((axis.at(tick), number(tick)) for tick in axis.ticks())]
-    ticks += [(RIGHT - SLOT / 2, "NaN")] * odd
+    ticks += [(RIGHT - SLOT / 2, "NaN")] if odd else []
     return [*(text(x, BOTTOM + 20, label) for x, label in ticks), axis_name("KL divergence of a position")]
 
 
-def binned(values: Sequence[float], axis: LogAxis) -> Iterable[tuple[str, float, float, int]]:
-    """The bins of the scale that have values: their range, place, width and count."""
+def binned(values: Sequence[float], axis: LogAxis) -> Iterable[Bar]:
+    """The bins of the scale that have values."""
     each = max(4, 16 // (axis.high - axis.low))  # of a decade
     last = each * (axis.high - axis.low) - 1
     counts = Counter(min(max(int((math.log10(value) - axis.low) * each), 0), last) for value in values)
     wide = (axis.end - axis.start) / (last + 1)
     for index, count in sorted(counts.items()):
         ends = " to ".join(number(10.0 ** (axis.low + step / each)) for step in (index, index + 1))
-        yield ends, axis.start + index * wide, wide, count
+        yield Bar(ends, axis.start + index * wide, wide, count)
 
 
 def raised(count: int, most: int) -> float:
     """Where a bar of `count` ends; even one position can be seen."""
-    return BOTTOM - max((BOTTOM - 66) * count / max(most, 1), 2 * (count > 0))
+    return BOTTOM - max((BOTTOM - 66) * count / most, 2) if count else BOTTOM
 
 
-def bar(label: str, x: float, wide: float, count: int, most: int) -> str:
-    y = raised(count, most)
-    place = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(wide - 1, 0.5):.1f}" height="{BOTTOM - y:.1f}"'
-    return f'<g><title>{shown(label)}: {plural(count, "position")}</title><rect class="bar" {place}/></g>'
+def drawn_bar(bar: Bar, most: int) -> str:
+    """A bar, the highest being of `most` values, that says what it stands for."""
+    y = raised(bar.count, most)
+    place = f'x="{bar.x + 0.5:.1f}" y="{y:.1f}" width="{max(bar.wide - 1, 0.5):.1f}" height="{BOTTOM - y:.1f}"'
+    return f'<g><title>{shown(bar.label)}: {plural(bar.count, "position")}</title><rect class="bar" {place}/></g>'
 
 
 def drawn(marks: Mapping[str, float], axis: LogAxis) -> Iterable[str]:

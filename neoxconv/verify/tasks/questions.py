@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,15 @@ from neoxconv.formats.tokenizer import END, SURROGATE
 from neoxconv.storage.files import open_storage
 
 Ids = tuple[int, ...]
-Form = tuple[str, dict[str, str], int]  # the context, the choices by their fields' names, the right one's number
 Marks = npt.NDArray[np.bool_]
+
+
+class Exercise(NamedTuple):
+    """A question in text: what comes before, the continuations by their fields' names, and the right one's number."""
+
+    context: str
+    choices: dict[str, str]
+    answer: int
 
 
 @dataclass(frozen=True)
@@ -98,26 +105,26 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not SURROGATE.search(value)
 
 
-def lambada(line: Line) -> Form:
+def lambada(line: Line) -> Exercise:
     """All before the last space, and the word after it."""
     context, _, word = line.text("text").rpartition(" ")
     if not word:
         raise line.wrong("text", "a word", "has nothing after its last space")
-    return context, {"text": word}, 0
+    return Exercise(context, {"text": word}, 0)
 
 
-def piqa(line: Line) -> Form:
+def piqa(line: Line) -> Exercise:
     """The goal as a question, and two solutions."""
     choices = {field: line.text(field) for field in ("sol1", "sol2")}
-    return f"Question: {line.text('goal', empty=True)}\nAnswer:", choices, line.label(2)
+    return Exercise(f"Question: {line.text('goal', empty=True)}\nAnswer:", choices, line.label(2))
 
 
-def hellaswag(line: Line) -> Form:
+def hellaswag(line: Line) -> Exercise:
     """The activity and what has happened so far, and the endings. `ctx_b` gets one capital, the first, and no other."""
     activity, before, after = (line.text(field, empty=True) for field in ("activity_label", "ctx_a", "ctx_b"))
     endings = line.texts("endings")
     choices = {f"endings[{number}]": cleaned(ending) for number, ending in enumerate(endings)}
-    return cleaned(f"{activity}: {before} {after.capitalize()}"), choices, line.label(len(endings))
+    return Exercise(cleaned(f"{activity}: {before} {after.capitalize()}"), choices, line.label(len(endings)))
 
 
 def cleaned(text: str) -> str:
@@ -126,10 +133,10 @@ def cleaned(text: str) -> str:
     return unmarked.replace("  ", " ")
 
 
-TASKS: dict[str, Callable[[Line], Form]] = {"lambada": lambada, "piqa": piqa, "hellaswag": hellaswag}
+TASKS: dict[str, Callable[[Line], Exercise]] = {"lambada": lambada, "piqa": piqa, "hellaswag": hellaswag}
 
 
-def read_task(name: str, data: Path, tokenizer: Any, context: int, limit: int | None = None) -> list[Question]:
+def read_task(name: str, data: Path, tokenizer: Any, *, context: int, limit: int | None = None) -> list[Question]:
     """The questions of a .jsonl file, or the first `limit`, for a model of `context` positions.
 
     `tokenizer` is a tokenizers.Tokenizer that neither pads nor truncates. Raises PlanError for an unknown task or an
@@ -164,15 +171,15 @@ def parsed(where: str, text: bytes) -> dict[str, Any]:
     return fields
 
 
-def question(line: Line, form: Form, tokenizer: Any, context: int) -> Question:
-    """A form in tokens. Raises CheckpointError where a choice has none, or more than the model has positions."""
-    (text, choices, answer), pairs = form, []
-    for field, choice in choices.items():
-        before, after = encoded(tokenizer, text, " " + choice)
+def question(line: Line, exercise: Exercise, tokenizer: Any, context: int) -> Question:
+    """An exercise in tokens. Raises CheckpointError where a choice has none, or more than the model has positions."""
+    pairs = []
+    for field, choice in exercise.choices.items():
+        before, after = encoded(tokenizer, exercise.context, " " + choice)
         if not 0 < len(after) <= context:
             raise line.wrong(field, f"1 to {context}", f"ends in a choice of {len(after)} tokens")
         pairs.append((before[len(after) - context - 1 :], after))
-    return Question(tuple(pairs), tuple(len(choice) for choice in choices.values()), answer)
+    return Question(tuple(pairs), tuple(map(len, exercise.choices.values())), exercise.answer)
 
 
 def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[Ids, Ids]:
@@ -202,7 +209,7 @@ def requests(questions: Sequence[Question]) -> Requests:
 
 
 def score(
-    name: str, questions: Sequence[Question], requests: Requests, logprob: Doubles, greedy: Marks
+    name: str, questions: Sequence[Question], requests: Requests, *, logprob: Doubles, greedy: Marks
 ) -> dict[str, float]:
     """The task's metrics, from the log-probability of each `requests.next` and whether it is the likeliest token.
 
