@@ -8,7 +8,7 @@ import pytest
 
 from neoxconv.errors import PlanError
 from neoxconv.storage import place
-from tests.cli.test_bad_input import cli
+from tests.helpers import cli
 from tests.far import SECRET
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed; pip install 'neoxconv[remote]'")
