@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from neoxconv.core.encoding import Encoding, Scaled
-from neoxconv.core.layout import Content
+from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError
 from neoxconv.names import SCALES
@@ -17,6 +17,7 @@ from neoxconv.targets.recipe import Recipe
 
 DEFAULT = "E4M3"
 DEFAULTS = {"E4M3": "channel", "E5M2": "none"}  # the scales, where none are asked for
+RECIPES = tuple(Recipe("float8", type=kind, scale=scale) for kind in DEFAULTS for scale in SCALES)  # for `formats`
 STORAGE = "float8 for storage: transformers 5 widens these weights when it loads them, neoxconv reads them as they are"
 
 
@@ -24,8 +25,13 @@ def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """The folder; scales in compressed-tensors' words."""
     kind, scale = choice(recipe)
     settings = {} if scale == "none" else {"quantization_config": compressed(kind, scale)}
-    content = hf_folder(checkpoint, recipe, quantized_entries(checkpoint, recipe, encoding_of(recipe)), settings)
+    content = hf_folder(checkpoint, recipe, float8_entries(checkpoint, recipe), settings)
     return content if kind == DEFAULT and scale != "none" else replace(content, notes=(*content.notes, STORAGE))
+
+
+def float8_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
+    """Every tensor, the layers' matrices in the encoding that the recipe asks for."""
+    return quantized_entries(checkpoint, recipe, encoding_of(recipe))
 
 
 def choice(recipe: Recipe) -> tuple[str, str]:

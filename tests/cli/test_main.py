@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from neoxconv import __version__
-from neoxconv.cli.convert import ONLY_FOR
 from neoxconv.engine import publish, steps
 from neoxconv.names import FORMATS
+from neoxconv.targets import TAKEN_BY
 from tests.cli.test_bad_input import cli, digests, writable_copy
 from tests.oracles import fixtures
 
@@ -36,14 +36,14 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("option", "format"), [(o, f) for o, formats in ONLY_FOR.items() for f in FORMATS if f not in formats]
+    ("option", "format"), [(o, f) for o, formats in TAKEN_BY.items() for f in FORMATS if f not in formats]
 )
 def test_an_option_of_another_format_is_a_usage_error(
     option: str, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("convert", "here", "there", "--to", format, f"--{option.replace('_', '-')}", *VALUES[option])
     assert cli(*words) == 2
-    assert f"is for {', '.join(ONLY_FOR[option])}" in capsys.readouterr().err
+    assert f"is for {', '.join(TAKEN_BY[option])}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
