@@ -35,7 +35,7 @@ from neoxconv.cli.options import (
     verbose,
 )
 from neoxconv.errors import NeoxconvError, VerifyError
-from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, FORMATS, MIXES, SCALES, TYPES
+from neoxconv.names import DTYPES, FORMATS, SCALES, TARGET_TYPES, TYPES
 from neoxconv.version import __version__
 from neoxconv.words import table
 
@@ -81,7 +81,7 @@ def inspect(source: Place, **given: Any) -> int:
 @choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
 @choice_option(
     "--type",
-    choices=(*MIXES, *BNB_TYPES, *FLOAT8_TYPES),
+    choices=TARGET_TYPES,
     metavar="TYPE",
     help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
 )

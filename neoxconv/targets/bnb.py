@@ -56,7 +56,7 @@ def eight_bit() -> dict[str, Any]:
         "load_in_4bit": False,
         "llm_int8_threshold": THRESHOLD,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,  # with embed_out alone, transformers 5 fails
+        "llm_int8_skip_modules": None,  # with the head's name alone, transformers 5 fails
     }
 
 

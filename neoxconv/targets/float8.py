@@ -24,7 +24,7 @@ STORAGE = "float8 for storage: transformers 5 widens these weights when it loads
 def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """The folder; scales in compressed-tensors' words."""
     kind, scale = choice(recipe)
-    settings = {} if scale == "none" else {"quantization_config": compressed(kind, scale)}
+    settings = {} if scale == "none" else {"quantization_config": compressed(checkpoint, kind, scale)}
     content = hf_folder(checkpoint, recipe, float8_entries(checkpoint, recipe), settings)
     return content if kind == DEFAULT and scale != "none" else replace(content, notes=(*content.notes, STORAGE))
 
@@ -50,8 +50,9 @@ def encoding_of(recipe: Recipe) -> Encoding | Scaled:
     return ENCODINGS[f"F8_{kind}"] if scale == "none" else SCALED[f"{kind}_{scale.upper()}"]
 
 
-def compressed(kind: str, scale: str) -> dict[str, Any]:
+def compressed(checkpoint: Checkpoint, kind: str, scale: str) -> dict[str, Any]:
     """compressed-tensors' settings for weights of float8. It knows E4M3 only, and must be told to widen others."""
+    heads = [name.removesuffix(".weight") for name in checkpoint.architecture.tied_head]
     weights = {"num_bits": 8, "type": "float", "strategy": scale, "symmetric": True, "dynamic": False}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
@@ -59,6 +60,6 @@ def compressed(kind: str, scale: str) -> dict[str, Any]:
         "format": "naive-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["embed_out", "lm_head"],  # transformers 5 has the second name for the first
+        "ignore": list(dict.fromkeys([*heads, "lm_head"])),  # transformers 5 has the second name for the first
         **({"dequantize": True} if kind != DEFAULT else {}),
     }
