@@ -28,7 +28,7 @@ from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
 from neoxconv.formats.tokenizer import END, NORMALIZERS, PADDING, Tokenizer, _added, _alphabet, _tokenizer_json
-from neoxconv.targets.slim import unchanged
+from neoxconv.targets.slim import copied
 
 BLOCK = 1 << 20
 STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin
@@ -146,7 +146,7 @@ def spellings(weight: Weight) -> tuple[str, str, str]:
 
 def entry_of(name: str, tensor: LazyTensor) -> Entry:
     """A tensor that is written as it is."""
-    return Entry(name, name, tensor, unchanged(tensor.dtype))
+    return Entry(name, name, tensor, copied(tensor.dtype))
 
 
 def rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyTensor:

@@ -113,11 +113,11 @@ def trained_type(index: Index) -> str | None:
 def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
     """The type asked for, else the stored one; buffers that hold no floats stay as they are."""
     if tensor.native.name not in FLOATS:
-        return unchanged(tensor.native)
-    return ENCODINGS.get(dtype or tensor.native.name) or unchanged(tensor.dtype)
+        return copied(tensor.native)
+    return ENCODINGS.get(dtype or tensor.native.name) or copied(tensor.dtype)
 
 
-def unchanged(dtype: DType) -> Encoding:
+def copied(dtype: DType) -> Encoding:
     """An encoding for bytes that are only copied."""
     return Encoding(
         dtype.name,

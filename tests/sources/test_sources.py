@@ -28,7 +28,7 @@ def test_every_format_has_a_row_and_every_architecture_its_settings() -> None:
 @pytest.mark.parametrize("format", TARGETS)
 def test_every_target_is_told_as_the_source_that_it_is(format: str, tmp_path: Path) -> None:
     target = converted(toy(tmp_path), tmp_path / f"x.{format}", format)
-    expected = {"slim": "neox", "bnb": "hf", "float8": "hf"}.get(format, format)
+    expected = "neox" if format == "slim" else format if format in SOURCES else "hf"
     assert open_checkpoint(target).index.format == expected
     if TARGETS[format].single:  # the only one of its folder
         folder = tmp_path / "alone"
