@@ -210,14 +210,14 @@ def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
     if isinstance(source, Remote):
-        here = index.folder if index.format in ("neox", "hf") else source
+        here = source if index.single else index.folder
         inside = isinstance(target, Remote) and isinstance(here, Remote) and target.protocol == here.protocol
         if inside and f"{target.path}/".startswith(f"{here.path}/"):  # type: ignore[union-attr]
             raise PlanError(f"{target}: lies in the source {here}; give a target outside of it.")
         return
     target = work_of(target) if isinstance(target, Remote) else target
     folders: list[Place] = [source] if source.is_dir() else []
-    folders += [index.folder] if index.format in ("neox", "hf") else []
+    folders += [] if index.single else [index.folder]
     files = {path.resolve() for file in index.files if isinstance(path := file.storage.path, Path)}
     for made in (target.resolve(), partial_of(target).resolve()):
         for folder in (folder.resolve() for folder in folders):

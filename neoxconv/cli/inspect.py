@@ -77,7 +77,8 @@ def generation(checkpoint: Checkpoint) -> str:
     """Which gpt-neox's names the tensors have: told by the weight with the most spellings."""
     spelled = max((weight.source for weight in checkpoint.architecture.weights), key=len)
     endings = {name.split(".", 1)[1] for name in checkpoint.index.ranks[0]}
-    return next((era for era, name in zip(GENERATIONS, spelled, strict=True) if name in endings), "unknown")
+    eras = zip(GENERATIONS, spelled, strict=False)  # an architecture need not have been there from the first
+    return next((era for era, name in eras if name in endings), "unknown")
 
 
 def type_name(tensor: LazyTensor) -> str:
@@ -120,7 +121,7 @@ def files_by_kind(index: Index) -> list[dict[str, Any]]:
 
 def source_files(index: Index) -> list[Place]:
     """The files that make up a source: all of its folder's, and those beside `latest`; single files alone."""
-    if not SOURCES[index.format].folder:
+    if index.single:
         return [file.storage.path for file in index.files]
     found: set[Place] = {path for path in index.folder.rglob("*") if path.is_file()} | set(index.configs)
     if (index.folder.parent / "latest").is_file():

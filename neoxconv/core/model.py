@@ -137,13 +137,13 @@ class Index:
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
     configs: tuple[Place, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
+    single: bool = False  # the source is its files alone, not all of the folder
     replaced: tuple[dict[str, LazyTensor], ...] = ()  # gpt-neox: the files' own, where fp32 masters stand in `ranks`
 
     @property
     def where(self) -> Place:
         """What messages call the source: the file that it is, or the folder."""
-        alone = self.format in ("gguf", "safetensors") and len(self.files) == 1
-        return self.files[0].storage.path if alone else self.folder
+        return self.files[0].storage.path if self.single and len(self.files) == 1 else self.folder
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,9 @@ def index(path: Place) -> Index:
         settings = read_json(beside)
     else:
         settings = read_object(header.metadata.get("config", "{}"), path, "the config in its metadata")
-    return Index("safetensors", path.parent, (SourceFile(file, header.checksum),), (header.tensors,), settings)
+    return Index(
+        "safetensors", path.parent, (SourceFile(file, header.checksum),), (header.tensors,), settings, single=True
+    )
 
 
 def read_json(path: Place) -> dict[str, Any]:

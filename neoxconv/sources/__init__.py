@@ -29,7 +29,6 @@ class Source:
     title: str  # for people
     naming: str  # whose names tensors and settings have: "neox", "unified" (Hugging Face's) or "gguf"
     family: str | None  # the setting that names the architecture; None: the tensors' names tell it
-    folder: bool  # whether all of a folder belongs to it, and not single files
     magic: bytes | None = None  # what its files begin with, where that alone tells them: surer than a name
     of_file: Callable[[Place, bytes], Place | None]
     of_folder: Callable[[Place], Place | None]
@@ -80,7 +79,6 @@ SOURCES: dict[str, Source] = {
             title="gpt-neox checkpoint",
             naming="neox",
             family=None,
-            folder=True,
             of_file=part_of_neox,
             of_folder=neox.tag_folder,
             read=neox.index,
@@ -90,7 +88,6 @@ SOURCES: dict[str, Source] = {
             title="Hugging Face folder",
             naming="unified",
             family="model_type",
-            folder=True,
             of_file=part_of_hf,
             of_folder=hf_folder,
             read=lambda path, config: hf.index(path),
@@ -100,7 +97,6 @@ SOURCES: dict[str, Source] = {
             title="GGUF file",
             naming="gguf",
             family="general.architecture",
-            folder=False,
             magic=gguf.MAGIC,
             of_file=lambda path, start: path if start.startswith(gguf.MAGIC) else None,
             of_folder=gguf_file,
@@ -111,7 +107,6 @@ SOURCES: dict[str, Source] = {
             title="safetensors file",
             naming="unified",
             family="model_type",
-            folder=False,
             of_file=lambda path, start: path if start[8:] == b"{" else None,
             of_folder=safetensors_file,
             read=lambda path, config: safetensors.index(path),

@@ -142,7 +142,7 @@ def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: Progress = lambda 
     `progress` gets counts of bytes, in all those that `work` tells.
     """
     files = [file.storage for file in checkpoint.index.files]
-    listed = {file.path: stretches_of(file, checkpoint.index.format) for file in files}
+    listed = {file.path: stretches_of(file, checkpoint.index.single) for file in files}
     stretches = sorted((stretch for some in listed.values() for stretch in some), key=lambda stretch: -stretch.size)
     progress(sum(file.size for file in files) - sum(stretch.size for stretch in stretches))
     with ThreadPoolExecutor(jobs) as pool:
@@ -202,9 +202,9 @@ def compared(checkpoint: Checkpoint, pair: Pair, progress: Progress) -> Damage |
     return Damage(path, pair.name, what, (name,))
 
 
-def stretches_of(file: Storage, format: str) -> list[Stretch]:
-    """What a file is read in: the records of a torch zip, else bands. Only formats of folders have such zips."""
-    if SOURCES[format].folder and file.path.suffix != ".safetensors" and file.text(0, min(2, file.size)) == b"PK":
+def stretches_of(file: Storage, single: bool) -> list[Stretch]:
+    """What a file is read in: the records of a torch zip, else bands. No format of `single` files is one."""
+    if not single and file.path.suffix != ".safetensors" and file.text(0, min(2, file.size)) == b"PK":
         return [Stretch(file, record.offset, record.size, record) for record in records_of(file)]
     return [Stretch(file, start, min(BAND, file.size - start)) for start in range(0, file.size, BAND)]
 
@@ -261,7 +261,7 @@ def tensors_of(checkpoint: Checkpoint, path: Place) -> dict[str, list[str]]:
     """The tensors on each record of a zip as the model and the source name them; none where that cannot be read."""
     try:
         file = open_storage(path)
-        on = tensors_on(file) if stretches_of(file, checkpoint.index.format)[0].record else {}
+        on = tensors_on(file) if stretches_of(file, checkpoint.index.single)[0].record else {}
     except CheckpointError:
         return {}
     return {record: [spelled(checkpoint, path, name) for name in names] for record, names in on.items()}

@@ -74,7 +74,7 @@ def test_a_row_is_whole(architecture: Architecture) -> None:
     assert any(weight.linear for weight in architecture.weights)
     for preset in architecture.presets.values():
         assert all(size in preset.sizes for weight in architecture.weights for size in weight.shape)
-    assert architecture.to_hf(next(iter(architecture.presets.values())), "float16")["model_type"] == architecture.name
+        assert architecture.to_hf(preset, "float16")["model_type"] == architecture.name
     forward = forward_of(architecture)
     for name in ("embed", "block", "final", "logits"):
         theirs = list(signature(getattr(forward, name)).parameters)

@@ -85,7 +85,7 @@ def is_found(path: Path) -> bool:
     """Whether opening a file refuses it, or the check finds something."""
     try:
         read_pt(open_storage(path))
-        return any(read_stretch(item, lambda count: None).damage for item in stretches_of(open_storage(path), "neox"))
+        return any(read_stretch(item, lambda count: None).damage for item in stretches_of(open_storage(path), False))
     except CheckpointError:
         return True
 

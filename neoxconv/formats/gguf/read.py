@@ -70,6 +70,7 @@ def index(path: Place) -> Index:
         tuple(SourceFile(header.file, header.checksum) for header in headers),
         (with_native_types(tensors),),
         {key: value for key, value in headers[0].keys.items() if not key.startswith("split.")},
+        single=True,
     )
 
 
