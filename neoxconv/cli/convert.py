@@ -37,22 +37,22 @@ def check_options(given: Given) -> None:
     target = TARGETS[given["format"]]
     for option, formats in TAKEN_BY.items():
         if given[option] not in (None, ()) and target.name not in formats:
-            takes = ", ".join(map(spelled, target.options))
+            takes = ", ".join(map(flag, target.options))
             raise click.UsageError(
-                f"{spelled(option)} is for {', '.join(formats)}, not for {target.name}, which takes {takes}."
+                f"{flag(option)} is for {', '.join(formats)}, not for {target.name}, which takes {takes}."
             )
     kind, dtype = given["type"], given["dtype"]
     if kind and kind not in target.types:
         raise click.UsageError(f"--type {kind} is not for {target.name}, which has {', '.join(target.types)}.")
     for option, types in target.only_of.items():
         if kind and kind not in types and given[option] is not None:
-            raise click.UsageError(f"{spelled(option)} is for {target.name}'s {' and '.join(types)}, not for {kind}.")
+            raise click.UsageError(f"{flag(option)} is for {target.name}'s {' and '.join(types)}, not for {kind}.")
     if dtype and dtype not in target.dtypes:
         others = " and ".join(other.name for other in TARGETS.values() if dtype in other.dtypes)
         raise click.UsageError(f"--dtype {dtype} is for {others}; {target.name} takes {' or '.join(target.dtypes)}.")
 
 
-def spelled(option: str) -> str:
+def flag(option: str) -> str:
     """An option as it stands on the command line."""
     return f"--{option.replace('_', '-')}"
 

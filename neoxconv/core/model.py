@@ -161,7 +161,7 @@ Named = tuple[int | None, Weight]  # a weight with its names spelled for its lay
 
 
 @lru_cache(maxsize=16)
-def spelled(weights: tuple[Weight, ...], layers: int, tied: bool) -> tuple[Named, ...]:
+def weights_of_model(weights: tuple[Weight, ...], layers: int, tied: bool) -> tuple[Named, ...]:
     """Every weight of a model with so many layers, in the order of the forward pass; a tied head is left out."""
     before = [(None, w) for w in weights if w.stage == "embed"]
     inside = [(i, w.at(i)) for i in range(layers) for w in weights if w.stage == "layer"]
@@ -192,7 +192,7 @@ class Architecture:
 
     def names(self, config: ModelConfig) -> tuple[Named, ...]:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
-        return spelled(self.weights, config.layers, config.tied)
+        return weights_of_model(self.weights, config.layers, config.tied)
 
     def in_files_of_2022(self, config: ModelConfig) -> Iterator[tuple[int | None, Weight, Buffer | None]]:
         """Every tensor of 2022's layer files in their order: a weight, or the buffer that follows it."""

@@ -113,16 +113,18 @@ def read_folder(path: Place, config: Sequence[Path]) -> Index:
 
 def find_architecture(index: Index) -> Architecture:
     """The family that a source says it is, else the one whose names most of its tensors have."""
-    source = SOURCES[index.format]
-    name = index.settings.get(source.family) if source.family else None
-    if source.family not in index.settings:
+    key = SOURCES[index.format].family
+    if key is None or key not in index.settings:
         return max(ARCHITECTURES, key=lambda architecture: count_named(index, architecture))
-    of_name = {name: a for a in ARCHITECTURES for name in (a.name, a.gguf_name)}
-    if not isinstance(name, str) or name not in of_name:
+    told = index.settings[key]
+    known = {
+        name: architecture for architecture in ARCHITECTURES for name in (architecture.name, architecture.gguf_name)
+    }
+    if not isinstance(told, str) or told not in known:
         raise CheckpointError(
-            f"{index.where}: is a {name} model; expected {' or '.join(of_name)}, others are not supported."
+            f"{index.where}: is a {told} model; expected {' or '.join(known)}, others are not supported."
         )
-    return of_name[name]
+    return known[told]
 
 
 def measure(named: RankTensors, architecture: Architecture) -> Measured:
