@@ -31,7 +31,7 @@ from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.training import Degrees, States
 
 RECIPES = tuple(Recipe("slim", dtype=dtype) for dtype in training.PRECISION)  # all that `formats` lists
-Ranks = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
+RankEntries = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
 
 def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
@@ -128,7 +128,7 @@ def copied(dtype: DType) -> Encoding:
     )
 
 
-def as_stored(checkpoint: Checkpoint, recipe: Recipe) -> Ranks:
+def as_stored(checkpoint: Checkpoint, recipe: Recipe) -> RankEntries:
     """Every rank's tensors as they are, dropped buffers included."""
     return [
         {
@@ -177,9 +177,9 @@ def decoded(tensor: LazyTensor) -> LazyTensor:
     return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
 
 
-def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype: str | None) -> Ranks:
+def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype: str | None) -> RankEntries:
     """The tensors split over `degree` ranks."""
-    result: Ranks = [{} for _ in range(degree)]
+    result: RankEntries = [{} for _ in range(degree)]
     for whole in tensors:
         split = whole.weight.join.split(whole.tensor, degree, config) if whole.weight else [whole.tensor] * degree
         for rank, part in enumerate(split):
@@ -189,18 +189,18 @@ def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype
     return result
 
 
-def files(ranks: Ranks, states: States, degrees: Degrees, ordered: bool) -> dict[str, Any]:
+def files(ranks: RankEntries, states: States, degrees: Degrees, ordered: bool) -> dict[str, Any]:
     """What each .pt file holds."""
     return pipeline_files(ranks, states, ordered) if degrees.pp else sequential_files(ranks, states)
 
 
-def pipeline_files(ranks: Ranks, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
+def pipeline_files(ranks: RankEntries, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
     """A file for each layer and rank, and the bookkeeping files."""
     layers = neox.by_layer_file(ranks, OrderedDict if ordered else dict)
     return layers | {name: {"module": None, **state} for name, state in states.items()}
 
 
-def sequential_files(ranks: Ranks, states: Mapping[str, Any]) -> dict[str, Any]:
+def sequential_files(ranks: RankEntries, states: Mapping[str, Any]) -> dict[str, Any]:
     """One file for each rank, its weights under `module`."""
     return {
         name: {"module": OrderedDict((neox.SEQUENTIAL + key, e) for key, e in entries.items()), **state}
