@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv import synthetic
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns
 from neoxconv.core.layout import Digest, Entry, FileLayout
@@ -29,7 +28,7 @@ from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
 from neoxconv.formats.tokenizer import END, NORMALIZERS, PADDING, Tokenizer, _added, _alphabet, _tokenizer_json
-from neoxconv.targets.slim import unchanged
+from neoxconv.targets.slim import copied
 
 BLOCK = 1 << 20
 STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin
@@ -65,12 +64,24 @@ class Synthetic:
     @property
     def config(self) -> ModelConfig:
         """The hyperparameters of the model."""
-        activation = "gelu_tanh" if self.tanh_gelu else "gelu"
-        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, self.rows, self.context)
-        return ModelConfig(*sizes, self.rotary_pct, 1e4, 1e-5, self.parallel_residual, activation, False)
+        return ModelConfig(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            ff=4 * self.hidden,
+            rows=self.rows,
+            context=self.context,
+            rotary_pct=self.rotary_pct,
+            rotary_base=1e4,
+            norm_eps=1e-5,
+            parallel_residual=self.parallel_residual,
+            activation="gelu_tanh" if self.tanh_gelu else "gelu",
+            tied=False,
+        )
 
     @property
-    def stored(self) -> DType:
+    def number_type(self) -> DType:
+        """The type of every weight."""
         return PLAIN[self.dtype]
 
 
@@ -78,17 +89,22 @@ Write = Callable[[Path, FileLayout], None]
 
 
 def write_checkpoint(
-    folder: Path, model: Synthetic, *, words: Tokenizer | None = None, sparse: bool = False, optimizer_bytes: int = 0
+    folder: Path,
+    model: Synthetic,
+    *,
+    tokenizer: Tokenizer | None = None,
+    sparse: bool = False,
+    optimizer_bytes: int = 0,
 ) -> Path:
     """Make the checkpoint in `folder` and return its global_step10.
 
-    `words` is the tokenizer to put beside it (default: a tiny one). `sparse` leaves holes where weights would be.
+    `tokenizer` is the one to put beside it (default: a tiny one). `sparse` leaves holes where weights would be.
     `optimizer_bytes` are shared out over optimizer files without contents, one for each rank and 12 data-parallel ones.
     """
     step = folder / f"global_step{STEP}"
     (step / "configs").mkdir(parents=True)
     (folder / "latest").write_text(step.name)
-    (folder / "tokenizer.json").write_bytes((words or synthetic.tiny()).data)
+    (folder / "tokenizer.json").write_bytes((tokenizer or tiny()).data)
     (step / "configs" / "model.yml").write_text(json.dumps(yaml_settings(model), indent=2))
     write: Write = write_holes if sparse else write_file
     for name, value in contents(model).items():
@@ -114,7 +130,7 @@ def contents(model: Synthetic) -> dict[str, Any]:
 
 def rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
     """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
-    for layer, weight, buffer in GPT_NEOX.stored(model.config):
+    for layer, weight, buffer in GPT_NEOX.in_files_of_2022(model.config):
         if buffer and model.generation:
             continue
         spelled = buffer.source if buffer else spellings(weight)[model.generation]
@@ -130,7 +146,7 @@ def spellings(weight: Weight) -> tuple[str, str, str]:
 
 def entry_of(name: str, tensor: LazyTensor) -> Entry:
     """A tensor that is written as it is."""
-    return Entry(name, name, tensor, unchanged(tensor.dtype))
+    return Entry(name, name, tensor, copied(tensor.dtype))
 
 
 def rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyTensor:
@@ -160,26 +176,26 @@ def random_tensor(model: Synthetic, name: str, shape: tuple[int, ...], values: t
     first = zlib.crc32(name.encode())
 
     def read(start: int, stop: int) -> Array:
-        numbers = block(model.seed, *values, model.stored)
+        numbers = block(model.seed, *values, model.number_type)
         if len(shape) == 1:
             return numbers[(first + np.arange(start, stop)) % BLOCK]
         places = (first + np.arange(start, stop) * STRIDE) % BLOCK
         return np.lib.stride_tricks.sliding_window_view(numbers, columns)[places].reshape(stop - start, *shape[1:])
 
-    return LazyTensor(shape, model.stored, read, model.stored)
+    return LazyTensor(shape, model.number_type, read, model.number_type)
 
 
 def with_noise(model: Synthetic, tensor: LazyTensor, name: str) -> LazyTensor:
     """A rank's own version of a norm."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.rows, np.float32) * model.norm_noise
-    values = narrow(tensor.floats(0, tensor.rows) + noise.astype(np.float32), model.stored)
-    return LazyTensor(tensor.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
+    values = narrow(tensor.floats(0, tensor.rows) + noise.astype(np.float32), model.number_type)
+    return LazyTensor(tensor.shape, model.number_type, lambda start, stop: values[start:stop], model.number_type)
 
 
 def buffered(model: Synthetic, buffer: Buffer) -> LazyTensor:
     """A buffer in the type of the weights."""
-    values = narrow(buffer.values(model.config), model.stored)
-    return LazyTensor(values.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
+    values = narrow(buffer.values(model.config), model.number_type)
+    return LazyTensor(values.shape, model.number_type, lambda start, stop: values[start:stop], model.number_type)
 
 
 def states(model: Synthetic, module: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.cli.main import main
-from neoxconv.core.model import parameters
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from neoxconv.targets.training import RANDOM_STATES
 from tests.oracles import transformers_logits
@@ -123,7 +122,7 @@ def test_a_full_size_20b_set_opens_in_seconds_with_the_published_sizes(tmp_path:
         with open(step / f"zero_pp_rank_{number % 12}_mp_rank_{number // 12:02d}_optim_states.pt", "wb") as file:
             file.truncate((PUBLISHED_FULL - files) // 96)
     checkpoint = open_checkpoint(tmp_path / "20B")
-    assert parameters(checkpoint) == 20_554_567_680 and len(checkpoint.index.set_aside) == 96
+    assert checkpoint.parameters == 20_554_567_680 and len(checkpoint.index.set_aside) == 96
     assert main(["convert", str(tmp_path / "20B"), str(tmp_path / "slim"), "--to", "slim", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert abs(plan["bytes_total"] - PUBLISHED_SLIM) < 1e-4 * PUBLISHED_SLIM

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neoxconv.core.model import Architecture, ModelConfig, Weight
+from neoxconv.core.model import Architecture, ModelConfig, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor, computed
 from neoxconv.dtypes import Doubles, Floats, narrow, widen
 from neoxconv.errors import PlanError
-
-Named = list[dict[str, LazyTensor]]
 
 TINY = 1e-3  # a common gain is kept at least this far from zero, so that g_r / g stays finite
 SHIFT = 0.05  # mean of b / g that the head's fold divides by; 0.01 to 1 do equally well
@@ -50,13 +48,13 @@ class Norm:
         return self.bias - self.ratio * self.common_bias
 
 
-def folded(named: Named, architecture: Architecture, config: ModelConfig) -> Named:
+def folded(named: RankTensors, architecture: Architecture, config: ModelConfig) -> RankTensors:
     """The ranks' tensors with one common norm each; raises PlanError where the function cannot be kept."""
     if config.tied:
         raise PlanError(
             "--norms fold: the head is the embedding, so the final norm cannot be folded into it; use --norms mean."
         )
-    result: Named = [dict(rank) for rank in named]
+    result: RankTensors = [dict(rank) for rank in named]
     for _, weight in architecture.names(config):
         if weight.norm is None:
             continue
@@ -64,18 +62,18 @@ def folded(named: Named, architecture: Architecture, config: ModelConfig) -> Nam
         norms = rank_norms(named, norm, weight, config)
         for rank, tensors in enumerate(named):
             result[rank][unified] = fold_one(tensors, unified, weight, norms[rank])
-            result[rank][norm + ".weight"] = constant(tensors[norm + ".weight"], norms[0].common_gain)
-            result[rank][norm + ".bias"] = constant(tensors[norm + ".bias"], norms[0].common_bias)
+            result[rank][norm + ".weight"] = known(tensors[norm + ".weight"], norms[0].common_gain)
+            result[rank][norm + ".bias"] = known(tensors[norm + ".bias"], norms[0].common_bias)
     return result
 
 
-def rank_norms(named: Named, norm: str, weight: Weight, config: ModelConfig) -> list[Norm]:
+def rank_norms(named: RankTensors, norm: str, weight: Weight, config: ModelConfig) -> list[Norm]:
     """The norm on every rank, each with the common one."""
     gains = [rank[norm + ".weight"].floats(0, config.hidden).astype(np.float64) for rank in named]
     biases = [rank[norm + ".bias"].floats(0, config.hidden).astype(np.float64) for rank in named]
     like = named[0][norm + ".weight"]
-    if weight.role == "head" and split_by_columns(named, config):
-        part = config.hidden // len(named)
+    if weight.role == "head" and named[0][weight.unified].columns != config.hidden:
+        part = config.hidden // len(named)  # `output_layer_parallelism: row`: the head's ranks hold bands of columns
         gain, bias = (
             np.concatenate([v[r * part : (r + 1) * part] for r, v in enumerate(vs)]) for vs in (gains, biases)
         )
@@ -85,11 +83,6 @@ def rank_norms(named: Named, norm: str, weight: Weight, config: ModelConfig) -> 
     if weight.role == "head":
         bias = bias + gain * (SHIFT - row_sums((bias / gain)[None])[0] / len(gain))
     return [Norm(g, b, gain, as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
-
-
-def split_by_columns(named: Named, config: ModelConfig) -> bool:
-    """Whether the head's ranks hold bands of columns (`output_layer_parallelism: row`)."""
-    return named[0]["embed_out.weight"].columns != config.hidden
 
 
 def away_from_zero(gain: Doubles) -> Doubles:
@@ -102,7 +95,7 @@ def as_stored(values: Doubles, like: LazyTensor) -> Doubles:
     return widen(narrow(values.astype(np.float32), like.native), like.native).astype(np.float64)
 
 
-def constant(like: LazyTensor, values: Doubles) -> LazyTensor:
+def known(like: LazyTensor, values: Doubles) -> LazyTensor:
     """A vector known already, in the place of `like`."""
     floats = values.astype(np.float32)
     return computed(like, lambda start, stop: floats[start:stop])

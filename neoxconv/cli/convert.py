@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from neoxconv.cli.inspect import FORMATS
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
@@ -19,50 +18,37 @@ from neoxconv.engine.memory import check_memory
 from neoxconv.engine.plan import Plan, make_plan
 from neoxconv.engine.workplace import free_for, work_of
 from neoxconv.errors import CheckpointError, PlanError, raise_all
-from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
-from neoxconv.sources import integrity
+from neoxconv.sources import SOURCES, integrity
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.storage import Place, holds
+from neoxconv.targets import TAKEN_BY, TARGETS
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural, size, table
 
-PLAIN_TARGETS = ("hf", "safetensors", "slim")
-FOLDERS = ("hf", "bnb", "float8")
-TYPES_OF = {"gguf": MIXES, "bnb": BNB_TYPES, "float8": FLOAT8_TYPES}
-GGUF_OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")
-ONLY_FOR = {
-    "type": tuple(TYPES_OF),
-    "dtype": PLAIN_TARGETS,
-    "tp": ("slim",),
-    "pp": ("slim",),
-    "only": ("hf", "safetensors"),
-    "shard_size": FOLDERS,
-    "split_size": ("gguf",),
-    **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),
-    "allow_nonfinite": (*PLAIN_TARGETS, "gguf"),
-    "double_quant": ("bnb",),
-    "compute_dtype": ("bnb",),
-    "scale": ("float8",),
-}
-
 
 def check_options(given: Given) -> None:
-    """Raise UsageError where an option is for another format than the one asked for."""
-    name = given["format"]
-    wrong = [option for option, formats in ONLY_FOR.items() if given[option] not in (None, ()) and name not in formats]
-    for option in wrong:
-        takes = ", ".join(f"--{o.replace('_', '-')}" for o, formats in ONLY_FOR.items() if name in formats)
-        raise click.UsageError(
-            f"--{option.replace('_', '-')} is for {', '.join(ONLY_FOR[option])}, not for {name}, which takes {takes}."
-        )
-    if given["type"] and given["type"] not in TYPES_OF[name]:
-        raise click.UsageError(f"--type {given['type']} is not for {name}, which has {', '.join(TYPES_OF[name])}.")
-    if name == "bnb" and given["type"] == "INT8" and (idle := given["double_quant"] or given["compute_dtype"]):
-        raise click.UsageError(
-            f"--{'double-quant' if idle is True else 'compute-dtype'} is for bnb's NF4 and FP4, not for INT8."
-        )
-    if name == "slim" and given["dtype"] == "F32":
-        raise click.UsageError("--dtype F32 is for hf and safetensors; slim takes F16 or BF16.")
+    """Raise UsageError where an option is for another format, or for another of its types, than the one asked for."""
+    target = TARGETS[given["format"]]
+    for option, formats in TAKEN_BY.items():
+        if given[option] not in (None, ()) and target.name not in formats:
+            takes = ", ".join(map(flag, target.options))
+            raise click.UsageError(
+                f"{flag(option)} is for {', '.join(formats)}, not for {target.name}, which takes {takes}."
+            )
+    kind, dtype = given["type"], given["dtype"]
+    if kind and kind not in target.types:
+        raise click.UsageError(f"--type {kind} is not for {target.name}, which has {', '.join(target.types)}.")
+    for option, types in target.only_of.items():
+        if kind and kind not in types and given[option] is not None:
+            raise click.UsageError(f"{flag(option)} is for {target.name}'s {' and '.join(types)}, not for {kind}.")
+    if dtype and dtype not in target.dtypes:
+        others = " and ".join(other.name for other in TARGETS.values() if dtype in other.dtypes)
+        raise click.UsageError(f"--dtype {dtype} is for {others}; {target.name} takes {' or '.join(target.dtypes)}.")
+
+
+def flag(option: str) -> str:
+    """An option as it stands on the command line."""
+    return f"--{option.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +117,8 @@ class Request:
         plan, index, budget = self.plan, self.plan.checkpoint.index, self.conversion.budget
         ranks = len(index.ranks)
         rows = [
-            ("source", f"{FORMATS[index.format]} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
-            *([("weights", "master: the optimizer's fp32")] if index.stored else []),
+            ("source", f"{SOURCES[index.format].title} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
+            *([("weights", "master: the optimizer's fp32")] if index.replaced else []),
             ("target", f"{plan.recipe.format} {self.target}"),
             ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
             ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
@@ -217,7 +203,7 @@ def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
     folders = [source] if source.is_dir() else []
-    folders += [index.folder] if index.format in ("neox", "hf") else []
+    folders += [] if index.single else [index.folder]
     for made in (target, work_of(target)):
         if folder := next((folder for folder in folders if holds(folder, made)), None):
             raise PlanError(f"{made}: lies in the source {folder.resolve()}; give a target outside of it.")

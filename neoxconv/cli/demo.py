@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neoxconv.core.model import Checkpoint, parameters
+from neoxconv.core.model import Checkpoint
 from neoxconv.engine.plan import make_plan
 from neoxconv.engine.run import run
 from neoxconv.errors import PlanError
@@ -66,7 +66,7 @@ def run_demo(folder: Path, report: Callable[[str], None]) -> bool:
     write_checkpoint(source, MODEL)
     checkpoint = open_checkpoint(source)
     shape = f"{MODEL.layers} layers, hidden {MODEL.hidden}, TP {MODEL.tp} x PP {MODEL.pp}"
-    report(f"{source}: a gpt-neox checkpoint of {parameters(checkpoint):,} random parameters ({shape})")
+    report(f"{source}: a gpt-neox checkpoint of {checkpoint.parameters:,} random parameters ({shape})")
     outcomes = [one_target(source, folder / name, recipe, norms) for name, recipe, norms in TARGETS]
     report(table("<>>>>><", [HEADER, *(outcome.row for outcome in outcomes)]))
     passed = all(outcome.passed for outcome in outcomes)
@@ -84,6 +84,6 @@ def one_target(source: Path, target: Path, recipe: Recipe, norms: str) -> Outcom
     converted = time.monotonic()
     written, weights = verify_bytes(target), verify_weights(checkpoint, open_checkpoint(target))
     ended = time.monotonic()
-    bits = 8 * sum(step.nbytes for step in plan.steps) / parameters(checkpoint)
+    bits = 8 * sum(step.nbytes for step in plan.steps) / checkpoint.parameters
     times = converted - began, ended - converted
     return Outcome(target.name, plan.total, bits, *times, weights.relative, written.passed and weights.passed)

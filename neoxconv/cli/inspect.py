@@ -11,22 +11,17 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from neoxconv.core.model import Checkpoint, Index, describe, parameters
+from neoxconv.core.model import Checkpoint, Index
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.engine.manifest import MANIFEST
 from neoxconv.formats.neox import folder as neox
+from neoxconv.sources import SOURCES
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.sources.integrity import Integrity
 from neoxconv.storage.files import size_of
 from neoxconv.storage.remote import Place, together
 from neoxconv.words import first_of, plural, size, table
 
-FORMATS = {
-    "neox": "gpt-neox checkpoint",
-    "hf": "Hugging Face folder",
-    "safetensors": "safetensors file",
-    "gguf": "GGUF file",
-}
 GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
 KINDS = ("weights", "optimizer states", "bookkeeping", "config and tokenizer", "other")
 SUFFIXES = (".yml", ".yaml", ".json", ".txt", ".model", ".jinja")
@@ -41,8 +36,8 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
     index = checkpoint.index
     facts = {
         "source": source(checkpoint),
-        "config": describe(checkpoint.config),
-        "parameters": parameters(checkpoint),
+        "config": checkpoint.config.facts,
+        "parameters": checkpoint.parameters,
         "groups": groups(checkpoint),
         "tensors": [
             {"name": name, "dtype": type_name(t), "shape": list(t.shape), "bytes": native_bytes(t)}
@@ -67,7 +62,7 @@ def source(checkpoint: Checkpoint) -> dict[str, Any]:
     """What kind of source it is."""
     index = checkpoint.index
     facts: dict[str, Any] = {"format": index.format, "path": str(index.folder), "tensor_parallel": len(index.ranks)}
-    if index.format != "neox":
+    if SOURCES[index.format].naming != "neox":
         return facts
     return facts | {
         "pipeline_parallel": max(1, len(index.states) // len(index.ranks)),
@@ -82,7 +77,8 @@ def generation(checkpoint: Checkpoint) -> str:
     """Which gpt-neox's names the tensors have: told by the weight with the most spellings."""
     spelled = max((weight.source for weight in checkpoint.architecture.weights), key=len)
     endings = {name.split(".", 1)[1] for name in checkpoint.index.ranks[0]}
-    return next((era for era, name in zip(GENERATIONS, spelled, strict=True) if name in endings), "unknown")
+    eras = zip(GENERATIONS, spelled, strict=False)  # an architecture need not have been there from the first
+    return next((era for era, name in eras if name in endings), "unknown")
 
 
 def type_name(tensor: LazyTensor) -> str:
@@ -125,7 +121,7 @@ def files_by_kind(index: Index) -> list[dict[str, Any]]:
 
 def source_files(index: Index) -> list[Place]:
     """The files that make up a source: all of its folder's, and those beside `latest`; single files alone."""
-    if index.format not in ("neox", "hf"):
+    if index.single:
         return [file.storage.path for file in index.files]
     found: set[Place] = {path for path in index.folder.rglob("*") if path.is_file()} | set(index.configs)
     if (index.folder.parent / "latest").is_file():
@@ -161,8 +157,8 @@ def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
 def what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines on the source as a whole."""
     found = facts["source"]
-    rows = [("what", FORMATS[found["format"]]), ("path", found["path"])]
-    if found["format"] == "neox":
+    rows = [("what", SOURCES[found["format"]].title), ("path", found["path"])]
+    if "layout" in found:  # gpt-neox's own
         rows += [
             ("parallel", f"TP {found['tensor_parallel']}, PP {found['pipeline_parallel']} ({found['layout']})"),
             ("names", found["names"]),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, FORMATS, MIXES, NORMS, PRESETS, SCALES, TYPES, WEIGHTS
+from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, SCALES, TARGET_TYPES, TYPES, WEIGHTS
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ of_convert = options(
     choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST."),
     choice_option(
         "--type",
-        choices=(*MIXES, *BNB_TYPES, *FLOAT8_TYPES),
+        choices=TARGET_TYPES,
         metavar="TYPE",
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
     ),

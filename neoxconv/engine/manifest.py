@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from neoxconv.core.model import describe
 from neoxconv.errors import CheckpointError
 from neoxconv.storage import Place
 from neoxconv.version import __version__
@@ -52,7 +51,7 @@ def manifest(plan: Plan, described: Sequence[Described]) -> bytes:
         "recipe": plan.recipe.facts,
         "norms": plan.checkpoint.norms,
         **plan.checkpoint.unusual,
-        "config": describe(plan.checkpoint.config),
+        "config": plan.checkpoint.config.facts,
         "notes": list(plan.notes),
         "sources": plan.sources,
         "dropped": list(plan.checkpoint.dropped),

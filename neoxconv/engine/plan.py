@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from neoxconv.core.layout import Entry, FileLayout, Slot
-from neoxconv.core.model import Checkpoint, describe
+from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 from neoxconv.storage import together
 from neoxconv.targets import TARGETS
@@ -126,7 +126,7 @@ class Plan:
         return {
             "version": __version__,
             "sources": self.sources,
-            "config": describe(self.checkpoint.config),
+            "config": self.checkpoint.config.facts,
             "norms": self.checkpoint.norms,
             **self.checkpoint.unusual,
             "recipe": self.recipe.facts,

@@ -158,7 +158,7 @@ def generation_config(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def model_card(title: str, facts: Sequence[tuple[str, str]]) -> bytes:
-    """README.md: what the model is and where it comes from."""
-    head = ["---", "library_name: transformers", "tags: [gpt_neox]", "---", "", f"# {title}", ""]
+def model_card(title: str, family: str, facts: Sequence[tuple[str, str]]) -> bytes:
+    """README.md: what the model is, its family as Hugging Face tags it, and where it comes from."""
+    head = ["---", "library_name: transformers", f"tags: [{family}]", "---", "", f"# {title}", ""]
     return "\n".join([*head, *(f"- {name}: {value}" for name, value in facts), ""]).encode()

@@ -65,6 +65,7 @@ def index(path: Place) -> Index:
         files=(SourceFile(file, header.checksum),),
         ranks=(header.tensors,),
         settings=settings,
+        single=True,
     )
 
 

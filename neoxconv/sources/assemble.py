@@ -20,6 +20,7 @@ from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
 from neoxconv.quant.scaled.fourbit import BLOCK, NESTED, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
+from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 from neoxconv.storage.remote import Place
 
@@ -46,7 +47,7 @@ class Module:
 
 def assembled(index: Index) -> Index:
     """The index with one tensor for each weight and its scales. Raises CheckpointError where they do not fit."""
-    if index.format not in ("hf", "safetensors"):
+    if SOURCES[index.format].naming != "unified":
         return index
     (tensors,) = index.ranks
     native, where = usual(tensors), home(index, 0, "")
@@ -116,7 +117,7 @@ def four_bit(module: Module) -> Joined:
             f"is {json.dumps(state):.300}; expected {kind}, a shape of two sizes, a dtype among {', '.join(DTYPES)}, "
             f"blocks of {BLOCK} weights and {NESTED} scales, and with the latter a nested_offset.",
         )
-    return joined(module, SCALED[kind.upper() + "_DQ" * double], tuple(shape), dtype)
+    return joined(module, SCALED[kind.upper() + ("_DQ" if double else "")], tuple(shape), dtype)
 
 
 def read_state(module: Module, part: str) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DTy
         if part.name not in tensors and part.name != FORMAT
     ))  # fmt: skip
     raise_all(CheckpointError, (
-        f"{module.where}: {module.name}{part.name} is {describe(tensors[part.name])}; expected {part.dtype.name} "
+        f"{module.where}: {module.name}{part.name} is {type_and_shape(tensors[part.name])}; expected {part.dtype.name} "
         f"{list(part.shape)} for a weight {list(shape)} of {encoding.name}."
         for part in parts
         if part.name in tensors and not fits(part, tensors[part.name])
@@ -178,7 +179,7 @@ def fits(part: Part, tensor: LazyTensor) -> bool:
     return alike and (tensor.shape == part.shape or (part.name.startswith(STATE) and len(tensor.shape) == 1))
 
 
-def describe(tensor: LazyTensor) -> str:
+def type_and_shape(tensor: LazyTensor) -> str:
     return f"{tensor.dtype.name} {list(tensor.shape)}"
 
 

@@ -6,23 +6,26 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from neoxconv.arch.joins import join
-from neoxconv.core.model import Architecture, Index, ModelConfig, Weight
+from neoxconv.core.model import Architecture, Index, ModelConfig, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import FLOATS
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.numbers import number_name
+from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 
 PARTIAL = "neoxconv_only"  # the setting of a target that holds a part of its model: the patterns asked for
 
-Named = list[dict[str, LazyTensor]]
 
-
-def check(index: Index, named: Named, left: list[list[str]], architecture: Architecture, config: ModelConfig) -> None:
+def check(
+    index: Index, named: RankTensors, left: list[list[str]], architecture: Architecture, config: ModelConfig
+) -> None:
     """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
     whole = not is_partial(index)
     layers = check_layers(index, named, architecture, config) if whole else []
-    if config.layers > 2 * len(named[0]):  # another model's configuration: no need to list what it would have
+    if config.layers > 2 * len(named[0]):
+        # Not even one tensor for every two layers: another model's configuration, of which to list what is missing
+        # would take long and tell nothing.
         raise_all(CheckpointError, layers)
     problems = [
         *check_degree(index),
@@ -30,10 +33,10 @@ def check(index: Index, named: Named, left: list[list[str]], architecture: Archi
         *(check_missing(index, named, architecture, config) if whole else []),
     ]
     names = {weight.unified for _, weight in architecture.names(config)}
+    kind = f"{config.layers} layers{' whose head is its embedding (tied)' if config.tied else ''}"
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         problems += [
-            f"{index.where}: {name} does not belong to a model of {config.layers} layers"
-            f"{' whose head is its embedding (tied)' * config.tied}; download it again with its configuration."
+            f"{index.where}: {name} does not belong to a model of {kind}; download it again with its configuration."
             for name in known
             if name not in names
         ]
@@ -54,8 +57,8 @@ def is_partial(index: Index) -> bool:
 
 def check_degree(index: Index) -> list[str]:
     """The tensor-parallel degree as configured, against the ranks found."""
-    degree = index.settings.get("model_parallel_size", len(index.ranks)) if index.format == "neox" else len(index.ranks)
-    if degree == len(index.ranks):
+    degree = index.settings.get("model_parallel_size", len(index.ranks))
+    if degree == len(index.ranks) or not has_yaml(index):
         return []
     return [
         f"{index.where}: the configuration says model_parallel_size {degree} but the files are those of "
@@ -63,7 +66,7 @@ def check_degree(index: Index) -> list[str]:
     ]
 
 
-def check_layers(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+def check_layers(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """The number of layers as configured, against the layers found."""
     weight = next(weight for weight in architecture.weights if weight.stage == "layer")
     pattern = weight.unified.replace("{i}", "*")
@@ -77,21 +80,27 @@ def check_layers(index: Index, named: Named, architecture: Architecture, config:
     ]
 
 
+def has_yaml(index: Index) -> bool:
+    """Whether a source's settings are those of gpt-neox's training."""
+    return SOURCES[index.format].naming == "neox"
+
+
 def told_by(index: Index) -> str:
     """The options that give a source another configuration; only gpt-neox has files of it."""
-    return "--config or --preset" if index.format == "neox" else "--preset"
+    return "--config or --preset" if has_yaml(index) else "--preset"
 
 
-def check_missing(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+def check_missing(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """Whole layer files and single tensors that are not there."""
     problems = []
+    naming = SOURCES[index.format].naming
     for layer, weight in architecture.names(config):
         unified = weight.unified
         for rank, known in enumerate(named):
             if unified in known:
                 continue
-            if index.format != "neox" or index.sequential:
-                name = f"{weight.gguf} ({unified})" if index.format == "gguf" else unified
+            if naming != "neox" or index.sequential:
+                name = f"{weight.gguf} ({unified})" if naming == "gguf" else unified
                 problems.append(f"{home(index, rank, '')}: {name} is missing; download it again.")
                 continue
             file = home(index, rank, number_name(weight, layer, config.layers))
@@ -100,7 +109,7 @@ def check_missing(index: Index, named: Named, architecture: Architecture, config
     return problems
 
 
-def check_shapes(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+def check_shapes(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """Tensors whose ranks disagree, whose joined shape is not the configuration's, or that hold no floats."""
     problems = []
     if config.hidden % config.heads:

@@ -18,7 +18,8 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox import zero
 from neoxconv.formats.pt.records import ZipRecord, contradicted, records_of, tensors_on
-from neoxconv.sources.naming import NAMING, patterns, unified_name
+from neoxconv.sources import SOURCES
+from neoxconv.sources.naming import spellings_of, unified_name
 from neoxconv.storage.files import Storage, open_storage
 from neoxconv.storage.remote import Place
 from neoxconv.words import plural
@@ -45,8 +46,8 @@ class Stretch:
         return self.record.name if self.record else f"bytes {self.offset} to {self.offset + self.size}"
 
     @property
-    def place(self) -> tuple[str, int]:
-        """What parts are listed by."""
+    def order(self) -> tuple[str, int]:
+        """What stretches are listed by."""
         return str(self.file.path), self.offset
 
 
@@ -64,7 +65,8 @@ class Damage:
     def __str__(self) -> str:
         more = [f"{len(self.tensors) - SHOWN} more"] if len(self.tensors) > SHOWN else []
         names = ", ".join([*self.tensors[:SHOWN], *more])
-        return f"{self.file}: {self.record}{' with ' * bool(names)}{names}: {self.what}"
+        record = f"{self.record} with {names}" if names else self.record
+        return f"{self.file}: {record}: {self.what}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -81,9 +83,9 @@ class Damage:
 
 @dataclass(frozen=True)
 class Found:
-    """What reading a part gave: the bytes that could be read, whether its zip holds no checksum of it, any damage."""
+    """What reading a stretch gave: the bytes that could be read, whether its zip lacks a checksum of it, any damage."""
 
-    part: Stretch
+    stretch: Stretch
     nbytes: int
     bare: bool = False
     damage: Damage | None = None
@@ -119,7 +121,7 @@ class Integrity:
         """What came of it, in a few words."""
         counts = plural(self.bare_files, "file"), plural(self.bare_records, "record")
         bare = " and ".join(text for text in counts if not text.startswith("0 "))
-        masters = f"; {plural(self.masters, 'tensor')} equal to the masters rounded" * bool(self.masters)
+        masters = f"; {plural(self.masters, 'tensor')} equal to the masters rounded" if self.masters else ""
         if self.damage:
             return f"{plural(len(self.damage), 'finding')}: the source is damaged"
         if self.files == self.bare_files:
@@ -140,18 +142,18 @@ def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: Progress = lambda 
     `progress` gets counts of bytes, in all those that `work` tells.
     """
     files = [file.storage for file in checkpoint.index.files]
-    listed = {file.path: parts_of(file, checkpoint.index.format) for file in files}
-    parts = sorted((part for some in listed.values() for part in some), key=lambda part: -part.size)
-    progress(sum(file.size for file in files) - sum(part.size for part in parts))
+    listed = {file.path: stretches_of(file, checkpoint.index.single) for file in files}
+    stretches = sorted((stretch for some in listed.values() for stretch in some), key=lambda stretch: -stretch.size)
+    progress(sum(file.size for file in files) - sum(stretch.size for stretch in stretches))
     with ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(lambda part: read_part(part, progress), parts))
+        found = list(pool.map(lambda stretch: read_stretch(stretch, progress), stretches))
         held = list(pool.map(lambda pair: compared(checkpoint, pair, progress), pairs(checkpoint.index)))
-    damage = [item.damage for item in sorted(found, key=lambda item: item.part.place) if item.damage]
+    damage = [item.damage for item in sorted(found, key=lambda item: item.stretch.order) if item.damage]
     return Integrity(
         files=len(files),
-        records=sum(part.record is not None for part in parts),
+        records=sum(stretch.record is not None for stretch in stretches),
         nbytes=sum(item.nbytes for item in found),
-        bare_files=sum(all(part.record is None for part in some) for some in listed.values()),
+        bare_files=sum(all(stretch.record is None for stretch in some) for some in listed.values()),
         bare_records=sum(item.bare for item in found),
         damage=(*with_tensors(checkpoint, damage), *filter(None, held)),
         masters=len(held),
@@ -170,7 +172,7 @@ class Pair:
 
 def pairs(index: Index) -> list[Pair]:
     """Every parameter that a master stands in for."""
-    ranks = zip(index.ranks, index.stored, strict=True) if index.stored else ()
+    ranks = zip(index.ranks, index.replaced, strict=True) if index.replaced else ()
     return [
         Pair(rank, name, masters[name], tensor)
         for rank, (masters, stored) in enumerate(ranks)
@@ -200,44 +202,48 @@ def compared(checkpoint: Checkpoint, pair: Pair, progress: Progress) -> Damage |
     return Damage(path, pair.name, what, (name,))
 
 
-def parts_of(file: Storage, format: str) -> list[Stretch]:
-    """A file's parts: the records of a torch zip, else bands."""
-    if format in ("neox", "hf") and file.path.suffix != ".safetensors" and file.text(0, min(2, file.size)) == b"PK":
+def stretches_of(file: Storage, single: bool) -> list[Stretch]:
+    """What a file is read in: the records of a torch zip, else bands. No format of `single` files is one."""
+    if not single and file.path.suffix != ".safetensors" and file.text(0, min(2, file.size)) == b"PK":
         return [Stretch(file, record.offset, record.size, record) for record in records_of(file)]
     return [Stretch(file, start, min(BAND, file.size - start)) for start in range(0, file.size, BAND)]
 
 
-def read_part(part: Stretch, progress: Progress) -> Found:
-    """Read a part, slab by slab, and compare its CRC-32 if it has one."""
-    crc, done, end = 0, 0, part.offset + part.size
+def read_stretch(stretch: Stretch, progress: Progress) -> Found:
+    """Read a stretch, slab by slab, and compare its CRC-32 if it has one."""
+    crc, done, end = 0, 0, stretch.offset + stretch.size
     try:
-        for start in range(part.offset, end, SLAB):
-            data = part.file.read(start, min(SLAB, end - start))
-            crc = zlib.crc32(data.data, crc) if part.record else 0
+        for start in range(stretch.offset, end, SLAB):
+            data = stretch.file.read(start, min(SLAB, end - start))
+            crc = zlib.crc32(data.data, crc) if stretch.record else 0
             done += len(data)
             progress(len(data))
-        return Found(part, done, bare(part, crc), judged(part, crc))
+        return Found(stretch, done, bare(stretch, crc), judged(stretch, crc))
     except CheckpointError as error:
-        progress(part.size - done)
-        what = str(error).removeprefix(f"{part.file.path}: ")
-        return Found(part, done, damage=Damage(part.file.path, part.name, f"from byte {part.offset + done} on {what}"))
+        progress(stretch.size - done)
+        what = str(error).removeprefix(f"{stretch.file.path}: ")
+        return Found(
+            stretch,
+            done,
+            damage=Damage(stretch.file.path, stretch.name, f"from byte {stretch.offset + done} on {what}"),
+        )
 
 
-def bare(part: Stretch, crc32: int) -> bool:
+def bare(stretch: Stretch, crc32: int) -> bool:
     """Whether the zip holds no CRC-32 of a record."""
-    return part.record is not None and part.record.crc32 == 0 != crc32
+    return stretch.record is not None and stretch.record.crc32 == 0 and crc32 != 0
 
 
-def judged(part: Stretch, crc32: int) -> Damage | None:
-    """What is wrong with a part that could be read; its bytes have the CRC-32."""
-    record, path = part.record, part.file.path
+def judged(stretch: Stretch, crc32: int) -> Damage | None:
+    """What is wrong with a stretch that could be read; its bytes have the CRC-32."""
+    record, path = stretch.record, stretch.file.path
     if record is None:
         return None
     if record.crc32 not in (0, crc32):
         found, expected = f"{crc32:08x}", f"{record.crc32:08x}"
         what = f"its {record.size} bytes have CRC-32 {found}, the zip's directory says {expected}; {AGAIN}."
         return Damage(path, record.name, what, (), expected, found)
-    if contradicted(part.file, record):
+    if contradicted(stretch.file, record):
         return Damage(path, record.name, f"its header in the file says otherwise than the zip's directory; {AGAIN}.")
     return None
 
@@ -255,7 +261,7 @@ def tensors_of(checkpoint: Checkpoint, path: Place) -> dict[str, list[str]]:
     """The tensors on each record of a zip as the model and the source name them; none where that cannot be read."""
     try:
         file = open_storage(path)
-        on = tensors_on(file) if parts_of(file, checkpoint.index.format)[0].record else {}
+        on = tensors_on(file) if stretches_of(file, checkpoint.index.single)[0].record else {}
     except CheckpointError:
         return {}
     return {record: [spelled(checkpoint, path, name) for name in names] for record, names in on.items()}
@@ -263,7 +269,7 @@ def tensors_of(checkpoint: Checkpoint, path: Place) -> dict[str, list[str]]:
 
 def spelled(checkpoint: Checkpoint, path: Place, inside: str) -> str:
     """The unified name of what a file holds under the name `inside`, and the source's where it is another."""
-    if checkpoint.index.format != "neox":
+    if SOURCES[checkpoint.index.format].naming != "neox":
         return inside
     name, rank = neox.source_name(path.name, inside)
     if rank is None:
@@ -273,6 +279,6 @@ def spelled(checkpoint: Checkpoint, path: Place, inside: str) -> str:
 
 def spelled_name(checkpoint: Checkpoint, name: str, rank: int) -> str:
     """The unified name of a rank's `N.name`, with that."""
-    unified = unified_name(name, patterns(checkpoint.architecture, NAMING["neox"]))
+    unified = unified_name(name, spellings_of(checkpoint.index, checkpoint.architecture))
     source = f"{name} of rank {rank}"
     return f"{unified} ({source})" if unified else source

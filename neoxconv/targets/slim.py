@@ -19,22 +19,30 @@ from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Weight
 from neoxconv.core.tensor import LazyTensor, computed, in_memory
 from neoxconv.dtypes import FLOATS, DType
-from neoxconv.formats import tokenizer
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
+from neoxconv.formats.tokenizer import check_rows
 from neoxconv.quant import ENCODINGS, floats
+from neoxconv.sources import SOURCES
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.training import Degrees, States
 
-Ranks = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
+RECIPES = tuple(Recipe("slim", dtype=dtype) for dtype in training.PRECISION)  # all that `formats` lists
+RankEntries = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
 
 def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A folder with `latest`, one global_stepN, its YAML and its tokenizer."""
-    return from_shards(checkpoint, recipe) if checkpoint.index.format == "neox" else from_others(checkpoint, recipe)
+    shards = SOURCES[checkpoint.index.format].naming == "neox"
+    return from_shards(checkpoint, recipe) if shards else from_others(checkpoint, recipe)
+
+
+def slim_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
+    """Every tensor of a slim target of the source's own degree."""
+    return [entry for rank in as_stored(checkpoint, recipe) for entry in rank.values()]
 
 
 def from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
@@ -67,14 +75,14 @@ def from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     before = Degrees(1, 1)
     after = training.degrees_for(recipe, before, checkpoint.config)
     dtype, notes = number_type(checkpoint, recipe)
-    words = tokenizer_of(checkpoint, recipe.tokenizer)
-    config = training.new_config(checkpoint, after, dtype, words)
+    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
+    config = training.new_config(checkpoint, after, dtype, tokenizer)
     ranks = split_anew(named_as_in_2022(checkpoint), after.tp, checkpoint.config, dtype)
     states = training.bookkeeping(checkpoint, before, after)
     sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
-    if words:
-        tokenizer.check_rows(words, checkpoint.config.rows)
-        sidecars[training.TOKENIZER] = words.data
+    if tokenizer:
+        check_rows(tokenizer, checkpoint.config.rows)
+        sidecars[training.TOKENIZER] = tokenizer.data
     else:
         notes = (*notes, "no tokenizer found; give one with --tokenizer to have it included")
     return Content(
@@ -99,17 +107,17 @@ def number_type(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, tuple[str,
 
 def trained_type(index: Index) -> str | None:
     """The layer files' type where the weights are fp32 masters of them, for gpt-neox wants that; else None."""
-    return next(iter(index.stored[0].values())).native.name if index.stored else None
+    return next(iter(index.replaced[0].values())).native.name if index.replaced else None
 
 
 def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
     """The type asked for, else the stored one; buffers that hold no floats stay as they are."""
     if tensor.native.name not in FLOATS:
-        return unchanged(tensor.native)
-    return ENCODINGS.get(dtype or tensor.native.name) or unchanged(tensor.dtype)
+        return copied(tensor.native)
+    return ENCODINGS.get(dtype or tensor.native.name) or copied(tensor.dtype)
 
 
-def unchanged(dtype: DType) -> Encoding:
+def copied(dtype: DType) -> Encoding:
     """An encoding for bytes that are only copied."""
     return Encoding(
         name=dtype.name,
@@ -120,7 +128,7 @@ def unchanged(dtype: DType) -> Encoding:
     )
 
 
-def as_stored(checkpoint: Checkpoint, recipe: Recipe) -> Ranks:
+def as_stored(checkpoint: Checkpoint, recipe: Recipe) -> RankEntries:
     """Every rank's tensors as they are, dropped buffers included."""
     return [
         {
@@ -155,7 +163,7 @@ def named_as_found(checkpoint: Checkpoint) -> Iterator[Whole]:
 def named_as_in_2022(checkpoint: Checkpoint) -> Iterator[Whole]:
     """The unified tensors as numbers, and the buffers, under the names and in the order of 2022."""
     config = checkpoint.config
-    for layer, weight, buffer in checkpoint.architecture.stored(config):
+    for layer, weight, buffer in checkpoint.architecture.in_files_of_2022(config):
         if buffer:
             name = number_name(weight, layer, config.layers, buffer.source)
             yield Whole(name, name, in_memory(buffer.values(config)))
@@ -169,9 +177,9 @@ def decoded(tensor: LazyTensor) -> LazyTensor:
     return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
 
 
-def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype: str | None) -> Ranks:
+def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype: str | None) -> RankEntries:
     """The tensors split over `degree` ranks."""
-    result: Ranks = [{} for _ in range(degree)]
+    result: RankEntries = [{} for _ in range(degree)]
     for whole in tensors:
         split = whole.weight.join.split(whole.tensor, degree, config) if whole.weight else [whole.tensor] * degree
         for rank, part in enumerate(split):
@@ -181,18 +189,18 @@ def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype
     return result
 
 
-def files(ranks: Ranks, states: States, degrees: Degrees, ordered: bool) -> dict[str, Any]:
+def files(ranks: RankEntries, states: States, degrees: Degrees, ordered: bool) -> dict[str, Any]:
     """What each .pt file holds."""
     return pipeline_files(ranks, states, ordered) if degrees.pp else sequential_files(ranks, states)
 
 
-def pipeline_files(ranks: Ranks, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
+def pipeline_files(ranks: RankEntries, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
     """A file for each layer and rank, and the bookkeeping files."""
     layers = neox.by_layer_file(ranks, OrderedDict if ordered else dict)
     return layers | {name: {"module": None, **state} for name, state in states.items()}
 
 
-def sequential_files(ranks: Ranks, states: Mapping[str, Any]) -> dict[str, Any]:
+def sequential_files(ranks: RankEntries, states: Mapping[str, Any]) -> dict[str, Any]:
     """One file for each rank, its weights under `module`."""
     return {
         name: {"module": OrderedDict((neox.SEQUENTIAL + key, e) for key, e in entries.items()), **state}

@@ -13,9 +13,9 @@ from typing import Any
 from neoxconv.core.model import Checkpoint, ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import PlanError, raise_all
-from neoxconv.formats import tokenizer
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.pt.unpickle import Placeholder
+from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_path
 from neoxconv.targets.recipe import Recipe
 
@@ -148,7 +148,7 @@ def configs(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> dict[str
     import yaml
 
     index = checkpoint.index
-    names = [path.name + ".yml" * (path.suffix not in (".yml", ".yaml")) for path in index.configs]
+    names = [path.name if path.suffix in (".yml", ".yaml") else f"{path.name}.yml" for path in index.configs]
     if len(set(names)) < len(names):
         raise PlanError(f"{', '.join(map(str, index.configs))}: two have one name but go to one folder; rename one.")
     files = {name: path.read_bytes() for name, path in zip(names, index.configs, strict=True)}
@@ -163,7 +163,7 @@ def configs(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> dict[str
     return result
 
 
-def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, words: tokenizer.Tokenizer | None) -> bytes:
+def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, tokenizer: Tokenizer | None) -> bytes:
     """A YAML for a model that gpt-neox did not write: all that decides its function."""
     config = checkpoint.config
     settings = {
@@ -171,7 +171,7 @@ def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, words: tokeni
         **vocabulary(config, after.tp),
         **checkpoint.architecture.to_neox(config),
         **PRECISION[dtype],
-        **({"tokenizer_type": "HFTokenizer", "vocab_file": f"./{TOKENIZER}"} if words else {}),
+        **({"tokenizer_type": "HFTokenizer", "vocab_file": f"./{TOKENIZER}"} if tokenizer else {}),
     }
     return as_yaml(settings)
 

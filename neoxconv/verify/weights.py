@@ -16,7 +16,6 @@ from neoxconv.dtypes import Floats, narrow
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded, sizes_of
 from neoxconv.sources.coverage import is_partial
-from neoxconv.sources.naming import name_tensors
 from neoxconv.targets.gguf import SEARCHED
 from neoxconv.verify.report import Finding, Report, TensorError
 
@@ -81,8 +80,8 @@ def verify_weights(
 def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Finding]]:
     """Tensors by name; for two gpt-neox checkpoints of one degree also each rank's own, buffers included."""
     ours, theirs = dict(source.tensors), dict(target.tensors)
-    if "embed_out.weight" in theirs and source.config.tied:
-        ours["embed_out.weight"] = ours["gpt_neox.embed_in.weight"]
+    tied_head = source.architecture.tied_head if source.config.tied else {}
+    ours |= {head: ours[embedding] for head, embedding in tied_head.items() if head in theirs}
     if source.index.format == target.index.format == "neox" and len(source.index.ranks) == len(target.index.ranks):
         ours, theirs = by_rank(source), by_rank(target)
     missing = () if is_partial(target.index) else (name for name in ours if name not in theirs)
@@ -100,10 +99,9 @@ def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Fi
 
 def by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Every rank's tensors by their unified names, and its buffers by their own."""
-    named, left = name_tensors(checkpoint.index, checkpoint.architecture)
     tensors: dict[str, LazyTensor] = {}
-    for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
-        buffers = {name: checkpoint.index.ranks[rank][name] for name in unknown}
+    for rank, (known, stored) in enumerate(zip(checkpoint.ranks, checkpoint.index.ranks, strict=True)):
+        buffers = {name: stored[name] for name in checkpoint.dropped if name in stored}
         tensors |= {f"{name} of rank {rank}": tensor for name, tensor in (known | buffers).items()}
     return tensors
 

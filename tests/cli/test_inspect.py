@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.cli.inspect import inspect, render
+from neoxconv.cli.inspect import generation, inspect, render
 from neoxconv.cli.main import main
 from neoxconv.words import parse_size, size, table
 from tests.fixtures import fixture
@@ -31,6 +32,12 @@ def facts_of(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", KINDS)
 def test_it_says_what_a_checkpoint_is(name: str) -> None:
     assert facts_of(fixture(f"{name}/checkpoints"))["source"].items() >= KINDS[name].items()
+
+
+def test_an_architecture_may_have_one_spelling_only() -> None:
+    found = open_checkpoint(fixture("neox_2022_tp2_pp4/checkpoints"))
+    weights = tuple(replace(weight, source=weight.source[:1]) for weight in found.architecture.weights)
+    assert generation(replace(found, architecture=replace(found.architecture, weights=weights))) == "legacy"
 
 
 @pytest.mark.parametrize("name", KINDS)

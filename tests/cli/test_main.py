@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from neoxconv import __version__
-from neoxconv.cli.convert import ONLY_FOR
 from neoxconv.cli.verify import open_target
 from neoxconv.engine import publish, steps
 from neoxconv.engine.journal import Journal
@@ -24,6 +23,7 @@ from neoxconv.engine.manifest import read_manifest
 from neoxconv.errors import PlanError
 from neoxconv.formats import hf
 from neoxconv.names import FORMATS
+from neoxconv.targets import TAKEN_BY
 from tests.fixtures import fixture
 from tests.helpers import cli, digests, writable_copy
 
@@ -42,14 +42,14 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("option", "format"), [(o, f) for o, formats in ONLY_FOR.items() for f in FORMATS if f not in formats]
+    ("option", "format"), [(o, f) for o, formats in TAKEN_BY.items() for f in FORMATS if f not in formats]
 )
 def test_an_option_of_another_format_is_a_usage_error(
     option: str, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("convert", "here", "there", "--to", format, f"--{option.replace('_', '-')}", *VALUES[option])
     assert cli(*words) == 2
-    assert f"is for {', '.join(ONLY_FOR[option])}" in capsys.readouterr().err
+    assert f"is for {', '.join(TAKEN_BY[option])}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_the_generation_config_is_read_by_transformers(tmp_path: Path) -> None:
 
 
 def test_the_model_card_begins_with_yaml_and_tells_every_fact() -> None:
-    card = hf.model_card("Model", [("source", "shards"), ("norms", "mean")]).decode()
+    card = hf.model_card("Model", "gpt_neox", [("source", "shards"), ("norms", "mean")]).decode()
     _, head, body = card.split("---\n")
     assert yaml.safe_load(head)["library_name"] == "transformers"
     assert body == "\n# Model\n\n- source: shards\n- norms: mean\n"

@@ -71,7 +71,7 @@ def whole(tensor: LazyTensor) -> Any:
 @pytest.mark.parametrize("name", REAL)
 def test_masters_are_what_the_optimizer_held(name: str) -> None:
     index = opened(name).index
-    for masters, stored, held in zip(index.ranks, index.stored, oracle(name), strict=True):
+    for masters, stored, held in zip(index.ranks, index.replaced, oracle(name), strict=True):
         assert list(masters) == list(stored)
         assert set(masters) - set(held) == {key for key in stored if key.endswith("inv_freq")}
         for key, digest in held.items():

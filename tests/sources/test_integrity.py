@@ -20,7 +20,7 @@ from neoxconv.engine import publish
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.zip_headers import CENTRAL, LOCAL
-from neoxconv.sources.integrity import Integrity, check, parts_of, read_part
+from neoxconv.sources.integrity import Integrity, check, read_stretch, stretches_of
 from neoxconv.storage.files import open_storage
 from tests.fixtures import fixture
 from tests.helpers import cli, digests
@@ -85,7 +85,7 @@ def is_found(path: Path) -> bool:
     """Whether opening a file refuses it, or the check finds something."""
     try:
         read_pt(open_storage(path))
-        return any(read_part(part, lambda count: None).damage for part in parts_of(open_storage(path), "neox"))
+        return any(read_stretch(item, lambda count: None).damage for item in stretches_of(open_storage(path), False))
     except CheckpointError:
         return True
 

@@ -8,8 +8,8 @@ import pytest
 
 from neoxconv.errors import PlanError
 from neoxconv.storage import place
-from tests.helpers import cli
 from tests.far import SECRET
+from tests.helpers import cli
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed; pip install 'neoxconv[remote]'")
 

@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.divergence import divergence
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.arch.gpt_neox.config import PRESETS
 from neoxconv.cli.formats import catalog
 from neoxconv.cli.main import main
 from neoxconv.engine.plan import Plan
@@ -79,11 +78,10 @@ def test_sizes_of_the_20b_model_are_those_measured() -> None:
 def test_the_classic_recipe_has_its_sizes() -> None:
     from neoxconv.cli.formats import shapes
     from neoxconv.targets.gguf import gguf_entries
-    from neoxconv.targets.mixes import Choice
 
-    model = shapes(PRESETS["20B"].config)
+    model = shapes("20B")
     for mix, expected in CLASSIC.items():
-        size = sum(entry.nbytes for entry in gguf_entries(model, Choice(mix, classic=True))) / 2**30
+        size = sum(entry.nbytes for entry in gguf_entries(model, Recipe("gguf", type=mix, mix="classic"))) / 2**30
         assert abs(size - expected) < 0.0051, mix
 
 

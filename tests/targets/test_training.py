@@ -295,8 +295,9 @@ def test_both_residuals_add_row_biases_once(tmp_path: Path) -> None:
 
 configs = st.builds(
     lambda layers, heads, head, rows, context, pct, base, eps, parallel, tanh, tied: ModelConfig(
-        layers, heads * head, heads, 4 * heads * head, rows, context, pct, float(base), eps, parallel,
-        "gelu_tanh" if tanh else "gelu", tied,
+        layers=layers, hidden=heads * head, heads=heads, ff=4 * heads * head, rows=rows, context=context,
+        rotary_pct=pct, rotary_base=float(base), norm_eps=eps, parallel_residual=parallel,
+        activation="gelu_tanh" if tanh else "gelu", tied=tied,
     ),
     st.integers(1, 200), st.integers(1, 128), st.integers(1, 512), st.integers(1, 1 << 20), st.integers(1, 1 << 20),
     st.floats(0, 1, exclude_min=True), st.integers(1, 10**9), st.floats(1e-30, 1), st.booleans(), st.booleans(),

@@ -27,8 +27,20 @@ class Preset:
 
     @property
     def config(self) -> ModelConfig:
-        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, self.rows)
-        return ModelConfig(*sizes, 2048, 0.25, 1e4, 1e-5, True, "gelu_tanh", False)
+        return ModelConfig(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            ff=4 * self.hidden,
+            rows=self.rows,
+            context=2048,
+            rotary_pct=0.25,
+            rotary_base=1e4,
+            norm_eps=1e-5,
+            parallel_residual=True,
+            activation="gelu_tanh",
+            tied=False,
+        )
 
 
 PRESETS: dict[str, Preset] = {

@@ -10,32 +10,14 @@ A merged model is a single rank. Nothing here joins weights, so it shows what a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from neoxconv.arch.forward import Rank, Streams
 from neoxconv.arch.gpt_neox.weights import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, QKV, UP, L
 from neoxconv.core.model import ModelConfig
-
-Streams = list[Tensor]
-
-
-class Rank(Protocol):
-    """One rank's tensors; `name` is unified and without .weight or .bias."""
-
-    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
-        """Rows of a weight, by their numbers."""
-
-    def vector(self, name: str) -> Tensor:
-        """A whole tensor of one dimension, by its full name."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight."""
-
-    def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """x [..., columns] times rows `start` to `stop` of a weight."""
 
 
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:
@@ -61,20 +43,6 @@ def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConf
     pairs = [(rank, x + total + rank.vector(at + DENSE + "bias")) for rank, x in pairs]
     total = sum(mlp(rank, normalise(rank, x, norm2, config), at, config) for rank, x in pairs)
     return [x + total + rank.vector(at + DOWN + "bias") for rank, x in pairs]
-
-
-def across_stages(streams: Streams) -> Streams:
-    """The streams after they were sent to the next pipeline stage.
-
-    DeepSpeed sends [time, batch, hidden] in equal parts, one from each rank: with streams of their own, the ranks then
-    go on with one that is put together of these parts. (Seen in logits recorded in training: without it ours are 1e-3
-    off, with it 1e-6.)
-    """
-    if len(streams) == 1:
-        return streams
-    flat = [x.transpose(0, 1).reshape(-1).chunk(len(streams))[rank] for rank, x in enumerate(streams)]
-    batch, time, hidden = streams[0].shape
-    return [torch.cat(flat).reshape(time, batch, hidden).transpose(0, 1)] * len(streams)
 
 
 def normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:

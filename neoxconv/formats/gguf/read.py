@@ -88,6 +88,7 @@ def index(path: Place) -> Index:
         files=tuple(SourceFile(header.file, header.checksum) for header in headers),
         ranks=(with_native_types(tensors),),
         settings={key: value for key, value in headers[0].keys.items() if not key.startswith("split.")},
+        single=True,
     )
 
 

@@ -46,7 +46,7 @@ def with_masters(index: Index) -> Index:
         for rank, stored in enumerate(index.ranks)
     ]
     files = index.files + tuple(shard.source for shard in shards.values())
-    return replace(index, files=files, ranks=tuple(made), stored=index.ranks, set_aside=())
+    return replace(index, files=files, ranks=tuple(made), replaced=index.ranks, set_aside=())
 
 
 def masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str, Master]]:
