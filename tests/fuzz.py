@@ -40,7 +40,7 @@ from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.tensors import Record, View, tensor_in
 from neoxconv.formats.pt.unpickle import load_pickle
 from neoxconv.sources.checkpoint import open_checkpoint
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 from neoxconv.verify import verify_bytes
 from tests.fuzz_inputs import STORAGES, model, nth_input, seeds
 

@@ -11,7 +11,7 @@ from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, chosen, opened
 from neoxconv.engine.side_file import check_side_file, whole
 from neoxconv.formats.imatrix import write
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.tokens import tokens_for
 from neoxconv.verify.logits.trial import Sample

@@ -18,8 +18,7 @@ from neoxconv.formats.neox import folder as neox
 from neoxconv.sources import SOURCES
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.sources.integrity import Integrity
-from neoxconv.storage.files import size_of
-from neoxconv.storage.remote import Place, together
+from neoxconv.storage import Place, size_of, together
 from neoxconv.words import first_of, plural, size, table
 
 GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`

@@ -25,7 +25,7 @@ from neoxconv.version import __version__
 from neoxconv.words import table
 
 if TYPE_CHECKING:
-    from neoxconv.storage.remote import Place
+    from neoxconv.storage import Place
 
 FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
 

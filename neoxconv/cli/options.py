@@ -16,7 +16,7 @@ from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, SCALES, TARGET_TYPES
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
-    from neoxconv.storage.remote import Place
+    from neoxconv.storage import Place
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -26,7 +26,7 @@ LENGTH = click.IntRange(min=2)
 
 def location(text: str) -> Place:
     """The path or the URL that an argument means."""
-    from neoxconv.storage.address import place
+    from neoxconv.storage import place
 
     return place(text)
 

@@ -14,7 +14,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.engine.memory import threads_for
 from neoxconv.sources import integrity
 from neoxconv.sources.checkpoint import open_checkpoint
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 Given = Mapping[str, Any]  # the options by name; None where one was not given
 Chosen = TypeVar("Chosen")

@@ -18,7 +18,7 @@ from neoxconv.engine.side_file import check_side_file
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError, VerifyError
 from neoxconv.sources.checkpoint import open_checkpoint, read_index
 from neoxconv.sources.coverage import is_partial
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify import verify_bytes, verify_weights
 from neoxconv.verify.bytes import sha256sums
 from neoxconv.verify.logits.trial import Limits, Sample, Task, Trial

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Floats
-from neoxconv.storage.files import Storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, Storage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from neoxconv.dtypes import F32, Array, DType, Floats, widen
-from neoxconv.storage.files import Storage
+from neoxconv.storage import Storage
 
 Read = Callable[[int, int], Array]
 

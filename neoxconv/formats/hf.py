@@ -24,8 +24,7 @@ from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats import safetensors
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.safetensors import read_json
-from neoxconv.storage.files import Storage, open_storage
-from neoxconv.storage.remote import Place, together
+from neoxconv.storage import Place, Storage, open_storage, together
 
 # The first that exists is read, as transformers does: (one file, its index when there are shards).
 FILES = (

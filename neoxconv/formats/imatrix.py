@@ -22,7 +22,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Doubles, Floats, Numbers
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.gguf import read as gguf
-from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage import Storage, open_storage
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 # Far above any model.

@@ -25,8 +25,7 @@ from neoxconv.core.model import Index, SourceFile
 from neoxconv.core.tensor import LazyTensor, stored
 from neoxconv.dtypes import F8_E4M3, F8_E5M2, PLAIN
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.files import Storage, open_storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, Storage, open_storage
 
 TYPES = PLAIN | {dtype.name: dtype for dtype in (F8_E4M3, F8_E5M2)}  # by the names that a header has for them
 METADATA = "__metadata__"

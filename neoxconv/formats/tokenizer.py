@@ -16,8 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
-from neoxconv.storage.files import open_storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, open_storage
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these texts
 WANTED = f"A byte-level BPE tokenizer.json with a token {END} is wanted; name one with --tokenizer."

@@ -12,7 +12,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats import hf, safetensors
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.neox import folder as neox
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 Read = Callable[[Place, Sequence[Path]], Index]  # of the place that was found, and the YAML files that were given
 

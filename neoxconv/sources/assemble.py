@@ -22,7 +22,7 @@ from neoxconv.quant.scaled.fourbit import BLOCK, NESTED, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
 KINDS = ("nf4", "fp4")

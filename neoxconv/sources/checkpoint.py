@@ -25,9 +25,7 @@ from neoxconv.sources import SOURCES
 from neoxconv.sources.assemble import assembled
 from neoxconv.sources.coverage import check, is_partial
 from neoxconv.sources.naming import count_named, name_tensors
-from neoxconv.storage.address import place
-from neoxconv.storage.files import open_storage
-from neoxconv.storage.remote import Place, together
+from neoxconv.storage import Place, open_storage, place, together
 
 
 def open_checkpoint(
@@ -81,7 +79,7 @@ def read_index(path: Place, config: Sequence[Path]) -> Index:
     """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist.")
-    if isinstance(path, Path) and not (path.is_file() or path.is_dir()):
+    if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: is neither a file nor a folder; give a checkpoint.")
     return assembled(read_file(path, config) if path.is_file() else read_folder(path, config))
 

@@ -20,8 +20,7 @@ from neoxconv.formats.neox import zero
 from neoxconv.formats.pt.records import ZipRecord, contradicted, records_of, tensors_on
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import spellings_of, unified_name
-from neoxconv.storage.files import Storage, open_storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, Storage, open_storage
 from neoxconv.words import plural
 
 Progress = Callable[[int], None]

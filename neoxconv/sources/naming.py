@@ -13,7 +13,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import FIRST_LAYER
 from neoxconv.sources import SOURCES
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 
 @dataclass(frozen=True)

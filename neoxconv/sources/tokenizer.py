@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import tokenizer
 from neoxconv.formats.tokenizer import read_bytes
-from neoxconv.storage.files import is_file
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage import Place, is_file, without_dots
 
 USUAL = ("tokenizer.json", "20B_tokenizer.json")
 
@@ -64,7 +62,7 @@ def _named(configs: Mapping[str, Any]) -> str | None:
 
 def _places(folder: Place) -> list[Place]:
     """Where to look, nearest first: never further up than one above the folder that holds `latest`."""
-    folder = folder if isinstance(folder, Remote) else Path(os.path.abspath(folder))
+    folder = without_dots(folder)
     saved = [path for path in (folder, folder.parent) if is_file(path / "latest")]
     return list(dict.fromkeys([folder, *(place for path in saved for place in (path, path.parent))]))
 

@@ -253,11 +253,3 @@ class Remote:
         """Whether the store, asked anew, has another file here."""
         now = self.anew().facts_now()
         return now is None or changed(known, now)
-
-
-def __getattr__(name: str) -> Any:  # until the imports of storage's modules are rewritten everywhere
-    from importlib import import_module
-
-    if name in ("Place", "together"):
-        return getattr(import_module("neoxconv.storage.places"), name)
-    raise AttributeError(name)

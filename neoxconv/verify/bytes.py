@@ -16,9 +16,7 @@ from neoxconv.engine.manifest import (
     read_manifest,
 )
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.address import place
-from neoxconv.storage.files import is_file, size_of, stream_of
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, is_file, place, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
 Progress = Callable[[int], None]

@@ -16,9 +16,7 @@ from neoxconv.cli.main import main
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import work_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from neoxconv.storage import protocols, requests
-from neoxconv.storage.address import place
-from neoxconv.storage.remote import Remote
+from neoxconv.storage import Remote, place, protocols, requests
 from tests.clusters import Cluster, cluster
 from tests.far import SECRET, s3, upload
 from tests.helpers import digests

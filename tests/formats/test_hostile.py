@@ -32,7 +32,7 @@ from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.unpickle import Placeholder
 from neoxconv.formats.tokenizer import Tokenizer
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 from tests.fuzz import of_pt, start_watching, verdict, watched
 from tests.fuzz_inputs import counted, described, gguf_pieces, key, legacy_pieces, model, pickled, u32, zip_pieces
 from tests.toy import toy

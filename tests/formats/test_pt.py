@@ -27,7 +27,7 @@ from neoxconv.dtypes import PLAIN, DType
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
-from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage import Storage, open_storage
 from tests.fixtures import fixture
 
 REAL = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")

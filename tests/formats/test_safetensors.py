@@ -20,7 +20,7 @@ from neoxconv.core.layout import Entry
 from neoxconv.dtypes import BF16, F16, F32, DType
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import safetensors
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 from tests.fixtures import fixture
 from tests.tensor_files import OFFICIAL, TORCH, assert_same, entry, write
 

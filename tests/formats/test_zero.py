@@ -32,7 +32,7 @@ from neoxconv.formats.pt.unpickle import Size
 from neoxconv.names import FORMATS
 from neoxconv.sources.checkpoint import read_index
 from neoxconv.sources.integrity import check, work
-from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage import Storage, open_storage
 from tests.fixtures import fixture
 from tests.toy import toy
 

@@ -21,7 +21,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.zip_headers import CENTRAL, LOCAL
 from neoxconv.sources.integrity import Integrity, check, read_stretch, stretches_of
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 from tests.fixtures import fixture
 from tests.helpers import cli, digests
 from tests.toy import toy

@@ -24,8 +24,7 @@ from neoxconv.core.model import Index, SourceFile
 from neoxconv.core.tensor import LazyTensor, stored
 from neoxconv.dtypes import F16, F32, FLOATS, PLAIN, DType
 from neoxconv.errors import CheckpointError, raise_all
-from neoxconv.storage.files import Storage, open_storage
-from neoxconv.storage.remote import Place, together
+from neoxconv.storage import Place, Storage, open_storage, together
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32  # bytes of which offsets are multiples, unless a key says otherwise
 SPLIT = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")

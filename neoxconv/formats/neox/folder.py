@@ -23,8 +23,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
-from neoxconv.storage.files import is_folder, open_storage
-from neoxconv.storage.remote import Place, together
+from neoxconv.storage import Place, is_folder, open_storage, together
 
 # The names of files; PARTS are those that stand for the whole folder when one of them is given.
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.files import open_storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, open_storage
 
 # Far above any configuration.
 LARGEST = 1 << 17  # bytes of a file

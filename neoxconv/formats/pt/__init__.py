@@ -16,7 +16,7 @@ from neoxconv.formats.pt.layout import layout_pt
 from neoxconv.formats.pt.tensors import PtFile
 from neoxconv.formats.pt.unpickle import Placeholder
 from neoxconv.formats.pt.zips import read_zip
-from neoxconv.storage.files import Storage
+from neoxconv.storage import Storage
 
 __all__ = ["Placeholder", "PtFile", "layout_pt", "read_pt"]
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt.tensors import PtFile, Record, View, tensor_in
 from neoxconv.formats.pt.unpickle import load_pickle
-from neoxconv.storage.files import Storage, Stream
+from neoxconv.storage import Storage, Stream
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

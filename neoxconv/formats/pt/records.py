@@ -11,7 +11,7 @@ from neoxconv.formats.pt import zip_headers as headers
 from neoxconv.formats.pt.tensors import View
 from neoxconv.formats.pt.unpickle import load_pickle
 from neoxconv.formats.pt.zips import DirectoryEntry, locate, read_directory, read_entries, read_pickle
-from neoxconv.storage.files import Storage
+from neoxconv.storage import Storage
 
 
 @dataclass(frozen=True)

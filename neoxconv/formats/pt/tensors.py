@@ -11,7 +11,7 @@ import numpy as np
 from neoxconv.core.tensor import LazyTensor, Read, stored
 from neoxconv.dtypes import Array
 from neoxconv.formats.pt.unpickle import MAX_AXES, StorageRef
-from neoxconv.storage.files import Storage
+from neoxconv.storage import Storage
 
 MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
 NEAR = 64 << 10  # bytes that are read at once, wanted or not

@@ -18,7 +18,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt import zip_headers as headers
 from neoxconv.formats.pt.tensors import PtFile, Record, View, tensor_in
 from neoxconv.formats.pt.unpickle import StorageRef, load_pickle
-from neoxconv.storage.files import Storage
+from neoxconv.storage import Storage
 
 MAX_PICKLE = 64 << 20  # bytes
 MAX_DIRECTORY = 64 << 20  # bytes

@@ -23,7 +23,7 @@ import torch
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify.logits.compare import Logits
 from neoxconv.verify.logits.programs import LOGITS, PROGRAMS, TOKENS
 

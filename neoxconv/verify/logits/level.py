@@ -9,7 +9,7 @@ from typing import Any
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import whole
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify.logits.bisect import bisect
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions

@@ -12,7 +12,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Doubles
 from neoxconv.errors import PlanError
 from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import run_both
 from neoxconv.verify.logits.metrics import Softmax, as_array

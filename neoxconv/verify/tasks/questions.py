@@ -26,7 +26,7 @@ import numpy.typing as npt
 from neoxconv.dtypes import Doubles
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import END, SURROGATE
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 
 Ids = tuple[int, ...]
 Marks = npt.NDArray[np.bool_]

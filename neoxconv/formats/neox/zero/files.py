@@ -17,8 +17,7 @@ from neoxconv.errors import CheckpointError, PlanError, raise_all
 from neoxconv.formats.neox.folder import OPTIMIZER
 from neoxconv.formats.neox.zero.flat import Padding
 from neoxconv.formats.pt import read_pt
-from neoxconv.storage.files import open_storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, open_storage
 
 INTERVALS, WHOLE = "local_sub_partitions_of_fp32_groups", "single_partition_of_fp32_groups"
 MOST = 64  # files expected for each one found, beyond which the expectation is wrong

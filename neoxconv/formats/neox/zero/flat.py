@@ -13,7 +13,7 @@ import numpy as np
 
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 NEAR = 1024  # numbers on either side of a border that are looked at
 

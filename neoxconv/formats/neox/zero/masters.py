@@ -16,7 +16,7 @@ from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.folder import SEQUENTIAL, home, states_file
 from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, counts_in, extent, find_files, read_shard
 from neoxconv.formats.neox.zero.flat import Master, Padding, joined, misfit
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 BUFFERS = "inv_freq"  # the ending of names that no optimizer has
 
