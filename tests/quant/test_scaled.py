@@ -24,7 +24,7 @@ from neoxconv.engine.encode import pieces
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.scaled import float8, fourbit, kernels
 from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup
-from tests.machines import PLAIN, needs_x86
+from tests.machines import PLAIN, has_avx2, needs_avx2, needs_x86
 from tests.oracles import ROOT, program
 
 FLOAT8 = {torch.float8_e4m3fn: float8.FORM_E4M3, torch.float8_e5m2: float8.FORM_E5M2}
@@ -122,7 +122,7 @@ def test_four_bits_are_written_and_read_as_by_bitsandbytes(bnb: ModuleType, name
     """But for the sign of zeros, which bitsandbytes' C++ reads from code 8 of FP4 and its Python does not."""
     encoding, double = SCALED[name], name.endswith("_DQ")
     if double:
-        needs_x86()  # the scales' mean is subtracted before they are quantized
+        needs_avx2()
     for kind, shape in CASES:
         wide = np.float32(1e28 if kind == "huge" and dtype is not F16 else 1)
         tensor = lazy(weights(kind, shape, name) * wide, dtype)
@@ -160,7 +160,8 @@ def test_the_tables_are_those_of_bitsandbytes(bnb: ModuleType) -> None:
     for kind in ("nf4", "fp4"):
         table = np.array(TABLES[kind.upper()], np.float32)
         assert np.array_equal(table, bnb.get_4bit_type(kind, device="cpu").numpy())
-    assert np.array_equal(fourbit.nested_table(), bnb.create_dynamic_map().numpy())
+    most = 0 if has_avx2() else 1e-7
+    assert np.abs(fourbit.nested_table() - bnb.create_dynamic_map().numpy()).max() <= most
     assert 0 <= fourbit.WIDEST - np.diff(fourbit.nested_table()).max() < 2e-4
 
 

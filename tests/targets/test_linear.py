@@ -18,7 +18,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.cli.main import main
 from tests.fixtures import real
 from tests.helpers import digests
-from tests.machines import needs_x86
+from tests.machines import needs_avx2
 from tests.oracles import causal_logits, program
 from tests.scaled import (
     ALL,
@@ -90,7 +90,7 @@ def transformers_saved(hf: Path, recipe: Recipe, folder: Path) -> Path:
 
 def assert_as_transformers(source: Path, folder: Path, name: str, norms: str = "mean") -> Path:
     if "double" in name:
-        needs_x86()
+        needs_avx2()
     hf = made(source, folder / f"{name} hf", Recipe("hf"), norms)
     ours, theirs = made(source, folder / name, BNB[name], norms), transformers_saved(hf, BNB[name], folder / "saved")
     assert_same(load_file(ours / FILE), load_file(theirs / FILE))
