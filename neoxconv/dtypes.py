@@ -76,13 +76,13 @@ def narrow(rows: Floats, dtype: DType) -> Array:
 
 
 # The bits of a number as unsigned, and which of them are the exponent: all set in infinities and NaN, nowhere else.
-EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48)}
+_EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48)}
 
 
 def nonfinite(rows: Array, dtype: DType) -> int:
     """How many numbers, stored as a plain type, are infinite or NaN; 0 for types that have none."""
-    if dtype.name not in EXPONENT:
+    if dtype.name not in _EXPONENT:
         return 0
-    bits, mask = EXPONENT[dtype.name]
+    bits, mask = _EXPONENT[dtype.name]
     exponents = np.ascontiguousarray(rows).view(bits) & np.array(mask, bits)
     return int((exponents == mask).sum()) if exponents.size and exponents.max() == mask else 0

@@ -18,7 +18,7 @@ from neoxconv.verify.logits.trial import Sample
 
 
 @dataclass(frozen=True)
-class Calibration:
+class _Calibration:
     """What `calibrate` is asked to do."""
 
     source: Place
@@ -30,15 +30,15 @@ class Calibration:
     quiet: bool
 
 
-def asked_for(source: Place, given: Given) -> Calibration:
+def asked_for(source: Place, given: Given) -> _Calibration:
     """The request that the options make. Raises UsageError unless they name one source of tokens."""
     if bool(given["text"]) == bool(given["tokens"]):
         raise click.UsageError("give either --text FILE or --tokens FILE.")
     plain = {name: given[name] for name in ("output", "device", "overwrite", "quiet")}
-    return Calibration(source, reading=chosen(Reading, given), sample=chosen(Sample, given), **plain)
+    return _Calibration(source, reading=chosen(Reading, given), sample=chosen(Sample, given), **plain)
 
 
-def make_matrix(asked: Calibration) -> str:
+def make_matrix(asked: _Calibration) -> str:
     """Write the matrix; returns what was made. Raises PlanError where the output may not be written."""
     output, sample = asked.output, asked.sample
     check_side_file(output, (asked.source, sample.text, sample.tokens), asked.overwrite)

@@ -26,33 +26,33 @@ from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural, size, table
 
 
-def check_options(given: Given) -> None:
+def _check_options(given: Given) -> None:
     """Raise UsageError where an option is for another format, or for another of its types, than the one asked for."""
     target = TARGETS[given["format"]]
     for option, formats in TAKEN_BY.items():
         if given[option] not in (None, ()) and target.name not in formats:
-            takes = ", ".join(map(flag, target.options))
+            takes = ", ".join(map(_flag, target.options))
             raise click.UsageError(
-                f"{flag(option)} is for {', '.join(formats)}, not for {target.name}, which takes {takes}."
+                f"{_flag(option)} is for {', '.join(formats)}, not for {target.name}, which takes {takes}."
             )
     kind, dtype = given["type"], given["dtype"]
     if kind and kind not in target.types:
         raise click.UsageError(f"--type {kind} is not for {target.name}, which has {', '.join(target.types)}.")
     for option, types in target.only_of.items():
         if kind and kind not in types and given[option] is not None:
-            raise click.UsageError(f"{flag(option)} is for {target.name}'s {' and '.join(types)}, not for {kind}.")
+            raise click.UsageError(f"{_flag(option)} is for {target.name}'s {' and '.join(types)}, not for {kind}.")
     if dtype and dtype not in target.dtypes:
         others = " and ".join(other.name for other in TARGETS.values() if dtype in other.dtypes)
         raise click.UsageError(f"--dtype {dtype} is for {others}; {target.name} takes {' or '.join(target.dtypes)}.")
 
 
-def flag(option: str) -> str:
+def _flag(option: str) -> str:
     """An option as it stands on the command line."""
     return f"--{option.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class _Request:
     """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
 
     source: Place
@@ -174,15 +174,15 @@ class Request:
         )
 
 
-def prepare(source: Place, target: Place, given: Given) -> Request:
+def prepare(source: Place, target: Place, given: Given) -> _Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
-    check_options(given)
+    _check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
     check_memory(given["memory"])  # too little is told before anything is opened
     reading = chosen(Reading, given)
     checkpoint = opened(source, reading)
     target = engine.as_target(target)
-    check_apart(checkpoint, source, target)
+    _check_apart(checkpoint, source, target)
     conversion = engine.prepare(
         make_plan(checkpoint, recipe),
         target,
@@ -196,10 +196,10 @@ def prepare(source: Place, target: Place, given: Given) -> Request:
     quiet = given["quiet"] or given["json"]
     check = checked(checkpoint, jobs=given["jobs"], quiet=quiet) if given["check"] else None
     raise_all(CheckpointError, map(str, check.damage if check else ()))
-    return Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
+    return _Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
 
 
-def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
+def _check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
     folders = [source] if source.is_dir() else []

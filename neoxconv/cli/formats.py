@@ -22,12 +22,12 @@ from neoxconv.targets.divergences import DIVERGENCES
 from neoxconv.targets.mixes import MIXES
 from neoxconv.targets.recipe import Recipe
 
-DEGREE = 2  # of the published 20B shards: what slim keeps
+_DEGREE = 2  # of the published 20B shards: what slim keeps
 RECIPES = tuple(recipe for target in TARGETS.values() for recipe in target.recipes)
 
 
 @dataclass(frozen=True)
-class Row:
+class _Row:
     """One target: what chooses it, the bytes of the model's tensors, how far a weight and predictions move at most.
 
     `bound` is that of the layers' matrices, where one holds for all of them; `divergence` as measured.
@@ -42,20 +42,20 @@ class Row:
     divergence: float | None
 
 
-def catalog(preset: str = "20B") -> list[Row]:
+def catalog(preset: str = "20B") -> list[_Row]:
     """Every target and type, with the size of the released model `preset` in it."""
     model = shapes(preset)
     return [row(model, recipe) for recipe in RECIPES]
 
 
-def row(model: Checkpoint, recipe: Recipe) -> Row:
+def row(model: Checkpoint, recipe: Recipe) -> _Row:
     """What one recipe makes of a model."""
     held = TARGETS[recipe.format].entries(model, recipe)
     nbytes = sum(entry.nbytes for entry in held)
     mixed = recipe.type in MIXES
-    encoding = linear_encoding(model, held)
+    encoding = _linear_encoding(model, held)
     name = recipe.type if mixed else encoding.name if encoding.dtype.quantized else None
-    return Row(
+    return _Row(
         recipe.format,
         option="--type" if recipe.type else "--dtype",
         type=option_of(recipe),
@@ -66,7 +66,7 @@ def row(model: Checkpoint, recipe: Recipe) -> Row:
     )
 
 
-def linear_encoding(model: Checkpoint, held: Sequence[Entry]) -> Encoding | Scaled:
+def _linear_encoding(model: Checkpoint, held: Sequence[Entry]) -> Encoding | Scaled:
     """The encoding of the first of the layers' matrices; ranks' parts, which have names of their own, are all alike."""
     linear = {weight.unified for _, weight in model.architecture.names(model.config) if weight.linear}
     return next((entry for entry in held if entry.unified in linear), held[0]).encoding
@@ -88,9 +88,9 @@ def shapes(preset: str) -> Checkpoint:
 def hollow_checkpoint(architecture: Architecture, config: ModelConfig) -> Checkpoint:
     """A checkpoint of a model's shapes in float16, with nothing to read in it."""
     weights = {weight.unified: weight for _, weight in architecture.names(config)}
-    tensors = {name: hollow(tuple(config.sizes[size] for size in w.shape)) for name, w in weights.items()}
-    parts = {name: weights[name].join.split(tensor, DEGREE, config) for name, tensor in tensors.items()}
-    ranks = [{name: split[rank] for name, split in parts.items()} for rank in range(DEGREE)]
+    tensors = {name: _hollow(tuple(config.sizes[size] for size in w.shape)) for name, w in weights.items()}
+    parts = {name: weights[name].join.split(tensor, _DEGREE, config) for name, tensor in tensors.items()}
+    ranks = [{name: split[rank] for name, split in parts.items()} for rank in range(_DEGREE)]
     return Checkpoint(
         opening=Opening(Path()),
         index=Index("neox", Path(), (), tuple(ranks), {}),
@@ -103,7 +103,7 @@ def hollow_checkpoint(architecture: Architecture, config: ModelConfig) -> Checkp
     )
 
 
-def hollow(shape: tuple[int, ...]) -> LazyTensor:
+def _hollow(shape: tuple[int, ...]) -> LazyTensor:
     """A tensor that has a shape only."""
 
     def read(start: int, stop: int) -> Array:

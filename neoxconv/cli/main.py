@@ -27,7 +27,7 @@ from neoxconv.words import table
 if TYPE_CHECKING:
     from neoxconv.storage import Place
 
-FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
+_FAILED, _DIFFERS, _INTERRUPTED, _TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -50,8 +50,8 @@ def inspect(source: Place, **given: Any) -> int:
     checkpoint = opened(source, chosen(Reading, given))
     found = checked(checkpoint, jobs=given["jobs"], quiet=given["json"]) if given["check"] else None
     facts = inspect.inspect(checkpoint, found)
-    click.echo(as_json(facts) if given["json"] else inspect.render(facts, given["tensors"]))
-    return DIFFERS if found and found.damage else 0
+    click.echo(_as_json(facts) if given["json"] else inspect.render(facts, given["tensors"]))
+    return _DIFFERS if found and found.damage else 0
 
 
 @commands.command()
@@ -135,8 +135,8 @@ def verify(paths: tuple[Place, ...], **given: Any) -> int:
         return 0
     outcome = audit(asked_for(paths, given))
     shown = outcome.verdict if given["quiet"] else outcome.listing
-    click.echo(as_json(outcome.facts) if given["json"] else shown)
-    return 0 if outcome.passed else DIFFERS
+    click.echo(_as_json(outcome.facts) if given["json"] else shown)
+    return 0 if outcome.passed else _DIFFERS
 
 
 @commands.command()
@@ -148,10 +148,10 @@ def demo(folder: Path) -> int:
     """
     from neoxconv.cli.demo import run_demo
 
-    return 0 if run_demo(folder, click.echo) else DIFFERS
+    return 0 if run_demo(folder, click.echo) else _DIFFERS
 
 
-def as_json(facts: Any) -> str:
+def _as_json(facts: Any) -> str:
     """Facts as one line of JSON."""
     return json.dumps(finite(facts), allow_nan=False)
 
@@ -165,19 +165,21 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Terminated(KeyboardInterrupt):
+class _Terminated(KeyboardInterrupt):
     """SIGTERM came: stop as for Ctrl-C."""
 
 
-def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own), print what goes wrong to stderr, and return the exit code."""
     if not hasattr(os, "preadv"):
-        return complain("this system cannot read files at an offset (no os.preadv): Windows is not supported.", FAILED)
-    signal.signal(signal.SIGTERM, terminate)
+        return _complain(
+            "this system cannot read files at an offset (no os.preadv): Windows is not supported.", _FAILED
+        )
+    signal.signal(signal.SIGTERM, _terminate)
     session = {"verbose": False}
     try:
         return commands.main(arguments, "neoxconv", standalone_mode=False, obj=session) or 0
@@ -185,32 +187,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
-        return stopped(stop)
+        return _stopped(stop)
     except Exception as error:
         if session["verbose"]:
             traceback.print_exc()
-        return explain(error)
+        return _explain(error)
 
 
-def stopped(stop: BaseException) -> int:
+def _stopped(stop: BaseException) -> int:
     """Say how to go on after Ctrl-C or SIGTERM, which click wraps."""
     cause = stop.__cause__ or stop
-    return complain(str(cause) or "stopped.", TERMINATED if isinstance(cause, Terminated) else INTERRUPTED)
+    return _complain(str(cause) or "stopped.", _TERMINATED if isinstance(cause, _Terminated) else _INTERRUPTED)
 
 
-def explain(error: Exception) -> int:
+def _explain(error: Exception) -> int:
     """Say what went wrong, and return the exit code for it."""
     if isinstance(error, NeoxconvError):
-        return complain(str(error), DIFFERS if isinstance(error, VerifyError) else FAILED)
+        return _complain(str(error), _DIFFERS if isinstance(error, VerifyError) else _FAILED)
     if isinstance(error, OSError) and error.strerror:
-        return complain(f"{error.filename or 'standard output'}: {error.strerror}.", FAILED)
+        return _complain(f"{error.filename or 'standard output'}: {error.strerror}.", _FAILED)
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-        return complain("torch, which runs the models, is not installed; pip install 'neoxconv[logits]'.", FAILED)
+        return _complain("torch, which runs the models, is not installed; pip install 'neoxconv[logits]'.", _FAILED)
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return complain(f"unexpected {what}; run again with -v to see where, and report it.", FAILED)
+    return _complain(f"unexpected {what}; run again with -v to see where, and report it.", _FAILED)
 
 
-def complain(message: str, code: int) -> int:
+def _complain(message: str, code: int) -> int:
     """Print a message to stderr, each line under our name, and return the exit code."""
     for line in message.splitlines():
         click.echo(f"neoxconv: {line}", err=True)

@@ -25,14 +25,14 @@ from neoxconv.verify.logits.trial import Limits, Sample, Task, Trial
 from neoxconv.verify.report import Finding, Report, TensorError, verdicts
 from neoxconv.words import first_of, table
 
-LOGITS_ONLY = (
+_LOGITS_ONLY = (
     "text", "tokens", "length", "sequences", "task", "data", "device",
     "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Audit:
+class _Audit:
     """What `verify` is asked to do: the paths are the target's alone, or the source's and the target's."""
 
     paths: tuple[Place, ...]
@@ -54,7 +54,7 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class _Outcome:
     """What every level found; `basis` says how the source was read."""
 
     basis: Mapping[str, str]
@@ -109,14 +109,14 @@ def errors(report: Report) -> str:
     return table("<>><", [("encoding", "relative error", "largest", "in the worst tensor"), *rows])
 
 
-def asked_for(paths: Sequence[Place], given: Given) -> Audit:
+def asked_for(paths: Sequence[Place], given: Given) -> _Audit:
     """The request that the options make. Raises UsageError where they do not go together."""
     if len(paths) > 2:
         raise click.UsageError(f"expected TARGET or SRC TARGET, found {len(paths)} paths.")
     level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
     if level != "bytes" and len(paths) == 1:
         raise click.UsageError(f"--level {level} needs the source too: neoxconv verify SRC TARGET.")
-    check_logits_options(level, given)
+    _check_logits_options(level, given)
     task = Task(given["task"], given["data"], given["sequences"]) if given["task"] else None
     trial = Trial(
         sample=chosen(Sample, given),
@@ -128,12 +128,12 @@ def asked_for(paths: Sequence[Place], given: Given) -> Audit:
         html=given["html"],
     )
     quiet = given["json"] or given["quiet"]
-    return Audit(tuple(paths), level, chosen(Reading, given), trial=trial, jobs=given["jobs"], quiet=quiet)
+    return _Audit(tuple(paths), level, chosen(Reading, given), trial=trial, jobs=given["jobs"], quiet=quiet)
 
 
-def check_logits_options(level: str, given: Given) -> None:
+def _check_logits_options(level: str, given: Given) -> None:
     """Raise UsageError for options of the logits level where another is run, and for two sources of tokens."""
-    idle = [name for name in LOGITS_ONLY if given[name] not in (None, False)]
+    idle = [name for name in _LOGITS_ONLY if given[name] not in (None, False)]
     if level != "logits" and (idle or given["engine"] != "native"):
         name = (idle or ["engine"])[0].replace("_", "-")
         raise click.UsageError(f"--{name} is for --level logits.")
@@ -149,21 +149,21 @@ def digests(paths: Sequence[Place], given: Given) -> Iterator[str]:
     """What `--sha256sums` prints: lines for `sha256sum -c`. Raises UsageError for options that check something."""
     if len(paths) > 1:
         raise click.UsageError(f"expected TARGET, found {len(paths)} paths.")
-    check_logits_options("bytes", given)
+    _check_logits_options("bytes", given)
     if given["level"] or given["json"]:
         raise click.UsageError("--sha256sums prints digests and checks nothing; leave --level and --json out.")
     return (f"{digest}  {name}" for name, digest in sha256sums(paths[0]))
 
 
-def audit(asked: Audit) -> Outcome:
+def audit(asked: _Audit) -> _Outcome:
     """The levels up to the one asked for: bytes (where the target has a manifest), then against the source."""
     target = asked.target
     manifest = read_manifest(target) if target.exists() else None
     if asked.level == "bytes":
-        return Outcome({}, (check_bytes(asked, manifest),))
-    reports: tuple[Report, ...] = (check_bytes(asked, manifest),) if manifest else ()
-    norms, whence = policy("norms", "mean", manifest, asked.reading.norms)
-    weights, told = policy("weights", "stored", manifest, asked.reading.weights)
+        return _Outcome({}, (_check_bytes(asked, manifest),))
+    reports: tuple[Report, ...] = (_check_bytes(asked, manifest),) if manifest else ()
+    norms, whence = _policy("norms", "mean", manifest, asked.reading.norms)
+    weights, told = _policy("weights", "stored", manifest, asked.reading.weights)
     source = opened(asked.paths[0], replace(asked.reading, norms=norms, weights=weights))
     settings = asked.reading.preset or ", ".join(path.name for path in source.index.configs) or "the source's own"
     basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
@@ -172,17 +172,17 @@ def audit(asked: Audit) -> Outcome:
         check_side_file(asked.trial.html, (*asked.paths, *asked.files))
     try:
         made = open_target(target, asked.reading.preset)
-        reports = (*reports, check_weights(source, made, asked))
+        reports = (*reports, _check_weights(source, made, asked))
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
-        return Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error), ran=False)))
+        return _Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error), ran=False)))
     if asked.level == "logits":
-        reports = (*reports, check_logits(source, made, asked, reports))
-    return Outcome(basis, reports)
+        reports = (*reports, _check_logits(source, made, asked, reports))
+    return _Outcome(basis, reports)
 
 
-def policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: str | None) -> tuple[str, str]:
+def _policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: str | None) -> tuple[str, str]:
     """How the target's norms were joined, or which weights it was made of, and who says so."""
     if asked:
         return asked, "as asked"
@@ -191,14 +191,14 @@ def policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: s
     return default, "the default"
 
 
-def check_bytes(asked: Audit, manifest: Mapping[str, Any] | None) -> Report:
+def _check_bytes(asked: _Audit, manifest: Mapping[str, Any] | None) -> Report:
     """The first level, with a bar."""
     total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
     with progress_bar(total, "bytes", asked.quiet) as progress:
         return verify_bytes(asked.target, manifest=manifest, progress=progress)
 
 
-def check_weights(source: Checkpoint, made: Checkpoint, asked: Audit) -> Report:
+def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Report:
     """The second level, with a bar."""
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", asked.quiet) as progress:
@@ -206,7 +206,7 @@ def check_weights(source: Checkpoint, made: Checkpoint, asked: Audit) -> Report:
         return verify_weights(source, made, jobs=threads, progress=progress)
 
 
-def check_logits(source: Checkpoint, made: Checkpoint, asked: Audit, before: Sequence[Report]) -> Report:
+def _check_logits(source: Checkpoint, made: Checkpoint, asked: _Audit, before: Sequence[Report]) -> Report:
     """The third level, with a bar that counts layers; a page where one was asked for."""
     from neoxconv.verify.logits.level import verify_logits
 

@@ -50,7 +50,7 @@ class Context:
         return hashlib.sha256(columns + bytes([self.thorough])).hexdigest()
 
 
-class Check(Protocol):
+class _Check(Protocol):
     """Which weights [n, columns] no correct encoder could have stored as they are: a boolean for each.
 
     `weighted`: the encoder may have known an importance of the columns, and sacrificed others to them.
@@ -118,7 +118,7 @@ class Encoding:
     dtype: DType
     encode: Callable[[Floats], Array]
     decode: Callable[[Array], Floats]
-    wrong: Check
+    wrong: _Check
     search: Callable[[Floats, Context], Array] | None = None
     limit: float = math.inf
     bound: Bound | None = None

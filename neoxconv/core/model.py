@@ -67,7 +67,7 @@ class Join:
     split: Callable[[LazyTensor, int, ModelConfig], list[LazyTensor]]
 
 
-Order = Callable[[ModelConfig], npt.NDArray[np.int64]]
+_Order = Callable[[ModelConfig], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Weight:
     _: KW_ONLY
     role: str  # qkv, attn_out, mlp_in, mlp_out, embedding, head, norm, bias: what a mix asks for
     shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
-    gguf_order: Order | None = None  # the order of rows in GGUF, as indices of unified rows
+    gguf_order: _Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
 
     @property
@@ -156,11 +156,11 @@ class Measured:
     tied: bool  # there is no head
 
 
-Named = tuple[int | None, Weight]  # a weight with its names spelled for its layer, and the layer; None outside of them
+_Named = tuple[int | None, Weight]  # a weight with its names spelled for its layer, and the layer; None outside of them
 
 
 @lru_cache(maxsize=16)
-def weights_of_model(weights: tuple[Weight, ...], layers: int, tied: bool) -> tuple[Named, ...]:
+def _weights_of_model(weights: tuple[Weight, ...], layers: int, tied: bool) -> tuple[_Named, ...]:
     """Every weight of a model with so many layers, in the order of the forward pass; a tied head is left out."""
     before = [(None, w) for w in weights if w.stage == "embed"]
     inside = [(i, w.at(i)) for i in range(layers) for w in weights if w.stage == "layer"]
@@ -189,9 +189,9 @@ class Architecture:
     to_neox: Callable[[ModelConfig], dict[str, Any]]
     forward: str
 
-    def names(self, config: ModelConfig) -> tuple[Named, ...]:
+    def names(self, config: ModelConfig) -> tuple[_Named, ...]:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
-        return weights_of_model(self.weights, config.layers, config.tied)
+        return _weights_of_model(self.weights, config.layers, config.tied)
 
     def in_files_of_2022(self, config: ModelConfig) -> Iterator[tuple[int | None, Weight, Buffer | None]]:
         """Every tensor of 2022's layer files in their order: a weight, or the buffer that follows it."""

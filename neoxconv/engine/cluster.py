@@ -29,13 +29,13 @@ from neoxconv.sources.tokenizer import tokenizer_path
 from neoxconv.storage import Remote, anew, is_here
 from neoxconv.targets.recipe import Recipe
 
-SCHEME = "dask://"
+_SCHEME = "dask://"
 PATIENCE = 10  # seconds until a scheduler must have answered
-RETRIES = 2  # of what failed on a worker
+_RETRIES = 2  # of what failed on a worker
 
 
 @dataclass(frozen=True)
-class Origin:
+class _Origin:
     """How a plan is made, and what must come of it everywhere; `versions` are those of a store's files."""
 
     opening: Opening
@@ -48,7 +48,7 @@ class Origin:
 class Errand:
     """One step for a worker, in files that it sees: its number, and what it needs of the run."""
 
-    origin: Origin
+    origin: _Origin
     number: int
     folder: Path
     known: Digests
@@ -60,7 +60,7 @@ class Errand:
 class Delivery:
     """One file for a worker, which makes it on a disk of its own and sends it to `target`."""
 
-    origin: Origin
+    origin: _Origin
     number: int
     target: Remote
     slab: int
@@ -77,12 +77,12 @@ def connected(address: str) -> Iterator[Executor]:
     except ImportError as error:
         raise PlanError("--executor dask://HOST:PORT needs Dask: pip install 'neoxconv[dask]'.") from error
     try:
-        client: Any = Client(f"tcp://{address.removeprefix(SCHEME)}", timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+        client: Any = Client(f"tcp://{address.removeprefix(_SCHEME)}", timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise PlanError(f"{address}: no Dask scheduler answers there; start one with `dask scheduler`.") from error
     with client:
         try:
-            yield client.get_executor(pure=False, retries=RETRIES)
+            yield client.get_executor(pure=False, retries=_RETRIES)
         except (CancelledError, CommClosedError) as error:
             raise NeoxconvError(
                 f"{address}: the scheduler is gone; start it and run the same command again to continue."
@@ -112,24 +112,24 @@ def submit_to(pool: Executor, plan: Plan, work: Work) -> Submit:
     return submit
 
 
-def origin_of(plan: Plan) -> Origin:
+def origin_of(plan: Plan) -> _Origin:
     """How a plan was made, in paths that hold in any working directory."""
     opening, recipe = plan.checkpoint.opening, plan.recipe
     config = tuple(path.absolute() for path in opening.config)
     opening = replace(opening, path=opening.path.absolute(), config=config)
     found = {"tokenizer": tokenizer_path(plan.checkpoint, recipe.tokenizer), "imatrix": recipe.imatrix}
     files: Any = {name: path.absolute() for name, path in found.items() if is_here(path)}
-    return Origin(opening, replace(recipe, **files), plan.fingerprint, versions_of(plan))
+    return _Origin(opening, replace(recipe, **files), plan.fingerprint, _versions_of(plan))
 
 
-def versions_of(plan: Plan) -> tuple[str, ...]:
+def _versions_of(plan: Plan) -> tuple[str, ...]:
     """What stores call the contents of a plan's source files; nothing of files on a disk."""
     return tuple(file.storage.version for file in plan.checkpoint.index.files)
 
 
 def run_errand(errand: Errand) -> Digests:
     """Take a step, on a worker."""
-    plan = plan_of(errand.origin)
+    plan = _plan_of(errand.origin)
     work = Work(
         folder=errand.folder,
         known=errand.known,
@@ -137,15 +137,15 @@ def run_errand(errand: Errand) -> Digests:
         allow_nonfinite=errand.allow_nonfinite,
         source=plan.source,
     )
-    with naming_the_worker():
+    with _naming_the_worker():
         return run_step(work, plan.steps[errand.number])
 
 
 def deliver(delivery: Delivery) -> Described:
     """Make a file and send it, on a worker: the manifest's entry for it."""
-    plan = plan_of(delivery.origin)
+    plan = _plan_of(delivery.origin)
     file = plan.files[delivery.number]
-    with naming_the_worker(), tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
+    with _naming_the_worker(), tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
         folder = Path(made)
         begin_file(file, folder)
         work = Work(
@@ -162,7 +162,7 @@ def deliver(delivery: Delivery) -> Described:
 
 
 @contextmanager
-def naming_the_worker() -> Iterator[None]:
+def _naming_the_worker() -> Iterator[None]:
     """Errors of the operating system in words that say on which machine."""
     try:
         yield
@@ -178,21 +178,21 @@ def naming_the_worker() -> Iterator[None]:
         ) from error
 
 
-MAKING = threading.Lock()  # one thread of a worker makes the plan, the others wait for it
+_MAKING = threading.Lock()  # one thread of a worker makes the plan, the others wait for it
 
 
-def plan_of(origin: Origin) -> Plan:
+def _plan_of(origin: _Origin) -> Plan:
     """The plan of a run, on a worker."""
-    with MAKING:
-        return rebuild_plan(origin)
+    with _MAKING:
+        return _rebuild_plan(origin)
 
 
 @lru_cache(maxsize=1)
-def rebuild_plan(origin: Origin) -> Plan:
+def _rebuild_plan(origin: _Origin) -> Plan:
     """The plan made anew; raises PlanError where this machine comes to another one."""
     opening = replace(origin.opening, path=anew(origin.opening.path))
     plan = make_plan(reopen(opening), origin.recipe)
-    if (plan.fingerprint, versions_of(plan)) != (origin.fingerprint, origin.versions):
+    if (plan.fingerprint, _versions_of(plan)) != (origin.fingerprint, origin.versions):
         raise PlanError(
             f"{origin.opening.path}: a worker comes to another plan; it must see the same files and have the same "
             "version of neoxconv."

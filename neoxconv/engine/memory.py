@@ -9,12 +9,12 @@ from neoxconv.errors import PlanError
 from neoxconv.storage import at_once
 from neoxconv.words import size
 
-MIB = 1 << 20
-BASE = 200 * MIB  # what Python, numpy, the kernels and a tokenizer take before the first weight (measured: 170)
-COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
-SLAB = 2 * MIB  # larger ones leave the caches, and malloc gives their pages back each time: half the speed
-SMALLEST_SLAB = MIB
-DEFAULT_MEMORY = 512 * MIB
+_MIB = 1 << 20
+_BASE = 200 * _MIB  # what Python, numpy, the kernels and a tokenizer take before the first weight (measured: 170)
+_COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
+SLAB = 2 * _MIB  # larger ones leave the caches, and malloc gives their pages back each time: half the speed
+_SMALLEST_SLAB = _MIB
+DEFAULT_MEMORY = 512 * _MIB
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Budget:
     @property
     def peak(self) -> int:
         """Bytes expected at most."""
-        return BASE + self.jobs * (COPIES * self.slab + self.kept)
+        return _BASE + self.jobs * (_COPIES * self.slab + self.kept)
 
 
 def threads_for(checkpoint: Checkpoint, jobs: int | None) -> int:
@@ -36,15 +36,15 @@ def threads_for(checkpoint: Checkpoint, jobs: int | None) -> int:
     return jobs or at_once(checkpoint.index.folder)
 
 
-def least_of(kept: int) -> int:
+def _least_of(kept: int) -> int:
     """The fewest bytes that one worker does with."""
-    return COPIES * SMALLEST_SLAB + kept
+    return _COPIES * _SMALLEST_SLAB + kept
 
 
 def check_memory(memory: int, kept: int = 0) -> None:
     """Raise PlanError where not even one worker keeps within `memory` bytes."""
-    if memory - BASE < least_of(kept):
-        needed = -(-(BASE + least_of(kept)) // MIB)
+    if memory - _BASE < _least_of(kept):
+        needed = -(-(_BASE + _least_of(kept)) // _MIB)
         raise PlanError(f"--memory {size(memory)} is too little; at least {needed} MiB are needed.")
 
 
@@ -54,5 +54,5 @@ def budget_for(jobs: int, memory: int, kept: int = 0) -> Budget:
     Jobs fall before a slab gets under 1 MiB. Raises PlanError where not even one fits.
     """
     check_memory(memory, kept)
-    workers = min(jobs, (memory - BASE) // least_of(kept))
-    return Budget(workers, min(SLAB, ((memory - BASE) // workers - kept) // COPIES), kept)
+    workers = min(jobs, (memory - _BASE) // _least_of(kept))
+    return Budget(workers, min(SLAB, ((memory - _BASE) // workers - kept) // _COPIES), kept)

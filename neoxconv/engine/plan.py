@@ -50,7 +50,7 @@ def slot_key(file: FileLayout, slot: Slot) -> str:
     return f"{file.name}@{slot.offset}"
 
 
-def by_entry(file: FileLayout) -> list[tuple[Slot, ...]]:
+def _by_entry(file: FileLayout) -> list[tuple[Slot, ...]]:
     """The slots of every entry of a file, in the order of their codes."""
     slots: dict[str, list[Slot]] = {slot.entry.name: [] for slot in file.slots if slot.number == 0}
     for slot in sorted(file.slots, key=lambda slot: slot.number):
@@ -72,7 +72,7 @@ class Plan:
     @cached_property
     def steps(self) -> list[Step]:
         """A tensor each, in the order of files and offsets."""
-        found = [(file, slots) for file in self.files for slots in by_entry(file)]
+        found = [(file, slots) for file in self.files for slots in _by_entry(file)]
         return [Step(number, file, slots) for number, (file, slots) in enumerate(found)]
 
     def steps_of(self, file: FileLayout) -> list[Step]:
@@ -134,7 +134,7 @@ class Plan:
                 [
                     file.name,
                     file.size,
-                    pieces_digest(file),
+                    _pieces_digest(file),
                     [[s.offset, s.number, *s.entry.facts] for s in file.slots],
                 ]
                 for file in self.files
@@ -143,7 +143,7 @@ class Plan:
         }
 
 
-def pieces_digest(file: FileLayout) -> str:
+def _pieces_digest(file: FileLayout) -> str:
     """SHA-256 of the bytes of a file that are known before any tensor: headers with all that they say."""
     digest = hashlib.sha256()
     for offset, piece in file.pieces:
@@ -163,12 +163,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         recipe=recipe,
         files=content.files,
         sidecars=content.sidecars,
-        notes=(*checkpoint.notes, *content.notes, *lossy_notes(checkpoint, entries)),
+        notes=(*checkpoint.notes, *content.notes, *_lossy_notes(checkpoint, entries)),
         single=target.single and len(content.files) == 1 and not recipe.split_size,
     )
 
 
-def lossy_notes(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[str]:
+def _lossy_notes(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[str]:
     """What is lost because the source is quantized already."""
     types = [tensor.dtype.name for tensor in checkpoint.tensors.values() if tensor.dtype.quantized]
     again = [e for e in entries if e.tensor.dtype.quantized and e.encoding.dtype.quantized and not e.copied]

@@ -47,10 +47,10 @@ class DiskTarget:
                 f"{target}: is a folder; {self.plan.recipe.format} writes one file, "
                 f"so give its name, such as {target / 'model'}.{self.plan.recipe.format}."
             )
-        check_place(target)
+        _check_place(target)
         occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
         if occupied and not overwrite:
-            tidy(target)
+            _tidy(target)
             raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
         if occupied and target.is_dir() and not (target / MANIFEST).is_file():
             raise PlanError(
@@ -94,23 +94,23 @@ class DiskTarget:
         Killed at any point, the next run finds its journal, hashes what it made, and publishes it.
         """
         plan, target, made, aside = self.plan, self.target, made_in(self.work), aside_of(self.target)
-        write_last(plan, made, described)
+        _write_last(plan, made, described)
         if plan.single:
             os.replace(made / MANIFEST, beside(target))
             os.replace(made / plan.files[0].name, target)
         else:
             if target.exists():
-                remove(aside)
+                _remove(aside)
                 os.replace(target, aside)
             os.replace(made, target)
-        sync(target.parent)
+        _sync(target.parent)
         if aside.is_file():
             beside(target).unlink(missing_ok=True)
-        remove(aside)
+        _remove(aside)
         shutil.rmtree(self.work)
 
 
-def check_place(target: Path) -> None:
+def _check_place(target: Path) -> None:
     """Raise PlanError where nothing can be made under that name: a device, a file above it, a folder of others."""
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise PlanError(f"{target}: is a device or a pipe, which cannot be replaced; give another name.")
@@ -126,12 +126,12 @@ def aside_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced-by-neoxconv")
 
 
-def tidy(target: Path) -> None:
+def _tidy(target: Path) -> None:
     """Remove what a run left behind that was killed after it had published its target."""
     work = partial_of(target)
     if work.is_dir() and not has_files(work):
         with locked(work):
-            remove(aside_of(target))
+            _remove(aside_of(target))
             shutil.rmtree(work)
 
 
@@ -140,17 +140,17 @@ def room(plan: Plan, work: Path) -> tuple[int, int]:
     return max(plan.total - held(work), 0), free_for(work)
 
 
-def write_last(plan: Plan, made: Path, described: Sequence[Described]) -> None:
+def _write_last(plan: Plan, made: Path, described: Sequence[Described]) -> None:
     """Write the small files and the manifest of a folder whose files are `described`, and put everything on disk."""
     for name, data in plan.sidecars.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_bytes(data)
     (made / MANIFEST).write_bytes(manifest(plan, described))
     for path in (*sorted(made.rglob("*")), made, made.parent):
-        sync(path)
+        _sync(path)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Ask the disk to hold a file's or a folder's contents now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -159,7 +159,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Delete a file or a folder with all that is in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)

@@ -29,7 +29,7 @@ from neoxconv.storage import Place, is_far, place
 from neoxconv.words import size
 
 
-class Destination(Protocol):
+class _Destination(Protocol):
     """Where a plan's files are made and how they get their names: on a disk or in a store."""
 
     @property
@@ -78,7 +78,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Done:
+class _Done:
     """A target that was made, and how many weights of each tensor were cut to the largest number of its type."""
 
     target: Place
@@ -134,7 +134,7 @@ def prepare(
         allow_nonfinite=allow_nonfinite,
         executor=executor,
     )
-    destination_of(conversion).check(overwrite=overwrite)
+    _destination_of(conversion).check(overwrite=overwrite)
     return conversion
 
 
@@ -146,7 +146,7 @@ def as_target(target: Place | str) -> Place:
     return where
 
 
-def destination_of(conversion: Conversion) -> Destination:
+def _destination_of(conversion: Conversion) -> _Destination:
     """How the target is made where it is to be."""
     plan, target = conversion.plan, conversion.target
     if is_far(target):
@@ -154,13 +154,13 @@ def destination_of(conversion: Conversion) -> Destination:
     return DiskTarget(plan, Path(str(target)))
 
 
-def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -> Done:
+def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -> _Done:
     """The second half of `run`, alone in its folder: make what is not made yet, and publish.
 
     Raises NeoxconvError when the disk or a value stops it, PlanError where another run is at work there.
     """
     plan, allowed, budget = conversion.plan, conversion.allow_nonfinite, conversion.budget
-    crew, destination = Crew(budget.jobs, conversion.executor), destination_of(conversion)
+    crew, destination = Crew(budget.jobs, conversion.executor), _destination_of(conversion)
     folder = destination.work
     try:
         destination.check_room(crew)
@@ -182,11 +182,11 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
             entries = [described[file.name] for file in plan.files]
             destination.publish(entries)
     except OSError as error:
-        raise NeoxconvError(explain(error, destination)) from error
-    return Done(destination.target, overflows(entries))
+        raise NeoxconvError(_explain(error, destination)) from error
+    return _Done(destination.target, overflows(entries))
 
 
-def explain(error: OSError, destination: Destination) -> str:
+def _explain(error: OSError, destination: _Destination) -> str:
     """An operating system's error in terms of the target, or of where one in a store is made."""
     work = destination.work
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -31,11 +31,11 @@ from neoxconv.errors import NeoxconvError, PlanError, raise_all
 from neoxconv.storage import Remote
 from neoxconv.words import size
 
-BEGUN = ".begun"
+_BEGUN = ".begun"
 
 
 @dataclass(frozen=True)
-class Sent:
+class _Sent:
     """Notes on the files that are in the store, in a folder; those of another run do not count.
 
     With `checked` neither do those of a run that let values pass that are not finite.
@@ -48,13 +48,13 @@ class Sent:
     @property
     def begun(self) -> bool:
         """Whether this very run has begun before, so that what is in the store may be its own."""
-        mark = self.folder / BEGUN
+        mark = self.folder / _BEGUN
         return mark.is_file() and mark.read_text() == self.key
 
     def begin(self) -> None:
         """Note that this run has begun."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / BEGUN).write_text(self.key)
+        (self.folder / _BEGUN).write_text(self.key)
 
     def path(self, name: str) -> Path:
         """Where the note on a file lies."""
@@ -100,11 +100,11 @@ class StoreTarget:
         return self.work
 
     @cached_property
-    def sent(self) -> Sent:
+    def sent(self) -> _Sent:
         """The notes of the run of this plan to this target, which has one name with others of other stores."""
         where = (self.target.protocol, self.target.path, self.target.options)
         key = hashlib.sha256(f"{resume_key(self.plan)} {where}".encode()).hexdigest()
-        return Sent(self.work / "sent", key, self.checked)
+        return _Sent(self.work / "sent", key, self.checked)
 
     @property
     def manifest(self) -> Remote:

@@ -71,7 +71,7 @@ def hold(work: Path) -> int:
     """The descriptor of the lock, held.
 
     A run that ends removes its folder with the lock's file in it, at any moment of ours. Between our `mkdir` and our
-    `open` the folder may go: there is nothing to open, and we begin again. Between `open` and `take` the file may go:
+    `open` the folder may go: there is nothing to open, and we begin again. Between `open` and `_take` the file may go:
     we then hold the lock of a file that nobody else can find, while a third run makes a new one. So after locking we
     look whether the file of that name is still the one that we hold, and begin again where it is not.
     """
@@ -82,7 +82,7 @@ def hold(work: Path) -> int:
         except FileNotFoundError:  # the other run has just finished
             continue
         try:
-            take(descriptor, work)
+            _take(descriptor, work)
             if os.path.samestat(os.fstat(descriptor), os.stat(work / LOCK)):
                 os.truncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -95,7 +95,7 @@ def hold(work: Path) -> int:
         os.close(descriptor)
 
 
-def take(descriptor: int, work: Path) -> None:
+def _take(descriptor: int, work: Path) -> None:
     """Lock an open file, or raise PlanError where another process has."""
     import fcntl
 

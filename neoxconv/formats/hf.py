@@ -27,7 +27,7 @@ from neoxconv.formats.safetensors import read_json
 from neoxconv.storage import Place, Storage, open_storage, together
 
 # The first that exists is read, as transformers does: (one file, its index when there are shards).
-FILES = (
+_FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
@@ -35,7 +35,7 @@ FILES = (
 PART = re.compile(r"config\.json|(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
-class Header(NamedTuple):
+class _Header(NamedTuple):
     """What a file of weights holds, and the SHA-256 of what describes it."""
 
     tensors: dict[str, LazyTensor]
@@ -47,40 +47,40 @@ def index(folder: Place) -> Index:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json; download it into this folder.")
     settings = read_json(folder / "config.json")
-    for single, shards in FILES:
+    for single, shards in _FILES:
         if (folder / single).is_file():
             file = open_storage(folder / single)
-            header = read_header(file)
+            header = _read_header(file)
             files = (SourceFile(file, header.checksum),)
             return Index(format="hf", folder=folder, files=files, ranks=(header.tensors,), settings=settings)
         if (folder / shards).is_file():
-            return sharded(folder, folder / shards, settings)
+            return _sharded(folder, folder / shards, settings)
     raise CheckpointError(
-        f"{folder}: has a config.json but no weights; expected {' or '.join(f for f, _ in FILES)}. Download one."
+        f"{folder}: has a config.json but no weights; expected {' or '.join(f for f, _ in _FILES)}. Download one."
     )
 
 
-def sharded(folder: Place, path: Place, settings: dict[str, Any]) -> Index:
+def _sharded(folder: Place, path: Place, settings: dict[str, Any]) -> Index:
     """Index the shards that the index file `path` lists; raises CheckpointError where they are not what it says."""
-    weight_map = read_weight_map(path)
+    weight_map = _read_weight_map(path)
     names = sorted(set(weight_map.values()))
     present = {file.name for file in folder.iterdir() if file.is_file()}
     missing = (n for n in names if n not in present)
     raise_all(CheckpointError, (f"{folder}: lacks {n!r:.300}, which {path.name} names; download it." for n in missing))
     files = dict(zip(names, together(lambda name: open_storage(folder / name), names, folder), strict=True))
-    headers = dict(zip(names, together(read_header, files.values(), folder), strict=True))
-    check_placed(path, weight_map, {name: header.tensors for name, header in headers.items()})
+    headers = dict(zip(names, together(_read_header, files.values(), folder), strict=True))
+    _check_placed(path, weight_map, {name: header.tensors for name, header in headers.items()})
     tensors = {name: tensor for file in names for name, tensor in headers[file].tensors.items()}
     sources = tuple(SourceFile(file, headers[name].checksum) for name, file in files.items())
     return Index(format="hf", folder=folder, files=sources, ranks=(tensors,), settings=settings)
 
 
-def read_weight_map(path: Place) -> dict[str, str]:
+def _read_weight_map(path: Place) -> dict[str, str]:
     """The file name of each tensor; raises CheckpointError where it has none, or a file is not in this folder."""
     weight_map = read_json(path).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(n, str) for n in weight_map.values())):
         raise CheckpointError(f"{path}: has no weight_map of file names; download it again.")
-    climbing = (name for name in sorted(set(weight_map.values())) if not stays_in_folder(name))
+    climbing = (name for name in sorted(set(weight_map.values())) if not _stays_in_folder(name))
     raise_all(
         CheckpointError,
         (f"{path}: names the file {n!r:.80}, which is not in its folder; download it again." for n in climbing),
@@ -88,12 +88,12 @@ def read_weight_map(path: Place) -> dict[str, str]:
     return weight_map
 
 
-def stays_in_folder(name: str) -> bool:
+def _stays_in_folder(name: str) -> bool:
     """Whether a file name leads nowhere else."""
     return bool(name) and not {"/", "\\", "\0"} & set(name) and name not in (".", "..")
 
 
-def check_placed(path: Place, weight_map: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
+def _check_placed(path: Place, weight_map: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
     """Raise CheckpointError unless the files hold (`held`: their tensors' names) every tensor where the map says."""
     folder = path.parent
     absent = (
@@ -111,11 +111,11 @@ def check_placed(path: Place, weight_map: Mapping[str, str], held: Mapping[str, 
     raise_all(CheckpointError, stray)
 
 
-def read_header(file: Storage) -> Header:
+def _read_header(file: Storage) -> _Header:
     """The tensors of a safetensors or .bin file, and its checksum; raises CheckpointError where it is damaged."""
     if file.path.suffix == ".safetensors":
         header = safetensors.read_header(file)
-        return Header(header.tensors, header.checksum)
+        return _Header(header.tensors, header.checksum)
     found = read_pt(file)
     if not isinstance(found.value, dict):
         raise CheckpointError(
@@ -126,14 +126,14 @@ def read_header(file: Storage) -> Header:
         CheckpointError,
         (f"{file.path}: {name!r:.80} is not a named tensor that can be read; remove it." for name in odd),
     )
-    return Header(found.value, found.checksum)
+    return _Header(found.value, found.checksum)
 
 
 def layout(entries: Sequence[Entry], shard_size: int) -> tuple[FileLayout, ...]:
     """Files of at most `shard_size` bytes of tensors, filled in order; a larger tensor has one to itself."""
     groups = in_groups(entries, shard_size)
     count = len(groups)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [FILES[0][0]]
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_FILES[0][0]]
     return tuple(safetensors.layout(n, group, {"format": "pt"}) for n, group in zip(names, groups, strict=True))
 
 

@@ -27,14 +27,14 @@ from neoxconv.dtypes import F8_E4M3, F8_E5M2, PLAIN
 from neoxconv.errors import CheckpointError
 from neoxconv.storage import Place, Storage, open_storage
 
-TYPES = PLAIN | {dtype.name: dtype for dtype in (F8_E4M3, F8_E5M2)}  # by the names that a header has for them
-METADATA = "__metadata__"
+_TYPES = PLAIN | {dtype.name: dtype for dtype in (F8_E4M3, F8_E5M2)}  # by the names that a header has for them
+_METADATA = "__metadata__"
 ALIGNMENT = 8  # bytes
 MAX_HEADER = 100 << 20  # bytes, about what the library reads
-MAX_JSON = 16 << 20  # bytes of a file beside the weights
-MAX_NAME = 1024  # characters
-MAX_AXES = 16
-MAX_NUMBER = 1 << 60  # of a size or an offset
+_MAX_JSON = 16 << 20  # bytes of a file beside the weights
+_MAX_NAME = 1024  # characters
+_MAX_AXES = 16
+_MAX_NUMBER = 1 << 60  # of a size or an offset
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def index(path: Place) -> Index:
     if beside.is_file():
         settings = read_json(beside)
     else:
-        settings = read_object(header.metadata.get("config", "{}"), path, "the config in its metadata")
+        settings = _read_object(header.metadata.get("config", "{}"), path, "the config in its metadata")
     return Index(
         format="safetensors",
         folder=path.parent,
@@ -81,44 +81,44 @@ def read_header(file: Storage) -> Header:
             f"the file has {file.size}; download it again."
         )
     text = file.text(8, length)
-    header = read_object(text, file.path, "its header")
-    metadata = checked_metadata(file, header.pop(METADATA, None))
-    ranges = {name: checked_range(file, name, entry) for name, entry in header.items()}
-    check_coverage(file, ranges, 8 + length)
+    header = _read_object(text, file.path, "its header")
+    metadata = _checked_metadata(file, header.pop(_METADATA, None))
+    ranges = {name: _checked_range(file, name, entry) for name, entry in header.items()}
+    _check_coverage(file, ranges, 8 + length)
     tensors = {
-        name: stored(file, 8 + length + start, header[name]["shape"], TYPES[header[name]["dtype"]])
+        name: stored(file, 8 + length + start, header[name]["shape"], _TYPES[header[name]["dtype"]])
         for name, (start, _) in ranges.items()
     }
     return Header(tensors, metadata, hashlib.sha256(text).hexdigest())
 
 
-def checked_metadata(file: Storage, found: Any) -> dict[str, str]:
+def _checked_metadata(file: Storage, found: Any) -> dict[str, str]:
     """The free text of a header; raises CheckpointError where it is no text."""
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise CheckpointError(f"{file.path}: {METADATA} is {reprlib.repr(found)}, expected texts; download it again.")
+        raise CheckpointError(f"{file.path}: {_METADATA} is {reprlib.repr(found)}, expected texts; download it again.")
     return found
 
 
-def checked_range(file: Storage, name: str, entry: Any) -> tuple[int, int]:
+def _checked_range(file: Storage, name: str, entry: Any) -> tuple[int, int]:
     """A tensor's byte range; raises CheckpointError unless its type is known and its shape fills the range exactly."""
-    if len(name) > MAX_NAME:
+    if len(name) > _MAX_NAME:
         raise CheckpointError(f"{file.path}: {name[:80]}... is a name of {len(name)} characters; download it again.")
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    if not isinstance(dtype, str) or dtype not in TYPES:
+    if not isinstance(dtype, str) or dtype not in _TYPES:
         raise CheckpointError(
             f"{file.path}: {name} is of type {reprlib.repr(dtype)}, which cannot be read yet; "
-            f"expected one of {', '.join(TYPES)}. Convert it to one of them first."
+            f"expected one of {', '.join(_TYPES)}. Convert it to one of them first."
         )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not (are_naturals(shape) and are_naturals(offsets) and len(shape) <= MAX_AXES and len(offsets) == 2):
+    if not (_are_naturals(shape) and _are_naturals(offsets) and len(shape) <= _MAX_AXES and len(offsets) == 2):
         raise CheckpointError(
             f"{file.path}: {name} has shape {reprlib.repr(shape)} and byte range {reprlib.repr(offsets)}; "
-            f"expected up to {MAX_AXES} sizes and 2 offsets. Download it again."
+            f"expected up to {_MAX_AXES} sizes and 2 offsets. Download it again."
         )
     start, stop = offsets
-    expected = math.prod(shape) * TYPES[dtype].nbytes
+    expected = math.prod(shape) * _TYPES[dtype].nbytes
     if stop - start != expected:
         raise CheckpointError(
             f"{file.path}: {name} has {stop - start} bytes, but {shape} of {dtype} are {expected}; download it again."
@@ -126,12 +126,12 @@ def checked_range(file: Storage, name: str, entry: Any) -> tuple[int, int]:
     return start, stop
 
 
-def are_naturals(values: Any) -> bool:
+def _are_naturals(values: Any) -> bool:
     """Whether `values` is a list of sizes or offsets."""
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < MAX_NUMBER for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _MAX_NUMBER for value in values)
 
 
-def check_coverage(file: Storage, ranges: Mapping[str, tuple[int, int]], base: int) -> None:
+def _check_coverage(file: Storage, ranges: Mapping[str, tuple[int, int]], base: int) -> None:
     """Raise CheckpointError unless the ranges cover the file from `base` to its end, once."""
     position = 0
     for name, (start, stop) in sorted(ranges.items(), key=lambda item: item[1]):
@@ -149,15 +149,15 @@ def check_coverage(file: Storage, ranges: Mapping[str, tuple[int, int]], base: i
 def read_json(path: Place) -> dict[str, Any]:
     """The JSON object in a small file; raises CheckpointError where it is none."""
     file = open_storage(path)
-    if file.size > MAX_JSON:
-        raise CheckpointError(f"{path}: has {file.size} bytes, expected at most {MAX_JSON}; download it again.")
-    return read_object(file.text(), path)
+    if file.size > _MAX_JSON:
+        raise CheckpointError(f"{path}: has {file.size} bytes, expected at most {_MAX_JSON}; download it again.")
+    return _read_object(file.text(), path)
 
 
-def read_object(text: bytes | str, path: Place, what: str = "the file") -> dict[str, Any]:
+def _read_object(text: bytes | str, path: Place, what: str = "the file") -> dict[str, Any]:
     """The JSON object in `text`, which `what` names in messages: UTF-8, and no name twice; else CheckpointError."""
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
+        value = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {what} is not JSON ({error}); download it again.") from error
     if not isinstance(value, dict):
@@ -165,7 +165,7 @@ def read_object(text: bytes | str, path: Place, what: str = "the file") -> dict[
     return value
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; raises ValueError where a name stands in it twice or has half a character (a lone surrogate)."""
     found: dict[str, Any] = {}
     for name, value in pairs:
@@ -182,7 +182,7 @@ def layout(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> 
     others = [(entry, number) for entry in entries for number, part in enumerate(entry.parts) if not part.late]
     others.sort(key=lambda other: -other[0].parts[other[1]].dtype.nbytes)
     parts = [entry.parts[number] for entry, number in others]
-    head = Head(late, parts, metadata)
+    head = _Head(late, parts, metadata)
     *starts, end = itertools.accumulate((part.nbytes for part in parts), initial=head.size)
     slots = tuple(Slot(entry, start, number) for (entry, number), start in zip(others, starts, strict=True))
 
@@ -197,7 +197,7 @@ def layout(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> 
 
 
 @dataclass(frozen=True)
-class Head:
+class _Head:
     """What stands before the parts whose size is known: the header and, behind it, the late parts, which are texts.
 
         | length: u64 | header's JSON, spaces | late text | late text | parts ...
@@ -213,21 +213,21 @@ class Head:
     def size(self) -> int:
         """Bytes up to the parts: enough for the longest texts, and a multiple of 8."""
         longest = list(self.late.values())
-        needed = 8 + len(header_of((*longest, *self.parts), self.metadata)) + sum(part.nbytes for part in longest)
+        needed = 8 + len(_header_of((*longest, *self.parts), self.metadata)) + sum(part.nbytes for part in longest)
         return needed + -needed % ALIGNMENT
 
     def made(self, texts: Mapping[str, bytes]) -> bytes:
         """Its bytes, `size` in all, when the late parts hold these texts by the entry's name."""
         late = [replace(part, shape=(len(texts[name]),)) for name, part in self.late.items()]
         tail = b"".join(texts[name] for name in self.late)
-        header = header_of((*late, *self.parts), self.metadata).ljust(self.size - 8 - len(tail))
+        header = _header_of((*late, *self.parts), self.metadata).ljust(self.size - 8 - len(tail))
         return len(header).to_bytes(8, "little") + header + tail
 
 
-def header_of(parts: Sequence[Part], metadata: Mapping[str, str]) -> bytes:
+def _header_of(parts: Sequence[Part], metadata: Mapping[str, str]) -> bytes:
     """The JSON of a header whose tensors follow each other."""
     borders = itertools.accumulate((part.nbytes for part in parts), initial=0)
-    header: dict[str, Any] = {METADATA: dict(metadata)}
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
     for part, offsets in zip(parts, itertools.pairwise(borders), strict=True):
         header[part.name] = {"dtype": part.dtype.name, "shape": list(part.shape), "data_offsets": list(offsets)}
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -19,18 +19,18 @@ from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.storage import Place, open_storage
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these texts
-WANTED = f"A byte-level BPE tokenizer.json with a token {END} is wanted; name one with --tokenizer."
-OTHER = "It belongs to another model; name the right one with --tokenizer."
-MAX_BYTES = 1 << 28
+_WANTED = f"A byte-level BPE tokenizer.json with a token {END} is wanted; name one with --tokenizer."
+_OTHER = "It belongs to another model; name the right one with --tokenizer."
+_MAX_BYTES = 1 << 28
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, no other format can
 
-TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokens in GGUF
+_TYPES = _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # of tokens in GGUF
 
 # llama.cpp splits text alike for all three and never composes characters; for us the name tells what comes first.
 NORMALIZERS = {"olmo": {"type": "NFC"}, "gpt-2": None, "mpt": {"type": "NFC"}}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-STRIPPING = ("single_word", "lstrip", "rstrip")
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+_STRIPPING = ("single_word", "lstrip", "rstrip")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Tokenizer:
         try:
             parsed = json.loads(self.data.decode())
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.name}: is not JSON ({error}). {WANTED}") from error
+            raise CheckpointError(f"{self.name}: is not JSON ({error}). {_WANTED}") from error
         found = _misfit(parsed)
         if found:
-            raise CheckpointError(f"{self.name}: {found}. {WANTED}")
+            raise CheckpointError(f"{self.name}: {found}. {_WANTED}")
         return {**parsed, "added_tokens": parsed.get("added_tokens") or []}
 
 
@@ -70,7 +70,7 @@ def check_rows(tokenizer: Tokenizer, rows: int) -> dict[str, int]:
     ids = _ids(tokenizer, tokenizer.parsed)
     last = max(ids.values())
     if last >= rows:
-        raise CheckpointError(f"{tokenizer.name}: its last id is {last} but the embedding has {rows} rows. {OTHER}")
+        raise CheckpointError(f"{tokenizer.name}: its last id is {last} but the embedding has {rows} rows. {_OTHER}")
     return ids
 
 
@@ -85,12 +85,12 @@ def gguf_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     raise_all(CheckpointError, (f"{tokenizer.name}: {problem}" for problem in _beyond_gguf(parsed)))
     ids = check_rows(tokenizer, rows)
     texts = {index: text for text, index in ids.items()}
-    types = dict.fromkeys(texts, NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
+    types = dict.fromkeys(texts, _NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
     keys = {
         "model": "gpt2",
         "pre": next(pre for pre, normalizer in NORMALIZERS.items() if normalizer == parsed.get("normalizer")),
         "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
-        "token_type": [types.get(i, UNUSED) for i in range(rows)],
+        "token_type": [types.get(i, _UNUSED) for i in range(rows)],
         "merges": [_merge(pair) for pair in parsed["model"]["merges"]],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "unknown_token_id"), ids[END]),
         **dict.fromkeys(("add_bos_token", "add_eos_token"), False),
@@ -115,19 +115,21 @@ def from_gguf(keys: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
     """
     model, pre = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in tuple(NORMALIZERS):
-        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*NORMALIZERS]}. {WANTED}")
+        raise CheckpointError(
+            f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*NORMALIZERS]}. {_WANTED}"
+        )
     found = [keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")]
     tokens, types, merges = (list(array) if isinstance(array, Iterable) else [] for array in found)
     texts = all(isinstance(text, str) for text in tokens)
-    if not texts or len(tokens) != len(types) or any(kind not in TYPES for kind in types):
-        found_types = f"{len(tokens)} tokens need as many types of {TYPES}, {len(types)} found"
-        raise CheckpointError(f"{where}: {found_types}. {WANTED}")
-    kept = [(i, text, kind) for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED]
+    if not texts or len(tokens) != len(types) or any(kind not in _TYPES for kind in types):
+        found_types = f"{len(tokens)} tokens need as many types of {_TYPES}, {len(types)} found"
+        raise CheckpointError(f"{where}: {found_types}. {_WANTED}")
+    kept = [(i, text, kind) for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED]
     # Added tokens stand in the vocabulary too: outside it the tokenizers library would number them anew.
     vocab = {text: i for i, text, _ in kept}
     if len(vocab) < len(kept):
-        raise CheckpointError(f"{where}: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {WANTED}")
-    added = [_added(i, text, kind == CONTROL) for i, text, kind in kept if kind != NORMAL]
+        raise CheckpointError(f"{where}: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {_WANTED}")
+    added = [_added(i, text, kind == _CONTROL) for i, text, kind in kept if kind != _NORMAL]
     tokenizer = Tokenizer(_tokenizer_json(vocab, merges, added, NORMALIZERS[pre]))
     _ = tokenizer.parsed  # raises for what is no tokenizer
     return tokenizer
@@ -136,8 +138,8 @@ def from_gguf(keys: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
 def read_bytes(path: Place) -> bytes:
     """The bytes of a file that may be a tokenizer. Raises CheckpointError for one that is far too large."""
     file = open_storage(path)
-    if file.size > MAX_BYTES:
-        raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {MAX_BYTES}. {WANTED}")
+    if file.size > _MAX_BYTES:
+        raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {_MAX_BYTES}. {_WANTED}")
     return file.text()
 
 
@@ -187,9 +189,9 @@ def _hf_class(parsed: Mapping[str, Any]) -> str:
 def _beyond_gguf(parsed: Mapping[str, Any]) -> list[str]:
     """What this tokenizer does that llama.cpp, with the keys we write, would not do."""
     splitter, after = parsed.get("pre_tokenizer"), parsed.get("post_processor")
-    options = [key for key in OPTIONS if parsed["model"].get(key)]
-    greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
-    plain = isinstance(splitter, dict) and {**BYTE_LEVEL, **splitter, "trim_offsets": True} == BYTE_LEVEL
+    options = [key for key in _OPTIONS if parsed["model"].get(key)]
+    greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in _STRIPPING)]
+    plain = isinstance(splitter, dict) and {**_BYTE_LEVEL, **splitter, "trim_offsets": True} == _BYTE_LEVEL
     faults = (
         (parsed.get("normalizer") not in NORMALIZERS.values(), f"normalizer {reprlib.repr(parsed.get('normalizer'))}"),
         (not plain, f"pre_tokenizer {reprlib.repr(splitter)}"),
@@ -212,24 +214,24 @@ def _ids(tokenizer: Tokenizer, parsed: Mapping[str, Any]) -> dict[str, int]:
             raise CheckpointError(f"{tokenizer.name}: {found}. Repair the file, or name another with --tokenizer.")
         following = max(following, index + 1)
     if len(set(ids.values())) < len(ids):
-        raise CheckpointError(f"{tokenizer.name}: has {len(ids)} tokens but {len(set(ids.values()))} ids. {WANTED}")
+        raise CheckpointError(f"{tokenizer.name}: has {len(ids)} tokens but {len(set(ids.values()))} ids. {_WANTED}")
     return ids
 
 
 def _type(token: Mapping[str, Any]) -> int:
     """llama.cpp's converter also takes a token that merely looks special (`<|...|>`) for one."""
     text = token["content"]
-    return CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED
+    return _CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else _USER_DEFINED
 
 
 def _added(index: int, text: str, special: bool) -> dict[str, Any]:
-    plain = dict.fromkeys(STRIPPING, False)
+    plain = dict.fromkeys(_STRIPPING, False)
     return {"id": index, "content": text, **plain, "normalized": not special, "special": special}
 
 
 def _tokenizer_json(vocab: Mapping[str, int], merges: Iterable[str], added: Any, normalizer: Any) -> bytes:
     model = {"type": "BPE", **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix")), "fuse_unk": False}
-    stages = {"normalizer": normalizer, **dict.fromkeys(("pre_tokenizer", "post_processor", "decoder"), BYTE_LEVEL)}
+    stages = {"normalizer": normalizer, **dict.fromkeys(("pre_tokenizer", "post_processor", "decoder"), _BYTE_LEVEL)}
     model |= {"vocab": vocab, "merges": list(merges)}
     return _pretty({"version": "1.0", "added_tokens": added, **stages, "model": model})
 

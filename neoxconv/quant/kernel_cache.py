@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-ROOM = 4 << 20  # bytes: what all kernels together take; numba raises OSError where a disk is full
+_ROOM = 4 << 20  # bytes: what all kernels together take; numba raises OSError where a disk is full
 
 
 def folder_for(chosen: str, numba_version: str) -> Path | None:
@@ -24,7 +24,7 @@ def folder_for(chosen: str, numba_version: str) -> Path | None:
     and the temporary folder. What lies there is run, so the latter two must be the user's alone.
     """
     name = digest(SOURCES, numba_version)
-    return next((root / name for root in roots(chosen) if name and holds(root / name)), None)
+    return next((root / name for root in _roots(chosen) if name and holds(root / name)), None)
 
 
 def digest(sources: Path, numba_version: str) -> str:
@@ -36,23 +36,23 @@ def digest(sources: Path, numba_version: str) -> str:
     return hashlib.sha256(repr((numba_version, texts)).encode()).hexdigest()[:16] if texts else ""
 
 
-def roots(chosen: str) -> Iterator[Path]:
+def _roots(chosen: str) -> Iterator[Path]:
     """The folders to try, in order."""
     if chosen:
         yield Path(chosen).absolute()
     cache = os.environ.get("XDG_CACHE_HOME", "")  # a relative one is none, says its specification
     cache = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
-    if os.path.isabs(cache) and is_private(private := Path(cache) / "neoxconv" / "kernels"):
+    if os.path.isabs(cache) and _is_private(private := Path(cache) / "neoxconv" / "kernels"):
         yield private
     try:
         private = Path(tempfile.gettempdir()) / f"neoxconv-kernels-{os.geteuid()}"
     except OSError:  # no folder for temporary files
         return
-    if is_private(private):
+    if _is_private(private):
         yield private
 
 
-def is_private(folder: Path) -> bool:
+def _is_private(folder: Path) -> bool:
     """Whether a folder, made where it is absent, is this user's and no other can write or look into it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def holds(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(ROOM))
+            file.write(bytes(_ROOM))
     except OSError:
         return False
     return True

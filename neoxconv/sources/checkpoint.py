@@ -56,9 +56,9 @@ def reopen(opening: Opening) -> Checkpoint:
     index = zero.with_masters(index) if opening.weights == "master" else index
     if is_partial(index) and not opening.partial:
         raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
-    architecture = find_architecture(index)
+    architecture = _find_architecture(index)
     named, left = name_tensors(index, architecture)
-    measured = measure(named, architecture)
+    measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening.preset)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
     dropped = tuple(dict.fromkeys(name for names in left for name in names))
@@ -72,7 +72,7 @@ def reopen(opening: Opening) -> Checkpoint:
         dropped=dropped,
         notes=notes,
     )
-    return replace(checkpoint, tensors=unify(checkpoint))
+    return replace(checkpoint, tensors=_unify(checkpoint))
 
 
 def read_index(path: Place, config: Sequence[Path]) -> Index:
@@ -81,10 +81,10 @@ def read_index(path: Place, config: Sequence[Path]) -> Index:
         raise CheckpointError(f"{path}: does not exist.")
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: is neither a file nor a folder; give a checkpoint.")
-    return assembled(read_file(path, config) if path.is_file() else read_folder(path, config))
+    return assembled(_read_file(path, config) if path.is_file() else _read_folder(path, config))
 
 
-def read_file(path: Place, config: Sequence[Path]) -> Index:
+def _read_file(path: Place, config: Sequence[Path]) -> Index:
     """Index a single file, or the whole that it is a part of."""
     file = open_storage(path)
     start = file.text(0, min(9, file.size))
@@ -98,7 +98,7 @@ def read_file(path: Place, config: Sequence[Path]) -> Index:
     )
 
 
-def read_folder(path: Place, config: Sequence[Path]) -> Index:
+def _read_folder(path: Place, config: Sequence[Path]) -> Index:
     """Index what a folder holds."""
     for source in SOURCES.values():
         if whole := source.of_folder(path):
@@ -109,7 +109,7 @@ def read_folder(path: Place, config: Sequence[Path]) -> Index:
     )
 
 
-def find_architecture(index: Index) -> Architecture:
+def _find_architecture(index: Index) -> Architecture:
     """The family that a source says it is, else the one whose names most of its tensors have."""
     key = SOURCES[index.format].family
     if key is None or key not in index.settings:
@@ -125,7 +125,7 @@ def find_architecture(index: Index) -> Architecture:
     return known[told]
 
 
-def measure(named: RankTensors, architecture: Architecture) -> Measured:
+def _measure(named: RankTensors, architecture: Architecture) -> Measured:
     """What the shapes tell; zeros where a tensor is missing, which `check` reports."""
     by_role = {weight.role: weight.unified_at(0) for weight in architecture.weights if weight.role != "bias"}
 
@@ -133,7 +133,7 @@ def measure(named: RankTensors, architecture: Architecture) -> Measured:
         return sum(rank[by_role[role]].rows for rank in named if by_role[role] in rank)
 
     return Measured(
-        layers=max((layer for layer in map(layer_in, named[0]) if layer is not None), default=-1) + 1,
+        layers=max((layer for layer in map(_layer_in, named[0]) if layer is not None), default=-1) + 1,
         hidden=named[0][by_role["norm"]].rows if by_role["norm"] in named[0] else 0,
         ff=rows("mlp_in"),
         rows=rows("embedding"),
@@ -141,13 +141,13 @@ def measure(named: RankTensors, architecture: Architecture) -> Measured:
     )
 
 
-def layer_in(unified: str) -> int | None:
+def _layer_in(unified: str) -> int | None:
     """The number of the layer that a unified name, which holds no other, tells; None for none."""
     match = re.search(r"\.(\d+)\.", unified)
     return int(match[1]) if match else None
 
 
-def unify(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+def _unify(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """The tensors of the whole model, in the order of the forward pass."""
     architecture, config, ranks = checkpoint.architecture, checkpoint.config, checkpoint.ranks
     if checkpoint.norms not in NORMS:

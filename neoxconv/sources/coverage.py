@@ -22,15 +22,15 @@ def check(
 ) -> None:
     """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
     whole = not is_partial(index)
-    layers = check_layers(index, named, architecture, config) if whole else []
+    layers = _check_layers(index, named, architecture, config) if whole else []
     if config.layers > 2 * len(named[0]):
         # Not even one tensor for every two layers: another model's configuration, of which to list what is missing
         # would take long and tell nothing.
         raise_all(CheckpointError, layers)
     problems = [
-        *check_degree(index),
+        *_check_degree(index),
         *layers,
-        *(check_missing(index, named, architecture, config) if whole else []),
+        *(_check_missing(index, named, architecture, config) if whole else []),
     ]
     names = {weight.unified for _, weight in architecture.names(config)}
     kind = f"{config.layers} layers{' whose head is its embedding (tied)' if config.tied else ''}"
@@ -47,7 +47,7 @@ def check(
             if not any(fnmatchcase(name, pattern) for pattern in architecture.dropped)
         ]
     raise_all(CheckpointError, dict.fromkeys(problems))
-    raise_all(CheckpointError, check_shapes(index, named, architecture, config))
+    raise_all(CheckpointError, _check_shapes(index, named, architecture, config))
 
 
 def is_partial(index: Index) -> bool:
@@ -55,10 +55,10 @@ def is_partial(index: Index) -> bool:
     return bool(index.settings.get(PARTIAL))
 
 
-def check_degree(index: Index) -> list[str]:
+def _check_degree(index: Index) -> list[str]:
     """The tensor-parallel degree as configured, against the ranks found."""
     degree = index.settings.get("model_parallel_size", len(index.ranks))
-    if degree == len(index.ranks) or not has_yaml(index):
+    if degree == len(index.ranks) or not _has_yaml(index):
         return []
     return [
         f"{index.where}: the configuration says model_parallel_size {degree} but the files are those of "
@@ -66,7 +66,7 @@ def check_degree(index: Index) -> list[str]:
     ]
 
 
-def check_layers(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
+def _check_layers(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """The number of layers as configured, against the layers found."""
     weight = next(weight for weight in architecture.weights if weight.stage == "layer")
     pattern = weight.unified.replace("{i}", "*")
@@ -76,21 +76,21 @@ def check_layers(index: Index, named: RankTensors, architecture: Architecture, c
     where = ", ".join(map(str, index.configs)) or str(index.where)
     return [
         f"{where}: the configuration says {config.layers} layers but the files hold {found}; "
-        f"download what is missing, or give the right one with {told_by(index)}."
+        f"download what is missing, or give the right one with {_told_by(index)}."
     ]
 
 
-def has_yaml(index: Index) -> bool:
+def _has_yaml(index: Index) -> bool:
     """Whether a source's settings are those of gpt-neox's training."""
     return SOURCES[index.format].naming == "neox"
 
 
-def told_by(index: Index) -> str:
+def _told_by(index: Index) -> str:
     """The options that give a source another configuration; only gpt-neox has files of it."""
-    return "--config or --preset" if has_yaml(index) else "--preset"
+    return "--config or --preset" if _has_yaml(index) else "--preset"
 
 
-def check_missing(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
+def _check_missing(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """Whole layer files and single tensors that are not there."""
     problems = []
     naming = SOURCES[index.format].naming
@@ -109,7 +109,7 @@ def check_missing(index: Index, named: RankTensors, architecture: Architecture, 
     return problems
 
 
-def check_shapes(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
+def _check_shapes(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """Tensors whose ranks disagree, whose joined shape is not the configuration's, or that hold no floats."""
     problems = []
     if config.hidden % config.heads:
@@ -131,11 +131,11 @@ def check_shapes(index: Index, named: RankTensors, architecture: Architecture, c
                     f"but {list(shapes[0])} on rank 0. The shards come from different runs; download them again."
                 )
         expected = tuple(config.sizes[size] for size in weight.shape)
-        if len(set(shapes)) == 1 and (found := joined_shape(weight, parts, config)) != expected:
+        if len(set(shapes)) == 1 and (found := _joined_shape(weight, parts, config)) != expected:
             problems.append(
                 f"{home(index, 0, source)}: {unified} is {list(found)} "
                 f"but the configuration makes it {list(expected)}. "
-                f"Give the right configuration with {told_by(index)}."
+                f"Give the right configuration with {_told_by(index)}."
             )
         types = [part.dtype.name for part in parts]
         if not parts[0].dtype.quantized and types[0] not in FLOATS:
@@ -151,7 +151,7 @@ def check_shapes(index: Index, named: RankTensors, architecture: Architecture, c
     return problems
 
 
-def joined_shape(weight: Weight, parts: Sequence[LazyTensor], config: ModelConfig) -> tuple[int, ...]:
+def _joined_shape(weight: Weight, parts: Sequence[LazyTensor], config: ModelConfig) -> tuple[int, ...]:
     """The shape that the ranks' equal parts make together (without joining what cannot be joined)."""
     if len(parts[0].shape) != len(weight.shape):
         return parts[0].shape

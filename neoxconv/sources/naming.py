@@ -17,7 +17,7 @@ from neoxconv.storage import Place
 
 
 @dataclass(frozen=True)
-class Pattern:
+class _Pattern:
     """A source name of a weight as a regular expression, and how to turn its layer number into ours."""
 
     regex: re.Pattern[str]
@@ -26,7 +26,7 @@ class Pattern:
 
 
 @lru_cache(maxsize=16)
-def patterns(weights: tuple[Weight, ...], naming: str) -> tuple[Pattern, ...]:
+def _patterns(weights: tuple[Weight, ...], naming: str) -> tuple[_Pattern, ...]:
     """How a format spells each weight of an architecture's table."""
     found = []
     prefix, shift = (r"(\d+)\.", FIRST_LAYER) if naming == "neox" else ("", 0)
@@ -34,13 +34,13 @@ def patterns(weights: tuple[Weight, ...], naming: str) -> tuple[Pattern, ...]:
         names = {"neox": weight.source, "unified": (weight.unified,), "gguf": (weight.gguf,)}[naming]
         for name in names:
             text = re.escape(name).replace(re.escape("{i}"), r"(\d{1,9})")
-            found.append(Pattern(re.compile(prefix + text), weight, shift))
+            found.append(_Pattern(re.compile(prefix + text), weight, shift))
     return tuple(found)
 
 
-def spellings_of(index: Index, architecture: Architecture) -> tuple[Pattern, ...]:
+def spellings_of(index: Index, architecture: Architecture) -> tuple[_Pattern, ...]:
     """How a source spells the weights of an architecture."""
-    return patterns(architecture.weights, SOURCES[index.format].naming)
+    return _patterns(architecture.weights, SOURCES[index.format].naming)
 
 
 def count_named(index: Index, architecture: Architecture) -> int:
@@ -72,7 +72,7 @@ def name_tensors(index: Index, architecture: Architecture) -> tuple[RankTensors,
     return named, left
 
 
-def unified_name(name: str, spellings: Sequence[Pattern]) -> str | None:
+def unified_name(name: str, spellings: Sequence[_Pattern]) -> str | None:
     """The unified name of the source's `name`, or None where the table has none."""
     for spelling in spellings:
         if match := spelling.regex.fullmatch(name):

@@ -12,7 +12,7 @@ from neoxconv.formats import tokenizer
 from neoxconv.formats.tokenizer import read_bytes
 from neoxconv.storage import Place, is_file, without_dots
 
-USUAL = ("tokenizer.json", "20B_tokenizer.json")
+_USUAL = ("tokenizer.json", "20B_tokenizer.json")
 
 
 def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> tokenizer.Tokenizer | None:
@@ -70,7 +70,7 @@ def _places(folder: Place) -> list[Place]:
 def _inside(folder: Place, named: str | None) -> list[Place]:
     """The candidates in one folder: the named file, else those of usual names, else every tokenizer-like one."""
     first = [folder / Path(named).name] if named else []
-    usual = [folder / name for name in USUAL]
+    usual = [folder / name for name in _USUAL]
     others = sorted(path for path in folder.glob("*tokenizer*.json") if path.name != "tokenizer_config.json")
     present = ([path for path in tier if is_file(path)] for tier in (first, usual, others))
     return next(filter(None, present), [])

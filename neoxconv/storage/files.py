@@ -83,7 +83,7 @@ class Storage:
 def open_storage(path: Place) -> Storage:
     """The file at `path`, ready to be read. Raises CheckpointError where there is none."""
     if isinstance(path, Remote):
-        return open_remote(path)
+        return _open_remote(path)
     try:
         size = os.stat(str(path)).st_size
     except OSError as error:
@@ -93,7 +93,7 @@ def open_storage(path: Place) -> Storage:
     return Storage(path, size)
 
 
-def open_remote(path: Remote) -> Storage:
+def _open_remote(path: Remote) -> Storage:
     """The file at a URL."""
     facts = path.facts()
     if facts is None or facts.kind != FILE:

@@ -21,13 +21,13 @@ from neoxconv.errors import CheckpointError
 from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, write_object
 from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retrying
 
-BLOCK, BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
-SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
+_BLOCK, _BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
+_SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
 THREADS = 16  # requests at the same time
 
 
 @dataclass
-class Cache:
+class _Cache:
     """What was learnt of the places in one source: nothing is asked twice, and of headers a few blocks are kept."""
 
     facts: dict[str, Facts | None] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Remote:
     path: str
     query: str = field(default="", kw_only=True)
     options: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
-    cache: Cache = field(default_factory=Cache, compare=False, kw_only=True)
+    cache: _Cache = field(default_factory=_Cache, compare=False, kw_only=True)
 
     def __str__(self) -> str:
         return self.shown
@@ -104,7 +104,7 @@ class Remote:
     def anew(self) -> Remote:
         """The same place, with nothing known of it: fsspec forgets too what it was told of the store."""
         self.fs.invalidate_cache()
-        return replace(self, cache=Cache())
+        return replace(self, cache=_Cache())
 
     def resolve(self) -> Remote:
         """The place itself: a store has neither a working folder nor links."""
@@ -199,27 +199,27 @@ class Remote:
 
         Raises CheckpointError where the store does not give them, or has another file by now.
         """
-        if length > SMALL:
+        if length > _SMALL:
             starts = range(offset, offset + length, LARGEST)
             return b"".join(self.fetch(start, min(start + LARGEST, offset + length), known) for start in starts)
-        first = offset // BLOCK * BLOCK
+        first = offset // _BLOCK * _BLOCK
         return self.blocks(first, offset + length, known)[offset - first : offset - first + length]
 
     def blocks(self, first: int, stop: int, known: Facts) -> bytes:
         """The blocks that bytes `first` to `stop` lie in; those that are not kept come in one request."""
         kept = self.cache.blocks
-        found = {start: kept.get((self.path, start)) for start in range(first, stop, BLOCK)}
+        found = {start: kept.get((self.path, start)) for start in range(first, stop, _BLOCK)}
         missing = [start for start, data in found.items() if data is None]
         if missing:
-            end = min(missing[-1] + BLOCK, known.size or 0)
+            end = min(missing[-1] + _BLOCK, known.size or 0)
             data = self.fetch(missing[0], end, known)
-            cut = range(missing[0], end, BLOCK)
-            found |= {start: data[start - missing[0] :][:BLOCK] for start in cut}
+            cut = range(missing[0], end, _BLOCK)
+            found |= {start: data[start - missing[0] :][:_BLOCK] for start in cut}
         with self.cache.lock:
             for start, block in found.items():
                 kept[self.path, start] = block or b""
                 kept.move_to_end((self.path, start))
-            while len(kept) > BLOCKS:
+            while len(kept) > _BLOCKS:
                 kept.popitem(last=False)
         return b"".join(block or b"" for block in found.values())
 

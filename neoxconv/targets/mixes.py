@@ -14,9 +14,9 @@ from neoxconv.core.encoding import Encoding
 from neoxconv.errors import PlanError
 from neoxconv.quant import ENCODINGS
 
-ANY = "*"
-VECTORS = ("norm", "bias")  # always F32 in GGUF
-PLAIN = ("F32", "F16", "BF16")
+_ANY = "*"
+_VECTORS = ("norm", "bias")  # always F32 in GGUF
+_PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Where:
     imatrix: bool
 
 
-When = Callable[[Where], bool]
+_When = Callable[[Where], bool]
 
 
 @dataclass(frozen=True)
-class Row:
+class _Row:
     """A weight of this role gets this encoding, in the layers that `when` says."""
 
     role: str
     encoding: str
-    when: When = lambda where: True
+    when: _When = lambda where: True
 
 
 def more(where: Where) -> bool:
@@ -46,67 +46,67 @@ def more(where: Where) -> bool:
     return where.layer < eighth or where.layer >= 7 * where.layers // 8 or (where.layer - eighth) % 3 == 2
 
 
-def first(count: int) -> When:
+def first(count: int) -> _When:
     """The first `count` layers."""
     return lambda where: where.layer < count
 
 
-def share(divisor: int, imatrix: bool | None = None) -> When:
+def share(divisor: int, imatrix: bool | None = None) -> _When:
     """The first layers / divisor; only with or only without an importance matrix where that is said."""
     return lambda where: where.layer < where.layers // divisor and imatrix in (None, where.imatrix)
 
 
-HEAD = Row("head", "Q6_K")
+HEAD = _Row("head", "Q6_K")
 
 
 @dataclass(frozen=True)
-class Mix:
+class _Mix:
     """llama.cpp's general.file_type, and the rows: `classic` ones, if any, stand before the others."""
 
     file_type: int
-    rows: tuple[Row, ...]
-    classic: tuple[Row, ...] = ()
+    rows: tuple[_Row, ...]
+    classic: tuple[_Row, ...] = ()
 
 
-def simple(file_type: int, name: str, *rows: Row, classic: tuple[Row, ...] = ()) -> Mix:
+def simple(file_type: int, name: str, *rows: _Row, classic: tuple[_Row, ...] = ()) -> _Mix:
     """The rows, and `name` for all else."""
-    return Mix(file_type, (*rows, Row(ANY, name)), classic)
+    return _Mix(file_type, (*rows, _Row(_ANY, name)), classic)
 
 
-MIXES: dict[str, Mix] = {
+MIXES: dict[str, _Mix] = {
     "F32": simple(0, "F32"),
     "F16": simple(1, "F16"),
     "BF16": simple(32, "BF16"),
     "Q8_0": simple(7, "Q8_0"),
     "Q6_K": simple(18, "Q6_K"),
-    "Q5_K_M": simple(17, "Q5_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
-                     classic=(Row("qkv", "Q6_K"),)),
+    "Q5_K_M": simple(17, "Q5_K", HEAD, _Row("qkv", "Q6_K", more), _Row("mlp_out", "Q6_K", more),
+                     classic=(_Row("qkv", "Q6_K"),)),
     "Q5_K_S": simple(16, "Q5_K", HEAD),
     "Q5_1": simple(9, "Q5_1", HEAD),
-    "Q5_0": simple(8, "Q5_0", HEAD, Row("mlp_out", "Q5_1", share(8, imatrix=True))),
-    "Q4_K_M": simple(15, "Q4_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
-                     classic=(Row("qkv", "Q5_K"),)),
-    "Q4_K_S": simple(14, "Q4_K", HEAD, Row("qkv", "Q5_K", first(4)), Row("mlp_out", "Q5_K", share(8)),
-                     classic=(Row("qkv", "Q4_K"),)),
+    "Q5_0": simple(8, "Q5_0", HEAD, _Row("mlp_out", "Q5_1", share(8, imatrix=True))),
+    "Q4_K_M": simple(15, "Q4_K", HEAD, _Row("qkv", "Q6_K", more), _Row("mlp_out", "Q6_K", more),
+                     classic=(_Row("qkv", "Q5_K"),)),
+    "Q4_K_S": simple(14, "Q4_K", HEAD, _Row("qkv", "Q5_K", first(4)), _Row("mlp_out", "Q5_K", share(8)),
+                     classic=(_Row("qkv", "Q4_K"),)),
     "Q4_1": simple(3, "Q4_1", HEAD),
-    "Q4_0": simple(2, "Q4_0", HEAD, Row("mlp_out", "Q4_1", share(8, imatrix=True))),
-    "IQ4_NL": simple(25, "IQ4_NL", HEAD, Row("mlp_out", "Q5_K", share(8, imatrix=False))),
-    "IQ4_XS": simple(30, "IQ4_XS", HEAD, Row("mlp_out", "Q5_K", share(8, imatrix=False))),
-    "Q3_K_L": simple(13, "Q3_K", HEAD, Row("qkv", "Q5_K"), Row("attn_out", "Q5_K"), Row("mlp_out", "Q5_K"),
-                     classic=(Row("qkv", "Q4_K"),)),
-    "Q3_K_M": simple(12, "Q3_K", HEAD, Row("qkv", "Q5_K", first(2)), Row("qkv", "Q4_K"), Row("attn_out", "Q4_K"),
-                     Row("mlp_out", "Q5_K", share(16)), Row("mlp_out", "Q4_K"),
-                     classic=(Row("qkv", "Q4_K"),)),
+    "Q4_0": simple(2, "Q4_0", HEAD, _Row("mlp_out", "Q4_1", share(8, imatrix=True))),
+    "IQ4_NL": simple(25, "IQ4_NL", HEAD, _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
+    "IQ4_XS": simple(30, "IQ4_XS", HEAD, _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
+    "Q3_K_L": simple(13, "Q3_K", HEAD, _Row("qkv", "Q5_K"), _Row("attn_out", "Q5_K"), _Row("mlp_out", "Q5_K"),
+                     classic=(_Row("qkv", "Q4_K"),)),
+    "Q3_K_M": simple(12, "Q3_K", HEAD, _Row("qkv", "Q5_K", first(2)), _Row("qkv", "Q4_K"), _Row("attn_out", "Q4_K"),
+                     _Row("mlp_out", "Q5_K", share(16)), _Row("mlp_out", "Q4_K"),
+                     classic=(_Row("qkv", "Q4_K"),)),
     "Q3_K_S": simple(11, "Q3_K", HEAD),
-    "Q2_K": simple(10, "Q2_K", HEAD, Row("qkv", "Q3_K"), Row("attn_out", "Q3_K"), Row("mlp_out", "Q3_K"),
-                   classic=(Row("qkv", "Q2_K"),)),
+    "Q2_K": simple(10, "Q2_K", HEAD, _Row("qkv", "Q3_K"), _Row("attn_out", "Q3_K"), _Row("mlp_out", "Q3_K"),
+                   classic=(_Row("qkv", "Q2_K"),)),
 }  # fmt: skip
 
 # For rows that no super-block divides, as llama-quantize does; rows that no block of 32 divides are F16.
-FALLBACK = {
+_FALLBACK = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "IQ4_XS": "IQ4_NL",
 }  # fmt: skip
-LAST_RESORT = "F16"
+_LAST_RESORT = "F16"
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ class GgufTensor:
 
 def choose(choice: Choice, tensor: GgufTensor) -> Encoding:
     """The encoding of a tensor. Vectors are F32; where the block does not divide the rows, what stands in for it."""
-    if tensor.role in VECTORS:
+    if tensor.role in _VECTORS:
         return ENCODINGS["F32"]
     name = wanted(choice, tensor)
-    return ENCODINGS[next(n for n in stand_ins(name, tensor) if tensor.columns % ENCODINGS[n].dtype.block == 0)]
+    return ENCODINGS[next(n for n in _stand_ins(name, tensor) if tensor.columns % ENCODINGS[n].dtype.block == 0)]
 
 
 def wanted(choice: Choice, tensor: GgufTensor) -> str:
@@ -172,12 +172,12 @@ def wanted(choice: Choice, tensor: GgufTensor) -> str:
     mix = MIXES[choice.mix]
     rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
     where = Where(-1 if tensor.layer is None else tensor.layer, tensor.layers, choice.imatrix)
-    return next(row.encoding for row in rows if row.role in (tensor.role, ANY) and row.when(where))
+    return next(row.encoding for row in rows if row.role in (tensor.role, _ANY) and row.when(where))
 
 
-def stand_ins(name: str, tensor: GgufTensor) -> Iterator[str]:
+def _stand_ins(name: str, tensor: GgufTensor) -> Iterator[str]:
     """The type itself, then what replaces it where its blocks do not divide the rows."""
     yield name
-    if name in FALLBACK:
-        yield "Q8_0" if tensor.role == "head" else FALLBACK[name]
-    yield LAST_RESORT
+    if name in _FALLBACK:
+        yield "Q8_0" if tensor.role == "head" else _FALLBACK[name]
+    yield _LAST_RESORT

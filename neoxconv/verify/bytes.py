@@ -19,11 +19,11 @@ from neoxconv.errors import CheckpointError
 from neoxconv.storage import Place, is_file, place, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
-Progress = Callable[[int], None]
+_Progress = Callable[[int], None]
 
 
 def verify_bytes(
-    target: Place | str, *, manifest: Mapping[str, Any] | None = None, progress: Progress = lambda count: None
+    target: Place | str, *, manifest: Mapping[str, Any] | None = None, progress: _Progress = lambda count: None
 ) -> Report:
     """Whether the files of `target` are byte for byte those that its manifest describes.
 
@@ -40,7 +40,7 @@ def verify_bytes(
             "Compare with the source instead: neoxconv verify SOURCE TARGET."
         )
     files = manifest["files"]
-    findings = [finding for file in files for finding in check_file(target, file, progress)]
+    findings = [finding for file in files for finding in _check_file(target, file, progress)]
     if target.is_dir():
         known = {file["name"] for file in files} | {MANIFEST}
         present = sorted(inside(path, target) for path in target.rglob("*") if path.is_file())
@@ -69,7 +69,7 @@ def inside(path: Place, folder: Place) -> str:
     return str(PurePosixPath(str(path)).relative_to(str(folder)))
 
 
-def check_file(target: Place, file: dict[str, Any], progress: Progress) -> Iterator[Finding]:
+def _check_file(target: Place, file: dict[str, Any], progress: _Progress) -> Iterator[Finding]:
     """What is wrong with one file."""
     path = target / file["name"] if target.is_dir() else target
     name = file["name"] if target.is_dir() else target.name

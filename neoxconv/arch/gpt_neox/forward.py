@@ -34,18 +34,18 @@ def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConf
     at = L.format(i=layer)
     norm1, norm2 = NORM1.format(i=layer), NORM2.format(i=layer)
     pairs = list(zip(ranks, streams * (len(ranks) // len(streams)), strict=True))
-    attended = [attention(rank, normalise(rank, x, norm1, config), at, config) for rank, x in pairs]
+    attended = [attention(rank, _normalise(rank, x, norm1, config), at, config) for rank, x in pairs]
     if config.parallel_residual:
-        mlps = [mlp(rank, normalise(rank, x, norm2, config), at, config) for rank, x in pairs]
+        mlps = [mlp(rank, _normalise(rank, x, norm2, config), at, config) for rank, x in pairs]
         biases = [rank.vector(at + name + "bias") for rank in ranks for name in (DENSE, DOWN)]
         return [streams[0] + sum((*attended, *mlps, *biases))]
     total = sum(attended)
     pairs = [(rank, x + total + rank.vector(at + DENSE + "bias")) for rank, x in pairs]
-    total = sum(mlp(rank, normalise(rank, x, norm2, config), at, config) for rank, x in pairs)
+    total = sum(mlp(rank, _normalise(rank, x, norm2, config), at, config) for rank, x in pairs)
     return [x + total + rank.vector(at + DOWN + "bias") for rank, x in pairs]
 
 
-def normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
+def _normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
     """A layer norm."""
     return functional.layer_norm(
         x, (config.hidden,), rank.vector(name + ".weight"), rank.vector(name + ".bias"), config.norm_eps
@@ -57,12 +57,12 @@ def attention(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
     name = at + QKV
     mixed = rank.linear(x, name[:-1]) + rank.vector(name + "bias")
     heads = mixed.reshape(*x.shape[:2], -1, 3, config.head_size).permute(3, 0, 2, 1, 4)  # qkv, batch, head, time, size
-    query, key = (rotate(part, config) for part in (heads[0], heads[1]))
+    query, key = (_rotate(part, config) for part in (heads[0], heads[1]))
     mixed = functional.scaled_dot_product_attention(query, key, heads[2], is_causal=True)
     return rank.linear(mixed.transpose(1, 2).flatten(2), (at + DENSE)[:-1])
 
 
-def rotate(x: Tensor, config: ModelConfig) -> Tensor:
+def _rotate(x: Tensor, config: ModelConfig) -> Tensor:
     """The first dimensions of every head [batch, head, time, size], turned by angles that grow with time."""
     dims = config.rotary_dims
     powers = torch.arange(0, dims, 2, device=x.device, dtype=torch.float32) / dims
@@ -84,7 +84,7 @@ def mlp(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
 def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
     """What each rank multiplies the head with."""
     pairs = zip(ranks, streams * (len(ranks) // len(streams)), strict=True)
-    return [normalise(rank, x, NORM, config) for rank, x in pairs]
+    return [_normalise(rank, x, NORM, config) for rank, x in pairs]
 
 
 def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:

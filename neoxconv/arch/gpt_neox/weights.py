@@ -11,7 +11,7 @@ from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_b
 from neoxconv.core.model import Architecture, Buffer, ModelConfig, Weight
 
 
-def qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
+def _qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
     """Rows of query, key and value per head (NeoX, Hugging Face) as all queries, all keys, all values (GGUF)."""
     rows = np.arange(3 * config.hidden).reshape(config.heads, 3, config.head_size)
     return rows.transpose(1, 0, 2).reshape(-1)
@@ -34,10 +34,10 @@ WEIGHTS = (
                     NORM1 + ".bias", B + "attn_norm.bias", role="norm", shape=("hidden",)),
     Weight("layer", (QKV + "weight", "attention.qkv.weight"),                                column_parallel,
                     L + QKV + "weight", B + "attn_qkv.weight",
-                    role="qkv", shape=("qkv", "hidden"), gguf_order=qkv_apart, norm=NORM1),
+                    role="qkv", shape=("qkv", "hidden"), gguf_order=_qkv_apart, norm=NORM1),
     Weight("layer", (QKV + "bias", "attention.qkv.bias"),                                    column_parallel,
                     L + QKV + "bias", B + "attn_qkv.bias",
-                    role="bias", shape=("qkv",), gguf_order=qkv_apart, norm=NORM1),
+                    role="bias", shape=("qkv",), gguf_order=_qkv_apart, norm=NORM1),
     Weight("layer", (DENSE + "weight", "attention.proj.weight"),                             row_parallel,
                     L + DENSE + "weight", B + "attn_output.weight", role="attn_out", shape=("hidden", "hidden")),
     Weight("layer", (DENSE + "bias", "attention.proj.bias"),                                 row_bias,
@@ -63,10 +63,10 @@ WEIGHTS = (
 )
 # fmt: on
 
-BUFFERS = (Buffer("attention.rotary_emb.inv_freq", QKV + "bias", inverse_frequencies),)
+_BUFFERS = (Buffer("attention.rotary_emb.inv_freq", QKV + "bias", inverse_frequencies),)
 
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
-DROPPED = (
+_DROPPED = (
     "*attention.rotary_emb.inv_freq",
     "*attention.rotary_emb.*_cached",
     "*attention.masked_bias",
@@ -80,8 +80,8 @@ GPT_NEOX = Architecture(
     gguf_name="gptneox",
     title="GPT-NeoX",
     weights=WEIGHTS,
-    dropped=DROPPED,
-    buffers=BUFFERS,
+    dropped=_DROPPED,
+    buffers=_BUFFERS,
     presets={name: preset.config for name, preset in PRESETS.items()},
     config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,

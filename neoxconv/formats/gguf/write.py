@@ -15,17 +15,17 @@ from neoxconv.core.layout import Entry, FileLayout, Slot, in_groups
 from neoxconv.errors import PlanError
 from neoxconv.formats.gguf.read import ALIGNMENT, ARRAY, MAGIC, MAX_DIMS, NUMBERS, SCALARS, STRING
 
-VERSION = 3
+_VERSION = 3
 # The types of keys' values, beside STRING and ARRAY; Python's types that have one; the numbers that whole ones hold.
-U16, U32, I32, F32, BOOL, U64, I64 = 2, 4, 5, 6, 7, 10, 11
-KINDS = ((bool, BOOL), (float, F32), (str, STRING), (list, ARRAY))
-RANGES = {U32: (0, 2**32 - 1), I32: (-(2**31), 2**31 - 1), U64: (0, 2**64 - 1), I64: (-(2**63), 2**63 - 1)}
+_U16, _U32, I32, F32, BOOL, _U64, I64 = 2, 4, 5, 6, 7, 10, 11
+_KINDS = ((bool, BOOL), (float, F32), (str, STRING), (list, ARRAY))
+_RANGES = {_U32: (0, 2**32 - 1), I32: (-(2**31), 2**31 - 1), _U64: (0, 2**64 - 1), I64: (-(2**63), 2**63 - 1)}
 # Whole numbers take the first type that holds them; gguf-py gives single ones U32 and those of lists I32.
-SINGLE, LISTED = (U32, I32, U64, I64), (I32, U32, I64, U64)
+_SINGLE, _LISTED = (_U32, I32, _U64, I64), (I32, _U32, I64, _U64)
 # Keys whose type is not what their value suggests.
-KEY_TYPES = {"split.no": U16, "split.count": U16, "split.tensors.count": I32}
-SECTIONS = {"general": 0, "tokenizer": 2}  # the architecture's keys stand between
-MAX_PARTS = 0xFFFF  # what split.count, a U16, holds
+_KEY_TYPES = {"split.no": _U16, "split.count": _U16, "split.tensors.count": I32}
+_SECTIONS = {"general": 0, "tokenizer": 2}  # the architecture's keys stand between
+_MAX_PARTS = 0xFFFF  # what split.count, a U16, holds
 
 
 def layout(
@@ -37,30 +37,30 @@ def layout(
     or an encoding that GGUF cannot hold, and for more parts than it can count.
     """
     groups = in_groups(entries, split_size) if split_size else [list(entries)]
-    keys = in_sections(keys)
+    keys = _in_sections(keys)
     if len(groups) == 1:
-        return (one_file(f"{stem}.gguf", keys, groups[0]),)
+        return (_one_file(f"{stem}.gguf", keys, groups[0]),)
     count = len(groups)
-    if count > MAX_PARTS:
-        raise PlanError(f"{stem}: would be {count} files, at most {MAX_PARTS} can be; choose a larger --split-size.")
+    if count > _MAX_PARTS:
+        raise PlanError(f"{stem}: would be {count} files, at most {_MAX_PARTS} can be; choose a larger --split-size.")
     files = []
     for number, group in enumerate(groups):
         own = {"split.no": number, "split.count": count, "split.tensors.count": len(entries)}
         name = f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
-        files.append(one_file(name, {**keys, **own} if number == 0 else own, group))
+        files.append(_one_file(name, {**keys, **own} if number == 0 else own, group))
     return tuple(files)
 
 
-def in_sections(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _in_sections(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys, general ones first and the tokenizer's last; the alignment is ours, whatever a source file had."""
-    ordered = sorted(keys, key=lambda key: SECTIONS.get(key.split(".")[0], 1))
+    ordered = sorted(keys, key=lambda key: _SECTIONS.get(key.split(".")[0], 1))
     return {key: keys[key] for key in ordered if key != "general.alignment"}
 
 
-def one_file(name: str, keys: Mapping[str, Any], entries: Sequence[Entry]) -> FileLayout:
+def _one_file(name: str, keys: Mapping[str, Any], entries: Sequence[Entry]) -> FileLayout:
     """A file's header as one piece, and its tensors behind it; raises PlanError for what GGUF cannot hold."""
-    header = [MAGIC, struct.pack("<I2Q", VERSION, len(entries), len(keys))]
-    header += [string(key, key) + typed(key, value) for key, value in keys.items()]
+    header = [MAGIC, struct.pack("<I2Q", _VERSION, len(entries), len(keys))]
+    header += [_string(key, key) + _typed(key, value) for key, value in keys.items()]
     offset, offsets = 0, []
     for entry in entries:
         header.append(described(entry, offset))
@@ -90,10 +90,10 @@ def described(entry: Entry, offset: int) -> bytes:
             f"dimensions, rows of a multiple of {encoding.dtype.block} and one of {', '.join(NUMBERS)}."
         )
     extents = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-    return string(entry.name, entry.name) + extents + struct.pack("<IQ", NUMBERS[encoding.name], offset)
+    return _string(entry.name, entry.name) + extents + struct.pack("<IQ", NUMBERS[encoding.name], offset)
 
 
-def string(key: str, text: str) -> bytes:
+def _string(key: str, text: str) -> bytes:
     """A length and the bytes of `text`, which belongs to `key`; raises PlanError where it is no Unicode text."""
     try:
         data = text.encode()
@@ -102,21 +102,21 @@ def string(key: str, text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def typed(key: str, value: Any) -> bytes:
+def _typed(key: str, value: Any) -> bytes:
     """A value behind its type."""
-    kind = kind_of(key, [value], SINGLE)
-    return struct.pack("<I", kind) + packed(key, kind, [value])
+    kind = _kind_of(key, [value], _SINGLE)
+    return struct.pack("<I", kind) + _packed(key, kind, [value])
 
 
-def packed(key: str, kind: int, values: Sequence[Any]) -> bytes:
+def _packed(key: str, kind: int, values: Sequence[Any]) -> bytes:
     """Values of one type, without it; an array's are its items' type, their count and the items."""
     if kind == STRING:
-        return b"".join(string(key, value) for value in values)
+        return b"".join(_string(key, value) for value in values)
     if kind != ARRAY:
         return numbers(key, kind, values)
-    inner = [kind_of(key, value, LISTED) for value in values]
+    inner = [_kind_of(key, value, _LISTED) for value in values]
     return b"".join(
-        struct.pack("<IQ", kind, len(value)) + packed(key, kind, value)
+        struct.pack("<IQ", kind, len(value)) + _packed(key, kind, value)
         for kind, value in zip(inner, values, strict=True)
     )
 
@@ -129,18 +129,18 @@ def numbers(key: str, kind: int, values: Sequence[Any]) -> bytes:
         raise PlanError(f"{key}: {values!r:.60} does not fit in float32, as which GGUF holds it.") from error
 
 
-def kind_of(key: str, values: Sequence[Any], whole: Sequence[int]) -> int:
+def _kind_of(key: str, values: Sequence[Any], whole: Sequence[int]) -> int:
     """The type in which all `values` are stored; of whole numbers the first of `whole` that holds them.
 
     Raises PlanError where there is none.
     """
-    if key in KEY_TYPES:
-        return KEY_TYPES[key]
+    if key in _KEY_TYPES:
+        return _KEY_TYPES[key]
     found = {type(value) for value in values} or {int}
-    kinds = [kind for python, kind in KINDS if found == {python}]
+    kinds = [kind for python, kind in _KINDS if found == {python}]
     if found == {int}:
         low, high = min(values, default=0), max(values, default=0)
-        kinds = [kind for kind in whole if RANGES[kind][0] <= low and high <= RANGES[kind][1]]
+        kinds = [kind for kind in whole if _RANGES[kind][0] <= low and high <= _RANGES[kind][1]]
     if not kinds:
         names = ", ".join(sorted(kind.__name__ for kind in found))
         raise PlanError(f"{key}: GGUF cannot hold {values!r:.60} ({names}); expected values of one type.")

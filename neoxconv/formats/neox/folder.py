@@ -26,12 +26,12 @@ from neoxconv.formats.pt import read_pt
 from neoxconv.storage import Place, is_folder, open_storage, together
 
 # The names of files; PARTS are those that stand for the whole folder when one of them is given.
-LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER = re.compile(r"(?P<prefix>.*)zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
-PARTS = (re.compile("latest"), LAYER, STATES, OPTIMIZER)
-MODULE, SEQUENTIAL = "module.", "sequential."  # what stands before a weight's name in an mp_rank file
-MAX_TAG = 4096  # bytes
+PARTS = (re.compile("latest"), _LAYER, STATES, OPTIMIZER)
+_MODULE, SEQUENTIAL = "module.", "sequential."  # what stands before a weight's name in an mp_rank file
+_MAX_TAG = 4096  # bytes
 
 
 def tag_folder(path: Place) -> Place | None:
@@ -39,27 +39,27 @@ def tag_folder(path: Place) -> Place | None:
 
     Raises CheckpointError where `latest` names no folder beside it, or there are several and no `latest`.
     """
-    if is_checkpoint(path):
+    if _is_checkpoint(path):
         return path
     latest = path / "latest"
     if latest.is_file():
         file = open_storage(latest)
-        tag = file.text(0, min(file.size, MAX_TAG)).decode("utf-8", "replace").strip()
+        tag = file.text(0, min(file.size, _MAX_TAG)).decode("utf-8", "replace").strip()
         is_name = bool(tag) and "/" not in tag and tag not in (".", "..")
         if not is_name or not is_folder(path / tag):
             raise CheckpointError(
                 f"{latest}: names {tag!r:.80}, which is not a folder beside it; give the global_stepN folder itself."
             )
         return path / tag
-    steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and is_checkpoint(p))
+    steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and _is_checkpoint(p))
     if len(steps) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(p.name for p in steps)} and no `latest`; give one of them.")
     return steps[0] if steps else None
 
 
-def is_checkpoint(folder: Place) -> bool:
+def _is_checkpoint(folder: Place) -> bool:
     """Whether `folder` itself (a `global_stepN`) holds files with weights of gpt-neox."""
-    return any(LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
+    return any(_LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
 
 
 def index(folder: Place, config: Sequence[Place] = ()) -> Index:
@@ -69,8 +69,8 @@ def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     or there twice.
     """
     names = sorted(p.name for p in folder.iterdir())
-    layers = {(layer, rank): name for (layer, rank), name in by_numbers(folder, names, LAYER).items()}
-    states = {rank: name for (rank,), name in by_numbers(folder, names, STATES).items()}
+    layers = {(layer, rank): name for (layer, rank), name in _by_numbers(folder, names, _LAYER).items()}
+    states = {rank: name for (rank,), name in _by_numbers(folder, names, STATES).items()}
     if not layers and not states:
         raise CheckpointError(
             f"{folder}: holds neither layer_NN-model_MM-model_states.pt nor mp_rank_MM_model_states.pt files; "
@@ -79,8 +79,8 @@ def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     wanted = [*layers.values(), *states.values()]
     storages = together(lambda name: open_storage(folder / name), wanted, folder)
     files = dict(zip(wanted, together(read_pt, storages, folder), strict=True))
-    configs = tuple(config) or find_configs(folder)
-    ranks = pipeline_ranks(folder, layers, files) if layers else sequential_ranks(folder, states, files)
+    configs = tuple(config) or _find_configs(folder)
+    ranks = _pipeline_ranks(folder, layers, files) if layers else _sequential_ranks(folder, states, files)
     return Index(
         format="neox",
         folder=folder,
@@ -95,7 +95,7 @@ def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     )
 
 
-def by_numbers(folder: Place, names: Sequence[str], pattern: re.Pattern[str]) -> dict[tuple[int, ...], str]:
+def _by_numbers(folder: Place, names: Sequence[str], pattern: re.Pattern[str]) -> dict[tuple[int, ...], str]:
     """The file names that match, by the numbers in them and in their order.
 
     Raises CheckpointError where two have the same numbers: one of them spells them with more zeros.
@@ -111,7 +111,7 @@ def by_numbers(folder: Place, names: Sequence[str], pattern: re.Pattern[str]) ->
     return files
 
 
-def pipeline_ranks(
+def _pipeline_ranks(
     folder: Place, layers: dict[tuple[int, int], str], files: dict[str, Any]
 ) -> tuple[dict[str, LazyTensor], ...]:
     """Each rank's tensors from its layer files, in the order of the layers; `layers` are names by layer and rank.
@@ -124,18 +124,20 @@ def pipeline_ranks(
             f"{folder}: holds files of rank {degree - 1} but only {len(layers)} files of layers; remove the strays."
         )
     missing = [(layer, rank) for layer in numbers for rank in range(degree) if (layer, rank) not in layers]
-    raise_all(CheckpointError, (f"{folder / layer_file(*at)}: is missing; download it again." for at in missing))
+    raise_all(CheckpointError, (f"{folder / _layer_file(*at)}: is missing; download it again." for at in missing))
     return tuple(
         {
             f"{layer}.{name}": tensor
             for layer in numbers
-            for name, tensor in tensors_of(folder / layers[layer, rank], files[layers[layer, rank]].value).items()
+            for name, tensor in _tensors_of(folder / layers[layer, rank], files[layers[layer, rank]].value).items()
         }
         for rank in range(degree)
     )
 
 
-def sequential_ranks(folder: Place, states: dict[int, str], files: dict[str, Any]) -> tuple[dict[str, LazyTensor], ...]:
+def _sequential_ranks(
+    folder: Place, states: dict[int, str], files: dict[str, Any]
+) -> tuple[dict[str, LazyTensor], ...]:
     """Each rank's tensors from `module` in its mp_rank file; raises CheckpointError where one of the two is missing."""
     missing = sorted(set(range(max(states) + 1)) - set(states))
     raise_all(CheckpointError, (f"{folder / states_file(rank)}: is missing; download it again." for rank in missing))
@@ -148,11 +150,11 @@ def sequential_ranks(folder: Place, states: dict[int, str], files: dict[str, Any
                 f"{folder / name}: holds no weights (`module` is empty), and no layer_NN-model_MM files lie beside it. "
                 "Download the layer files too."
             )
-        ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in tensors_of(folder / name, module).items()})
+        ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in _tensors_of(folder / name, module).items()})
     return tuple(ranks)
 
 
-def tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
+def _tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
     """A dictionary's tensors; TransformerEngine's extra states, which are not tensors, are left out.
 
     Raises CheckpointError where it is no dictionary, or holds anything else.
@@ -168,7 +170,7 @@ def tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
     return {name: t for name, t in value.items() if isinstance(t, LazyTensor)}
 
 
-def find_configs(folder: Place) -> tuple[Place, ...]:
+def _find_configs(folder: Place) -> tuple[Place, ...]:
     """The YAML files in `configs/`, else beside the weights, else in the folder that holds `latest`."""
     folders = [folder / "configs", folder]
     if (folder.parent / "latest").is_file() or folder.name.startswith("global_step"):
@@ -195,7 +197,7 @@ def stage_starts(index: Index) -> tuple[int, ...]:
     return tuple(sorted(starts))[1:]
 
 
-def layer_file(layer: int, rank: int) -> str:
+def _layer_file(layer: int, rank: int) -> str:
     """The name of the file with one layer's weights on one rank."""
     return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
 
@@ -207,14 +209,14 @@ def states_file(rank: int) -> str:
 
 def home(index: Index, rank: int, name: str) -> Place:
     """The file that holds (or should hold) a rank's tensor `N.name`."""
-    return index.folder / (states_file(rank) if index.sequential else layer_file(int(name.split(".")[0]), rank))
+    return index.folder / (states_file(rank) if index.sequential else _layer_file(int(name.split(".")[0]), rank))
 
 
 def source_name(file: str, path: str) -> tuple[str, int | None]:
     """The index's name for what a file holds under `path`, and its rank; None where it is no weight."""
-    if match := LAYER.fullmatch(file):
+    if match := _LAYER.fullmatch(file):
         return f"{int(match[1])}.{path}", int(match[2])
-    match, name = STATES.fullmatch(file), path.removeprefix(MODULE)
+    match, name = STATES.fullmatch(file), path.removeprefix(_MODULE)
     if match and name != path:
         return name.removeprefix(SEQUENTIAL), int(match[1])
     return path, None
@@ -223,9 +225,9 @@ def source_name(file: str, path: str) -> tuple[str, int | None]:
 def by_layer_file(ranks: Sequence[Mapping[str, Entry]], container: type[dict[Any, Any]]) -> dict[str, Any]:
     """What each layer file of each rank holds: `N.name` of the ranks' entries under `name` in layer N's file."""
     numbers = dict.fromkeys(int(name.split(".")[0]) for name in ranks[0])
-    files = {layer_file(number, rank): container() for number in numbers for rank in range(len(ranks))}
+    files = {_layer_file(number, rank): container() for number in numbers for rank in range(len(ranks))}
     for rank, entries in enumerate(ranks):
         for name, entry in entries.items():
             number, key = name.split(".", 1)
-            files[layer_file(int(number), rank)][key] = entry
+            files[_layer_file(int(number), rank)][key] = entry
     return files

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from neoxconv.core.model import Weight
 
-EMBEDDING = 0
+_EMBEDDING = 0
 FIRST_LAYER = 2
-AFTER_LAYERS = {"norm": 3, "head": 4}  # by the weight's stage, counted from the number of layers
+_AFTER_LAYERS = {"norm": 3, "head": 4}  # by the weight's stage, counted from the number of layers
 
 
 def number_name(weight: Weight, layer: int | None, layers: int, name: str | None = None) -> str:
@@ -23,7 +23,7 @@ def number_name(weight: Weight, layer: int | None, layers: int, name: str | None
     if layer is not None:
         number = layer + FIRST_LAYER
     elif weight.stage == "embed":
-        number = EMBEDDING
+        number = _EMBEDDING
     else:
-        number = layers + AFTER_LAYERS[weight.stage]
+        number = layers + _AFTER_LAYERS[weight.stage]
     return f"{number}.{name or weight.source[0]}"

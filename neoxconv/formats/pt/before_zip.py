@@ -18,9 +18,9 @@ from neoxconv.formats.pt.tensors import PtFile, Record, View, tensor_in
 from neoxconv.formats.pt.unpickle import load_pickle
 from neoxconv.storage import Storage, Stream
 
-MAGIC = 0x1950A86A20F9469CFC6C
-PROTOCOL = 1001
-MAX_DESCRIBED = 64 << 20  # bytes of pickles that the checksum covers
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_MAX_DESCRIBED = 64 << 20  # bytes of pickles that the checksum covers
 
 
 def read_before_zip(file: Storage) -> PtFile:
@@ -29,9 +29,9 @@ def read_before_zip(file: Storage) -> PtFile:
     Raises CheckpointError where it is no such file, or is damaged.
     """
     stream, name = io.BufferedReader(Stream(file), 1 << 16), str(file.path)
-    if load_pickle(stream, no_tensor, name) != MAGIC or load_pickle(stream, no_tensor, name) != PROTOCOL:
+    if load_pickle(stream, _no_tensor, name) != _MAGIC or load_pickle(stream, _no_tensor, name) != _PROTOCOL:
         raise CheckpointError(f"{file.path}: is not a PyTorch file; download it again.")
-    system = load_pickle(stream, no_tensor, name)
+    system = load_pickle(stream, _no_tensor, name)
     if not isinstance(system, dict) or not system.get("little_endian", True):
         raise CheckpointError(f"{file.path}: its numbers are not little-endian; save it again on a machine whose are.")
     views: list[View] = []  # tensors, whose storages are not found yet
@@ -41,20 +41,20 @@ def read_before_zip(file: Storage) -> PtFile:
         return views[-1]
 
     value = load_pickle(stream, postpone, name)
-    keys = load_pickle(stream, no_tensor, name)
+    keys = load_pickle(stream, _no_tensor, name)
     described = stream.tell()
     widths = {view.ref.key: view.ref.dtype.nbytes for view in views}
-    records = find_storages(file, described, keys, widths)
-    checksum = hashlib.sha256(file.text(0, min(described, MAX_DESCRIBED))).hexdigest()
-    return PtFile(with_tensors(value, file, records), checksum, records)
+    records = _find_storages(file, described, keys, widths)
+    checksum = hashlib.sha256(file.text(0, min(described, _MAX_DESCRIBED))).hexdigest()
+    return PtFile(_with_tensors(value, file, records), checksum, records)
 
 
-def no_tensor(*where: Any) -> NoReturn:
+def _no_tensor(*where: Any) -> NoReturn:
     """Refuse a tensor in a pickle that has none."""
     raise ValueError("a tensor stands where there is none")
 
 
-def find_storages(file: Storage, position: int, keys: Any, widths: Mapping[str, int]) -> dict[str, Record]:
+def _find_storages(file: Storage, position: int, keys: Any, widths: Mapping[str, int]) -> dict[str, Record]:
     """Where each storage lies, the first one at byte `position`; `widths` are the bytes of a number by key.
 
     Raises CheckpointError where one is not whole, or no tensor tells its type.
@@ -78,7 +78,7 @@ def find_storages(file: Storage, position: int, keys: Any, widths: Mapping[str, 
     return records
 
 
-def with_tensors(value: Any, file: Storage, records: Mapping[str, Record]) -> Any:
+def _with_tensors(value: Any, file: Storage, records: Mapping[str, Record]) -> Any:
     """`value` with every view of a storage made a tensor; raises CheckpointError where one does not lie on it."""
     if isinstance(value, View):
         try:
@@ -86,7 +86,7 @@ def with_tensors(value: Any, file: Storage, records: Mapping[str, Record]) -> An
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{file.path}: {error}; download it again.") from error
     if isinstance(value, dict):
-        return type(value)((key, with_tensors(item, file, records)) for key, item in value.items())
+        return type(value)((key, _with_tensors(item, file, records)) for key, item in value.items())
     if isinstance(value, list):
-        return [with_tensors(item, file, records) for item in value]
-    return tuple(with_tensors(item, file, records) for item in value) if type(value) is tuple else value
+        return [_with_tensors(item, file, records) for item in value]
+    return tuple(_with_tensors(item, file, records) for item in value) if type(value) is tuple else value

@@ -22,12 +22,12 @@ from neoxconv.formats.pt import zip_headers as headers
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import STORAGES
 
-ALIGNMENT = 64  # bytes
-VERSION, VERSION64 = 20, 45  # of the specification, times ten, that a reader must know: zip64 came with 4.5
+_ALIGNMENT = 64  # bytes
+_VERSION, _VERSION64 = 20, 45  # of the specification, times ten, that a reader must know: zip64 came with 4.5
 
 
 @dataclass(frozen=True)
-class Member:
+class _Member:
     """A record of a zip to be written: constant `data`, or the bytes of `entry`."""
 
     name: bytes
@@ -61,15 +61,15 @@ def layout_pt(name: str, value: Any) -> FileLayout:
     root = PurePosixPath(name).stem
     pickled = dump_pickle(value, refer, name)
     members = [
-        Member(f"{root}/data.pkl".encode(), pickled),
-        Member(f"{root}/byteorder".encode(), b"little"),
-        *(Member(f"{root}/data/{number}".encode(), b"", entry) for number, entry in enumerate(entries)),
-        Member(f"{root}/version".encode(), b"3\n"),
+        _Member(f"{root}/data.pkl".encode(), pickled),
+        _Member(f"{root}/byteorder".encode(), b"little"),
+        *(_Member(f"{root}/data/{number}".encode(), b"", entry) for number, entry in enumerate(entries)),
+        _Member(f"{root}/version".encode(), b"3\n"),
     ]
-    return layout_zip(name, members)
+    return _layout_zip(name, members)
 
 
-def layout_zip(name: str, members: Sequence[Member]) -> FileLayout:
+def _layout_zip(name: str, members: Sequence[_Member]) -> FileLayout:
     """A zip of stored members, each aligned to 64 bytes; CRC-32s of entries stand in late ranges behind their bytes."""
     pieces: list[tuple[int, bytes]] = []
     slots: list[Slot] = []
@@ -78,42 +78,42 @@ def layout_zip(name: str, members: Sequence[Member]) -> FileLayout:
     position = 0
     for member in members:
         offsets.append(position)
-        header = local_header(member, position)
+        header = _local_header(member, position)
         pieces.append((position, header))
         position += len(header)
-        trailer = descriptor(member, zlib.crc32(member.data))
+        trailer = _descriptor(member, zlib.crc32(member.data))
         if member.entry:
             slots.append(Slot(member.entry, position))
-            late.append(Late(position + member.size, len(trailer), late_descriptor(member, len(slots) - 1)))
+            late.append(Late(position + member.size, len(trailer), _late_descriptor(member, len(slots) - 1)))
         else:
             pieces.append((position, member.data + trailer))
         position += member.size + len(trailer)
-    directory = directory_of(members, offsets, position, [0] * len(slots))
-    late.append(Late(position, len(directory), late_directory(members, offsets, position)))
+    directory = _directory_of(members, offsets, position, [0] * len(slots))
+    late.append(Late(position, len(directory), _late_directory(members, offsets, position)))
     return FileLayout(name, position + len(directory), tuple(pieces), tuple(slots), tuple(late), crcs=True)
 
 
-def late_descriptor(member: Member, number: int) -> Callable[[Sequence[Digest]], bytes]:
+def _late_descriptor(member: _Member, number: int) -> Callable[[Sequence[Digest]], bytes]:
     """The function that makes the descriptor of the file's entry `number`."""
-    return lambda written: descriptor(member, written[number].crc32)
+    return lambda written: _descriptor(member, written[number].crc32)
 
 
-def late_directory(
-    members: Sequence[Member], offsets: Sequence[int], position: int
+def _late_directory(
+    members: Sequence[_Member], offsets: Sequence[int], position: int
 ) -> Callable[[Sequence[Digest]], bytes]:
     """The function that makes the directory."""
-    return lambda written: directory_of(members, offsets, position, [digest.crc32 for digest in written])
+    return lambda written: _directory_of(members, offsets, position, [digest.crc32 for digest in written])
 
 
-def local_header(member: Member, position: int) -> bytes:
+def _local_header(member: _Member, position: int) -> bytes:
     """A member's header, padded so that its bytes begin at a multiple of 64; sizes follow behind the bytes."""
     extra = struct.pack("<2H2Q", headers.ZIP64_EXTRA, 16, 0, 0) if member.large else b""
     start = position + headers.LOCAL.size + len(member.name) + len(extra) + 4
-    padding = -start % ALIGNMENT
+    padding = -start % _ALIGNMENT
     extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
     size = headers.FULL if member.large else 0
     header = headers.LocalHeader(
-        version=VERSION64 if member.large else VERSION,
+        version=_VERSION64 if member.large else _VERSION,
         flags=headers.DESCRIBED,
         packed=size,
         size=size,
@@ -123,24 +123,24 @@ def local_header(member: Member, position: int) -> bytes:
     return headers.LOCAL.pack(*header) + member.name + extra
 
 
-def descriptor(member: Member, crc32: int) -> bytes:
+def _descriptor(member: _Member, crc32: int) -> bytes:
     """What stands behind a member's bytes: their CRC-32 and size."""
     form = headers.DESCRIPTOR64 if member.large else headers.DESCRIPTOR
     return form.pack(headers.DESCRIPTOR_MARK, crc32, member.size, member.size)
 
 
-def directory_of(members: Sequence[Member], offsets: Sequence[int], position: int, crcs: Sequence[int]) -> bytes:
+def _directory_of(members: Sequence[_Member], offsets: Sequence[int], position: int, crcs: Sequence[int]) -> bytes:
     """The central directory and the end records; zip64 ones where a size or an offset needs them."""
     left = iter(crcs)
     entries = b"".join(
-        central_header(member, offset, next(left) if member.entry else zlib.crc32(member.data))
+        _central_header(member, offset, next(left) if member.entry else zlib.crc32(member.data))
         for member, offset in zip(members, offsets, strict=True)
     )
     count, end64 = len(members), b""
     if position + len(entries) >= headers.FULL or count >= headers.MANY:
         record = headers.End64Record(
-            made_by=VERSION64,
-            version=VERSION64,
+            made_by=_VERSION64,
+            version=_VERSION64,
             members_here=count,
             members=count,
             size=len(entries),
@@ -152,12 +152,12 @@ def directory_of(members: Sequence[Member], offsets: Sequence[int], position: in
     return entries + end64 + headers.END.pack(*end)
 
 
-def central_header(member: Member, offset: int, crc32: int) -> bytes:
+def _central_header(member: _Member, offset: int, crc32: int) -> bytes:
     """A member's entry in the directory."""
     values = (member.size, member.size, offset)
     extra = b"".join(struct.pack("<Q", value) for value in values if value >= headers.FULL)
     extra = struct.pack("<2H", headers.ZIP64_EXTRA, len(extra)) + extra if extra else b""
-    version = VERSION64 if extra else VERSION
+    version = _VERSION64 if extra else _VERSION
     header = headers.CentralHeader(
         made_by=version,
         version=version,

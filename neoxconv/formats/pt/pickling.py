@@ -17,7 +17,7 @@ from typing import Any
 from neoxconv.errors import PlanError
 from neoxconv.formats.pt.unpickle import Size
 
-PROTOCOL = 2
+_PROTOCOL = 2
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ def dump_pickle(value: Any, refer: Callable[[Any], TensorRef | None], name: str)
 
     Raises PlanError, naming the path inside `value`, for a value of any other kind.
     """
-    return op.PROTO + bytes([PROTOCOL]) + Emitter(refer).code(value, name) + op.STOP
+    return op.PROTO + bytes([_PROTOCOL]) + _Emitter(refer).code(value, name) + op.STOP
 
 
 @dataclass(frozen=True)
-class Emitter:
+class _Emitter:
     """Values as opcodes; names and strings that come again are fetched from the memo."""
 
     refer: Callable[[Any], TensorRef | None]
@@ -48,9 +48,9 @@ class Emitter:
         """The opcodes that build `value`; raises PlanError where there are none."""
         if tensor := self.refer(value):
             return self.tensor(tensor)
-        if type(value) not in EMIT:
+        if type(value) not in _EMIT:
             raise PlanError(f"{path}: a {type(value).__name__} cannot be written into a checkpoint.")
-        return EMIT[type(value)](self, value, path)
+        return _EMIT[type(value)](self, value, path)
 
     def mapping(self, value: dict[Any, Any], path: str) -> bytes:
         return op.EMPTY_DICT + self.pairs(value, path)
@@ -111,10 +111,10 @@ class Emitter:
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
         storage = (
             op.MARK, self.text("storage"), self.name("torch", tensor.storage), self.text(tensor.key),
-            self.text("cpu"), scalar(math.prod(shape)), op.TUPLE, op.BINPERSID,
+            self.text("cpu"), _scalar(math.prod(shape)), op.TUPLE, op.BINPERSID,
         )  # fmt: skip
         rebuild = self.name("torch._utils", "_rebuild_tensor_v2") + op.MARK + b"".join(storage)
-        view = scalar(0) + self.tuple(shape, "") + self.tuple(strides, "")
+        view = _scalar(0) + self.tuple(shape, "") + self.tuple(strides, "")
         hooks = self.name("collections", "OrderedDict") + op.EMPTY_TUPLE + op.REDUCE
         return rebuild + view + op.NEWFALSE + hooks + op.TUPLE + op.REDUCE
 
@@ -124,19 +124,19 @@ def numbered(short: bytes, long: bytes, number: int) -> bytes:
     return short + bytes([number]) if number < 256 else long + struct.pack("<I", number)
 
 
-def scalar(value: Any) -> bytes:
+def _scalar(value: Any) -> bytes:
     """The opcodes of a number, a truth value or None: a whole pickle without its first two bytes and its last."""
-    return pickle.dumps(value, PROTOCOL)[2:-1]
+    return pickle.dumps(value, _PROTOCOL)[2:-1]
 
 
-EMIT: dict[type, Callable[[Emitter, Any, str], bytes]] = {
-    **dict.fromkeys((int, float, bool, type(None)), lambda emitter, value, path: scalar(value)),
-    str: Emitter.text,
-    bytes: Emitter.data,
-    dict: Emitter.mapping,
-    OrderedDict: Emitter.ordered,
-    list: Emitter.list,
-    tuple: Emitter.tuple,
-    set: Emitter.set,
-    Size: Emitter.size,
+_EMIT: dict[type, Callable[[_Emitter, Any, str], bytes]] = {
+    **dict.fromkeys((int, float, bool, type(None)), lambda emitter, value, path: _scalar(value)),
+    str: _Emitter.text,
+    bytes: _Emitter.data,
+    dict: _Emitter.mapping,
+    OrderedDict: _Emitter.ordered,
+    list: _Emitter.list,
+    tuple: _Emitter.tuple,
+    set: _Emitter.set,
+    Size: _Emitter.size,
 }

@@ -56,10 +56,10 @@ def contradicted(file: Storage, record: ZipRecord) -> bool:
         expected += [(0, size, size) for size in (0, headers.FULL)]
     if local.repeated != entry.repeated or (local.crc32, local.packed, local.size) not in expected:
         return True
-    return described and not is_described(file, record)
+    return described and not _is_described(file, record)
 
 
-def is_described(file: Storage, record: ZipRecord) -> bool:
+def _is_described(file: Storage, record: ZipRecord) -> bool:
     """Whether CRC-32 and size stand behind a member's bytes, the size in 4 bytes or in 8."""
     end, size = record.offset + record.size, record.size
     text = file.text(end, min(headers.DESCRIPTOR64.size, file.size - end))

@@ -13,8 +13,8 @@ from neoxconv.dtypes import Array
 from neoxconv.formats.pt.unpickle import MAX_AXES, StorageRef
 from neoxconv.storage import Storage
 
-MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
-NEAR = 64 << 10  # bytes that are read at once, wanted or not
+_MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
+_NEAR = 64 << 10  # bytes that are read at once, wanted or not
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ def tensor_in(file: Storage, record: Record, view: View) -> LazyTensor:
     empty, beyond = 0 in shape, last >= view.ref.numel or (last + 1) * dtype.nbytes > record.size
     if beyond and not empty:
         raise ValueError(f"a tensor of shape {list(shape)} reaches beyond its storage {view.ref.key}")
-    if math.prod(shape) > max(view.ref.numel, MAX_REPEATED) or len(shape) > MAX_AXES:
+    if math.prod(shape) > max(view.ref.numel, _MAX_REPEATED) or len(shape) > MAX_AXES:
         raise ValueError(f"a tensor of shape {list(shape)} is far larger than its storage {view.ref.key}")
     base = record.offset + first * dtype.nbytes
     tensor = stored(file, base, shape, dtype)
-    if empty or is_contiguous(shape, stride):
+    if empty or _is_contiguous(shape, stride):
         return tensor
-    return replace(tensor, read=strided(file, base, view))
+    return replace(tensor, read=_strided(file, base, view))
 
 
-def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether rows follow each other without gaps."""
     wanted = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return all(extent == 1 or step == want for extent, step, want in zip(shape, stride, wanted, strict=True))
 
 
-def strided(file: Storage, base: int, view: View) -> Read:
+def _strided(file: Storage, base: int, view: View) -> Read:
     """Rows of a tensor whose first number is byte `base`, whatever its strides: transposed, cut, repeated."""
     dtype = view.ref.dtype
     steps = tuple(step * dtype.nbytes for step in view.stride)
@@ -78,24 +78,24 @@ def strided(file: Storage, base: int, view: View) -> Read:
     def read(start: int, stop: int) -> Array:
         rows = np.empty((stop - start, *view.shape[1:]), dtype.numpy)
         if rows.size:
-            fill(rows, file, base + start * steps[0], steps)
+            _fill(rows, file, base + start * steps[0], steps)
         return rows
 
     return read
 
 
-def fill(out: Array, file: Storage, offset: int, steps: tuple[int, ...]) -> None:
+def _fill(out: Array, file: Storage, offset: int, steps: tuple[int, ...]) -> None:
     """Copy the numbers from byte `offset` on, `steps` bytes apart along each axis, into `out`.
 
     Where most bytes between them are not wanted, the longest axis is halved until the rest is near.
     """
     reach = [(extent - 1) * step for extent, step in zip(out.shape, steps, strict=True)]
     span = sum(reach) + out.itemsize
-    if span <= max(NEAR, 2 * out.nbytes):
+    if span <= max(_NEAR, 2 * out.nbytes):
         out[...] = np.ndarray(out.shape, out.dtype, file.read(offset, span), 0, steps)
         return
     axis = reach.index(max(reach))
     middle = out.shape[axis] // 2
     first, second = np.split(out, [middle], axis)
-    fill(first, file, offset, steps)
-    fill(second, file, offset + middle * steps[axis], steps)
+    _fill(first, file, offset, steps)
+    _fill(second, file, offset + middle * steps[axis], steps)

@@ -20,10 +20,10 @@ from neoxconv.formats.pt.tensors import PtFile, Record, View, tensor_in
 from neoxconv.formats.pt.unpickle import StorageRef, load_pickle
 from neoxconv.storage import Storage
 
-MAX_PICKLE = 64 << 20  # bytes
-MAX_DIRECTORY = 64 << 20  # bytes
-MAX_MEMBERS = 200_000
-MAX_COMMENT = 0xFFFF  # bytes behind the last record
+_MAX_PICKLE = 64 << 20  # bytes
+_MAX_DIRECTORY = 64 << 20  # bytes
+_MAX_MEMBERS = 200_000
+_MAX_COMMENT = 0xFFFF  # bytes behind the last record
 
 
 def read_zip(file: Storage) -> PtFile:
@@ -56,7 +56,7 @@ def read_directory(file: Storage) -> tuple[dict[str, Record], bytes]:
     members = {entry.name: locate(file, entry, limit) for entry in entries}
     if len(members) < len(entries):
         raise CheckpointError(f"{file.path}: holds a member twice; download it again.")
-    check_apart(file, entries, members)
+    _check_apart(file, entries, members)
     return members, directory
 
 
@@ -73,21 +73,21 @@ class DirectoryEntry:
 
 def read_entries(file: Storage) -> tuple[list[DirectoryEntry], bytes, int]:
     """The directory's entries, its bytes and where it begins. Raises CheckpointError where it is damaged."""
-    told, end = read_end(file)
-    too_large = told.size > MAX_DIRECTORY or told.members > MAX_MEMBERS
+    told, end = _read_end(file)
+    too_large = told.size > _MAX_DIRECTORY or told.members > _MAX_MEMBERS
     if too_large or told.members * headers.CENTRAL.size > told.size or told.offset + told.size != end:
         raise CheckpointError(
             f"{file.path}: is cut short or damaged: its zip directory claims {told.members} members in {told.size} "
             f"bytes at {told.offset}; download it again."
         )
     directory = file.text(told.offset, told.size)
-    return list(directory_entries(file, directory, told.members)), directory, told.offset
+    return list(_directory_entries(file, directory, told.members)), directory, told.offset
 
 
-def read_end(file: Storage) -> tuple[headers.Directory, int]:
+def _read_end(file: Storage) -> tuple[headers.Directory, int]:
     """What the records at the file's end say of the directory, and the byte where it must end."""
     cut = f"{file.path}: is cut short or damaged"
-    tail_at = max(0, file.size - headers.END.size - MAX_COMMENT)
+    tail_at = max(0, file.size - headers.END.size - _MAX_COMMENT)
     tail = file.text(tail_at, file.size - tail_at)
     at = tail.rfind(headers.END_MARK)
     if at < 0 or len(tail) - at < headers.END.size:
@@ -98,14 +98,14 @@ def read_end(file: Storage) -> tuple[headers.Directory, int]:
         raise CheckpointError(f"{cut}: its zip does not end where the file does; download it again.")
     if at >= headers.LOCATOR64.size and tail.startswith(headers.LOCATOR64_MARK, at - headers.LOCATOR64.size):
         locator = headers.Locator64._make(headers.LOCATOR64.unpack_from(tail, at - headers.LOCATOR64.size))
-        told, end = read_end64(file, locator), locator.offset
+        told, end = _read_end64(file, locator), locator.offset
     alone = told.disk == told.first_disk == 0 and told.members_here == told.members
     if not alone or not agree(record.directory, told):
         raise CheckpointError(f"{cut}: the records at its end contradict each other; download it again.")
     return told, end
 
 
-def read_end64(file: Storage, locator: headers.Locator64) -> headers.Directory:
+def _read_end64(file: Storage, locator: headers.Locator64) -> headers.Directory:
     """What the zip64 record, to which its locator points, says of the directory."""
     cut = f"{file.path}: is cut short or damaged"
     text = file.text(locator.offset, headers.END64.size)
@@ -122,7 +122,7 @@ def agree(narrow: headers.Directory, wide: headers.Directory) -> bool:
     return all(value in (full, widest) for value, full, widest in zip(narrow, wide, headers.WIDEST, strict=True))
 
 
-def directory_entries(file: Storage, directory: bytes, count: int) -> Iterator[DirectoryEntry]:
+def _directory_entries(file: Storage, directory: bytes, count: int) -> Iterator[DirectoryEntry]:
     """The directory's entries; raises CheckpointError for compressed, encrypted or malformed ones."""
     at = 0
     for _ in range(count):
@@ -133,7 +133,7 @@ def directory_entries(file: Storage, directory: bytes, count: int) -> Iterator[D
         extra_at = name_at + header.name_length
         comment_at = extra_at + header.extra_length
         name = directory[name_at:extra_at].decode("utf-8", "replace")
-        size, packed, offset = widened(header, directory[extra_at:comment_at])
+        size, packed, offset = _widened(header, directory[extra_at:comment_at])
         if header.method or header.flags & headers.ENCRYPTED or packed != size:
             raise CheckpointError(
                 f"{file.path}: {name} is compressed or encrypted, which torch.save never does; download it again."
@@ -144,7 +144,7 @@ def directory_entries(file: Storage, directory: bytes, count: int) -> Iterator[D
         raise CheckpointError(f"{file.path}: its zip directory is damaged; download it again.")
 
 
-def widened(header: headers.CentralHeader, extra: bytes) -> list[int]:
+def _widened(header: headers.CentralHeader, extra: bytes) -> list[int]:
     """Size, packed size and offset; those that do not fit 32 bits from the zip64 extra field, in this order."""
     numbers: list[int] = []
     at = 0
@@ -175,7 +175,7 @@ def locate(file: Storage, entry: DirectoryEntry, limit: int) -> Record:
     return Record(start, entry.size, entry.crc32)
 
 
-def check_apart(file: Storage, entries: Sequence[DirectoryEntry], members: Mapping[str, Record]) -> None:
+def _check_apart(file: Storage, entries: Sequence[DirectoryEntry], members: Mapping[str, Record]) -> None:
     """Raise CheckpointError where two members, local headers included, share bytes."""
     ends = {name: record.offset + record.size for name, record in members.items()}
     spans = sorted((entry.offset, ends[entry.name], entry.name) for entry in entries)
@@ -192,8 +192,8 @@ def read_pickle(file: Storage, members: Mapping[str, Record]) -> tuple[str, byte
             f"{file.path}: is a zip with {len(pickles)} data.pkl, not a PyTorch file; download it again."
         )
     root, found = pickles[0].removesuffix("data.pkl"), members[pickles[0]]
-    if found.size > MAX_PICKLE:
-        raise CheckpointError(f"{file.path}: its data.pkl has {found.size} bytes; at most {MAX_PICKLE} are read.")
+    if found.size > _MAX_PICKLE:
+        raise CheckpointError(f"{file.path}: its data.pkl has {found.size} bytes; at most {_MAX_PICKLE} are read.")
     text = file.text(found.offset, found.size)
     if found.crc32 and zlib.crc32(text) != found.crc32:  # 0: the writer computed none
         raise CheckpointError(

@@ -10,7 +10,7 @@ from neoxconv.quant.kernels import ONE, ZERO, f32, kernel
 
 
 @kernel
-def sum_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32) -> None:
+def _sum_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32) -> None:
     """The weighted sums of the candidate a * x + b with codes 0 to `top`."""
     for i in range(at.LANES):
         s[at.Q, i], s[at.QQ, i], s[at.E, i], s[at.EQ, i], s[at.EE, i] = ZERO, ZERO, ZERO, ZERO, ZERO
@@ -31,7 +31,7 @@ def sum_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32) -> None:
 
 
 @kernel
-def keep_line(s: Floats) -> None:
+def _keep_line(s: Floats) -> None:
     """Fit scale and minimum (0 at most) to the candidate's codes; keep it where its error is the least so far."""
     for i in range(at.LANES):
         a, b, q, qq, e, eq, ee = s[at.A, i], s[at.B, i], s[at.Q, i], s[at.QQ, i], s[at.E, i], s[at.EQ, i], s[at.EE, i]
@@ -55,7 +55,7 @@ def keep_line(s: Floats) -> None:
 
 
 @kernel
-def search_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32, grid: Floats) -> None:
+def _search_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32, grid: Floats) -> None:
     """The best scale and minimum of each block: codes from `grid` steps over its range, then from the best line."""
     for i in range(at.LANES):
         s[at.LOW, i], s[at.SPAN, i], s[at.SUM, i] = ZERO, x[0, i], ZERO
@@ -73,13 +73,13 @@ def search_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32, grid: 
         for i in range(at.LANES):
             s[at.A, i] = grid[k] / s[at.SPAN, i] if s[at.SPAN, i] > at.TINY else ZERO
             s[at.B, i] = -s[at.LOW, i] * s[at.A, i]
-        sum_line(x, w, s, n, top)
-        keep_line(s)
+        _sum_line(x, w, s, n, top)
+        _keep_line(s)
     for i in range(at.LANES):
         s[at.A, i] = ONE / s[at.SCALE, i] if s[at.SCALE, i] > at.TINY else ZERO
         s[at.B, i] = s[at.LEAST, i] * s[at.A, i]
-    sum_line(x, w, s, n, top)
-    keep_line(s)
+    _sum_line(x, w, s, n, top)
+    _keep_line(s)
 
 
 @kernel
@@ -92,7 +92,7 @@ def largest(s: Floats, row: int, group: int, subs: int) -> np.float32:
 
 
 @kernel
-def round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None:
+def _round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None:
     """Scales and minima as integers of at most `levels` times a super-block's two float16 steps.
 
     For each of the two integers nearest to a minimum the scale is fitted anew, as its error is known for the best
@@ -106,12 +106,12 @@ def round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None
             floor = at.rounded_to_half(f32(largest(s, at.LEAST, group, subs) / (levels - trims[t, 1])))
             for i in range(group, group + subs):
                 s[at.STEP, i], s[at.FLOOR, i] = step, floor
-        round_minima(s, levels)
+        _round_minima(s, levels)
         at.choose_total(s, subs, t == 0)
 
 
 @kernel
-def round_minima(s: Floats, levels: np.float32) -> None:
+def _round_minima(s: Floats, levels: np.float32) -> None:
     """The better of the two integers nearest to each minimum, with the scale that goes with it."""
     for i in range(at.LANES):
         per_step = ONE / s[at.STEP, i] if s[at.STEP, i] > ZERO else ZERO
@@ -128,11 +128,11 @@ def round_minima(s: Floats, levels: np.float32) -> None:
         slope = (s[at.BEST_EQ, i] - for_near * s[at.BEST_Q, i]) * per_qq
         scale = (ONE + slope) * unit if known else s[at.SCALE, i]
         scale_near = at.nearest(scale * per_step, ZERO, levels)
-        error_near = line_error(s, i, scale_near * s[at.STEP, i] * a - ONE, for_near) * unit * unit
+        error_near = _line_error(s, i, scale_near * s[at.STEP, i] * a - ONE, for_near) * unit * unit
         slope = (s[at.BEST_EQ, i] - for_other * s[at.BEST_Q, i]) * per_qq
         scale = (ONE + slope) * unit if known else s[at.SCALE, i]
         scale_other = at.nearest(scale * per_step, ZERO, levels)
-        error_other = line_error(s, i, scale_other * s[at.STEP, i] * a - ONE, for_other) * unit * unit
+        error_other = _line_error(s, i, scale_other * s[at.STEP, i] * a - ONE, for_other) * unit * unit
         better = error_other < error_near
         s[at.TRY_LEAST, i] = other if better else near
         s[at.TRY_SCALE, i] = scale_other if better else scale_near
@@ -140,7 +140,7 @@ def round_minima(s: Floats, levels: np.float32) -> None:
 
 
 @kernel
-def line_error(s: Floats, i: int, slope: np.float32, offset: np.float32) -> np.float32:
+def _line_error(s: Floats, i: int, slope: np.float32, offset: np.float32) -> np.float32:
     """The weighted square error, in codes, of the best codes read with a scale 1 + slope and this offset."""
     error = s[at.BEST_EE, i] - at.TWO * (slope * s[at.BEST_EQ, i] + offset * s[at.BEST_E, i])
     error += (
@@ -150,7 +150,7 @@ def line_error(s: Floats, i: int, slope: np.float32, offset: np.float32) -> np.f
 
 
 @kernel
-def line_codes(x: Floats, s: Floats, n: int, top: np.float32) -> None:
+def _line_codes(x: Floats, s: Floats, n: int, top: np.float32) -> None:
     """Replace the weights by their codes."""
     for i in range(at.LANES):
         scale = s[at.PICK_SCALE, i] * s[at.PICK_STEP, i]
@@ -182,7 +182,7 @@ def lines(
     for first in range(0, weights.shape[0], at.LANES):
         at.load(weights, first, x)
         at.weigh(x, w, s, n, first, worth)
-        search_line(x, w, s, n, f32(top), grid)
-        round_lines(s, subs, f32(levels), trims)
-        line_codes(x, s, n, f32(top))
+        _search_line(x, w, s, n, f32(top), grid)
+        _round_lines(s, subs, f32(levels), trims)
+        _line_codes(x, s, n, f32(top))
         at.write_out(x, s, first, codes, numbers)

@@ -11,31 +11,31 @@ from neoxconv.quant.ggml import lanes as at
 from neoxconv.quant.ggml.searches import CURVE
 from neoxconv.quant.kernels import ONE, ZERO, f32, kernel
 
-Codes = tuple[float, float, bool]  # the lowest and the highest, and whether they stand for IQ4's values
-BORDERS = tuple((low + high) / 2 for low, high in pairwise(CURVE))
-STEPS = tuple((border, high - low) for border, (low, high) in zip(BORDERS, pairwise(CURVE), strict=True))
+_Codes = tuple[float, float, bool]  # the lowest and the highest, and whether they stand for IQ4's values
+_BORDERS = tuple((low + high) / 2 for low, high in pairwise(CURVE))
+_STEPS = tuple((border, high - low) for border, (low, high) in zip(_BORDERS, pairwise(CURVE), strict=True))
 
 
 @kernel
-def on_curve(y: np.float32) -> np.float32:
+def _on_curve(y: np.float32) -> np.float32:
     """The value of IQ4's sixteen that is nearest to y; of two the lower."""
     q = f32(CURVE[0])
-    for border, step in STEPS:
+    for border, step in _STEPS:
         q += f32(step) if y > f32(border) else ZERO
     return f32(q)
 
 
 @kernel
-def index_on_curve(y: np.float32) -> np.float32:
+def _index_on_curve(y: np.float32) -> np.float32:
     """Which of the sixteen it is: 0 to 15."""
     q = ZERO
-    for border in BORDERS:
+    for border in _BORDERS:
         q += ONE if y > f32(border) else ZERO
     return f32(q)
 
 
 @kernel
-def sum_scale(x: Floats, w: Floats, s: Floats, n: int, codes: Codes) -> None:
+def _sum_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes) -> None:
     """The weighted sums of the candidate a * x with whole numbers for codes."""
     low, high = f32(codes[0]), f32(codes[1])
     for i in range(at.LANES):
@@ -59,14 +59,14 @@ def sum_scale(x: Floats, w: Floats, s: Floats, n: int, codes: Codes) -> None:
 
 
 @kernel
-def sum_curve(x: Floats, w: Floats, s: Floats, n: int) -> None:
+def _sum_curve(x: Floats, w: Floats, s: Floats, n: int) -> None:
     """The same with IQ4's sixteen values for codes."""
     for i in range(at.LANES):
         s[at.QQ, i], s[at.EQ, i], s[at.EE, i] = ZERO, ZERO, ZERO
     for j in range(n):
         for i in range(at.LANES):
             y = x[j, i] * s[at.A, i]
-            q = on_curve(y)
+            q = _on_curve(y)
             e = y - q
             c = w[j, i] * e
             s[at.QQ, i] += w[j, i] * q * q
@@ -75,7 +75,7 @@ def sum_curve(x: Floats, w: Floats, s: Floats, n: int) -> None:
 
 
 @kernel
-def keep_scale(s: Floats) -> None:
+def _keep_scale(s: Floats) -> None:
     """Fit the scale to the candidate's codes; keep it where its error is the least so far."""
     for i in range(at.LANES):
         a, qq, eq, ee = s[at.A, i], s[at.QQ, i], s[at.EQ, i], s[at.EE, i]
@@ -90,17 +90,17 @@ def keep_scale(s: Floats) -> None:
 
 
 @kernel
-def try_scale(x: Floats, w: Floats, s: Floats, n: int, codes: Codes) -> None:
+def _try_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes) -> None:
     """Sum up the candidate in row A, and keep it where it is the best."""
     if codes[2]:
-        sum_curve(x, w, s, n)
+        _sum_curve(x, w, s, n)
     else:
-        sum_scale(x, w, s, n, codes)
-    keep_scale(s)
+        _sum_scale(x, w, s, n, codes)
+    _keep_scale(s)
 
 
 @kernel
-def search_scale(x: Floats, w: Floats, s: Floats, n: int, codes: Codes, grid: Floats) -> None:
+def _search_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes, grid: Floats) -> None:
     """The best scale of each block: the largest weight at each number of `grid`, then the codes of the best scale."""
     low = f32(codes[0])
     for i in range(at.LANES):
@@ -114,14 +114,14 @@ def search_scale(x: Floats, w: Floats, s: Floats, n: int, codes: Codes, grid: Fl
     for k in range(grid.size):
         for i in range(at.LANES):
             s[at.A, i] = grid[k] / s[at.SPAN, i] if abs(s[at.SPAN, i]) > at.TINY else ZERO
-        try_scale(x, w, s, n, codes)
+        _try_scale(x, w, s, n, codes)
     for i in range(at.LANES):
         s[at.A, i] = ONE / s[at.SCALE, i] if abs(s[at.SCALE, i]) > at.TINY else ZERO
-    try_scale(x, w, s, n, codes)
+    _try_scale(x, w, s, n, codes)
 
 
 @kernel
-def round_scales(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None:
+def _round_scales(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None:
     """Scales as integers from -levels to levels - 1 times a super-block's float16 step, which the largest one sets.
 
     A super-block of a single block has its scale for a step. `trims` as in `round_lines`.
@@ -150,7 +150,7 @@ def round_scales(s: Floats, subs: int, levels: np.float32, trims: Floats) -> Non
 
 
 @kernel
-def scale_codes(x: Floats, s: Floats, n: int, codes: Codes) -> None:
+def _scale_codes(x: Floats, s: Floats, n: int, codes: _Codes) -> None:
     """Replace the weights by their codes, counted from 0."""
     low, high, curve = f32(codes[0]), f32(codes[1]), codes[2]
     for i in range(at.LANES):
@@ -159,14 +159,14 @@ def scale_codes(x: Floats, s: Floats, n: int, codes: Codes) -> None:
     for j in range(n):
         for i in range(at.LANES):
             y = x[j, i] * s[at.A, i]
-            x[j, i] = index_on_curve(y) if curve else at.nearest(y, low, high) - low
+            x[j, i] = _index_on_curve(y) if curve else at.nearest(y, low, high) - low
 
 
 @kernel
 def scales(
     weights: Floats,
     worth: at.Worth,
-    form: tuple[int, float, Codes],
+    form: tuple[int, float, _Codes],
     candidates: tuple[Floats, Floats],
     codes: Bytes,
     numbers: Floats,
@@ -182,7 +182,7 @@ def scales(
     for first in range(0, weights.shape[0], at.LANES):
         at.load(weights, first, x)
         at.weigh(x, w, s, n, first, worth)
-        search_scale(x, w, s, n, kind, grid)
-        round_scales(s, subs, f32(levels), trims)
-        scale_codes(x, s, n, kind)
+        _search_scale(x, w, s, n, kind, grid)
+        _round_scales(s, subs, f32(levels), trims)
+        _scale_codes(x, s, n, kind)
         at.write_out(x, s, first, codes, numbers)

@@ -29,9 +29,9 @@ TWO, INFINITY, TINY = f32(2), f32(np.inf), f32(1e-15)
 # Rows of the scratch, one number for each lane.
 A, B, Q, QQ, E, EQ, EE = range(7)  # the candidate, and its weighted sums
 BEST_A, BEST_B, BEST_Q, BEST_QQ, BEST_E, BEST_EQ, BEST_EE = range(7, 14)  # of the best one so far, in the same order
-CANDIDATE_ROWS = 7
+_CANDIDATE_ROWS = 7
 ERROR, SCALE, LEAST, LOW, SPAN, SUM, SIZE = range(14, 21)
-STEP, FLOOR, TRY_SCALE, TRY_LEAST, TRY_ERROR, TOTAL, BEST_TOTAL = range(21, 28)
+STEP, FLOOR, TRY_SCALE, TRY_LEAST, TRY_ERROR, _TOTAL, BEST_TOTAL = range(21, 28)
 PICK_SCALE, PICK_LEAST, PICK_STEP, PICK_FLOOR = range(28, 32)
 ROWS = 32
 
@@ -59,13 +59,13 @@ def load(weights: Floats, first: int, x: Floats) -> None:
 def weigh(x: Floats, w: Floats, s: Floats, n: int, first: int, worth: Worth) -> None:
     """How much the error of each weight matters; by the columns' importance where there is one."""
     if worth[2].size:
-        weigh_columns(x, w, first, worth)
+        _weigh_columns(x, w, first, worth)
     else:
-        weigh_alone(x, w, s, n, worth)
+        _weigh_alone(x, w, s, n, worth)
 
 
 @kernel
-def weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
+def _weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
     """ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block."""
     kind, share = worth[0], f32(worth[1])
     for i in range(LANES):
@@ -82,7 +82,7 @@ def weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
 
 
 @kernel
-def weigh_columns(x: Floats, w: Floats, first: int, worth: Worth) -> None:
+def _weigh_columns(x: Floats, w: Floats, first: int, worth: Worth) -> None:
     """importance * sqrt(x * x + spread), or importance alone without spreads."""
     importance, spread = worth[2], worth[3]
     for i in range(LANES):
@@ -110,7 +110,7 @@ def mean_squares(weights: Floats, group: int, share: float, spread: Floats) -> N
 @kernel
 def keep(s: Floats, i: int, better: bool) -> None:
     """Where it is better, the candidate is the best."""
-    for row in range(CANDIDATE_ROWS):
+    for row in range(_CANDIDATE_ROWS):
         s[BEST_A + row, i] = s[row, i] if better else s[BEST_A + row, i]
 
 
@@ -119,7 +119,7 @@ def forget(s: Floats) -> None:
     """No candidate is the best yet."""
     for i in range(LANES):
         s[ERROR, i] = INFINITY
-        for row in range(CANDIDATE_ROWS):
+        for row in range(_CANDIDATE_ROWS):
             s[BEST_A + row, i] = ZERO
 
 
@@ -131,10 +131,10 @@ def choose_total(s: Floats, subs: int, first: bool) -> None:
         for i in range(group, group + subs):
             total += s[TRY_ERROR, i]
         for i in range(group, group + subs):
-            s[TOTAL, i] = total
+            s[_TOTAL, i] = total
     for i in range(LANES):
-        better = (s[TOTAL, i] < s[BEST_TOTAL, i]) | first
-        s[BEST_TOTAL, i] = s[TOTAL, i] if better else s[BEST_TOTAL, i]
+        better = (s[_TOTAL, i] < s[BEST_TOTAL, i]) | first
+        s[BEST_TOTAL, i] = s[_TOTAL, i] if better else s[BEST_TOTAL, i]
         s[PICK_SCALE, i] = s[TRY_SCALE, i] if better else s[PICK_SCALE, i]
         s[PICK_LEAST, i] = s[TRY_LEAST, i] if better else s[PICK_LEAST, i]
         s[PICK_STEP, i] = s[STEP, i] if better else s[PICK_STEP, i]

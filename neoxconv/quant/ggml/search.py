@@ -24,7 +24,7 @@ def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]
     codes, numbers = np.empty(blocks.shape, np.uint8), np.empty((len(blocks), 4), np.float32)
     thorough = context.thorough or context.importance is not None
     candidates = np.array(search.wide if thorough else search.grid, np.float32), search.trims(thorough)
-    worth = search.kind, search.share, *importance_of(search, blocks, rows.shape[1], context.importance)
+    worth = search.kind, search.share, *_importance_of(search, blocks, rows.shape[1], context.importance)
     if search.least:
         lines(blocks, worth, (search.subs, search.highest, search.levels), candidates, codes, numbers)
     else:
@@ -33,7 +33,7 @@ def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]
     return codes, numbers
 
 
-def importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:
+def _importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:
     """What the kernels take for an importance of the columns: [column blocks, block], and for each block the spread."""
     from neoxconv.quant.ggml.lanes import mean_squares
 

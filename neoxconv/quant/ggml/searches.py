@@ -10,7 +10,7 @@ import numpy as np
 from neoxconv.dtypes import Floats
 from neoxconv.errors import PlanError
 
-ABOVE, SQUARE = 0, 1  # lanes.weigh
+ABOVE, _SQUARE = 0, 1  # lanes.weigh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def steps(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 CURVE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml-common.h: kvalues_iq4nl
-IQ4_GRID = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)  # the latter: the largest weight at the curve's other end
+_IQ4_GRID = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)  # the latter: the largest weight at the curve's other end
 
 # Blocks and levels are those of ggml-common.h; `spread` that of quantize_row_*_impl in ggml-quants.c (sigma2; llama.cpp
 # of llama-cpp-python 0.3.36), `kind` that of quantize_row_*_ref there. Grids and shares were chosen by hand:
@@ -74,7 +74,7 @@ SEARCHES = {
     ),
     "Q3_K": Search(
         block=16, subs=16, lowest=-4, highest=3, levels=32,
-        grid=(-4.1, -3.4), wide=steps(-6.5, -3.1, 13), kind=SQUARE, share=0.6, spread=2.0,
+        grid=(-4.1, -3.4), wide=steps(-6.5, -3.1, 13), kind=_SQUARE, share=0.6, spread=2.0,
     ),
     "Q4_K": Search(
         block=32, subs=8, lowest=0, highest=15, levels=63,
@@ -86,20 +86,20 @@ SEARCHES = {
     ),
     "Q6_K": Search(
         block=16, subs=16, lowest=-32, highest=31, levels=128, signed=True,
-        grid=(-32.0, -31.05), wide=steps(-36, -31, 8), kind=SQUARE, share=0.3, spread=0.0,
+        grid=(-32.0, -31.05), wide=steps(-36, -31, 8), kind=_SQUARE, share=0.3, spread=0.0,
     ),
     "IQ4_XS": Search(
         block=32, subs=8, lowest=CURVE[0], highest=CURVE[-1], levels=32, curve=True,
-        grid=IQ4_GRID, wide=IQ4_GRID, kind=SQUARE, share=0.6, spread=2.0,
+        grid=_IQ4_GRID, wide=_IQ4_GRID, kind=_SQUARE, share=0.6, spread=2.0,
     ),
     "IQ4_NL": Search(
         block=32, subs=1, lowest=CURVE[0], highest=CURVE[-1], levels=2, curve=True,
-        grid=IQ4_GRID, wide=IQ4_GRID, kind=SQUARE, share=0.6, spread=2.0,
+        grid=_IQ4_GRID, wide=_IQ4_GRID, kind=_SQUARE, share=0.6, spread=2.0,
     ),
     # Types that need no search by themselves: quick is never asked for.
     "Q4_0": Search(
         block=32, subs=1, lowest=-8, highest=7, levels=2,
-        grid=(), wide=steps(-10, -7, 13), kind=SQUARE, share=0.6, spread=1.0, over_row=True,
+        grid=(), wide=steps(-10, -7, 13), kind=_SQUARE, share=0.6, spread=1.0, over_row=True,
     ),
     "Q4_1": Search(
         block=32, subs=1, lowest=0, highest=15, levels=1,
@@ -107,7 +107,7 @@ SEARCHES = {
     ),
     "Q5_0": Search(
         block=32, subs=1, lowest=-16, highest=15, levels=2,
-        grid=(), wide=steps(-18, -15, 13), kind=SQUARE, share=0.6, spread=1.0, over_row=True,
+        grid=(), wide=steps(-18, -15, 13), kind=_SQUARE, share=0.6, spread=1.0, over_row=True,
     ),
     "Q5_1": Search(
         block=32, subs=1, lowest=0, highest=31, levels=1,

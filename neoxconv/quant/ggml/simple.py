@@ -22,16 +22,16 @@ from neoxconv.errors import CheckpointError
 from neoxconv.quant.ggml.search import find
 from neoxconv.quant.ggml.searches import SEARCHES, check_columns
 
-BLOCK = 32
-ROUNDING = np.float32(1.01 / 2048)  # half a unit in the last place of a float16; 1 % for float32 arithmetic
-SMALLEST = np.float32(1.01 * 2.0**-25)  # the same for subnormals
+_BLOCK = 32
+_ROUNDING = np.float32(1.01 / 2048)  # half a unit in the last place of a float16; 1 % for float32 arithmetic
+_SMALLEST = np.float32(1.01 * 2.0**-25)  # the same for subnormals
 
-STEP, LEAST = ("step", "<f2"), ("least", "<f2")
-FIFTH, NIBBLES, CODES = ("fifth", "u1", 4), ("nibbles", "u1", 16), ("codes", "i1", 32)
+_STEP, _LEAST = ("step", "<f2"), ("least", "<f2")
+_FIFTH, _NIBBLES, _CODES = ("fifth", "u1", 4), ("nibbles", "u1", 16), ("codes", "i1", 32)
 
 
 @dataclass(frozen=True)
-class BlockForm:
+class _BlockForm:
     """A block's bytes and what its codes mean.
 
     The step is the largest |w|, or with `least` the largest less the least w, over `levels`; codes go from `lowest` to
@@ -60,7 +60,7 @@ class BlockForm:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class _Blocks:
     """Blocks taken apart: step and least [n], codes [n, 32], all float32."""
 
     step: Floats
@@ -68,13 +68,13 @@ class Blocks:
     codes: Floats
 
 
-def encode(form: BlockForm, rows: Floats) -> Bytes:
+def encode(form: _BlockForm, rows: Floats) -> Bytes:
     """Rows [n, columns] as blocks [n, bytes]. Raises PlanError where 32 does not divide the columns."""
     from neoxconv.quant.ggml import simple_kernels
 
-    check_columns(form.name, BLOCK, rows)
+    check_columns(form.name, _BLOCK, rows)
     count, columns = rows.shape
-    weights = np.ascontiguousarray(rows, np.float32).reshape(count * columns // BLOCK, BLOCK)
+    weights = np.ascontiguousarray(rows, np.float32).reshape(count * columns // _BLOCK, _BLOCK)
     blocks = np.empty((len(weights), form.layout.itemsize), np.uint8)
     if form.has("codes"):
         simple_kernels.balanced(weights, form.levels, blocks)
@@ -82,12 +82,12 @@ def encode(form: BlockForm, rows: Floats) -> Bytes:
         simple_kernels.ranged(weights, form.levels, form.fifth, blocks)
     else:
         simple_kernels.signed(weights, form.levels, form.fifth, blocks)
-    return blocks.reshape(count, columns // BLOCK * form.layout.itemsize)
+    return blocks.reshape(count, columns // _BLOCK * form.layout.itemsize)
 
 
-def search(form: BlockForm, rows: Floats, context: Context) -> Bytes:
+def search(form: _BlockForm, rows: Floats, context: Context) -> Bytes:
     """The same with the scales that err least, found as a super-block's are. Raises PlanError as `encode` does."""
-    check_columns(form.name, BLOCK, rows)
+    check_columns(form.name, _BLOCK, rows)
     codes, numbers = find(SEARCHES[form.name], rows, context)
     blocks = np.zeros(len(codes), form.layout)
     blocks["step"] = numbers[:, 0] * numbers[:, 2]
@@ -96,21 +96,21 @@ def search(form: BlockForm, rows: Floats, context: Context) -> Bytes:
     blocks["nibbles"] = codes[:, :16] & 15 | codes[:, 16:] << 4
     if form.fifth:
         blocks["fifth"] = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return blocks.view(np.uint8).reshape(len(rows), rows.shape[1] // BLOCK * form.layout.itemsize)
+    return blocks.view(np.uint8).reshape(len(rows), rows.shape[1] // _BLOCK * form.layout.itemsize)
 
 
-def decode(form: BlockForm, stored: Bytes) -> Floats:
+def decode(form: _BlockForm, stored: Bytes) -> Floats:
     """Blocks [n, bytes] as the float32 numbers [n, columns] that ggml reads."""
-    taken = take_apart(form, stored)
+    taken = _take_apart(form, stored)
     values = taken.codes
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
         values *= taken.step[:, None]
         if form.least:
             values += taken.least[:, None]
-    return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * BLOCK)
+    return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * _BLOCK)
 
 
-def wrong(form: BlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
+def wrong(form: _BlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
     """True where a weight is further from its stored value than rounding to the nearest code and to float16 explain.
 
     The bound is step / 2 + (|code| + 1) * (rounding of the step) + (rounding of the least weight), but a code at
@@ -121,23 +121,23 @@ def wrong(form: BlockForm, rows: Floats, stored: Bytes, weighted: bool = False) 
     """
     from neoxconv.quant.ggml import simple_kernels
 
-    weights = np.ascontiguousarray(rows, np.float32).reshape(-1, BLOCK)
-    taken = take_apart(form, stored)
+    weights = np.ascontiguousarray(rows, np.float32).reshape(-1, _BLOCK)
+    taken = _take_apart(form, stored)
     with np.errstate(invalid="ignore", over="ignore"):
         step, least = needed(form, simple_kernels.spans(weights))
         finite = np.isfinite(step)
         if weighted:
             step, least = np.abs(taken.step), taken.least
-        slope, slack = half_ulp(step), half_ulp(least)
+        slope, slack = _half_ulp(step), _half_ulp(least)
         fits = finite & (np.abs(np.abs(taken.step) - step) <= slope) & (np.abs(taken.least - least) <= slack)
-        free = 2 * step + form.levels * SMALLEST if weighted else step / 2
+        free = 2 * step + form.levels * _SMALLEST if weighted else step / 2
         limits = np.stack([taken.step, taken.least, slope, free + slope + slack], axis=1)
     result = simple_kernels.outside(weights, taken.codes, limits, (form.lowest, form.highest))
     result |= ~fits[:, None]
     return result.reshape(rows.shape)
 
 
-def needed(form: BlockForm, spans: Floats) -> tuple[Floats, Floats]:
+def needed(form: _BlockForm, spans: Floats) -> tuple[Floats, Floats]:
     """The size of the step, and the least weight, that blocks need whose smallest and largest weights are `spans`."""
     low, high = spans[:, 0], spans[:, 1]
     if form.least:
@@ -145,12 +145,12 @@ def needed(form: BlockForm, spans: Floats) -> tuple[Floats, Floats]:
     return np.divide(np.maximum(-low, high), form.levels, dtype=np.float32), np.zeros_like(low)
 
 
-def half_ulp(values: Floats) -> Floats:
+def _half_ulp(values: Floats) -> Floats:
     """How far rounding to float16 may move values."""
-    return np.maximum(np.abs(values) * ROUNDING, SMALLEST)
+    return np.maximum(np.abs(values) * _ROUNDING, _SMALLEST)
 
 
-def take_apart(form: BlockForm, stored: Bytes) -> Blocks:
+def _take_apart(form: _BlockForm, stored: Bytes) -> _Blocks:
     """The numbers in blocks [n, bytes]. Raises CheckpointError where the bytes are no whole number of blocks."""
     from neoxconv.quant.ggml import simple_kernels
 
@@ -165,13 +165,13 @@ def take_apart(form: BlockForm, stored: Bytes) -> Blocks:
     step = blocks["step"].astype(np.float32)
     least = blocks["least"].astype(np.float32) if form.least else np.zeros_like(step)
     if form.has("codes"):
-        return Blocks(step, least, blocks["codes"].astype(np.float32))
-    return Blocks(step, least, simple_kernels.unpack(raw, -form.lowest, form.fifth))
+        return _Blocks(step, least, blocks["codes"].astype(np.float32))
+    return _Blocks(step, least, simple_kernels.unpack(raw, -form.lowest, form.fifth))
 
 
-def encoding(form: BlockForm) -> Encoding:
+def encoding(form: _BlockForm) -> Encoding:
     """The row of the table of encodings for `form`."""
-    dtype = DType(form.name, BLOCK, form.layout.itemsize, np.dtype(np.uint8))
+    dtype = DType(form.name, _BLOCK, form.layout.itemsize, np.dtype(np.uint8))
     searched = partial(search, form) if form.name in SEARCHES else None
     return Encoding(
         name=form.name,
@@ -191,10 +191,10 @@ def layout(*fields: Any) -> np.dtype[Any]:
 Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 = map(
     encoding,
     (
-        BlockForm("Q8_0", layout(STEP, CODES), levels=127, lowest=-127, highest=127),
-        BlockForm("Q4_0", layout(STEP, NIBBLES), levels=8, lowest=-8, highest=7),
-        BlockForm("Q4_1", layout(STEP, LEAST, NIBBLES), levels=15, lowest=0, highest=15),
-        BlockForm("Q5_0", layout(STEP, FIFTH, NIBBLES), levels=16, lowest=-16, highest=15),
-        BlockForm("Q5_1", layout(STEP, LEAST, FIFTH, NIBBLES), levels=31, lowest=0, highest=31),
+        _BlockForm("Q8_0", layout(_STEP, _CODES), levels=127, lowest=-127, highest=127),
+        _BlockForm("Q4_0", layout(_STEP, _NIBBLES), levels=8, lowest=-8, highest=7),
+        _BlockForm("Q4_1", layout(_STEP, _LEAST, _NIBBLES), levels=15, lowest=0, highest=15),
+        _BlockForm("Q5_0", layout(_STEP, _FIFTH, _NIBBLES), levels=16, lowest=-16, highest=15),
+        _BlockForm("Q5_1", layout(_STEP, _LEAST, _FIFTH, _NIBBLES), levels=31, lowest=0, highest=31),
     ),
 )

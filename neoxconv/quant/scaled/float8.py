@@ -29,7 +29,7 @@ from neoxconv.quant.scaled.groups import RowGroups, TensorGroup
 if TYPE_CHECKING:
     from neoxconv.quant.scaled.float8_kernels import Limits
 
-SMALLEST = -24  # the power of two that is float16's smallest number
+_SMALLEST = -24  # the power of two that is float16's smallest number
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def weight_scales(form: Float8Form, sizes: Floats) -> Floats:
     """The scales of groups by their largest weights; 1 for groups of zeros, and none that float16 does not have."""
     fraction, power = np.frexp(sizes.astype(np.float64) / form.largest)
     power = np.where(fraction == 0.5, power - 1, power)  # already a power of two
-    return np.where(sizes > 0, np.ldexp(np.float32(1), np.maximum(power, SMALLEST)), np.float32(1)).astype(np.float32)
+    return np.where(sizes > 0, np.ldexp(np.float32(1), np.maximum(power, _SMALLEST)), np.float32(1)).astype(np.float32)
 
 
 def scales(form: Float8Form, sizes: Floats) -> Scales:
@@ -128,7 +128,7 @@ def scales(form: Float8Form, sizes: Floats) -> Scales:
     return Scales(tops, tops, np.zeros_like(tops))
 
 
-def encode_scaled(form: Float8Form, rows: Floats, sizes: Floats) -> Bytes:
+def _encode_scaled(form: Float8Form, rows: Floats, sizes: Floats) -> Bytes:
     """Rows [n, columns] as codes: sizes [n] or [1]."""
     from neoxconv.quant.scaled.float8_kernels import divide
 
@@ -151,7 +151,7 @@ def finish(form: Float8Form, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, 
     return (weight_scales(form, sizes).tobytes(),)
 
 
-def decode_scaled(form: Float8Form, by_row: bool, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
+def _decode_scaled(form: Float8Form, by_row: bool, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows."""
     scale = stored["weight_scale"]
 
@@ -162,7 +162,7 @@ def decode_scaled(form: Float8Form, by_row: bool, stored: Mapping[str, LazyTenso
     return read
 
 
-def nearest(form: Float8Form, shares: Floats) -> Floats:
+def _nearest(form: Float8Form, shares: Floats) -> Floats:
     """The nearest numbers, as shares of the largest."""
     return decode(form, encode(form, shares * np.float32(form.largest))) / np.float32(form.largest)
 
@@ -187,10 +187,10 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         dtype=DType(name, 1, 1, np.dtype("<f4")),
         groups=RowGroups() if by_row else TensorGroup(),
         parts=partial(parts, form, by_row),
-        encode=partial(encode_scaled, form),
+        encode=partial(_encode_scaled, form),
         finish=partial(finish, form),
-        decode=partial(decode_scaled, form, by_row),
-        nearest=partial(nearest, form),
+        decode=partial(_decode_scaled, form, by_row),
+        nearest=partial(_nearest, form),
         scales=partial(scales, form),
         bound=form.scaled_bound,
     )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.kernels import as_bits, as_float, kernel, u8, u32
 
-INFINITE = u32(0x7F800000)
+_INFINITE = u32(0x7F800000)
 
 
 class Limits(NamedTuple):
@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 
 
 @kernel
-def nearest(size: np.uint32, limits: Limits) -> np.uint32:
+def _nearest(size: np.uint32, limits: Limits) -> np.uint32:
     """The code nearest to a magnitude, ties to even; a larger one than any number has where it is beyond the largest.
 
     Adding 2**lift times the power of two below `size` makes the adder round to the steps of the form. 1.0 in E4M3: its
@@ -44,11 +44,11 @@ def nearest(size: np.uint32, limits: Limits) -> np.uint32:
 
 
 @kernel
-def float8_bits(bits: np.uint32, limits: Limits) -> np.uint8:
+def _float8_bits(bits: np.uint32, limits: Limits) -> np.uint8:
     """The float8 nearest to the float32 with these bits; at most the largest. A NaN becomes 0x7F or 0xFF."""
     size = u32(bits & u32(0x7FFFFFFF))
-    code = u32(min(nearest(size, limits), limits.top))
-    if size > INFINITE:
+    code = u32(min(_nearest(size, limits), limits.top))
+    if size > _INFINITE:
         code = u32(0x7F)
     return u8(code | u32(u32(bits >> u32(24)) & u32(0x80)))
 
@@ -57,7 +57,7 @@ def float8_bits(bits: np.uint32, limits: Limits) -> np.uint8:
 def narrow(bits: npt.NDArray[np.uint32], limits: Limits, codes: Bytes) -> None:
     """Fill `codes` with the float8 of the float32 numbers whose bits are given (both 1-D)."""
     for i in range(bits.size):
-        codes[i] = float8_bits(bits[i], limits)
+        codes[i] = _float8_bits(bits[i], limits)
 
 
 @kernel
@@ -66,4 +66,4 @@ def divide(rows: Floats, scales: Floats, limits: Limits, codes: Bytes) -> None:
     for r in range(rows.shape[0]):
         row, out, scale = rows[r], codes[r], scales[r]
         for i in range(row.size):
-            out[i] = float8_bits(as_bits(row[i] / scale), limits)
+            out[i] = _float8_bits(as_bits(row[i] / scale), limits)

@@ -20,7 +20,7 @@ from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F16, F32, I8, U8, Array, DType, Floats
 from neoxconv.quant.scaled.groups import RowGroups
 
-LEVELS = 127
+_LEVELS = 127
 FORMAT = "weight_format"
 
 
@@ -47,15 +47,15 @@ def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows. The product is rounded once, so that a code of 127 gives the row's largest weight."""
 
     def read(start: int, stop: int) -> Array:
-        steps = stored["SCB"].floats(start, stop).astype(np.float64) / LEVELS
+        steps = stored["SCB"].floats(start, stop).astype(np.float64) / _LEVELS
         return (stored["weight"].read(start, stop) * steps[:, None]).astype(np.float32)
 
     return read
 
 
-def nearest(shares: Floats) -> Floats:
+def _nearest(shares: Floats) -> Floats:
     """The nearest multiples of a 127th."""
-    return np.asarray(np.rint(shares * np.float32(LEVELS)) / np.float32(LEVELS), np.float32)
+    return np.asarray(np.rint(shares * np.float32(_LEVELS)) / np.float32(_LEVELS), np.float32)
 
 
 def scales(sizes: Floats) -> Scales:
@@ -71,8 +71,8 @@ INT8 = Scaled(
     encode=encode,
     finish=finish,
     decode=decode,
-    nearest=nearest,
+    nearest=_nearest,
     scales=scales,
-    bound=Bound(0.5 / LEVELS, "row's largest"),
+    bound=Bound(0.5 / _LEVELS, "row's largest"),
     rounded=lambda native: F16,
 )

@@ -15,14 +15,14 @@ from neoxconv.verify.logits.compare import layer_error
 from neoxconv.verify.logits.stream import Side, running, side
 
 # Where these numbers are from: docs/verification.md, "Thresholds".
-HEALED = 0.3  # of a part's error is left at most where the right tensor was exchanged
-STANDS_OUT = 2.0  # times the median error of a layer
-TOKENS = 64
-HYPERPARAMETERS = "the hyperparameters (rotary, activation, norm epsilon, ...) are not the source's"
+_HEALED = 0.3  # of a part's error is left at most where the right tensor was exchanged
+_STANDS_OUT = 2.0  # times the median error of a layer
+_TOKENS = 64
+_HYPERPARAMETERS = "the hyperparameters (rotary, activation, norm epsilon, ...) are not the source's"
 
 
 @dataclass(frozen=True)
-class Part:
+class _Part:
     """A part of the model by its name, the stages of the weights that act in it, and of a layer its number."""
 
     name: str
@@ -36,24 +36,24 @@ class Part:
 
     def run(self, model: Side, streams: list[Tensor], ids: Tensor) -> list[Tensor]:
         """What the model makes of the streams [batch, time, hidden] before it; the embedding makes its own."""
-        if self == EMBEDDING:
+        if self == _EMBEDDING:
             return model.embed(ids)
         if self.layer is None:
             return [model.logits(model.final(streams), 0, model.config.rows)]
         return model.layer(self.layer, streams)
 
 
-EMBEDDING = Part("the embedding", ("embed",))
-HEAD = Part("the head", ("norm", "head"))
+_EMBEDDING = _Part("the embedding", ("embed",))
+HEAD = _Part("the head", ("norm", "head"))
 
 
-def layer_part(number: int) -> Part:
+def _layer_part(number: int) -> _Part:
     """One of the layers."""
-    return Part(f"layer {number}", ("layer",), number)
+    return _Part(f"layer {number}", ("layer",), number)
 
 
 @dataclass(frozen=True)
-class Suspect:
+class _Suspect:
     """A part of the model that the candidate computes differently, by how much, and what mends it."""
 
     part: str
@@ -73,11 +73,11 @@ class Exchange:
 
     source: Checkpoint
     candidate: Checkpoint
-    last: Part
+    last: _Part
     ids: Tensor  # [batch, time]
     pool: ThreadPoolExecutor
     device: str
-    known: dict[Part, list[Tensor]] = field(default_factory=dict)  # what the source makes of each part so far
+    known: dict[_Part, list[Tensor]] = field(default_factory=dict)  # what the source makes of each part so far
 
     @cached_property
     def reference(self) -> Side:
@@ -87,12 +87,12 @@ class Exchange:
     def streams(self) -> list[list[Tensor]]:
         """The source's streams before each layer up to `last`, and of the head those before it."""
         found = [self.reference.embed(self.ids)]
-        layers = {EMBEDDING: 0, HEAD: self.source.config.layers}.get(self.last, self.last.layer or 0)
+        layers = {_EMBEDDING: 0, HEAD: self.source.config.layers}.get(self.last, self.last.layer or 0)
         for number in range(layers):
             found.append(self.reference.layer(number, found[-1]))
         return found
 
-    def error(self, part: Part, *exchanged: str, config: ModelConfig | None = None) -> float:
+    def error(self, part: _Part, *exchanged: str, config: ModelConfig | None = None) -> float:
         """How far the candidate's part is from the source's, relative, with the tensors named `exchanged`."""
         before = self.streams[-1 if part == HEAD else part.layer or 0]
         tensors = self.candidate.tensors | {name: self.source.tensors[name] for name in exchanged}
@@ -104,29 +104,29 @@ class Exchange:
         return layer_error(0, self.known[part], found).error
 
 
-def bisect(source: Checkpoint, candidate: Checkpoint, layer: int | None, tokens: Numbers, *, device: str) -> Suspect:
+def bisect(source: Checkpoint, candidate: Checkpoint, layer: int | None, tokens: Numbers, *, device: str) -> _Suspect:
     """What goes wrong in `layer` (-1: the embedding, None: in the layer that stands out, else the head), and why."""
-    part = HEAD if layer is None else EMBEDDING if layer < 0 else layer_part(layer)
-    with running(tokens[:1, :TOKENS], device) as (pool, ids):
+    part = HEAD if layer is None else _EMBEDDING if layer < 0 else _layer_part(layer)
+    with running(tokens[:1, :_TOKENS], device) as (pool, ids):
         exchange = Exchange(source, candidate, part, ids, pool, device)
         if layer is None:
-            layers = [layer_part(number) for number in range(source.config.layers)]
+            layers = [_layer_part(number) for number in range(source.config.layers)]
             alone = [exchange.error(each) for each in layers]
             worst, usual = int(np.argmax(alone)), float(np.median(alone))
-            if exchange.error(layers[worst], config=source.config) < HEALED * usual:
-                return Suspect("every layer", usual, HYPERPARAMETERS)
-            part = layers[worst] if alone[worst] > STANDS_OUT * usual else HEAD
+            if exchange.error(layers[worst], config=source.config) < _HEALED * usual:
+                return _Suspect("every layer", usual, _HYPERPARAMETERS)
+            part = layers[worst] if alone[worst] > _STANDS_OUT * usual else HEAD
         whole = exchange.error(part)
-        return Suspect(part.name, whole, cause(exchange, part, whole))
+        return _Suspect(part.name, whole, _cause(exchange, part, whole))
 
 
-def cause(exchange: Exchange, part: Part, whole: float) -> str:
+def _cause(exchange: Exchange, part: _Part, whole: float) -> str:
     """What mends a part whose error is `whole`: other hyperparameters, one tensor, several, or nothing."""
-    if exchange.error(part, config=exchange.source.config) < HEALED * whole:
-        return HYPERPARAMETERS
+    if exchange.error(part, config=exchange.source.config) < _HEALED * whole:
+        return _HYPERPARAMETERS
     acting = part.tensors(exchange.source)
     after = {name: exchange.error(part, name) for name in acting}
     best = min(after, key=lambda name: after[name])
-    if after[best] < HEALED * whole:
+    if after[best] < _HEALED * whole:
         return best
-    return "several of its tensors" if exchange.error(part, *acting) < HEALED * whole else "no tensor mends it"
+    return "several of its tensors" if exchange.error(part, *acting) < _HEALED * whole else "no tensor mends it"

@@ -27,42 +27,42 @@ from neoxconv.storage import Place
 from neoxconv.verify.logits.compare import Logits
 from neoxconv.verify.logits.programs import LOGITS, PROGRAMS, TOKENS
 
-Ask = Callable[[Numbers], Logits]  # the logits of tokens [batch, time]
+_Ask = Callable[[Numbers], Logits]  # the logits of tokens [batch, time]
 # The child looks for modules where this process does, and not in the folder that it happens to be started in.
-BEGIN = """
+_BEGIN = """
 import sys
 at = sys.argv.index("--")
 sys.path[:] = sys.argv[1:at]
 from neoxconv.verify.logits.programs import main
 main(*sys.argv[at + 1 :])
 """
-SAID = "said.txt"  # what the program printed
-TAIL = 4096  # bytes of it that are read
-KINDS: dict[str, type[NeoxconvError]] = {"PlanError": PlanError, "VerifyError": VerifyError}
-REASONS: dict[int, str] = {
+_SAID = "said.txt"  # what the program printed
+_TAIL = 4096  # bytes of it that are read
+_KINDS: dict[str, type[NeoxconvError]] = {"PlanError": PlanError, "VerifyError": VerifyError}
+_REASONS: dict[int, str] = {
     signal.SIGILL: "its build may be for another processor: install one for this",
     signal.SIGKILL: "memory may have run out: it holds the whole model",
 }
 
 
 @contextmanager
-def program(name: str, target: Place, candidate: Checkpoint) -> Iterator[Ask]:
+def program(name: str, target: Place, candidate: Checkpoint) -> Iterator[_Ask]:
     """A program with the target's model, loaded once for all that it is asked; it ends with this block.
 
     Raises PlanError where it is not installed or is for other targets; asking raises VerifyError where it dies.
     """
-    path = model_for(name, target, candidate)
-    with TemporaryDirectory(prefix="neoxconv-") as folder, open(Path(folder, SAID), "wb") as said:
-        command = [sys.executable, "-c", BEGIN, *sys.path, "--", name, str(path), folder]
+    path = _model_for(name, target, candidate)
+    with TemporaryDirectory(prefix="neoxconv-") as folder, open(Path(folder, _SAID), "wb") as said:
+        command = [sys.executable, "-c", _BEGIN, *sys.path, "--", name, str(path), folder]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=said) as process:
             try:
-                yield Child(name, target, process, Path(folder)).logits
+                yield _Child(name, target, process, Path(folder)).logits
             finally:
                 process.kill()
 
 
-def model_for(name: str, target: Place, candidate: Checkpoint) -> Path:
+def _model_for(name: str, target: Place, candidate: Checkpoint) -> Path:
     """What the program is to open. Raises PlanError where it runs no such targets, or the target is at a URL."""
     index, wanted = candidate.index, PROGRAMS[name]
     if index.format != wanted.format:
@@ -74,7 +74,7 @@ def model_for(name: str, target: Place, candidate: Checkpoint) -> Path:
 
 
 @dataclass(frozen=True)
-class Child:
+class _Child:
     """A running child process, and the folder that it shares with this one."""
 
     name: str
@@ -93,7 +93,7 @@ class Child:
             raise VerifyError(f"{self.target}: {self.name} {self.death()}. Leave --engine out to do without it.")
         answer = json.loads(line)
         if answer:
-            raise KINDS.get(answer["kind"], NeoxconvError)(*answer["problems"])
+            raise _KINDS.get(answer["kind"], NeoxconvError)(*answer["problems"])
         mapped = np.load(self.folder / LOGITS, mmap_mode="r")
         (self.folder / LOGITS).unlink()  # the mapping keeps the bytes for as long as they are used
         return lambda start, stop: torch.from_numpy(np.array(mapped[..., start:stop]))
@@ -101,19 +101,19 @@ class Child:
     def death(self) -> str:
         """How the process ended, what that usually means, and the last that it said."""
         code = self.process.wait()
-        how = f"died of {signal_name(-code)}" if code < 0 else f"ended by itself with exit code {code}"
+        how = f"died of {_signal_name(-code)}" if code < 0 else f"ended by itself with exit code {code}"
         last = self.last_line()
-        parts = (how, REASONS.get(-code), f"it said last: {last:.200}" if last else None)
+        parts = (how, _REASONS.get(-code), f"it said last: {last:.200}" if last else None)
         return "; ".join(part for part in parts if part)
 
     def last_line(self) -> str:
         """The last line that the program printed, of which more than TAIL bytes are not read."""
-        with open(self.folder / SAID, "rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - TAIL))
+        with open(self.folder / _SAID, "rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - _TAIL))
             lines = stream.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def signal_name(number: int) -> str:
+def _signal_name(number: int) -> str:
     """A signal as people know it: SIGILL."""
     return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

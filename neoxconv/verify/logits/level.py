@@ -21,8 +21,8 @@ from neoxconv.verify.report import Finding, Report, verdicts
 from neoxconv.verify.tasks.exam import examine
 from neoxconv.words import table
 
-LAYERS_SHOWN = 12
-CONTEXT = 40  # tokens shown before a position
+_LAYERS_SHOWN = 12
+_CONTEXT = 40  # tokens shown before a position
 
 
 def verify_logits(
@@ -42,12 +42,12 @@ def verify_logits(
     tokens, text = tokens_for(source, trial.sample)
     check_sizes(source, candidate)
     engine, device = trial.engine, trial.device
-    logits = logits_of(engine, target, candidate, tokens)
+    logits = _logits_of(engine, target, candidate, tokens)
     predictions = compare_predictions(
         source, candidate, tokens, device=device, progress=progress, engine=engine, logits=logits
     )
     limits = judged(predictions, source, candidate, trial.limits)
-    findings = found_wrong(predictions, limits, target)
+    findings = _found_wrong(predictions, limits, target)
     if trial.bisect and findings and engine == "native":
         suspect = bisect(source, candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
@@ -60,13 +60,13 @@ def verify_logits(
     checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine}"
     report = Report("logits", checked, tuple(findings), lines=tuple(told), facts=facts)
     if trial.html:
-        shown = page_facts(source, predictions, limits, target=target, reports=(*before, report))
+        shown = _page_facts(source, predictions, limits, target=target, reports=(*before, report))
         with whole(trial.html) as partial:
             partial.write_text(page({"text": text} | shown), "utf-8")
     return report
 
 
-def logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:
+def _logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:
     """Another engine's logits of the target; None for the native engine, which makes them layer by layer."""
     if engine == "native":
         return None
@@ -74,7 +74,7 @@ def logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers
         return ask(tokens)
 
 
-def found_wrong(predictions: Predictions, limits: Sequence[Limit], target: Place) -> list[Finding]:
+def _found_wrong(predictions: Predictions, limits: Sequence[Limit], target: Place) -> list[Finding]:
     """The limits that do not hold; if any, also where it begins, as far as that stands out."""
     findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
     if findings and predictions.broken is not None:
@@ -97,20 +97,20 @@ def lines(predictions: Predictions, limits: Sequence[Limit]) -> list[str]:
     ]
     result = [table("<<", rows)]
     if predictions.layers:
-        result.append(table("<>>", [("after", "relative error", "cosine"), *layer_rows(predictions)]))
+        result.append(table("<>>", [("after", "relative error", "cosine"), *_layer_rows(predictions)]))
     return result
 
 
-def layer_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
+def _layer_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
     """The layers' errors; of many layers some, the broken one and the last included."""
     layers = predictions.layers
-    step = max(1, len(layers) // LAYERS_SHOWN)
+    step = max(1, len(layers) // _LAYERS_SHOWN)
     shown = [x for i, x in enumerate(layers) if i % step == 0 or x is layers[-1] or x.layer == predictions.broken]
     names = {-1: "embedding"}
     return [(names.get(x.layer, f"layer {x.layer}"), f"{x.error:.3g}", f"{x.cosine:.9f}") for x in shown]
 
 
-def page_facts(
+def _page_facts(
     source: Checkpoint,
     predictions: Predictions,
     limits: Sequence[Limit],
@@ -133,20 +133,20 @@ def page_facts(
             for report in reports
             for tensor in report.tensors
         ],
-        "worst": [position_facts(position, predictions, spell) for position in predictions.worst],
+        "worst": [_position_facts(position, predictions, spell) for position in predictions.worst],
         "limits": [asdict(limit) | {"passed": limit.passed} for limit in limits],
         "findings": findings,
     }
 
 
-def position_facts(at: Position, predictions: Predictions, spell: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+def _position_facts(at: Position, predictions: Predictions, spell: Callable[[Sequence[int]], str]) -> dict[str, Any]:
     """A position in context: what comes before it, what follows, what each side expected."""
     row = predictions.tokens[at.sequence].tolist()
     return {
         "kl": at.divergence,
         "sequence": at.sequence,
         "position": at.position,
-        "before": spell(row[max(0, at.position - CONTEXT) : at.position + 1]),
+        "before": spell(row[max(0, at.position - _CONTEXT) : at.position + 1]),
         "token": spell(row[at.position + 1 : at.position + 2]),
         "reference": [[spell([word]), share] for word, share in at.reference],
         "candidate": [[spell([word]), share] for word, share in at.candidate],

@@ -27,13 +27,13 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError
 
 TOKENS, LOGITS = "tokens.npy", "logits.npy"  # files in the folder that both processes know
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a share of it, or what one file may hold
-Words = npt.NDArray[np.float32]  # the logits of one sequence, [time, words]
-Run = Callable[[Numbers], Words]  # what a loaded model makes of one sequence of token ids [time]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a share of it, or what one file may hold
+_Words = npt.NDArray[np.float32]  # the logits of one sequence, [time, words]
+Run = Callable[[Numbers], _Words]  # what a loaded model makes of one sequence of token ids [time]
 
 
 @dataclass(frozen=True)
-class Program:
+class _Program:
     """A program by the format that it runs: as `Index.format` and in words; `load` opens a model in this process.
 
     `load` raises PlanError where the program is not installed or cannot load such a model, VerifyError where it fails.
@@ -68,7 +68,7 @@ def transformers(folder: Path) -> Run:
             f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]:.200}); leave --engine out."
         ) from error
 
-    def run(tokens: Numbers) -> Words:
+    def run(tokens: Numbers) -> _Words:
         with torch.inference_mode():
             logits = model(torch.from_numpy(tokens[None]), use_cache=False).logits[0]
         return np.asarray(logits.float().numpy())
@@ -93,7 +93,7 @@ def llama_model(llama: ModuleType, path: Path) -> Any:
     return model
 
 
-def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> Words:
+def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> _Words:
     """The logits [time, words] of one sequence in a context of its own. Raises VerifyError where there is no room."""
     size = llama.llama_context_default_params()
     size.n_ctx = size.n_batch = size.n_ubatch = len(tokens)
@@ -115,8 +115,8 @@ def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> Words:
 
 
 PROGRAMS = {
-    "transformers": Program("hf", "Hugging Face folders", transformers),
-    "llama.cpp": Program("gguf", "GGUF files", llama_cpp),
+    "transformers": _Program("hf", "Hugging Face folders", transformers),
+    "llama.cpp": _Program("gguf", "GGUF files", llama_cpp),
 }
 
 
@@ -133,11 +133,11 @@ def main(name: str, path: str, folder: str) -> None:
     asked = questions()
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        for answer in answered(name, Path(path), Path(folder), asked):
+        for answer in _answered(name, Path(path), Path(folder), asked):
             print(json.dumps(answer), file=answers, flush=True)
 
 
-def answered(name: str, path: Path, folder: Path, asked: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+def _answered(name: str, path: Path, folder: Path, asked: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     """An answer to each byte of `asked`, up to the first error."""
     try:
         run = PROGRAMS[name].load(path)
@@ -166,7 +166,7 @@ def run_all(run: Run, tokens: Numbers, file: Path) -> None:
                     np.lib.format.write_array_header_1_0(stream, header)
                 stream.write(logits.data)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in _FULL:
             raise
         raise VerifyError(
             f"{file}: has no room for {len(tokens)} x {tokens.shape[1]} tokens' logits ({error.strerror}); "

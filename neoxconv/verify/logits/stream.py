@@ -26,21 +26,21 @@ from neoxconv.formats.neox.numbers import FIRST_LAYER
 from neoxconv.quant import floats
 
 SLAB = 16 << 20  # bytes of float32
-AHEAD = 2  # slabs
-READERS = 2  # threads
+_AHEAD = 2  # slabs
+_READERS = 2  # threads
 INSIDE = 256 << 20  # bytes that the inside of an MLP may take; 2730 tokens of the 20B model
-Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
+_Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
 
 
 @dataclass(frozen=True)
-class StreamedRank:
+class _StreamedRank:
     """One rank's tensors by unified name, read when they are asked for."""
 
     tensors: dict[str, LazyTensor]
     device: str
     pool: ThreadPoolExecutor
     progress: Callable[[int], None]
-    watch: Watch | None = None
+    watch: _Watch | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name + ".weight"].shape
@@ -72,7 +72,7 @@ class StreamedRank:
         starts = iter(range(0, tensor.rows, step))
         for start in starts:
             waiting.append(self.pool.submit(read, tensor, start, min(start + step, tensor.rows)))
-            if len(waiting) > AHEAD:
+            if len(waiting) > _AHEAD:
                 yield self.on_device(waiting.popleft().result())
         while waiting:
             yield self.on_device(waiting.popleft().result())
@@ -93,7 +93,7 @@ class Side:
 
     config: ModelConfig
     forward: Forward  # the architecture's forward pass
-    ranks: list[StreamedRank] = field(repr=False)
+    ranks: list[_StreamedRank] = field(repr=False)
     stages: tuple[int, ...] = ()  # the layers that a pipeline stage after the first begins with
 
     def embed(self, tokens: Tensor) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Side:
         return self.forward.logits(self.ranks, normed, start, stop, self.config)
 
 
-def as_trained(checkpoint: Checkpoint) -> list[dict[str, LazyTensor]]:
+def _as_trained(checkpoint: Checkpoint) -> list[dict[str, LazyTensor]]:
     """Each rank's own tensors by unified name; of a source without ranks the model's."""
     return checkpoint.ranks if len(checkpoint.ranks) > 1 else [checkpoint.tensors]
 
@@ -133,12 +133,12 @@ def side(
     merged: bool = False,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
-    watch: Watch | None = None,
+    watch: _Watch | None = None,
 ) -> Side:
     """The model of a checkpoint, rank by rank as it was trained unless `merged`."""
-    tensors = [checkpoint.tensors] if merged else as_trained(checkpoint)
+    tensors = [checkpoint.tensors] if merged else _as_trained(checkpoint)
     stages = tuple(start - FIRST_LAYER for start in neox.stage_starts(checkpoint.index))
-    ranks = [StreamedRank(rank, device, pool, progress, watch) for rank in tensors]
+    ranks = [_StreamedRank(rank, device, pool, progress, watch) for rank in tensors]
     return Side(checkpoint.config, forward_of(checkpoint.architecture), ranks, stages)
 
 
@@ -148,12 +148,12 @@ def running(tokens: Numbers, device: str) -> Iterator[tuple[ThreadPoolExecutor, 
 
     Raises PlanError where torch cannot compute on the device.
     """
-    check_device(device)
-    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+    _check_device(device)
+    with torch.inference_mode(), ThreadPoolExecutor(_READERS) as pool:
         yield pool, torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
 
 
-def check_device(device: str) -> None:
+def _check_device(device: str) -> None:
     """Raise PlanError where torch cannot compute on it."""
     name, _, number = device.partition(":")
     number = number or "0"

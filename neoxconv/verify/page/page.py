@@ -11,7 +11,7 @@ from typing import Any
 from neoxconv.verify.page.charts import LAYERED, heat_map, kl_chart, largest, layer_chart, number, percent, shown
 from neoxconv.words import plural
 
-EXPLANATION = (
+_EXPLANATION = (
     "Both models read the same tokens, and every position compares what they predict for the next one.",
     "The KL divergence, in nats, is zero where both give the same probabilities; its mean says how far the models are "
     "apart as a whole, its p99 and its largest value how bad the worst positions are.",
@@ -24,8 +24,8 @@ EXPLANATION = (
 def page(facts: Mapping[str, Any]) -> str:
     """The report as one HTML page."""
     charts = f'<div class="pair">{layers(facts["layers"])}{divergence(facts)}</div>'
-    parts = (header(facts), cards(facts), limits(facts["limits"]), charts, tensors(facts.get("tensors") or ()))
-    body = "".join([*parts, worst(facts["worst"]), footer()])
+    parts = (header(facts), _cards(facts), limits(facts["limits"]), charts, tensors(facts.get("tensors") or ()))
+    body = "".join([*parts, worst(facts["worst"]), _footer()])
     style = files(__package__).joinpath("style.css").read_text("utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -57,14 +57,14 @@ def section(title: str, about: str, content: str) -> str:
     return f'<section><h2>{title}</h2><p class="soft">{about}</p>{content}</section>\n'
 
 
-def cards(facts: Mapping[str, Any]) -> str:
+def _cards(facts: Mapping[str, Any]) -> str:
     """The headline figures."""
     kl, perplexity = facts["kl"], facts["perplexity"]
     figures = (
         ("Mean KL", number(kl["mean"]), f"median {number(kl['median'])}<br>largest {number(kl['max'])}"),
         ("99th percentile KL", number(kl["p99"]), f"of {plural(len(facts['kl_values']), 'position')}"),
         ("Top-1 agreement", percent(facts["top1"]), f"top-5: {percent(facts['top5'])}"),
-        ("Perplexity ratio", ratio(perplexity["ratio"], perplexity["ratio_error"]), perplexities(perplexity)),
+        ("Perplexity ratio", ratio(perplexity["ratio"], perplexity["ratio_error"]), _perplexities(perplexity)),
         ("Probability change", percent(facts["rms_probability"]), "root mean square,<br>of the right token"),
         ("Largest difference", number(facts["largest_difference"]), "of any logit"),
     )
@@ -80,7 +80,7 @@ def ratio(value: float, error: float) -> str:
     return f"{value:.{min(max(digits, 3), 6)}f}"
 
 
-def perplexities(found: Mapping[str, float]) -> str:
+def _perplexities(found: Mapping[str, float]) -> str:
     return f"± {number(found['ratio_error'])}<br>{number(found['reference'])} → {number(found['candidate'])}"
 
 
@@ -153,7 +153,7 @@ def position(item: Mapping[str, Any]) -> str:
     where = f"KL {number(item['kl'])}, sequence {item['sequence']}, position {item['position']}"
     lines = re.sub("(↵+)", r"\1\n", shown(before))
     text = f'<p class="context"><bdi>{lines}</bdi><mark>{token(item["token"])}</mark></p>'
-    sides = "".join(side(name, item[name.lower()], item["token"]) for name in ("Reference", "Candidate"))
+    sides = "".join(_side(name, item[name.lower()], item["token"]) for name in ("Reference", "Candidate"))
     return f'<article class="card"><h3>{where}</h3>{text}<div class="sides">{sides}</div></article>'
 
 
@@ -166,19 +166,19 @@ def token(text: str) -> str:
     return f"<bdi>{shown(spaced) or '(empty)'}</bdi>"
 
 
-def side(name: str, likely: Iterable[Sequence[Any]], right: str) -> str:
+def _side(name: str, likely: Iterable[Sequence[Any]], right: str) -> str:
     """One model's likeliest tokens as bars, the right one with a sign."""
-    bars = "".join(chance(text, float(share), text == right) for text, share in likely)
+    bars = "".join(_chance(text, float(share), text == right) for text, share in likely)
     return f"<div><h4>{name}</h4><ol>{bars}</ol></div>"
 
 
-def chance(text: str, share: float, right: bool) -> str:
+def _chance(text: str, share: float, right: bool) -> str:
     wide = 100 * min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
     label = f'<code class="right">{token(text)} ✓</code>' if right else f"<code>{token(text)}</code>"
     meter = f'<span class="meter"><i style="width:{wide:.1f}%"></i></span>'
     return f"<li>{label}{meter}<span>{percent(share)}</span></li>"
 
 
-def footer() -> str:
+def _footer() -> str:
     """How to read the page."""
-    return f"<footer><h2>How to read this</h2>{''.join(f'<p>{sentence}</p>' for sentence in EXPLANATION)}</footer>\n"
+    return f"<footer><h2>How to read this</h2>{''.join(f'<p>{sentence}</p>' for sentence in _EXPLANATION)}</footer>\n"

@@ -21,11 +21,11 @@ from neoxconv.verify.logits.trial import Task
 from neoxconv.verify.tasks.questions import Marks, Requests, read_task, requests, score
 
 TOGETHER = 1 << 14  # tokens that one pass over the weights serves; a stream of the 20B model is then 400 MB
-SIDES = ("reference", "candidate")
+_SIDES = ("reference", "candidate")
 
 
 @dataclass(frozen=True)
-class Exam:
+class _Exam:
     """A task's metrics by side: accuracy and its standard error, and what else the task has."""
 
     task: str
@@ -35,12 +35,12 @@ class Exam:
     @property
     def rows(self) -> list[tuple[str, ...]]:
         """A line for each metric: its name, and both sides' with their standard errors."""
-        ours, theirs = (self.scores[side] for side in SIDES)
+        ours, theirs = (self.scores[side] for side in _SIDES)
         names = [name for name in ours if not name.endswith("_error")]
-        return [(f"{self.task} {name}", *(with_error(scores, name) for scores in (ours, theirs))) for name in names]
+        return [(f"{self.task} {name}", *(_with_error(scores, name) for scores in (ours, theirs))) for name in names]
 
 
-def with_error(scores: Mapping[str, float], name: str) -> str:
+def _with_error(scores: Mapping[str, float], name: str) -> str:
     """A metric, with its standard error where it has one."""
     error = scores.get(f"{name}_error")
     return f"{scores[name]:.6g}" if error is None else f"{scores[name]:.4f} +- {error:.4f}"
@@ -54,7 +54,7 @@ def examine(
     target: Place,
     engine: str = "native",
     device: str = "cpu",
-) -> Exam:
+) -> _Exam:
     """Both sides' scores on a task, the candidate's, which lies at `target`, by `engine`.
 
     Raises PlanError where the source has no tokenizer, and what reading the task and asking the engine raise.
@@ -72,10 +72,10 @@ def examine(
             _, both = run_both(source, candidate, band.tokens, following, device=device, logits=logits)
             parts.append([answers(side, band.tokens.shape) for side in (both.reference, both.candidate)])
     scores = {}
-    for side, found in zip(SIDES, zip(*parts, strict=True), strict=True):
+    for side, found in zip(_SIDES, zip(*parts, strict=True), strict=True):
         logprob, greedy = (np.concatenate(column) for column in zip(*found, strict=True))
         scores[side] = score(task.name, questions, asked, logprob=logprob, greedy=greedy)
-    return Exam(task.name, task.data.name, scores)
+    return _Exam(task.name, task.data.name, scores)
 
 
 def bands(asked: Requests) -> Iterator[Requests]:

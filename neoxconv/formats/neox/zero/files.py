@@ -19,11 +19,11 @@ from neoxconv.formats.neox.zero.flat import Padding
 from neoxconv.formats.pt import read_pt
 from neoxconv.storage import Place, open_storage
 
-INTERVALS, WHOLE = "local_sub_partitions_of_fp32_groups", "single_partition_of_fp32_groups"
-MOST = 64  # files expected for each one found, beyond which the expectation is wrong
+_INTERVALS, _WHOLE = "local_sub_partitions_of_fp32_groups", "single_partition_of_fp32_groups"
+_MOST = 64  # files expected for each one found, beyond which the expectation is wrong
 ADVICE = "download it again, or leave --weights master out"
 
-At = tuple[int, int]  # model-parallel rank (stage * TP + tensor-parallel rank), data-parallel rank
+_At = tuple[int, int]  # model-parallel rank (stage * TP + tensor-parallel rank), data-parallel rank
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -62,7 +62,7 @@ def collected(make: Callable[[Key], Value], keys: Iterable[Key]) -> dict[Key, Va
     return made
 
 
-def find_files(index: Index) -> dict[At, Place]:
+def find_files(index: Index) -> dict[_At, Place]:
     """The optimizer files by their ranks, which are numbers: 10 comes after 9.
 
     Raises PlanError where the source has none, CheckpointError where two are of the same ranks.
@@ -90,43 +90,43 @@ def read_shard(path: Place) -> Shard:
     """Index an optimizer file; raises CheckpointError where it is not of ZeRO stage 1 as it is known here."""
     storage = open_storage(path)
     file = read_pt(storage)
-    value = as_dict(file.value)
-    state = as_dict(value.get("optimizer_state_dict"))
-    key = next((key for key in (INTERVALS, WHOLE) if key in state), None)
+    value = _as_dict(file.value)
+    state = _as_dict(value.get("optimizer_state_dict"))
+    key = next((key for key in (_INTERVALS, _WHOLE) if key in state), None)
     if key is None:
         raise CheckpointError(
-            f"{path}: holds neither {INTERVALS} nor {WHOLE}; other optimizers' masters cannot be read, "
+            f"{path}: holds neither {_INTERVALS} nor {_WHOLE}; other optimizers' masters cannot be read, "
             "leave --weights master out."
         )
     groups = partitions(path, state[key], key)
-    if key == INTERVALS:
-        check_intervals(path, groups, state.get("num_comm_intervals_per_group"))
+    if key == _INTERVALS:
+        _check_intervals(path, groups, state.get("num_comm_intervals_per_group"))
     count, padded = state.get("partition_count"), counts_in(state.get("group_paddings"))
     return Shard(
         source=SourceFile(storage, file.checksum),
         groups=groups,
         counts=counts_in(count if isinstance(count, list) else [count]),
         padded=padded if len(padded) == len(groups) else (),
-        padding=padding_by(key, counted=count is not None),
+        padding=_padding_by(key, counted=count is not None),
         shapes=value.get("param_shapes"),
     )
 
 
-def as_dict(value: Any) -> dict[Any, Any]:
+def _as_dict(value: Any) -> dict[Any, Any]:
     """A dictionary as it is, and an empty one for anything else."""
     return value if isinstance(value, dict) else {}
 
 
 def partitions(path: Place, value: Any, key: str) -> tuple[tuple[LazyTensor, ...], ...]:
     """The tensors of a value by group and interval; raises CheckpointError where one is no row of float32."""
-    groups = [group if key == INTERVALS else [group] for group in value] if isinstance(value, list) else []
+    groups = [group if key == _INTERVALS else [group] for group in value] if isinstance(value, list) else []
     if not groups or not all(isinstance(group, list) and group for group in groups):
         raise CheckpointError(f"{path}: {key} is not a list of groups of tensors; {ADVICE}.")
-    raise_all(CheckpointError, misshapen(path, groups))
+    raise_all(CheckpointError, _misshapen(path, groups))
     return tuple(map(tuple, groups))
 
 
-def misshapen(path: Place, groups: Sequence[Sequence[Any]]) -> Iterator[str]:
+def _misshapen(path: Place, groups: Sequence[Sequence[Any]]) -> Iterator[str]:
     """Partitions that are no rows of float32."""
     for number, group in enumerate(groups):
         for interval, tensor in enumerate(group):
@@ -136,7 +136,7 @@ def misshapen(path: Place, groups: Sequence[Sequence[Any]]) -> Iterator[str]:
                 yield f"{path}: group {number}, interval {interval} is {found}, expected a row of F32; {ADVICE}."
 
 
-def check_intervals(path: Place, groups: Sequence[Sequence[LazyTensor]], said: Any) -> None:
+def _check_intervals(path: Place, groups: Sequence[Sequence[LazyTensor]], said: Any) -> None:
     """Raise CheckpointError where the groups have other numbers of intervals than the file says, if it says any."""
     found = [len(group) for group in groups]
     if said is not None and said != found:
@@ -145,13 +145,13 @@ def check_intervals(path: Place, groups: Sequence[Sequence[LazyTensor]], said: A
         )
 
 
-def padding_by(key: str, counted: bool) -> Padding:
+def _padding_by(key: str, counted: bool) -> Padding:
     """What the writer of masters under `key` does with padding; `counted`: the file has a partition_count.
 
     DeeperSpeed writes that count into elastic checkpoints, of which it cuts the padding off. DeepSpeed's fp16 optimizer
     cuts it off and its bf16 one keeps it.
     """
-    if key == WHOLE:
+    if key == _WHOLE:
         return Padding.UNKNOWN
     return Padding.CUT if counted else Padding.KEPT
 
@@ -162,12 +162,12 @@ def counts_in(values: Any) -> tuple[int, ...]:
     return tuple(values) if fine else ()
 
 
-def extent(index: Index, shards: Mapping[At, Shard]) -> tuple[int, int]:
+def extent(index: Index, shards: Mapping[_At, Shard]) -> tuple[int, int]:
     """How many model-parallel and data-parallel ranks there are; raises CheckpointError unless each has its file."""
-    counts = {at: shard.counts or said_by_states(index, "dp_world_size") for at, shard in shards.items()}
-    model_ranks = max([*said_by_states(index, "mp_world_size"), *(1 + mp for mp, _ in shards), len(index.ranks)])
+    counts = {at: shard.counts or _said_by_states(index, "dp_world_size") for at, shard in shards.items()}
+    model_ranks = max([*_said_by_states(index, "mp_world_size"), *(1 + mp for mp, _ in shards), len(index.ranks)])
     data_ranks = max([*(count for some in counts.values() for count in some), *(1 + dp for _, dp in shards)])
-    if model_ranks * data_ranks > MOST * len(shards) or model_ranks % len(index.ranks):
+    if model_ranks * data_ranks > _MOST * len(shards) or model_ranks % len(index.ranks):
         raise CheckpointError(
             f"{index.folder}: has {len(shards)} optimizer files, which speak of {model_ranks} model-parallel and "
             f"{data_ranks} data-parallel ranks; tensor parallelism is {len(index.ranks)}. They are not of one run; "
@@ -191,7 +191,7 @@ def extent(index: Index, shards: Mapping[At, Shard]) -> tuple[int, int]:
     return model_ranks, data_ranks
 
 
-def said_by_states(index: Index, key: str) -> tuple[int, ...]:
+def _said_by_states(index: Index, key: str) -> tuple[int, ...]:
     """What the mp_rank files say of a count."""
     values = [state.get(key) for state in index.states.values() if isinstance(state, Mapping)]
     return counts_in([value for value in values if type(value) is int])

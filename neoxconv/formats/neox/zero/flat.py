@@ -15,11 +15,11 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats
 from neoxconv.storage import Place
 
-NEAR = 1024  # numbers on either side of a border that are looked at
+_NEAR = 1024  # numbers on either side of a border that are looked at
 
 
 @dataclass(frozen=True)
-class Flat:
+class _Flat:
     """Rows of float32 one after the other, none empty."""
 
     pieces: tuple[LazyTensor, ...]  # [numbers] each
@@ -47,18 +47,18 @@ class Flat:
         return numbers
 
 
-def joined(pieces: Sequence[tuple[Place, LazyTensor]]) -> Flat:
+def joined(pieces: Sequence[tuple[Place, LazyTensor]]) -> _Flat:
     """The pieces, empty ones left out, one after the other."""
     held = [(path, piece) for path, piece in pieces if piece.rows]
     starts = itertools.accumulate((piece.rows for _, piece in held), initial=0)
-    return Flat(tuple(piece for _, piece in held), tuple(starts)[:-1], tuple(path for path, _ in held))
+    return _Flat(tuple(piece for _, piece in held), tuple(starts)[:-1], tuple(path for path, _ in held))
 
 
 @dataclass(frozen=True)
 class Master:
     """A tensor that is the numbers of `flat` from `start` on."""
 
-    flat: Flat
+    flat: _Flat
     start: int
     shape: tuple[int, ...]
 
@@ -77,7 +77,7 @@ class Master:
     def borders(self) -> Iterator[tuple[int, int]]:
         """Bands of rows: the first ones, the last ones, and those around each seam, where another piece begins."""
         rows, columns = self.tensor.rows, max(1, self.tensor.columns)
-        few = max(1, NEAR // columns)
+        few = max(1, _NEAR // columns)
         inside = self.flat.starts[self.flat.piece_at(self.start) + 1 : self.flat.piece_at(self.end - 1) + 1]
         seams = [(start - self.start) // columns for start in inside]
         for row in (0, *seams, rows):
@@ -102,14 +102,14 @@ class Padding(Enum):
 
 
 @dataclass(frozen=True)
-class Misfit:
+class _Misfit:
     """What is wrong with the sizes of pieces, and with which of them."""
 
     piece: int
     what: str
 
 
-def misfit(sizes: Sequence[int], total: int, padding: Padding, admitted: Container[int]) -> Misfit | None:
+def misfit(sizes: Sequence[int], total: int, padding: Padding, admitted: Container[int]) -> _Misfit | None:
     """What is wrong with pieces of these sizes that should hold `total` numbers; None where they do.
 
     Each must be as large as the first, but for padding at the end, `admitted` counts of which are fine.
@@ -125,5 +125,5 @@ def misfit(sizes: Sequence[int], total: int, padding: Padding, admitted: Contain
     for i, size in enumerate(sizes):
         if all(size != one[i] for one in expected):
             known = " or ".join(map(str, dict.fromkeys(one[i] for one in expected)))
-            return Misfit(i, f"partition {i} of {len(sizes)} holds {size} numbers, expected {known}; {asked}")
-    return Misfit(0, f"{len(sizes)} partitions of {full} numbers hold {sum(sizes)}, but {asked}")
+            return _Misfit(i, f"partition {i} of {len(sizes)} holds {size} numbers, expected {known}; {asked}")
+    return _Misfit(0, f"{len(sizes)} partitions of {full} numbers hold {sum(sizes)}, but {asked}")

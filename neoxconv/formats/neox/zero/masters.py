@@ -18,9 +18,9 @@ from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, counts_in
 from neoxconv.formats.neox.zero.flat import Master, Padding, joined, misfit
 from neoxconv.storage import Place
 
-BUFFERS = "inv_freq"  # the ending of names that no optimizer has
+_BUFFERS = "inv_freq"  # the ending of names that no optimizer has
 
-Shapes = Mapping[str, tuple[int, ...]]
+_Shapes = Mapping[str, tuple[int, ...]]
 Masters = Mapping[str, Master]  # by `N.name`
 
 
@@ -35,12 +35,12 @@ def with_masters(index: Index) -> Index:
     shards = collected(lambda at: read_shard(paths[at]), paths)
     model_ranks, data_ranks = extent(index, shards)
     found = collected(
-        lambda mp: masters_of(index, mp, [shards[mp, dp] for dp in range(data_ranks)]), range(model_ranks)
+        lambda mp: _masters_of(index, mp, [shards[mp, dp] for dp in range(data_ranks)]), range(model_ranks)
     )
     degree = len(index.ranks)  # model-parallel rank = stage * degree + tensor-parallel rank
-    masters = [across_stages([found[mp] for mp in range(rank, model_ranks, degree)]) for rank in range(degree)]
-    raise_all(CheckpointError, (problem for rank in range(degree) for problem in unpaired(index, rank, masters[rank])))
-    prove(index, masters)
+    masters = [_across_stages([found[mp] for mp in range(rank, model_ranks, degree)]) for rank in range(degree)]
+    raise_all(CheckpointError, (problem for rank in range(degree) for problem in _unpaired(index, rank, masters[rank])))
+    _prove(index, masters)
     made = [
         {name: masters[rank][name].tensor if name in masters[rank] else tensor for name, tensor in stored.items()}
         for rank, stored in enumerate(index.ranks)
@@ -49,17 +49,17 @@ def with_masters(index: Index) -> Index:
     return replace(index, files=files, ranks=tuple(made), replaced=index.ranks, set_aside=())
 
 
-def masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str, Master]]:
+def _masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str, Master]]:
     """The masters of a model-parallel rank; raises CheckpointError unless its partitions hold what is asked for."""
     first = shards[0]
     for what, value in (("groups of intervals", "intervals"), ("param_shapes", "shapes")):
         odd = (shard for shard in shards if getattr(shard, value) != getattr(first, value))
         raise_all(CheckpointError, (f"{s.path}: its {what} are not those of {first.path.name}; {ADVICE}." for s in odd))
     masters = []
-    for number, group in enumerate(grouped(index, mp, first)):
+    for number, group in enumerate(_grouped(index, mp, first)):
         pieces = [(shard.path, shard.groups[number][i]) for i in range(first.intervals[number]) for shard in shards]
         total = sum(map(math.prod, group.values()))
-        admitted = admitted_padding(number, shards, pieces[0][1].rows)
+        admitted = _admitted_padding(number, shards, pieces[0][1].rows)
         problem = misfit([piece.rows for _, piece in pieces], total, first.padding, admitted)
         if problem:
             raise CheckpointError(f"{pieces[problem.piece][0]}: group {number}: {problem.what}; {ADVICE}.")
@@ -70,7 +70,7 @@ def masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str
     return masters
 
 
-def admitted_padding(number: int, shards: Sequence[Shard], full: int) -> range:
+def _admitted_padding(number: int, shards: Sequence[Shard], full: int) -> range:
     """How many numbers of padding a group may have, the first of its partitions having `full` numbers.
 
     Raises CheckpointError where another data-parallel rank than the last says that it has some.
@@ -85,15 +85,15 @@ def admitted_padding(number: int, shards: Sequence[Shard], full: int) -> range:
     return range(full * len(shards))  # DeeperSpeed's: the last interval may be nearly all padding
 
 
-def grouped(index: Index, mp: int, shard: Shard) -> list[Shapes]:
+def _grouped(index: Index, mp: int, shard: Shard) -> list[_Shapes]:
     """The parameters of each of a file's groups, in their order; raises CheckpointError where no list says them.
 
     Where one list has those of two groups, the first are those with weight decay, the others norms and biases.
     """
     path, groups = param_shapes(index, mp, shard)
     if len(groups) == 1 and len(shard.groups) == 2:
-        decayed = {name: shape for name, shape in groups[0].items() if not spared(name)}
-        others = {name: shape for name, shape in groups[0].items() if spared(name)}
+        decayed = {name: shape for name, shape in groups[0].items() if not _spared(name)}
+        others = {name: shape for name, shape in groups[0].items() if _spared(name)}
         groups = [decayed, others]
     if len(groups) != len(shard.groups):
         found = f"{len(shard.groups)} groups, param_shapes in {path.name} has {len(groups)}"
@@ -101,7 +101,7 @@ def grouped(index: Index, mp: int, shard: Shard) -> list[Shapes]:
     return groups
 
 
-def param_shapes(index: Index, mp: int, shard: Shard) -> tuple[Place, list[Shapes]]:
+def param_shapes(index: Index, mp: int, shard: Shard) -> tuple[Place, list[_Shapes]]:
     """The lists of parameters in an optimizer file, or else in the mp_rank file, and the path of that file.
 
     Raises CheckpointError where there are none, or something else stands there.
@@ -112,18 +112,18 @@ def param_shapes(index: Index, mp: int, shard: Shard) -> tuple[Place, list[Shape
         path = index.folder / states_file(mp)
         shapes = state.get("param_shapes") if isinstance(state, dict) else None
     groups = shapes if isinstance(shapes, list) else [shapes]
-    if not groups or not all(isinstance(group, dict) and all(map(is_shape, group.items())) for group in groups):
+    if not groups or not all(isinstance(group, dict) and all(map(_is_shape, group.items())) for group in groups):
         raise CheckpointError(f"{path}: has no param_shapes, which say what the masters are; {ADVICE}.")
     return path, groups
 
 
-def is_shape(item: tuple[Any, Any]) -> bool:
+def _is_shape(item: tuple[Any, Any]) -> bool:
     """Whether a name and the shape of a tensor."""
     name, shape = item
     return isinstance(name, str) and isinstance(shape, tuple) and len(counts_in(shape)) == len(shape) and 0 not in shape
 
 
-def spared(name: str) -> bool:
+def _spared(name: str) -> bool:
     """Whether gpt-neox gives a parameter no weight decay: biases, and all of a norm's.
 
     Source: gpt-neox's megatron/model/utils.py, get_params_for_weight_decay_optimization.
@@ -132,7 +132,7 @@ def spared(name: str) -> bool:
     return last == "bias" or bool(modules and "norm" in modules[-1])
 
 
-def across_stages(stages: Sequence[list[tuple[str, Master]]]) -> Masters:
+def _across_stages(stages: Sequence[list[tuple[str, Master]]]) -> Masters:
     """The masters of one tensor-parallel rank; raises CheckpointError where two are of one parameter."""
     masters: dict[str, Master] = {}
     twice = []
@@ -143,7 +143,7 @@ def across_stages(stages: Sequence[list[tuple[str, Master]]]) -> Masters:
     return masters
 
 
-def unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
+def _unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
     """Parameters of a rank without a master, masters of none, and those that differ in shape."""
     stored = index.ranks[rank]
     for name, master in masters.items():
@@ -156,7 +156,7 @@ def unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
                 f"in {home(index, rank, name).name} it is {found}; {ADVICE}."
             )
     for name in stored:
-        if name not in masters and not name.endswith(BUFFERS):
+        if name not in masters and not name.endswith(_BUFFERS):
             yield (
                 f"{home(index, rank, name)}: {name} has no master in any optimizer file (was it frozen in training?); "
                 "leave --weights master out."
@@ -192,7 +192,7 @@ def difference(master: LazyTensor, stored: LazyTensor, bands: Iterable[tuple[int
     return found
 
 
-def prove(index: Index, masters: Sequence[Masters]) -> None:
+def _prove(index: Index, masters: Sequence[Masters]) -> None:
     """Raise CheckpointError, with a list of the tensors, where a master is not what is stored, only more precise."""
     problems, largest = [], 0.0
     for rank, of_rank in enumerate(masters):
