@@ -93,3 +93,16 @@ def test_no_test_file_imports_another() -> None:
         for name in re.findall(r"^\s*(?:from|import) (tests\S*\btest_\w+)", file.read_text(), re.MULTILINE)
     ]
     assert not found
+
+
+def test_what_is_private_stays_in_its_module() -> None:
+    """A name with an underscore is its module's own; what another module needs has none."""
+    borrowed = [
+        f"{name} imports {alias.name} of {node.module}"
+        for name, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("neoxconv")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not borrowed

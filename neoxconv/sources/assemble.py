@@ -164,8 +164,8 @@ def _joined(module: _Module, encoding: Scaled, shape: tuple[int, ...], native: D
         if part.name not in tensors and part.name != FORMAT
     ))  # fmt: skip
     raise_all(CheckpointError, (
-        f"{module.where}: {module.name}{part.name} is {_type_and_shape(tensors[part.name])}; expected {part.dtype.name} "
-        f"{list(part.shape)} for a weight {list(shape)} of {encoding.name}."
+        f"{module.where}: {module.name}{part.name} is {_type_and_shape(tensors[part.name])}; "
+        f"expected {part.dtype.name} {list(part.shape)} for a weight {list(shape)} of {encoding.name}."
         for part in parts
         if part.name in tensors and not fits(part, tensors[part.name])
     ))  # fmt: skip
