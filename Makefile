@@ -45,12 +45,12 @@ clean:    ## remove the environments and all that was made here
 	rm -rf $(VENV) $(TF4) build dist demo-out fuzz-failures *.egg-info .*_cache .hypothesis
 
 $(VENV)/bin/pip $(TF4)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
-	  { echo "neoxconv needs Python 3.10 to 3.13, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || \
+	  { echo "neoxconv needs Python 3.10 to 3.14, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@:/bin/pip=)
 
 $(VENV)/.run: $(PINS) | $(VENV)/bin/pip
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[logits]'
 	@touch $@
 
 $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/bin/pip

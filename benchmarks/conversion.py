@@ -105,7 +105,7 @@ def prepare(given: argparse.Namespace, folder: Path) -> str:
     model = Synthetic(layers=given.layers, hidden=6144, heads=64, rows=50432, tp=2, pp=1, context=2048)
     for name, shape in (("large", model), ("small", Synthetic(hidden=256))):
         if not (folder / name).exists():
-            write_checkpoint(folder / name, shape, words=words if name == "large" else None)
+            write_checkpoint(folder / name, shape, tokenizer=words if name == "large" else None)
     os.sync()  # else the first timed run shares the disk with the checkpoint's own bytes
     return str(folder / "large")
 

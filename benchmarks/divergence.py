@@ -24,8 +24,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.formats import imatrix
 from neoxconv.targets.mixes import MIXES
+from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import compare_predictions
-from neoxconv.verify.logits.engines import ENGINES
 from tests.oracles import llama_logits, llama_quantize
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
@@ -54,7 +54,8 @@ def folders(source: Path, tokens: Any) -> None:
         for recipe in (recipe for recipe in RECIPES if recipe.format in ("bnb", "float8")):
             target = run(make_plan(reference, recipe), Path(folder) / "made", overwrite=True)
             made = open_checkpoint(target)
-            logits = ENGINES["transformers"](target, made, tokens)
+            with program("transformers", target, made) as ask:
+                logits = ask(tokens)
             as_run = compare_predictions(reference, made, tokens, engine="transformers", logits=logits)
             alone = compare_predictions(reference, made, tokens)
             means = alone.figures.mean, as_run.figures.mean

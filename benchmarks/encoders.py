@@ -28,9 +28,8 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
 from tests.golden.make_blocks import NAMES as SIMPLE
 from tests.golden.make_blocks import ggml, ggml_encode
-from tests.test_imatrix import columns, weighted
-from tests.test_superblocks import NAMES as SUPER
-from tests.test_superblocks import errors, trained, weights
+from tests.superblocks import NAMES as SUPER
+from tests.superblocks import columns, errors, trained, weighted, weights
 
 ROUNDS = 7
 SHAPE = (341, 6144)  # a slab of 8 MiB

@@ -54,7 +54,7 @@ def main() -> None:
     try:
         for count in given.layers:
             model = Synthetic(layers=count, hidden=6144, heads=64, rows=50432, tp=2, pp=1, context=2048)
-            write_checkpoint(folder / str(count), model, words=words, sparse=True)
+            write_checkpoint(folder / str(count), model, tokenizer=words, sparse=True)
         print(f"{'layers':22}", *(f"{count:9}" for count in given.layers), "  (peak memory in MB; goal: 600, equal)")
         for name, options in filter(lambda target: given.only.search(target[0]), TARGETS):
             peaks = [peak(folder, count, [*options, *jobs]) / 1e6 for count in given.layers]

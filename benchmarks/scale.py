@@ -24,7 +24,8 @@ from pathlib import Path
 
 from neoxconv import Recipe, make_plan, open_checkpoint
 from neoxconv.arch.gpt_neox.config import PRESETS
-from neoxconv.cli.formats import entries, shapes
+from neoxconv.arch.gpt_neox.weights import GPT_NEOX
+from neoxconv.cli.formats import hollow_checkpoint
 from neoxconv.cli.options import byte_count
 from neoxconv.core.layout import Entry
 from neoxconv.core.model import Checkpoint
@@ -33,6 +34,7 @@ from neoxconv.engine.plan import Plan, Step
 from neoxconv.engine.run import run
 from neoxconv.engine.steps import Digests, Work
 from neoxconv.synthetic import Synthetic, write_checkpoint
+from neoxconv.targets import TARGETS
 
 B20 = PRESETS["20B"].config
 MODELS = {
@@ -88,7 +90,7 @@ def report(name: str, recipe: Recipe, source: Checkpoint, folder: Path, limits: 
     print(f"\n{name}: {alone:.2f} s with one thread; with {threads} replayed {predicted:.2f} s, run {together:.2f} s")
     print(f"{'minutes':8}{'GB':>8}", *(f"{n:>7}" for n in WORKERS), "  workers")
     for model, config in MODELS.items():
-        tasks = tasks_of(entries(shapes(config), recipe), rates)
+        tasks = tasks_of(TARGETS[recipe.format].entries(hollow_checkpoint(GPT_NEOX, config), recipe), rates)
         written = sum(task.nbytes for task in tasks)
         floors = [(written + sum(task.read for task in tasks)) / limit for limit in limits]
         cells = [cell(replay(tasks, workers), floors) for workers in WORKERS]

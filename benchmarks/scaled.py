@@ -48,7 +48,7 @@ def ours(name: str, weights: torch.Tensor) -> list[bytes]:
     """All bytes of the weights' parts, as a conversion makes them."""
     encoding = SCALED[name]
     rows = ENCODINGS["F16"].decode(weights.numpy())
-    sizes = encoding.grain.sizes(rows)
+    sizes = encoding.groups.largest(rows)
     like = LazyTensor(tuple(weights.shape), F16, lambda start, stop: weights.numpy()[start:stop], F16)
     return [encoding.encode(rows, sizes).tobytes(), *encoding.finish(like, sizes)]
 
@@ -104,7 +104,7 @@ def conversions(given: argparse.Namespace, folder: Path) -> None:
     words = tokenizer.load(given.tokenizer) if given.tokenizer else None
     model = Synthetic(layers=given.layers, hidden=6144, heads=64, rows=50432, tp=2, pp=1, context=2048)
     source, hf, mine, other = (folder / name for name in ("source", "hf", "ours", "theirs"))
-    write_checkpoint(source, model, words=words)
+    write_checkpoint(source, model, tokenizer=words)
     measure(neoxconv("convert", str(source), str(hf), "--to", "hf", "--quiet"))
     for name in ("NF4", "NF4_DQ", "INT8"):
         kind, _, double = name.partition("_")

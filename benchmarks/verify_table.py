@@ -17,9 +17,10 @@ from typing import Any
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.errors import PlanError
+from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import compare_predictions
-from neoxconv.verify.logits.engines import ENGINES
-from neoxconv.verify.logits.tokens import LENGTH, tokens_for
+from neoxconv.verify.logits.tokens import tokens_for
+from neoxconv.verify.logits.trial import Sample
 
 ENGINE = {"hf": "transformers", "gguf": "llama.cpp", "bnb": "transformers", "float8": "transformers"}
 ROWS = (
@@ -43,7 +44,8 @@ def row(source: Path, recipe: Recipe, norms: str, tokens: Any, folder: Path) -> 
     other = ""
     if engine := ENGINE.get(recipe.format):
         try:
-            logits = ENGINES[engine](target, made, tokens)
+            with program(engine, target, made) as ask:
+                logits = ask(tokens)
             mean = compare_predictions(reference, made, tokens, engine=engine, logits=logits).figures.mean
             other = f"{mean:.2e} ({engine})"
         except PlanError:
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int)
     parser.add_argument("--only", help="a target's format")
     given = parser.parse_args()
-    tokens, text = tokens_for(open_checkpoint(given.source), None, given.tokens, LENGTH, given.sequences)
+    tokens, text = tokens_for(open_checkpoint(given.source), Sample(tokens=given.tokens, sequences=given.sequences))
     print(f"{given.source}, {len(tokens)} x {tokens.shape[1]} tokens of {text}\n")
     print("| target | norms | mean KL | 99 % | first choice | perplexity ratio | mean KL by |\n|-|-|-|-|-|-|-|")
     for recipe, norms in [row for row in ROWS if given.only in (None, row[0].format)]:

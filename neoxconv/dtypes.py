@@ -21,15 +21,15 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DType:
-    """How numbers are stored: `block` of them take `nbytes` bytes, read as arrays of `stored`.
+    """How numbers are stored: `block` of them take `nbytes` bytes, which are read as arrays of `numpy`.
 
-    Of types whose scales lie beside them (`Scaled`), `stored` is float32: whoever reads them decodes them.
+    Of types whose scales lie beside them (`Scaled`), `numpy` is float32: whoever reads them decodes them.
     """
 
     name: str
     block: int
     nbytes: int
-    stored: np.dtype[Any]
+    numpy: np.dtype[Any]
 
     @property
     def quantized(self) -> bool:
@@ -41,9 +41,9 @@ class DType:
         return columns // self.block * self.nbytes
 
 
-def plain(name: str, stored: str) -> DType:
-    """A type that stores each number on its own, in the numpy type `stored`."""
-    return DType(name, 1, np.dtype(stored).itemsize, np.dtype(stored))
+def plain(name: str, numpy: str) -> DType:
+    """A type that stores each number on its own, in the type that numpy calls `numpy`."""
+    return DType(name, 1, np.dtype(numpy).itemsize, np.dtype(numpy))
 
 
 F64, F32, F16, BF16 = plain("F64", "<f8"), plain("F32", "<f4"), plain("F16", "<f2"), plain("BF16", "<u2")
@@ -54,7 +54,6 @@ PLAIN = {dtype.name: dtype for dtype in (F64, F32, F16, BF16, I64, I32, I16, I8,
 FLOATS = ("F64", "F32", "F16", "BF16")
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 F8_E4M3, F8_E5M2 = plain("F8_E4M3", "u1"), plain("F8_E5M2", "u1")  # their bits travel as bytes
-STORED = PLAIN | {dtype.name: dtype for dtype in (F8_E4M3, F8_E5M2)}  # what a safetensors file may hold
 
 
 def widen(rows: Array, dtype: DType) -> Floats:
@@ -68,21 +67,22 @@ def narrow(rows: Floats, dtype: DType) -> Array:
     """float32 values rounded to nearest, ties to even, in the stored form of `dtype`; too large becomes infinite."""
     if dtype is BF16:
         bits = np.ascontiguousarray(rows).view(np.uint32)
-        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-        rounded = np.where(np.isnan(rows), (bits >> 16) | 0x40, rounded)
+        odd = (bits >> 16) & 1  # the last bit that is kept
+        rounded = (bits + (odd + np.uint32(0x7FFF))) >> 16
+        rounded = np.where(np.isnan(rows), (bits >> 16) | 0x40, rounded)  # a NaN stays one, and quiet
         return rounded.astype(np.uint16)
     with np.errstate(over="ignore"):
-        return rows.astype(dtype.stored, copy=False)
+        return rows.astype(dtype.numpy, copy=False)
 
 
-# The exponent bits: all set in infinities and NaN, and nowhere else.
-EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48)}
+# The bits of a number as unsigned, and which of them are the exponent: all set in infinities and NaN, nowhere else.
+_EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48)}
 
 
 def nonfinite(rows: Array, dtype: DType) -> int:
     """How many numbers, stored as a plain type, are infinite or NaN; 0 for types that have none."""
-    if dtype.name not in EXPONENT:
+    if dtype.name not in _EXPONENT:
         return 0
-    bits, mask = EXPONENT[dtype.name]
+    bits, mask = _EXPONENT[dtype.name]
     exponents = np.ascontiguousarray(rows).view(bits) & np.array(mask, bits)
     return int((exponents == mask).sum()) if exponents.size and exponents.max() == mask else 0

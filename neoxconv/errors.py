@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-SHOWN, LONGEST = 10, 700  # problems, and characters of one
+_SHOWN = 10  # problems of one error
+LONGEST = 700  # characters of a problem; of a longer one the first HEAD and the last TAIL are shown
+HEAD, _TAIL = 500, 100
 
 
 class NeoxconvError(Exception):
@@ -32,12 +34,12 @@ def one_line(problem: object) -> str:
     A name in a file could otherwise print a verdict of its own.
     """
     text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(problem))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-100:]}"
+    return text if len(text) <= LONGEST else f"{text[:HEAD]} ... {text[-_TAIL:]}"
 
 
 def raise_all(kind: type[NeoxconvError], problems: Iterable[str]) -> None:
     """Raise `kind` with up to ten of `problems`, one a line; do nothing when there are none."""
     found = list(problems)
     if found:
-        more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise kind(*found[:SHOWN], *more)
+        more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise kind(*found[:_SHOWN], *more)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv import synthetic
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns
 from neoxconv.core.layout import Digest, Entry, FileLayout
@@ -31,13 +30,13 @@ from neoxconv.formats.pt import layout_pt
 from neoxconv.formats.tokenizer import END, PADDING, Tokenizer
 from neoxconv.formats.tokenizer.byte_level import NFC
 from neoxconv.formats.tokenizer.made import added_token, alphabet, tokenizer_json
-from neoxconv.targets.slim import unchanged
+from neoxconv.targets.slim import copied
 
-BLOCK = 1 << 20
-STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin
+_BLOCK = 1 << 20
+_STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin
 SLAB = 8 << 20
-SPREAD = {"norm": 0.1, "bias": 0.05}  # of the values; matrices have 0.02
-STEP = 10
+_SPREAD = {"norm": 0.1, "bias": 0.05}  # of the values; matrices have 0.02
+_STEP = 10
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,24 @@ class Synthetic:
     @property
     def config(self) -> ModelConfig:
         """The hyperparameters of the model."""
-        activation = "gelu_tanh" if self.tanh_gelu else "gelu"
-        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, self.rows, self.context)
-        return ModelConfig(*sizes, self.rotary_pct, 1e4, 1e-5, self.parallel_residual, activation, False)
+        return ModelConfig(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            ff=4 * self.hidden,
+            rows=self.rows,
+            context=self.context,
+            rotary_pct=self.rotary_pct,
+            rotary_base=1e4,
+            norm_eps=1e-5,
+            parallel_residual=self.parallel_residual,
+            activation="gelu_tanh" if self.tanh_gelu else "gelu",
+            tied=False,
+        )
 
     @property
-    def stored(self) -> DType:
+    def number_type(self) -> DType:
+        """The type of every weight."""
         return PLAIN[self.dtype]
 
 
@@ -80,19 +91,24 @@ Write = Callable[[Path, FileLayout], None]
 
 
 def write_checkpoint(
-    folder: Path, model: Synthetic, *, words: Tokenizer | None = None, sparse: bool = False, optimizer_bytes: int = 0
+    folder: Path,
+    model: Synthetic,
+    *,
+    tokenizer: Tokenizer | None = None,
+    sparse: bool = False,
+    optimizer_bytes: int = 0,
 ) -> Path:
     """Make the checkpoint in `folder` and return its global_step10.
 
-    `words` is the tokenizer to put beside it (default: a tiny one). `sparse` leaves holes where weights would be.
+    `tokenizer` is the one to put beside it (default: a tiny one). `sparse` leaves holes where weights would be.
     `optimizer_bytes` are shared out over optimizer files without contents, one for each rank and 12 data-parallel ones.
     """
-    step = folder / f"global_step{STEP}"
+    step = folder / f"global_step{_STEP}"
     (step / "configs").mkdir(parents=True)
     (folder / "latest").write_text(step.name)
-    (folder / "tokenizer.json").write_bytes((words or synthetic.tiny()).data)
-    (step / "configs" / "model.yml").write_text(json.dumps(yaml_settings(model), indent=2))
-    write: Write = write_holes if sparse else write_file
+    (folder / "tokenizer.json").write_bytes((tokenizer or tiny()).data)
+    (step / "configs" / "model.yml").write_text(json.dumps(_yaml_settings(model), indent=2))
+    write: Write = _write_holes if sparse else _write_file
     for name, value in contents(model).items():
         write(step, layout_pt(name, value))
     stages = [
@@ -106,7 +122,7 @@ def write_checkpoint(
 
 def contents(model: Synthetic) -> dict[str, Any]:
     """What each .pt file of the checkpoint holds."""
-    ranks = [dict(rank_entries(model, rank)) for rank in range(model.tp)]
+    ranks = [dict(_rank_entries(model, rank)) for rank in range(model.tp)]
     if model.sequential:
         names = [{neox.SEQUENTIAL + key: entry for key, entry in rank.items()} for rank in ranks]
         return {neox.states_file(r): states(model, OrderedDict(names[r])) for r in range(model.tp)}
@@ -114,37 +130,37 @@ def contents(model: Synthetic) -> dict[str, Any]:
     return files | {neox.states_file(rank): states(model, None) for rank in range(model.tp * model.pp)}
 
 
-def rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
+def _rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
     """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
-    for layer, weight, buffer in GPT_NEOX.stored(model.config):
+    for layer, weight, buffer in GPT_NEOX.in_files_of_2022(model.config):
         if buffer and model.generation:
             continue
-        spelled = buffer.source if buffer else spellings(weight)[model.generation]
+        spelled = buffer.source if buffer else _spellings(weight)[model.generation]
         name = number_name(weight, layer, model.layers, spelled)
-        yield name, entry_of(name, buffered(model, buffer) if buffer else rank_tensor(model, weight, name, rank))
+        yield name, _entry_of(name, _buffered(model, buffer) if buffer else _rank_tensor(model, weight, name, rank))
 
 
-def spellings(weight: Weight) -> tuple[str, str, str]:
+def _spellings(weight: Weight) -> tuple[str, str, str]:
     """A weight's name in each generation; of two names the table has, the second is TransformerEngine's."""
     names = weight.source
     return (names[0], names[1] if len(names) == 3 else names[0], names[-1])
 
 
-def entry_of(name: str, tensor: LazyTensor) -> Entry:
+def _entry_of(name: str, tensor: LazyTensor) -> Entry:
     """A tensor that is written as it is."""
-    return Entry(name, name, tensor, unchanged(tensor.dtype))
+    return Entry(name, name, tensor, copied(tensor.dtype))
 
 
-def rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyTensor:
+def _rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyTensor:
     """What one rank holds of a weight."""
     shape = tuple(model.config.sizes[size] for size in weight.shape)
     centre = 1.0 if weight.role == "norm" and weight.unified.endswith("weight") else 0.0
-    whole = random_tensor(model, f"{name}/{model.seed}", shape, (centre, SPREAD.get(weight.role, 0.02)))
+    whole = _random_tensor(model, f"{name}/{model.seed}", shape, (centre, _SPREAD.get(weight.role, 0.02)))
     if weight.role == "norm":
-        return with_noise(model, whole, f"{name}/{model.seed}/{rank}")
+        return _with_noise(model, whole, f"{name}/{model.seed}/{rank}")
     if weight.join.name == "row-parallel bias":
         own = f"{name}/{model.seed}/{rank if model.parallel_residual else 0}"
-        return random_tensor(model, own, shape, (0.0, SPREAD["bias"]))
+        return _random_tensor(model, own, shape, (0.0, _SPREAD["bias"]))
     split = by_columns if weight.role == "head" and model.head_by_columns else weight.join.split
     return split(whole, model.tp, model.config)[rank]
 
@@ -152,36 +168,36 @@ def rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyT
 @lru_cache(maxsize=16)
 def block(seed: int, centre: float, spread: float, dtype: DType) -> Array:
     """A long stretch of normal numbers, stored as `dtype`."""
-    values = np.random.default_rng(seed).standard_normal(2 * BLOCK, np.float32)
+    values = np.random.default_rng(seed).standard_normal(2 * _BLOCK, np.float32)
     return narrow(np.float32(centre) + np.float32(spread) * values, dtype)
 
 
-def random_tensor(model: Synthetic, name: str, shape: tuple[int, ...], values: tuple[float, float]) -> LazyTensor:
+def _random_tensor(model: Synthetic, name: str, shape: tuple[int, ...], values: tuple[float, float]) -> LazyTensor:
     """A tensor of normal numbers with the centre and spread in `values`."""
     columns = int(np.prod(shape[1:]))
     first = zlib.crc32(name.encode())
 
     def read(start: int, stop: int) -> Array:
-        numbers = block(model.seed, *values, model.stored)
+        numbers = block(model.seed, *values, model.number_type)
         if len(shape) == 1:
-            return numbers[(first + np.arange(start, stop)) % BLOCK]
-        places = (first + np.arange(start, stop) * STRIDE) % BLOCK
+            return numbers[(first + np.arange(start, stop)) % _BLOCK]
+        places = (first + np.arange(start, stop) * _STRIDE) % _BLOCK
         return np.lib.stride_tricks.sliding_window_view(numbers, columns)[places].reshape(stop - start, *shape[1:])
 
-    return LazyTensor(shape, model.stored, read, model.stored)
+    return LazyTensor(shape, model.number_type, read, model.number_type)
 
 
-def with_noise(model: Synthetic, tensor: LazyTensor, name: str) -> LazyTensor:
+def _with_noise(model: Synthetic, tensor: LazyTensor, name: str) -> LazyTensor:
     """A rank's own version of a norm."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.rows, np.float32) * model.norm_noise
-    values = narrow(tensor.floats(0, tensor.rows) + noise.astype(np.float32), model.stored)
-    return LazyTensor(tensor.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
+    values = narrow(tensor.floats(0, tensor.rows) + noise.astype(np.float32), model.number_type)
+    return LazyTensor(tensor.shape, model.number_type, lambda start, stop: values[start:stop], model.number_type)
 
 
-def buffered(model: Synthetic, buffer: Buffer) -> LazyTensor:
+def _buffered(model: Synthetic, buffer: Buffer) -> LazyTensor:
     """A buffer in the type of the weights."""
-    values = narrow(buffer.values(model.config), model.stored)
-    return LazyTensor(values.shape, model.stored, lambda start, stop: values[start:stop], model.stored)
+    values = narrow(buffer.values(model.config), model.number_type)
+    return LazyTensor(values.shape, model.number_type, lambda start, stop: values[start:stop], model.number_type)
 
 
 def states(model: Synthetic, module: Any) -> dict[str, Any]:
@@ -197,32 +213,32 @@ def states(model: Synthetic, module: Any) -> dict[str, Any]:
         "tokenizer_type": "HFTokenizer",
         "model_parallel_size": model.tp,
     }
-    counts = dict.fromkeys(("skipped_steps", "global_steps", "global_samples"), STEP)
+    counts = dict.fromkeys(("skipped_steps", "global_steps", "global_samples"), _STEP)
     return {
         "module": module,
         "optimizer": None,
         "lr_scheduler": {
             "start_lr": 1e-4,
             "warmup_iter": 1,
-            "num_iters": STEP,
+            "num_iters": _STEP,
             "decay_style": "cosine",
-            "end_iter": STEP,
+            "end_iter": _STEP,
             "min_lr": 1e-5,
         },
         "csr_tensor_module_names": set(),
         **counts,
         "dp_world_size": 1,
         "mp_world_size": degree,
-        "iteration": STEP,
+        "iteration": _STEP,
         "args": args,
         "random_rng_state": (3, tuple(range(625)), None),
         # Arrays and tensors in real files; their names are what matters here.
-        **dict.fromkeys(("np_rng_state", "torch_rng_state", "cuda_rng_state"), (STEP,)),
-        "rng_tracker_states": {"model-parallel-rng": (STEP,)},
+        **dict.fromkeys(("np_rng_state", "torch_rng_state", "cuda_rng_state"), (_STEP,)),
+        "rng_tracker_states": {"model-parallel-rng": (_STEP,)},
     }
 
 
-def yaml_settings(model: Synthetic) -> dict[str, Any]:
+def _yaml_settings(model: Synthetic) -> dict[str, Any]:
     """The training configuration in the spelling of 20B.yml."""
     return {
         "pipe-parallel-size": 0 if model.sequential else model.pp,
@@ -245,7 +261,7 @@ def yaml_settings(model: Synthetic) -> dict[str, Any]:
     }
 
 
-def write_file(folder: Path, file: FileLayout) -> None:
+def _write_file(folder: Path, file: FileLayout) -> None:
     """Write a file with its tensors."""
     with open(folder / file.name, "w+b") as stream:
         written = []
@@ -257,17 +273,17 @@ def write_file(folder: Path, file: FileLayout) -> None:
                 stream.write(data)
                 crc = zlib.crc32(data, crc)
             written.append(Digest("", crc))
-        write_container(stream, file, written)
+        _write_container(stream, file, written)
 
 
-def write_holes(folder: Path, file: FileLayout) -> None:
+def _write_holes(folder: Path, file: FileLayout) -> None:
     """Write a file whose tensors are zeros that take no room on disk."""
     with open(folder / file.name, "w+b") as stream:
-        write_container(stream, file, [Digest("", crc_of_zeros(slot.part.nbytes)) for slot in file.slots])
+        _write_container(stream, file, [Digest("", _crc_of_zeros(slot.part.nbytes)) for slot in file.slots])
 
 
 @lru_cache
-def crc_of_zeros(count: int) -> int:
+def _crc_of_zeros(count: int) -> int:
     """The CRC-32 of `count` zero bytes."""
     crc, chunk = 0, bytes(1 << 20)
     for done in range(0, count, len(chunk)):
@@ -275,7 +291,7 @@ def crc_of_zeros(count: int) -> int:
     return crc
 
 
-def write_container(stream: Any, file: FileLayout, written: list[Digest]) -> None:
+def _write_container(stream: Any, file: FileLayout, written: list[Digest]) -> None:
     """Everything in a file but its tensors."""
     stream.truncate(file.size)
     late = ((late.offset, late.make(written)) for late in file.late)
@@ -284,16 +300,16 @@ def write_container(stream: Any, file: FileLayout, written: list[Digest]) -> Non
         stream.write(data)
 
 
-TINY_PAIRS = ("Ġ Ġ", "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "e r", "Ġt he", "n d", "a t", "e s", "Ġa nd", "in g")
+_TINY_PAIRS = ("Ġ Ġ", "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "e r", "Ġt he", "n d", "a t", "e s", "Ġa nd", "in g")
 
 
-TINY_SPACES = (8, 4, 3, 2)
+_TINY_SPACES = (8, 4, 3, 2)
 
 
 def tiny() -> Tokenizer:
     """A tokenizer of our own in the manner of the 20B one: 2 special tokens, 256 bytes, 14 merges, 4 runs of spaces."""
-    merged = [pair.replace(" ", "") for pair in TINY_PAIRS]
+    merged = [pair.replace(" ", "") for pair in _TINY_PAIRS]
     vocab = {text: i for i, text in enumerate([END, PADDING, *alphabet(), *merged])}
     special = [added_token(vocab[text], text, special=True) for text in (END, PADDING)]
-    spaces = [added_token(len(vocab) + i, " " * run, special=False) for i, run in enumerate(TINY_SPACES)]
-    return Tokenizer(tokenizer_json(vocab, TINY_PAIRS, special + spaces, NFC))
+    spaces = [added_token(len(vocab) + i, " " * run, special=False) for i, run in enumerate(_TINY_SPACES)]
+    return Tokenizer(tokenizer_json(vocab, _TINY_PAIRS, special + spaces, NFC))

@@ -7,31 +7,31 @@ from collections.abc import Sequence
 
 from neoxconv.errors import one_line
 
-UNITS = {"": 1, "B": 1} | {
+_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
     for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
 }
-BINARY = ("bytes", "KiB", "MiB", "GiB")
+_BINARY = ("bytes", "KiB", "MiB", "GiB")
 
 
 def parse_size(text: str) -> int | None:
     """The bytes that `text` means (5GB, 500MB, 2GiB, 1.5G, a plain count), or None where it is no size above zero."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in UNITS:
+    if not match or match[2].upper() not in _UNITS:
         return None
-    return int(float(match[1]) * UNITS[match[2].upper()]) or None
+    return int(float(match[1]) * _UNITS[match[2].upper()]) or None
 
 
 def size(count: int) -> str:
     """A count of bytes for people: 41112854242 -> 38.29 GiB."""
-    power = min(max(count.bit_length() - 1, 0) // 10, len(BINARY) - 1)
-    return f"{count / 1024**power:.2f} {BINARY[power]}" if power else f"{count} {BINARY[0]}"
+    power = min(max(count.bit_length() - 1, 0) // 10, len(_BINARY) - 1)
+    return f"{count / 1024**power:.2f} {_BINARY[power]}" if power else f"{count} {_BINARY[0]}"
 
 
 def plural(count: int, noun: str) -> str:
     """A count and its noun: 1 file, 2 files."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def table(align: str, rows: Sequence[Sequence[object]]) -> str:

@@ -37,10 +37,10 @@ from neoxconv.formats import imatrix, safetensors
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
-from neoxconv.formats.pt.tensors import Place, Record, tensor_in
+from neoxconv.formats.pt.tensors import Record, View, tensor_in
 from neoxconv.formats.pt.unpickle import load_pickle
 from neoxconv.sources.checkpoint import open_checkpoint
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 from neoxconv.verify import verify_bytes
 from tests.fuzz_inputs import STORAGES, model, nth_input, seeds
 
@@ -154,7 +154,7 @@ def of_pickle(path: Path) -> None:
     def make_tensor(*place: Any) -> LazyTensor:
         if place[0].key not in sizes:
             raise ValueError("no such storage")
-        return tensor_in(file, Record(0, sizes[place[0].key], 0), Place(*place))
+        return tensor_in(file, Record(0, sizes[place[0].key], 0), View(*place))
 
     read_bands(tensors_in(load_pickle(io.BytesIO(file.text()), make_tensor, str(path))))
 

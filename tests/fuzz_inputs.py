@@ -27,7 +27,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, F32, U8
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import Size
-from neoxconv.formats.pt.zips import CENTRAL
+from neoxconv.formats.pt.zip_headers import CENTRAL
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled.fourbit import NF4_TABLE, nested_table
 
@@ -437,7 +437,10 @@ def safetensors_pieces(header: dict[str, Any], data: bytes) -> Pieces:
 
 SAFETENSORS = (Kind((safetensors_pieces(*placed(SIMPLE, {})), safetensors_pieces(LONE, bytes(4))), with_length, JSON),)
 
-CONFIG = ModelConfig(1, 8, 2, 32, 8, 16, 0.5, 1e4, 1e-5, True, "gelu_tanh", False)
+CONFIG = ModelConfig(
+    layers=1, hidden=8, heads=2, ff=32, rows=8, context=16, rotary_pct=0.5, rotary_base=1e4, norm_eps=1e-5,
+    parallel_residual=True, activation="gelu_tanh", tied=False,
+)  # fmt: skip
 LAYER = "gpt_neox.layers.0."
 QUANTIZED = {
     f"{LAYER}attention.query_key_value.": "NF4_DQ", f"{LAYER}attention.dense.": "INT8",

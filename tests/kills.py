@@ -33,10 +33,10 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.engine.journal import Journal, read_journal
 from neoxconv.engine.manifest import beside
 from neoxconv.engine.plan import Plan, resume_key
-from neoxconv.engine.publish import aside_of, check_target
+from neoxconv.engine.publish import DiskTarget, aside_of
 from neoxconv.engine.workplace import has_files, partial_of
 from neoxconv.errors import PlanError
-from tests.engine.test_run import digests
+from tests.helpers import digests
 from tests.toy import toy
 
 CHANGES = ("pwrite", "fsync", "replace", "unlink", "rmdir", "mkdir", "truncate", "open")
@@ -150,7 +150,7 @@ class Trial:
                 assert int(report.read_text()) <= slots - done, f"{self.case.name}: wrote again what was done"
         assert whole(self.target) == self.expected, f"{self.case.name}: other bytes"
         with contextlib.suppress(PlanError):  # it exists; what a killed run left beside it is taken away
-            check_target(self.plan, self.target, False)
+            DiskTarget(self.plan, self.target).check(overwrite=False)
         left = {path.name for path in self.target.parent.iterdir()} - {self.target.name, beside(self.target).name}
         assert not left, f"{self.case.name}: left {left}"
 

@@ -13,6 +13,7 @@ import runpy
 import struct
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -28,11 +29,6 @@ PACKAGES = ("torch", "transformers", "gguf", "safetensors", "tokenizers", "llama
 
 Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
 Logits = npt.NDArray[np.float32]  # [batch, time, vocab]
-
-
-def fixtures() -> Path:
-    """Return the folder of real checkpoints: $NEOXCONV_FIXTURES, or ../shared/fixtures beside the repository."""
-    return require(Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures"), "the fixtures")
 
 
 def require(path: Path, what: str) -> Path:
@@ -120,10 +116,21 @@ def causal_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
 
 def llama_logits(gguf: Path, tokens: Tokens) -> Logits:
     """Run a GGUF file through llama.cpp on the CPU, one sequence at a time, and return the logits of every position."""
-    program("llama_cpp")
-    from neoxconv.verify.logits import engines
+    llama = program("llama_cpp")
+    from neoxconv.verify.logits.programs import llama_model, one_sequence
 
-    return engines.llama_logits(gguf, np.asarray(tokens, np.int64))
+    llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
+    model = llama_model(llama, gguf)
+    try:
+        return np.stack([one_sequence(llama, model, row) for row in np.asarray(tokens, np.int64)])
+    finally:
+        llama.llama_model_free(model)
+
+
+@cache
+def silent(llama: ModuleType) -> Any:
+    """A callback that prints nothing; kept for good, as llama.cpp goes on calling the last one it was given."""
+    return llama.llama_log_callback(lambda level, text, data: None)
 
 
 def llama_quantize(
@@ -153,15 +160,13 @@ def llama_types(
 ) -> dict[str, str]:
     """The type that llama-quantize would give each tensor, from what it tells of a dry run."""
     llama = program("llama_cpp")
-    from neoxconv.verify.logits import engines
-
     lines: list[str] = []
     heard = llama.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
     llama.llama_log_set(heard, ctypes.c_void_p(0))
     try:
         llama_quantize(src_gguf, src_gguf.with_suffix(".none"), ftype, imatrix=imatrix, dry_run=True)
     finally:
-        llama.llama_log_set(engines.silent(llama), ctypes.c_void_p(0))
+        llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
     told = re.split(r"\[ *\d+/ *\d+\] +", "".join(lines))[1:]
     return {text.split()[0]: re.findall(r"(?:type = +|-> .*\()(\w+)", text)[-1].upper() for text in told}
 

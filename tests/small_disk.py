@@ -17,7 +17,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.main import main
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError
-from tests.engine.test_run import digests
+from tests.helpers import digests
 from tests.toy import toy
 
 SIZE, CANNOT_MOUNT = 3 << 20, 77

@@ -1,6 +1,7 @@
 """Imports point downwards and never in a circle, and the command line starts without the heavy libraries."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,3 +82,27 @@ def test_the_command_line_starts_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     loaded = HEAVY & set(done.stdout.split())
     assert not loaded
+
+
+def test_no_test_file_imports_another() -> None:
+    """What two of them need lies in a file without tests: helpers, toy, scaled, ..."""
+    tests = PACKAGE.parent / "tests"
+    found = [
+        f"{file.relative_to(tests)} imports {name}"
+        for file in tests.rglob("*.py")
+        for name in re.findall(r"^\s*(?:from|import) (tests\S*\btest_\w+)", file.read_text(), re.MULTILINE)
+    ]
+    assert not found
+
+
+def test_what_is_private_stays_in_its_module() -> None:
+    """A name with an underscore is its module's own; what another module needs has none."""
+    borrowed = [
+        f"{name} imports {alias.name} of {node.module}"
+        for name, file in MODULES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("neoxconv")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert not borrowed

@@ -7,20 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.oracles import (
-    Logits,
-    Tokens,
-    fixtures,
-    llama_logits,
-    transformers_logits,
-)
+from tests.fixtures import real
+from tests.oracles import Logits, Tokens, llama_logits, transformers_logits
 
 FP16_ROUNDING = 2e-3  # of logits, where the reference rounded nothing; 7.2e-4 measured
 
 
 @pytest.fixture
 def tiny() -> Path:
-    return fixtures() / "neox_2022_tp2_pp4"
+    return real("neox_2022_tp2_pp4")
 
 
 @pytest.fixture
@@ -57,7 +52,7 @@ def test_transformers_refuses_a_folder_that_lacks_a_weight(hf_folder: Path, toke
 
 
 def test_llama_cpp_runs_the_trained_model_to_the_recorded_choices() -> None:
-    trained = fixtures() / "trained_tp2_pp4"
+    trained = real("trained_tp2_pp4")
     tokens, best = (np.load(trained / "reference" / f"{name}.npy")[:2] for name in ("tokens", "top1"))
     logits = llama_logits(trained / "llama_quantize" / "Q8_0.gguf", tokens)
     assert np.mean(logits.argmax(-1) == best) > 0.98

@@ -13,7 +13,6 @@ import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.cli.main import main
-from neoxconv.core.model import parameters
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from neoxconv.targets.training import RANDOM_STATES
 from tests.oracles import transformers_logits
@@ -47,7 +46,7 @@ SPELLINGS = (  # the table of names by generation in gpt-neox's own converter, a
 )
 
 
-def digests(folder: Path) -> dict[str, str]:
+def pt_digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.pt")}
 
 
@@ -87,7 +86,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", MODEL)
     write_checkpoint(tmp_path / "b", MODEL)
     write_checkpoint(tmp_path / "c", replace(MODEL, seed=1))
-    assert digests(tmp_path / "a") == digests(tmp_path / "b") != digests(tmp_path / "c")
+    assert pt_digests(tmp_path / "a") == pt_digests(tmp_path / "b") != pt_digests(tmp_path / "c")
 
 
 @pytest.mark.slow
@@ -123,7 +122,7 @@ def test_a_full_size_20b_set_opens_in_seconds_with_the_published_sizes(tmp_path:
         with open(step / f"zero_pp_rank_{number % 12}_mp_rank_{number // 12:02d}_optim_states.pt", "wb") as file:
             file.truncate((PUBLISHED_FULL - files) // 96)
     checkpoint = open_checkpoint(tmp_path / "20B")
-    assert parameters(checkpoint) == 20_554_567_680 and len(checkpoint.index.set_aside) == 96
+    assert checkpoint.parameters == 20_554_567_680 and len(checkpoint.index.set_aside) == 96
     assert main(["convert", str(tmp_path / "20B"), str(tmp_path / "slim"), "--to", "slim", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert abs(plan["bytes_total"] - PUBLISHED_SLIM) < 1e-4 * PUBLISHED_SLIM

@@ -20,19 +20,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neoxconv.core.model import Architecture, ModelConfig, Weight
+from neoxconv.core.model import Architecture, ModelConfig, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor, computed
 from neoxconv.dtypes import Doubles, Floats, narrow, widen
 from neoxconv.errors import PlanError
 
-Named = list[dict[str, LazyTensor]]
-
-TINY = 1e-3  # a common gain is kept at least this far from zero, so that g_r / g stays finite
-SHIFT = 0.05  # mean of b / g that the head's fold divides by; 0.01 to 1 do equally well
+_TINY = 1e-3  # a common gain is kept at least this far from zero, so that g_r / g stays finite
+_SHIFT = 0.05  # mean of b / g that the head's fold divides by; 0.01 to 1 do equally well
 
 
 @dataclass(frozen=True)
-class Norm:
+class _Norm:
     """A norm as one rank has it (gain, bias) beside the common one, all [hidden] float64."""
 
     gain: Doubles
@@ -50,71 +48,66 @@ class Norm:
         return self.bias - self.ratio * self.common_bias
 
 
-def folded(named: Named, architecture: Architecture, config: ModelConfig) -> Named:
+def folded(named: RankTensors, architecture: Architecture, config: ModelConfig) -> RankTensors:
     """The ranks' tensors with one common norm each; raises PlanError where the function cannot be kept."""
     if config.tied:
         raise PlanError(
             "--norms fold: the head is the embedding, so the final norm cannot be folded into it; use --norms mean."
         )
-    result: Named = [dict(rank) for rank in named]
+    result: RankTensors = [dict(rank) for rank in named]
     for _, weight in architecture.names(config):
         if weight.norm is None:
             continue
         unified, norm = weight.unified, weight.norm
-        norms = rank_norms(named, norm, weight, config)
+        norms = _rank_norms(named, norm, weight, config)
         for rank, tensors in enumerate(named):
-            result[rank][unified] = fold_one(tensors, unified, weight, norms[rank])
-            result[rank][norm + ".weight"] = constant(tensors[norm + ".weight"], norms[0].common_gain)
-            result[rank][norm + ".bias"] = constant(tensors[norm + ".bias"], norms[0].common_bias)
+            result[rank][unified] = _fold_one(tensors, unified, weight, norms[rank])
+            result[rank][norm + ".weight"] = _known(tensors[norm + ".weight"], norms[0].common_gain)
+            result[rank][norm + ".bias"] = _known(tensors[norm + ".bias"], norms[0].common_bias)
     return result
 
 
-def rank_norms(named: Named, norm: str, weight: Weight, config: ModelConfig) -> list[Norm]:
+def _rank_norms(named: RankTensors, norm: str, weight: Weight, config: ModelConfig) -> list[_Norm]:
     """The norm on every rank, each with the common one."""
     gains = [rank[norm + ".weight"].floats(0, config.hidden).astype(np.float64) for rank in named]
     biases = [rank[norm + ".bias"].floats(0, config.hidden).astype(np.float64) for rank in named]
     like = named[0][norm + ".weight"]
-    if weight.role == "head" and split_by_columns(named, config):
-        part = config.hidden // len(named)
+    if weight.role == "head" and named[0][weight.unified].columns != config.hidden:
+        part = config.hidden // len(named)  # `output_layer_parallelism: row`: the head's ranks hold bands of columns
         gain, bias = (
             np.concatenate([v[r * part : (r + 1) * part] for r, v in enumerate(vs)]) for vs in (gains, biases)
         )
-        return [Norm(gain, bias, gain, bias)] * len(named)
-    gain = as_stored(away_from_zero(sum(gains) / len(gains)), like)  # type: ignore[arg-type]
+        return [_Norm(gain, bias, gain, bias)] * len(named)
+    gain = _as_stored(_away_from_zero(sum(gains) / len(gains)), like)  # type: ignore[arg-type]
     bias = sum(biases) / len(biases)  # type: ignore[assignment]
     if weight.role == "head":
-        bias = bias + gain * (SHIFT - row_sums((bias / gain)[None])[0] / len(gain))
-    return [Norm(g, b, gain, as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
+        bias = bias + gain * (_SHIFT - row_sums((bias / gain)[None])[0] / len(gain))
+    return [_Norm(g, b, gain, _as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
 
 
-def split_by_columns(named: Named, config: ModelConfig) -> bool:
-    """Whether the head's ranks hold bands of columns (`output_layer_parallelism: row`)."""
-    return named[0]["embed_out.weight"].columns != config.hidden
-
-
-def away_from_zero(gain: Doubles) -> Doubles:
+def _away_from_zero(gain: Doubles) -> Doubles:
     """`gain` with a magnitude of at least TINY and its sign kept."""
-    return np.where(np.abs(gain) < TINY, np.copysign(TINY, gain), gain)
+    return np.where(np.abs(gain) < _TINY, np.copysign(_TINY, gain), gain)
 
 
-def as_stored(values: Doubles, like: LazyTensor) -> Doubles:
+def _as_stored(values: Doubles, like: LazyTensor) -> Doubles:
     """`values` rounded to the type in which `like` is stored."""
     return widen(narrow(values.astype(np.float32), like.native), like.native).astype(np.float64)
 
 
-def constant(like: LazyTensor, values: Doubles) -> LazyTensor:
+def _known(like: LazyTensor, values: Doubles) -> LazyTensor:
     """A vector known already, in the place of `like`."""
     floats = values.astype(np.float32)
     return computed(like, lambda start, stop: floats[start:stop])
 
 
-def fold_one(tensors: dict[str, LazyTensor], unified: str, weight: Weight, norm: Norm) -> LazyTensor:
+def _fold_one(tensors: dict[str, LazyTensor], unified: str, weight: Weight, norm: _Norm) -> LazyTensor:
     """One rank's weight or bias, changed so that it follows the common norm."""
     tensor = tensors[unified]
     if weight.role == "head":
-        return fold_head(tensor, norm)
+        return _fold_head(tensor, norm)
     if weight.role == "bias":
-        return fold_bias(tensor, tensors[unified.removesuffix("bias") + "weight"], norm)
+        return _fold_bias(tensor, tensors[unified.removesuffix("bias") + "weight"], norm)
 
     def read(start: int, stop: int) -> Floats:
         return (tensor.floats(start, stop) * norm.ratio).astype(np.float32)
@@ -122,7 +115,7 @@ def fold_one(tensors: dict[str, LazyTensor], unified: str, weight: Weight, norm:
     return computed(tensor, read)
 
 
-def fold_bias(bias: LazyTensor, weight: LazyTensor, norm: Norm) -> LazyTensor:
+def _fold_bias(bias: LazyTensor, weight: LazyTensor, norm: _Norm) -> LazyTensor:
     """The bias plus what the norms' biases contribute through the weight, whose rows are read a band at a time."""
 
     def read(start: int, stop: int) -> Floats:
@@ -133,7 +126,7 @@ def fold_bias(bias: LazyTensor, weight: LazyTensor, norm: Norm) -> LazyTensor:
     return computed(bias, read)
 
 
-def fold_head(head: LazyTensor, norm: Norm) -> LazyTensor:
+def _fold_head(head: LazyTensor, norm: _Norm) -> LazyTensor:
     """The head's weight with the norms' biases spread over its columns; unchanged where ranks see their own norm."""
     if head.columns != len(norm.gain) or (not norm.offset.any() and (norm.ratio == 1).all()):
         return head

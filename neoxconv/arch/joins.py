@@ -47,7 +47,7 @@ def head_join(ranks: Ranks, config: ModelConfig) -> LazyTensor:
     return (stacked if ranks[0].columns == config.hidden else abreast)(ranks, config)
 
 
-def total(ranks: Ranks, start: int, stop: int) -> Floats:
+def _total(ranks: Ranks, start: int, stop: int) -> Floats:
     """The ranks' sum in float32, added in the order of the ranks."""
     result = ranks[0].floats(start, stop).copy()
     for rank in ranks[1:]:
@@ -57,14 +57,14 @@ def total(ranks: Ranks, start: int, stop: int) -> Floats:
 
 def summed(ranks: Ranks, config: ModelConfig) -> LazyTensor:
     """The ranks' sum."""
-    return computed(ranks[0], lambda start, stop: total(ranks, start, stop))
+    return computed(ranks[0], lambda start, stop: _total(ranks, start, stop))
 
 
 def averaged(ranks: Ranks, config: ModelConfig) -> LazyTensor:
     """The ranks' mean; equal copies stay as they are, which (x + x + x) / 3 does not."""
 
     def read(start: int, stop: int) -> Floats:
-        mean = total(ranks, start, stop) / np.float32(len(ranks))
+        mean = _total(ranks, start, stop) / np.float32(len(ranks))
         parts = [rank.floats(start, stop) for rank in ranks]
         return np.where(np.all([part == parts[0] for part in parts], axis=0), parts[0], mean)
 
@@ -76,7 +76,7 @@ def first(ranks: Ranks, config: ModelConfig) -> LazyTensor:
     return ranks[0]
 
 
-def row_bias_join(ranks: Ranks, config: ModelConfig) -> LazyTensor:
+def _row_bias_join(ranks: Ranks, config: ModelConfig) -> LazyTensor:
     """The bias of a row-parallel layer.
 
     With a parallel residual every rank adds its own before the one all-reduce, so their sum acts. With a serial one it
@@ -113,7 +113,7 @@ def copies(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTens
     return [tensor] * ranks
 
 
-def row_bias_split(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTensor]:
+def _row_bias_split(tensor: LazyTensor, ranks: int, config: ModelConfig) -> list[LazyTensor]:
     """Whole for rank 0 and zero for the others where the ranks' biases are summed, else copies.
 
     The zero is -0, which leaves every number as it is when added, -0 included.
@@ -128,7 +128,7 @@ column_parallel = Join("column-parallel", stacked, by_rows)
 row_parallel = Join("row-parallel", abreast, by_columns)
 vocab_parallel = Join("vocab-parallel", stacked, by_rows)
 head_parallel = Join("vocab-parallel head", head_join, by_rows)
-row_bias = Join("row-parallel bias", row_bias_join, row_bias_split)
+row_bias = Join("row-parallel bias", _row_bias_join, _row_bias_split)
 norm_mean = Join("replicated norm", averaged, copies)
 
 NORMS = {

@@ -20,7 +20,7 @@ class Settings:
     def count(self, key: str, default: Any = None) -> int:
         """A whole number above zero."""
         value = self.values.get(key, default)
-        found = as_number(value)
+        found = _as_number(value)
         if not 1 <= found < float("inf") or found != int(found):
             self.refuse(key, value, "a whole number above zero")
         return int(found)
@@ -28,7 +28,7 @@ class Settings:
     def number(self, key: str, default: Any = None, most: float = float("inf")) -> float:
         """A number above zero, `most` at most."""
         value = self.values.get(key, default)
-        found = as_number(value)
+        found = _as_number(value)
         if not 0 < found <= most or found == float("inf"):
             self.refuse(key, value, "a number above zero" + (f", {most:g} at most" if most < float("inf") else ""))
         return found
@@ -49,7 +49,7 @@ class Settings:
         )
 
 
-def as_number(value: Any) -> float:
+def _as_number(value: Any) -> float:
     """The number that a setting is, NaN for none; YAML reads 1e-5, which has no point, as text."""
     try:
         return float("nan") if value is None or isinstance(value, bool) else float(value)

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
 from neoxconv.cli.progress import progress_bar
-from neoxconv.cli.source import Given, opened
+from neoxconv.cli.source import Given, Reading, chosen, opened
 from neoxconv.engine.side_file import check_side_file, whole
 from neoxconv.formats.imatrix import write
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.tokens import tokens_for
+from neoxconv.verify.logits.trial import Sample
 
 
-def make_matrix(source: Place, given: Given) -> str:
-    """Carry the command out; returns what was made. Raises PlanError where the output may not be written."""
-    output = given["output"]
-    check_side_file(output, (source, given["text"], given["tokens"]), given["overwrite"])
-    checkpoint = opened(source, given, given["norms"] or "mean")
-    tokens, text = tokens_for(checkpoint, given["text"], given["tokens"], given["length"], given["sequences"])
-    with progress_bar(checkpoint.config.layers, "layers", given["quiet"], "layer") as progress:
-        sums = calibrate(checkpoint, tokens, device=given["device"], progress=progress)
+@dataclass(frozen=True)
+class _Calibration:
+    """What `calibrate` is asked to do."""
+
+    source: Place
+    output: Path
+    reading: Reading
+    sample: Sample
+    device: str
+    overwrite: bool
+    quiet: bool
+
+
+def asked_for(source: Place, given: Given) -> _Calibration:
+    """The request that the options make. Raises UsageError unless they name one source of tokens."""
+    if bool(given["text"]) == bool(given["tokens"]):
+        raise click.UsageError("give either --text FILE or --tokens FILE.")
+    plain = {name: given[name] for name in ("output", "device", "overwrite", "quiet")}
+    return _Calibration(source, reading=chosen(Reading, given), sample=chosen(Sample, given), **plain)
+
+
+def make_matrix(asked: _Calibration) -> str:
+    """Write the matrix; returns what was made. Raises PlanError where the output may not be written."""
+    output, sample = asked.output, asked.sample
+    check_side_file(output, (asked.source, sample.text, sample.tokens), asked.overwrite)
+    checkpoint = opened(asked.source, asked.reading)
+    tokens, text = tokens_for(checkpoint, sample)
+    with progress_bar(checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
+        sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
     with whole(output) as partial:
         write(partial, sums, tokens, text)
     return f"{output}: importances of {len(sums)} tensors from {tokens.size} tokens of {text}"

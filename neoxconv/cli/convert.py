@@ -3,91 +3,77 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 
-from neoxconv.cli.inspect import FORMATS
 from neoxconv.cli.progress import progress_bar
-from neoxconv.cli.source import Given, checked, opened
+from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
-from neoxconv.engine.journal import Journal, read_journal
-from neoxconv.engine.manifest import overflows, read_manifest
-from neoxconv.engine.memory import Memory, memory_for, threads_for
-from neoxconv.engine.plan import Plan, make_plan, resume_key
-from neoxconv.engine.publish import check_target, nearest_folder
-from neoxconv.engine.run import run
-from neoxconv.engine.upload import check_free
-from neoxconv.engine.workplace import partial_of, work_of
+from neoxconv.engine import run as engine
+from neoxconv.engine.memory import check_memory
+from neoxconv.engine.plan import Plan, make_plan
+from neoxconv.engine.workplace import free_for, work_of
 from neoxconv.errors import CheckpointError, PlanError, raise_all
-from neoxconv.names import BNB_TYPES, FLOAT8_TYPES, MIXES
-from neoxconv.sources import integrity
+from neoxconv.sources import SOURCES, integrity
 from neoxconv.sources.checkpoint import rank_difference
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage import Place, holds
+from neoxconv.targets import TAKEN_BY, TARGETS
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural, size, table
 
-PLAIN_TARGETS = ("hf", "safetensors", "slim")
-FOLDERS = ("hf", "bnb", "float8")
-TYPES_OF = {"gguf": MIXES, "bnb": BNB_TYPES, "float8": FLOAT8_TYPES}
-GGUF_OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")
-ONLY_FOR = {
-    "type": tuple(TYPES_OF),
-    "dtype": PLAIN_TARGETS,
-    "tp": ("slim",),
-    "pp": ("slim",),
-    "only": ("hf", "safetensors"),
-    "shard_size": FOLDERS,
-    "split_size": ("gguf",),
-    **dict.fromkeys(GGUF_OPTIONS, ("gguf",)),
-    "allow_nonfinite": (*PLAIN_TARGETS, "gguf"),
-    "double_quant": ("bnb",),
-    "compute_dtype": ("bnb",),
-    "scale": ("float8",),
-}
+
+def _check_options(given: Given) -> None:
+    """Raise UsageError where an option is for another format, or for another of its types, than the one asked for."""
+    target = TARGETS[given["format"]]
+    for option, formats in TAKEN_BY.items():
+        if given[option] not in (None, ()) and target.name not in formats:
+            takes = ", ".join(map(_flag, target.options))
+            raise click.UsageError(
+                f"{_flag(option)} is for {', '.join(formats)}, not for {target.name}, which takes {takes}."
+            )
+    kind, dtype = given["type"], given["dtype"]
+    if kind and kind not in target.types:
+        raise click.UsageError(f"--type {kind} is not for {target.name}, which has {', '.join(target.types)}.")
+    for option, types in target.only_of.items():
+        if kind and kind not in types and given[option] is not None:
+            raise click.UsageError(f"{_flag(option)} is for {target.name}'s {' and '.join(types)}, not for {kind}.")
+    if dtype and dtype not in target.dtypes:
+        others = " and ".join(other.name for other in TARGETS.values() if dtype in other.dtypes)
+        raise click.UsageError(f"--dtype {dtype} is for {others}; {target.name} takes {' or '.join(target.dtypes)}.")
 
 
-def check_options(given: Given) -> None:
-    """Raise UsageError where an option is for another format than the one asked for."""
-    name = given["format"]
-    wrong = [option for option, formats in ONLY_FOR.items() if given[option] not in (None, ()) and name not in formats]
-    for option in wrong:
-        takes = ", ".join(f"--{o.replace('_', '-')}" for o, formats in ONLY_FOR.items() if name in formats)
-        raise click.UsageError(
-            f"--{option.replace('_', '-')} is for {', '.join(ONLY_FOR[option])}, not for {name}, which takes {takes}."
-        )
-    if given["type"] and given["type"] not in TYPES_OF[name]:
-        raise click.UsageError(f"--type {given['type']} is not for {name}, which has {', '.join(TYPES_OF[name])}.")
-    if name == "bnb" and given["type"] == "INT8" and (idle := given["double_quant"] or given["compute_dtype"]):
-        raise click.UsageError(
-            f"--{'double-quant' if idle is True else 'compute-dtype'} is for bnb's NF4 and FP4, not for INT8."
-        )
-    if name == "slim" and given["dtype"] == "F32":
-        raise click.UsageError("--dtype F32 is for hf and safetensors; slim takes F16 or BF16.")
+def _flag(option: str) -> str:
+    """An option as it stands on the command line."""
+    return f"--{option.replace('_', '-')}"
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class _Request:
     """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
 
     source: Place
-    target: Place
-    plan: Plan
-    memory: Memory
-    given: Given
-    done: int
+    reading: Reading
+    conversion: engine.Conversion
+    done: int  # steps
     check: integrity.Integrity | None = None  # of the source, where it was asked for
+
+    @property
+    def plan(self) -> Plan:
+        return self.conversion.plan
+
+    @property
+    def target(self) -> Place:
+        return self.conversion.target
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The plan's notes, and options that have no effect."""
         idle = self.idle_norms
-        notes = [f"--norms {self.given['norms']} does nothing here: {idle}"] if idle else []
+        notes = [f"--norms {self.reading.norms} does nothing here: {idle}"] if idle else []
         if self.done:
             notes.append(f"continues: {self.done} of {len(self.plan.steps)} tensors are done and are hashed again")
         return (*self.plan.notes, *notes)
@@ -101,7 +87,7 @@ class Request:
     def idle_norms(self) -> str | None:
         """Why --norms, if it was given, has no effect; None where it has."""
         ranks = len(self.plan.checkpoint.index.ranks)
-        if not self.given["norms"]:
+        if not self.reading.norms:
             return None
         if ranks == 1:
             return "the source has no ranks to merge"
@@ -112,7 +98,7 @@ class Request:
     @property
     def free(self) -> int:
         """Bytes free on the disk where the target is made."""
-        return shutil.disk_usage(nearest_folder(work_of(self.target))).free
+        return free_for(work_of(self.target))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -120,7 +106,7 @@ class Request:
         return {
             "bytes_total": self.plan.total,
             "files": [{"name": name, "bytes": count} for name, count in self.sizes.items()],
-            "peak_memory": self.memory.peak,
+            "peak_memory": self.conversion.budget.peak,
             "disk_free": self.free,
             "notes": list(self.notes),
         }
@@ -128,15 +114,15 @@ class Request:
     @property
     def summary(self) -> str:
         """The plan in a few lines."""
-        plan, index = self.plan, self.plan.checkpoint.index
+        plan, index, budget = self.plan, self.plan.checkpoint.index, self.conversion.budget
         ranks = len(index.ranks)
         rows = [
-            ("source", f"{FORMATS[index.format]} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
-            *([("weights", "master: the optimizer's fp32")] if index.stored else []),
+            ("source", f"{SOURCES[index.format].title} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
+            *([("weights", "master: the optimizer's fp32")] if index.replaced else []),
             ("target", f"{plan.recipe.format} {self.target}"),
             ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
             ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
-            ("memory", f"{size(self.memory.peak)} at most with {plural(self.memory.jobs, 'thread')}{self.place}"),
+            ("memory", f"{size(budget.peak)} at most with {plural(budget.jobs, 'thread')}{self.elsewhere}"),
         ]
         if ranks > 1:
             difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
@@ -146,9 +132,9 @@ class Request:
         return table("<<", rows + [("note", note) for note in self.notes])
 
     @property
-    def place(self) -> str:
+    def elsewhere(self) -> str:
         """Where else than here the work is done."""
-        return f", on each worker of {self.given['executor']}" if self.given["executor"] else ""
+        return f", on each worker of {executor}" if (executor := self.conversion.executor) else ""
 
     @property
     def listing(self) -> str:
@@ -159,20 +145,11 @@ class Request:
 
     def run(self, quiet: bool) -> dict[str, Any]:
         """Carry the request out; what came of it as plain values."""
-        begin, given = time.monotonic(), self.given
+        begin = time.monotonic()
         total = sum(step.nbytes for step in self.plan.steps)
         with progress_bar(total, "converting", quiet) as progress:
             try:
-                run(
-                    self.plan,
-                    self.target,
-                    jobs=given["jobs"],
-                    memory=given["memory"],
-                    overwrite=given["overwrite"],
-                    allow_nonfinite=given["allow_nonfinite"],
-                    executor=given["executor"],
-                    progress=progress,
-                )
+                made = engine.carry_out(self.conversion, progress)
             except KeyboardInterrupt as stop:
                 raise type(stop)(f"{self.target}: not finished; run the same command again to continue.") from stop
         return {
@@ -180,13 +157,13 @@ class Request:
             "bytes_total": self.plan.total,
             "seconds": round(time.monotonic() - begin, 3),
             "notes": [*self.notes],
-            "overflow": overflows(read_manifest(self.target) or {"files": []}),
+            "overflow": made.overflow,
         }
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
-        settings = [word for path in self.given["config"] for word in ("--config", str(path))]
-        settings += ["--preset", self.given["preset"]] if self.given["preset"] else []
+        settings = [word for path in self.reading.config for word in ("--config", str(path))]
+        settings += ["--preset", self.reading.preset] if self.reading.preset else []
         check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *settings])
         lines = [
             f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
@@ -197,45 +174,38 @@ class Request:
         )
 
 
-def prepare(source: Place, target: Place, given: Given) -> Request:
+def prepare(source: Place, target: Place, given: Given) -> _Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
-    check_options(given)
+    _check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
-    memory_for(given["jobs"], given["memory"])  # too little is told before anything is opened
-    checkpoint = opened(source, given, given["norms"] or "mean")
-    target = target.resolve()
-    if isinstance(target, Path) and not target.name:
-        raise PlanError(f"{target}: is no place for a target; give the name of a file or a folder in it.")
-    check_apart(checkpoint, source, target)
-    plan = make_plan(checkpoint, recipe)
-    memory = memory_for(threads_for(checkpoint, given["jobs"]), given["memory"], plan.kept)
-    if isinstance(target, Remote):
-        check_free(plan, target, given["overwrite"])
-    else:
-        check_target(plan, target, given["overwrite"])
-    done = read_journal(work_of(target) / Journal.NAME, resume_key(plan), not given["allow_nonfinite"])
-    check = checked(checkpoint, given, quiet=given["quiet"] or given["json"])
+    check_memory(given["memory"])  # too little is told before anything is opened
+    reading = chosen(Reading, given)
+    checkpoint = opened(source, reading)
+    target = engine.as_target(target)
+    _check_apart(checkpoint, source, target)
+    conversion = engine.prepare(
+        make_plan(checkpoint, recipe),
+        target,
+        jobs=given["jobs"],
+        memory=given["memory"],
+        overwrite=given["overwrite"],
+        allow_nonfinite=bool(given["allow_nonfinite"]),
+        executor=given["executor"],
+    )
+    done = conversion.count_done()
+    quiet = given["quiet"] or given["json"]
+    check = checked(checkpoint, jobs=given["jobs"], quiet=quiet) if given["check"] else None
     raise_all(CheckpointError, map(str, check.damage if check else ()))
-    finished = sum(all(key in done for key in step.keys) for step in plan.steps)
-    return Request(source, target, plan, memory, given, finished, check)
+    return _Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
 
 
-def check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
+def _check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
     """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
     index = checkpoint.index
-    if isinstance(source, Remote):
-        here = index.folder if index.format in ("neox", "hf") else source
-        inside = isinstance(target, Remote) and isinstance(here, Remote) and target.protocol == here.protocol
-        if inside and f"{target.path}/".startswith(f"{here.path}/"):  # type: ignore[union-attr]
-            raise PlanError(f"{target}: lies in the source {here}; give a target outside of it.")
-        return
-    target = work_of(target) if isinstance(target, Remote) else target
-    folders: list[Place] = [source] if source.is_dir() else []
-    folders += [index.folder] if index.format in ("neox", "hf") else []
-    files = {path.resolve() for file in index.files if isinstance(path := file.storage.path, Path)}
-    for made in (target.resolve(), partial_of(target).resolve()):
-        for folder in (folder.resolve() for folder in folders):
-            if made == folder or folder in made.parents:
-                raise PlanError(f"{target}: lies in the source {folder}; give a target outside of it.")
-        if any(made == file or made in file.parents for file in files):
-            raise PlanError(f"{target}: holds the source {source}; give a target outside of it.")
+    folders = [source] if source.is_dir() else []
+    folders += [] if index.single else [index.folder]
+    for made in (target, work_of(target)):
+        if folder := next((folder for folder in folders if holds(folder, made)), None):
+            raise PlanError(f"{made}: lies in the source {folder.resolve()}; give a target outside of it.")
+        if any(holds(made, file.storage.path) for file in index.files):
+            raise PlanError(f"{made}: holds the source {source}; give a target outside of it.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from neoxconv.core.model import Checkpoint, parameters
+from neoxconv.core.model import Checkpoint
 from neoxconv.engine.plan import make_plan
 from neoxconv.engine.run import run
 from neoxconv.errors import PlanError
@@ -17,7 +17,7 @@ from neoxconv.targets.recipe import Recipe
 from neoxconv.verify import verify_bytes, verify_weights
 from neoxconv.words import size, table
 
-MODEL = Synthetic(layers=8, hidden=256, heads=8, rows=1024, tp=2, pp=4, context=512)
+_MODEL = Synthetic(layers=8, hidden=256, heads=8, rows=1024, tp=2, pp=4, context=512)
 TARGETS = (
     #  name             recipe                        how ranks' norms are joined
     ("hf",              Recipe("hf"),                 "mean"),
@@ -33,11 +33,11 @@ TARGETS = (
     ("int8",            Recipe("bnb", type="INT8"),   "mean"),
     ("e4m3",            Recipe("float8"),             "mean"),
 )  # fmt: skip
-HEADER = ("target", "size", "bits/weight", "convert", "verify", "largest relative error", "verdict")
+_HEADER = ("target", "size", "bits/weight", "convert", "verify", "largest relative error", "verdict")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class _Outcome:
     """One line of the table; times in seconds, the error as the worst tensor's RMS error over its RMS."""
 
     name: str
@@ -63,19 +63,19 @@ def run_demo(folder: Path, report: Callable[[str], None]) -> bool:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise PlanError(f"{folder}: exists already; remove it, or name another folder.")
     source = folder / "checkpoint"
-    write_checkpoint(source, MODEL)
+    write_checkpoint(source, _MODEL)
     checkpoint = open_checkpoint(source)
-    shape = f"{MODEL.layers} layers, hidden {MODEL.hidden}, TP {MODEL.tp} x PP {MODEL.pp}"
-    report(f"{source}: a gpt-neox checkpoint of {parameters(checkpoint):,} random parameters ({shape})")
-    outcomes = [one_target(source, folder / name, recipe, norms) for name, recipe, norms in TARGETS]
-    report(table("<>>>>><", [HEADER, *(outcome.row for outcome in outcomes)]))
+    shape = f"{_MODEL.layers} layers, hidden {_MODEL.hidden}, TP {_MODEL.tp} x PP {_MODEL.pp}"
+    report(f"{source}: a gpt-neox checkpoint of {checkpoint.parameters:,} random parameters ({shape})")
+    outcomes = [_one_target(source, folder / name, recipe, norms) for name, recipe, norms in TARGETS]
+    report(table("<>>>>><", [_HEADER, *(outcome.row for outcome in outcomes)]))
     passed = all(outcome.passed for outcome in outcomes)
     report("every byte and every weight is as it should be" if passed else "something is wrong: see the table")
     report(f"all of it is in {folder}; to remove it: rm -r {folder}")
     return passed
 
 
-def one_target(source: Path, target: Path, recipe: Recipe, norms: str) -> Outcome:
+def _one_target(source: Path, target: Path, recipe: Recipe, norms: str) -> _Outcome:
     """Convert and verify."""
     began = time.monotonic()
     checkpoint: Checkpoint = open_checkpoint(source, norms=norms)
@@ -84,6 +84,6 @@ def one_target(source: Path, target: Path, recipe: Recipe, norms: str) -> Outcom
     converted = time.monotonic()
     written, weights = verify_bytes(target), verify_weights(checkpoint, open_checkpoint(target))
     ended = time.monotonic()
-    bits = 8 * sum(step.nbytes for step in plan.steps) / parameters(checkpoint)
+    bits = 8 * sum(step.nbytes for step in plan.steps) / checkpoint.parameters
     times = converted - began, ended - converted
-    return Outcome(target.name, plan.total, bits, *times, weights.relative, written.passed and weights.passed)
+    return _Outcome(target.name, plan.total, bits, *times, weights.relative, written.passed and weights.passed)

@@ -11,34 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neoxconv.arch.gpt_neox.config import PRESETS
-from neoxconv.arch.gpt_neox.weights import GPT_NEOX
+from neoxconv.arch import ARCHITECTURES
+from neoxconv.core.encoding import Encoding, Scaled
 from neoxconv.core.layout import Entry
-from neoxconv.core.model import Checkpoint, Index, ModelConfig, Opening, parameters
+from neoxconv.core.model import Architecture, Checkpoint, Index, ModelConfig, Opening
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, Array
-from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, MIXES, SCALES
-from neoxconv.targets import bnb, float8, slim
+from neoxconv.targets import TARGETS
 from neoxconv.targets.divergences import DIVERGENCES
-from neoxconv.targets.gguf import gguf_entries
-from neoxconv.targets.hf import unified_entries
-from neoxconv.targets.linear import quantized_entries
-from neoxconv.targets.mixes import Choice
+from neoxconv.targets.mixes import MIXES
 from neoxconv.targets.recipe import Recipe
 
-DEGREE = 2  # of the published 20B shards: what slim keeps
-RECIPES = (
-    *(Recipe(name, dtype=dtype) for name in ("hf", "safetensors") for dtype in DTYPES),
-    *(Recipe("slim", dtype=dtype) for dtype in ("F16", "BF16")),
-    *(Recipe("gguf", type=mix) for mix in MIXES),
-    *(Recipe("bnb", type=kind) for kind in BNB_TYPES),
-    *(Recipe("bnb", type=kind, double_quant=True) for kind in BNB_TYPES if kind != "INT8"),
-    *(Recipe("float8", type=kind, scale=scale) for kind in FLOAT8_TYPES for scale in SCALES),
-)
+_DEGREE = 2  # of the published 20B shards: what slim keeps
+RECIPES = tuple(recipe for target in TARGETS.values() for recipe in target.recipes)
 
 
 @dataclass(frozen=True)
-class Row:
+class _Row:
     """One target: what chooses it, the bytes of the model's tensors, how far a weight and predictions move at most.
 
     `bound` is that of the layers' matrices, where one holds for all of them; `divergence` as measured.
@@ -53,57 +42,71 @@ class Row:
     divergence: float | None
 
 
-def catalog(preset: str = "20B") -> list[Row]:
+def catalog(preset: str = "20B") -> list[_Row]:
     """Every target and type, with the size of the released model `preset` in it."""
-    model = shapes(PRESETS[preset].config)
+    model = shapes(preset)
     return [row(model, recipe) for recipe in RECIPES]
 
 
-def row(model: Checkpoint, recipe: Recipe) -> Row:
+def row(model: Checkpoint, recipe: Recipe) -> _Row:
     """What one recipe makes of a model."""
-    held = entries(model, recipe)
+    held = TARGETS[recipe.format].entries(model, recipe)
     nbytes = sum(entry.nbytes for entry in held)
-    linear = next(entry.encoding for entry in held if "query_key_value.weight" in entry.unified)
-    name = recipe.type if recipe.format == "gguf" else linear.name if linear.dtype.quantized else None
-    bound = None if recipe.format == "gguf" or linear.bound is None else str(linear.bound)
-    bits = 8 * nbytes / parameters(model)
-    option = "--type" if recipe.type else "--dtype"
-    return Row(recipe.format, option, option_of(recipe), bits, nbytes, bound, DIVERGENCES.get(name) if name else None)
+    mixed = recipe.type in MIXES
+    encoding = _linear_encoding(model, held)
+    name = recipe.type if mixed else encoding.name if encoding.dtype.quantized else None
+    return _Row(
+        recipe.format,
+        option="--type" if recipe.type else "--dtype",
+        type=option_of(recipe),
+        bits=8 * nbytes / model.parameters,
+        nbytes=nbytes,
+        bound=None if mixed or encoding.bound is None else str(encoding.bound),
+        divergence=DIVERGENCES.get(name) if name else None,
+    )
+
+
+def _linear_encoding(model: Checkpoint, held: Sequence[Entry]) -> Encoding | Scaled:
+    """The encoding of the first of the layers' matrices; ranks' parts, which have names of their own, are all alike."""
+    linear = {weight.unified for _, weight in model.architecture.names(model.config) if weight.linear}
+    return next((entry for entry in held if entry.unified in linear), held[0]).encoding
 
 
 def option_of(recipe: Recipe) -> str:
     """What chooses a row of its format on the command line, behind --type or --dtype."""
+    double = " --double-quant" if recipe.double_quant else ""
     scale = f" --scale {recipe.scale}" if recipe.scale else ""
-    return f"{recipe.type or recipe.dtype or ''}{' --double-quant' * recipe.double_quant}{scale}"
+    return f"{recipe.type or recipe.dtype or ''}{double}{scale}"
 
 
-def shapes(config: ModelConfig) -> Checkpoint:
+def shapes(preset: str) -> Checkpoint:
+    """A released model's checkpoint, see `hollow_checkpoint`."""
+    architecture = next(architecture for architecture in ARCHITECTURES if preset in architecture.presets)
+    return hollow_checkpoint(architecture, architecture.presets[preset])
+
+
+def hollow_checkpoint(architecture: Architecture, config: ModelConfig) -> Checkpoint:
     """A checkpoint of a model's shapes in float16, with nothing to read in it."""
-    weights = {weight.unified: weight for _, weight in GPT_NEOX.names(config)}
-    tensors = {name: hollow(tuple(config.sizes[size] for size in w.shape)) for name, w in weights.items()}
-    parts = {name: weights[name].join.split(tensor, DEGREE, config) for name, tensor in tensors.items()}
-    ranks = tuple({name: split[rank] for name, split in parts.items()} for rank in range(DEGREE))
-    return Checkpoint(Opening(Path()), Index("neox", Path(), (), ranks, {}), GPT_NEOX, config, tensors, (), ())
+    weights = {weight.unified: weight for _, weight in architecture.names(config)}
+    tensors = {name: _hollow(tuple(config.sizes[size] for size in w.shape)) for name, w in weights.items()}
+    parts = {name: weights[name].join.split(tensor, _DEGREE, config) for name, tensor in tensors.items()}
+    ranks = [{name: split[rank] for name, split in parts.items()} for rank in range(_DEGREE)]
+    return Checkpoint(
+        opening=Opening(Path()),
+        index=Index("neox", Path(), (), tuple(ranks), {}),
+        architecture=architecture,
+        config=config,
+        tensors=tensors,
+        ranks=ranks,
+        dropped=(),
+        notes=(),
+    )
 
 
-def hollow(shape: tuple[int, ...]) -> LazyTensor:
+def _hollow(shape: tuple[int, ...]) -> LazyTensor:
     """A tensor that has a shape only."""
 
     def read(start: int, stop: int) -> Array:
         raise AssertionError(f"rows {start} to {stop} of a tensor that has none")
 
     return LazyTensor(shape, F16, read, F16)
-
-
-def entries(model: Checkpoint, recipe: Recipe) -> Sequence[Entry]:
-    """What a target would hold of a model."""
-    match recipe.format:
-        case "gguf":
-            return gguf_entries(model, Choice(recipe.type or "F16"))
-        case "slim":
-            return [entry for rank in slim.as_stored(model, recipe) for entry in rank.values()]
-        case "bnb":
-            return quantized_entries(model, recipe, bnb.encoding_of(recipe))
-        case "float8":
-            return quantized_entries(model, recipe, float8.encoding_of(recipe))
-    return unified_entries(model, recipe)

@@ -11,26 +11,20 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from neoxconv.core.model import Checkpoint, Index, describe, parameters
+from neoxconv.core.model import Checkpoint, Index
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.engine.manifest import MANIFEST
 from neoxconv.formats.neox import folder as neox
+from neoxconv.sources import SOURCES
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.sources.integrity import Integrity
-from neoxconv.storage.files import size_of
-from neoxconv.storage.remote import Place, together
+from neoxconv.storage import Place, size_of, together
 from neoxconv.words import first_of, plural, size, table
 
-FORMATS = {
-    "neox": "gpt-neox checkpoint",
-    "hf": "Hugging Face folder",
-    "safetensors": "safetensors file",
-    "gguf": "GGUF file",
-}
-GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
-KINDS = ("weights", "optimizer states", "bookkeeping", "config and tokenizer", "other")
-SUFFIXES = (".yml", ".yaml", ".json", ".txt", ".model", ".jinja")
-BOOKKEEPING = ("latest", MANIFEST)
+_GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
+_KINDS = ("weights", "optimizer states", "bookkeeping", "config and tokenizer", "other")
+_SUFFIXES = (".yml", ".yaml", ".json", ".txt", ".model", ".jinja")
+_BOOKKEEPING = ("latest", MANIFEST)
 
 
 def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str, Any]:
@@ -41,22 +35,22 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
     index = checkpoint.index
     facts = {
         "source": source(checkpoint),
-        "config": describe(checkpoint.config),
-        "parameters": parameters(checkpoint),
+        "config": checkpoint.config.facts,
+        "parameters": checkpoint.parameters,
         "groups": groups(checkpoint),
         "tensors": [
-            {"name": name, "dtype": type_name(t), "shape": list(t.shape), "bytes": native_bytes(t)}
+            {"name": name, "dtype": _type_name(t), "shape": list(t.shape), "bytes": _native_bytes(t)}
             for name, t in checkpoint.tensors.items()
         ],
-        "files": files_by_kind(index),
-        "rank_difference": norms_apart(checkpoint, check),
+        "files": _files_by_kind(index),
+        "rank_difference": _norms_apart(checkpoint, check),
         "dropped": list(checkpoint.dropped),
         "notes": list(checkpoint.notes),
     }
     return facts | ({"check": check.facts} if check else {})
 
 
-def norms_apart(checkpoint: Checkpoint, check: Integrity | None) -> float | None:
+def _norms_apart(checkpoint: Checkpoint, check: Integrity | None) -> float | None:
     """The largest difference between ranks in any norm; None where the source is damaged."""
     if check and check.damage:
         return None
@@ -67,7 +61,7 @@ def source(checkpoint: Checkpoint) -> dict[str, Any]:
     """What kind of source it is."""
     index = checkpoint.index
     facts: dict[str, Any] = {"format": index.format, "path": str(index.folder), "tensor_parallel": len(index.ranks)}
-    if index.format != "neox":
+    if SOURCES[index.format].naming != "neox":
         return facts
     return facts | {
         "pipeline_parallel": max(1, len(index.states) // len(index.ranks)),
@@ -82,15 +76,16 @@ def generation(checkpoint: Checkpoint) -> str:
     """Which gpt-neox's names the tensors have: told by the weight with the most spellings."""
     spelled = max((weight.source for weight in checkpoint.architecture.weights), key=len)
     endings = {name.split(".", 1)[1] for name in checkpoint.index.ranks[0]}
-    return next((era for era, name in zip(GENERATIONS, spelled, strict=True) if name in endings), "unknown")
+    eras = zip(_GENERATIONS, spelled, strict=False)  # an architecture need not have been there from the first
+    return next((era for era, name in eras if name in endings), "unknown")
 
 
-def type_name(tensor: LazyTensor) -> str:
+def _type_name(tensor: LazyTensor) -> str:
     """The type in which the source holds a tensor."""
     return tensor.dtype.name if tensor.dtype.quantized else tensor.native.name
 
 
-def native_bytes(tensor: LazyTensor) -> int:
+def _native_bytes(tensor: LazyTensor) -> int:
     """Bytes of a whole tensor in that type."""
     return tensor.nbytes if tensor.dtype.quantized else tensor.rows * tensor.native.size(tensor.columns)
 
@@ -101,9 +96,9 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     total: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for _, weight in checkpoint.architecture.names(checkpoint.config):
         tensor = checkpoint.tensors[weight.unified]
-        key = weight.role, type_name(tensor), tensor.shape
+        key = weight.role, _type_name(tensor), tensor.shape
         count[key] += 1
-        total[key] += native_bytes(tensor)
+        total[key] += _native_bytes(tensor)
     return [
         {"role": role, "count": count[key], "dtype": dtype, "shape": list(shape), "bytes": total[key]}
         for key in count
@@ -111,21 +106,21 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     ]
 
 
-def files_by_kind(index: Index) -> list[dict[str, Any]]:
+def _files_by_kind(index: Index) -> list[dict[str, Any]]:
     """How many files of each kind there are, and their bytes."""
     count: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    files = source_files(index)
+    files = _source_files(index)
     for path, nbytes in zip(files, together(size_of, files, index.folder), strict=True):
-        kind = kind_of(path, index)
+        kind = _kind_of(path, index)
         count[kind] += 1
         total[kind] += nbytes
-    return [{"kind": kind, "count": count[kind], "bytes": total[kind]} for kind in KINDS if count[kind]]
+    return [{"kind": kind, "count": count[kind], "bytes": total[kind]} for kind in _KINDS if count[kind]]
 
 
-def source_files(index: Index) -> list[Place]:
+def _source_files(index: Index) -> list[Place]:
     """The files that make up a source: all of its folder's, and those beside `latest`; single files alone."""
-    if index.format not in ("neox", "hf"):
+    if index.single:
         return [file.storage.path for file in index.files]
     found: set[Place] = {path for path in index.folder.rglob("*") if path.is_file()} | set(index.configs)
     if (index.folder.parent / "latest").is_file():
@@ -133,36 +128,36 @@ def source_files(index: Index) -> list[Place]:
     return sorted(found, key=str)
 
 
-def kind_of(path: Place, index: Index) -> str:
+def _kind_of(path: Place, index: Index) -> str:
     """What a file is for, by its name and by what was read from it."""
     if path.name in index.set_aside or neox.OPTIMIZER.fullmatch(path.name):
         return "optimizer states"
-    if path.name in BOOKKEEPING or (neox.STATES.fullmatch(path.name) and not index.sequential):
+    if path.name in _BOOKKEEPING or (neox.STATES.fullmatch(path.name) and not index.sequential):
         return "bookkeeping"
     if path.name in {file.storage.name for file in index.files}:
         return "weights"
-    return "config and tokenizer" if path.suffix in SUFFIXES else "other"
+    return "config and tokenizer" if path.suffix in _SUFFIXES else "other"
 
 
 def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
     """The tables that a person reads; `every_tensor` lists each one by name."""
     sections = [
-        ("source", table("<<", what_it_is(facts))),
+        ("source", table("<<", _what_it_is(facts))),
         ("config", table("<<", list(facts["config"].items()))),
-        ("tensors", tensor_table(facts)),
+        ("tensors", _tensor_table(facts)),
         *([("every tensor", every(facts))] if every_tensor else []),
-        ("files", file_table(facts)),
-        *([("check", check_table(facts["check"]))] if "check" in facts else []),
+        ("files", _file_table(facts)),
+        *([("check", _check_table(facts["check"]))] if "check" in facts else []),
         *([("notes", "\n".join(f"  {note}" for note in facts["notes"]))] if facts["notes"] else []),
     ]
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 
-def what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines on the source as a whole."""
     found = facts["source"]
-    rows = [("what", FORMATS[found["format"]]), ("path", found["path"])]
-    if found["format"] == "neox":
+    rows = [("what", SOURCES[found["format"]].title), ("path", found["path"])]
+    if "layout" in found:  # gpt-neox's own
         rows += [
             ("parallel", f"TP {found['tensor_parallel']}, PP {found['pipeline_parallel']} ({found['layout']})"),
             ("names", found["names"]),
@@ -185,7 +180,7 @@ def times(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def tensor_table(facts: Mapping[str, Any]) -> str:
+def _tensor_table(facts: Mapping[str, Any]) -> str:
     """The groups of tensors with their sum."""
     rows = [
         (group["role"], group["count"], group["dtype"], times(group["shape"]), size(group["bytes"]))
@@ -200,7 +195,7 @@ def every(facts: Mapping[str, Any]) -> str:
     return table("<<<>", [(t["name"], t["dtype"], times(t["shape"]), size(t["bytes"])) for t in facts["tensors"]])
 
 
-def file_table(facts: Mapping[str, Any]) -> str:
+def _file_table(facts: Mapping[str, Any]) -> str:
     """The kinds of files with their sum."""
     files = facts["files"]
     rows = [(file["kind"], file["count"], f"{file['bytes']:,}", size(file["bytes"])) for file in files]
@@ -208,7 +203,7 @@ def file_table(facts: Mapping[str, Any]) -> str:
     return table("<>>>", [("kind", "files", "bytes", "size"), *rows, ("sum", count, f"{total:,}", size(total))])
 
 
-def check_table(check: Mapping[str, Any]) -> str:
+def _check_table(check: Mapping[str, Any]) -> str:
     """What was read, what came of it, and up to twenty findings."""
     read = f"{plural(check['files'], 'file')}, {plural(check['records'], 'record')}, {check['bytes']:,} bytes"
     bare = plural(check["files_without_checksums"], "file"), plural(check["records_without_checksum"], "record")

@@ -1,7 +1,8 @@
-"""The command line: options, one call into the library for each command, errors as messages and exit codes.
+"""The command line: a command's help text and its one call into the library, errors as messages and exit codes.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 something differs, 130 and 143 stopped by Ctrl-C and SIGTERM.
-Only click and plain names are imported at the top, so that `neoxconv --help` answers at once.
+What the options are, and their help, stands in `options`; what a command does in the file of its name. Only click and
+plain names are imported at the top, so that `neoxconv --help` answers at once.
 """
 
 from __future__ import annotations
@@ -18,31 +19,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from neoxconv.cli.options import (
-    PATH,
-    as_json,
-    check,
-    check_logits_options,
-    choice_option,
-    configuration,
-    jobs,
-    location,
-    norms,
-    of_logits,
-    override,
-    scheduler,
-    size_option,
-    verbose,
-)
+from neoxconv.cli.options import of_calibrate, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
 from neoxconv.errors import NeoxconvError, VerifyError
-from neoxconv.names import BNB_TYPES, DTYPES, FLOAT8_TYPES, FORMATS, MIXES, SCALES, TYPES
 from neoxconv.version import __version__
 from neoxconv.words import table
 
 if TYPE_CHECKING:
-    from neoxconv.storage.remote import Place
+    from neoxconv.storage import Place
 
-FAILED, DIFFERS, INTERRUPTED, TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
+_FAILED, _DIFFERS, _INTERRUPTED, _TERMINATED = 1, 3, 130, 143  # 2, wrong usage, is click's
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -53,72 +38,24 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("source", type=location, metavar="SRC")
-@configuration
-@click.option("--tensors", is_flag=True, help="List every tensor.")
-@check
-@jobs
-@as_json
-@verbose
+@of_inspect
 def inspect(source: Place, **given: Any) -> int:
     """Show what SRC is, its configuration, and what its bytes are for.
 
     With --check the exit code is 3 where any byte is not as its format's checksums say.
     """
     from neoxconv.cli import inspect
-    from neoxconv.cli.source import checked, opened
+    from neoxconv.cli.source import Reading, checked, chosen, opened
 
-    checkpoint = opened(source, given)
-    found = checked(checkpoint, given, quiet=given["json"])
+    checkpoint = opened(source, chosen(Reading, given))
+    found = checked(checkpoint, jobs=given["jobs"], quiet=given["json"]) if given["check"] else None
     facts = inspect.inspect(checkpoint, found)
-    click.echo(json.dumps(finite(facts), allow_nan=False) if given["json"] else inspect.render(facts, given["tensors"]))
-    return DIFFERS if found and found.damage else 0
+    click.echo(_as_json(facts) if given["json"] else inspect.render(facts, given["tensors"]))
+    return _DIFFERS if found and found.damage else 0
 
 
 @commands.command()
-@click.argument("source", type=location, metavar="SRC")
-@click.argument("target", type=location, metavar="DST")
-@choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST.")
-@choice_option(
-    "--type",
-    choices=(*MIXES, *BNB_TYPES, *FLOAT8_TYPES),
-    metavar="TYPE",
-    help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
-)
-@choice_option("--mix", choices=("current", "classic"), help="gguf: attn_qkv as now, or as until early 2025.")
-@click.option("--pure", is_flag=True, default=None, help="gguf: the mix's main type for every matrix.")
-@choice_option("--output-type", choices=TYPES, metavar="TYPE", help="gguf: the type of output.weight.")
-@choice_option("--embedding-type", choices=TYPES, metavar="TYPE", help="gguf: the type of token_embd.weight.")
-@click.option("--tensor-type", type=override, multiple=True, metavar="PATTERN=TYPE",
-              help="gguf: the type of names that hold the pattern; repeat for several.")  # fmt: skip
-@click.option("--imatrix", type=PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat.")
-@choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error.")
-@click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too.")
-@choice_option("--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]")
-@choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]")
-@choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]")
-@click.option("--only", multiple=True, metavar="PATTERN",
-              help="hf, safetensors: only tensors whose names hold the pattern; repeat for several.")  # fmt: skip
-@norms
-@click.option(
-    "--tp", type=click.IntRange(min=1), metavar="N", help="slim: ranks to split into.  [default: as SRC, else 1]"
-)
-@click.option("--pp", type=click.IntRange(min=0), metavar="M",
-              help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]")  # fmt: skip
-@configuration
-@click.option("--tokenizer", type=PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]")
-@size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]")
-@size_option("--split-size", help="gguf: DST is a folder of files of this size at most.")
-@jobs
-@size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within.")
-@click.option("--executor", type=scheduler, metavar="dask://HOST:PORT", help="A Dask cluster's workers do the work.")
-@check
-@click.option("--overwrite", is_flag=True, help="Replace DST where it exists.")
-@click.option("--allow-nonfinite", is_flag=True, default=None, help="Write infinities and NaN as they are.")
-@click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing.")
-@as_json
-@click.option("--quiet", is_flag=True, help="Print errors only.")
-@verbose
+@of_convert
 def convert(source: Place, target: Place, **given: Any) -> None:
     """Convert SRC into DST. Interrupted, the same command continues.
 
@@ -144,38 +81,22 @@ def convert(source: Place, target: Place, **given: Any) -> None:
 
 
 @commands.command()
-@click.argument("source", type=location, metavar="SRC")
-@click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The matrix: a GGUF file.")
-@click.option("--text", type=PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more.")
-@click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file.")
-@click.option(
-    "--length", type=click.IntRange(min=2), default=512, metavar="N", show_default=True, help="Tokens in a sequence."
-)
-@click.option("--sequences", type=click.IntRange(min=1), metavar="N", help="Sequences at most.")
-@norms
-@configuration
-@click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda.")
-@click.option("--overwrite", is_flag=True, help="Replace FILE where it exists.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
-@verbose
+@of_calibrate
 def calibrate(source: Place, **given: Any) -> None:
     """Make an importance matrix of SRC from a text, for `convert --imatrix` and for llama.cpp's tools.
 
     SRC is run layer by layer from disk. The matrix has, for each column of each layer's matrices, the mean square of
     what it is multiplied with.
     """
-    if bool(given["text"]) == bool(given["tokens"]):
-        raise click.UsageError("give either --text FILE or --tokens FILE.")
-    from neoxconv.cli.calibrate import make_matrix
+    from neoxconv.cli.calibrate import asked_for, make_matrix
 
-    told = make_matrix(source, given)
+    told = make_matrix(asked_for(source, given))
     if not given["quiet"]:
         click.echo(told)
 
 
 @commands.command()
-@as_json
-@verbose
+@of_formats
 def formats(**given: Any) -> None:
     """List every target and type: bits per weight, the size of 20B, how far a weight is rounded at most, and how far
     predictions move.
@@ -199,47 +120,40 @@ def formats(**given: Any) -> None:
 
 
 @commands.command()
-@click.argument("paths", type=location, nargs=-1, required=True, metavar="[SRC] TARGET")
-@choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]")
-@norms
-@configuration
-@of_logits
-@click.option(
-    "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."
-)
-@jobs
-@as_json
-@click.option("--quiet", is_flag=True, help="Print the verdict only.")
-@verbose
+@of_verify
 def verify(paths: tuple[Place, ...], **given: Any) -> int:
     """Check TARGET: its bytes, with SRC every weight, and with --level logits what it predicts.
 
     SRC is then run as it was trained, rank by rank, and TARGET beside it, streamed from disk layer by layer. The last
     line says which levels ran and whether they passed; the exit code is 3 where anything differs.
     """
-    if len(paths) > (1 if given["sha256sums"] else 2):
-        raise click.UsageError(
-            f"expected TARGET{'' if given['sha256sums'] else ' or SRC TARGET'}, found {len(paths)} paths."
-        )
+    from neoxconv.cli.verify import asked_for, audit, digests
+
     if given["sha256sums"]:
-        check_logits_options("bytes", given)
-        if given["level"] or given["json"]:
-            raise click.UsageError("--sha256sums prints digests and checks nothing; leave --level and --json out.")
-        from neoxconv.verify.bytes import sha256sums
-
-        for name, digest in sha256sums(paths[0]):
-            click.echo(f"{digest}  {name}")
+        for line in digests(paths, given):
+            click.echo(line)
         return 0
-    level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
-    if level != "bytes" and len(paths) == 1:
-        raise click.UsageError(f"--level {level} needs the source too: neoxconv verify SRC TARGET.")
-    check_logits_options(level, given)
-    from neoxconv.cli.verify import audit
-
-    outcome = audit(paths, level, given)
+    outcome = audit(asked_for(paths, given))
     shown = outcome.verdict if given["quiet"] else outcome.listing
-    click.echo(json.dumps(finite(outcome.facts), allow_nan=False) if given["json"] else shown)
-    return 0 if outcome.passed else DIFFERS
+    click.echo(_as_json(outcome.facts) if given["json"] else shown)
+    return 0 if outcome.passed else _DIFFERS
+
+
+@commands.command()
+@of_demo
+def demo(folder: Path) -> int:
+    """Make a small checkpoint, convert it to every format, verify each.
+
+    All of it lies in FOLDER (neoxconv-demo by default). Needs no network.
+    """
+    from neoxconv.cli.demo import run_demo
+
+    return 0 if run_demo(folder, click.echo) else _DIFFERS
+
+
+def _as_json(facts: Any) -> str:
+    """Facts as one line of JSON."""
+    return json.dumps(finite(facts), allow_nan=False)
 
 
 def finite(value: Any) -> Any:
@@ -251,32 +165,21 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@commands.command()
-@click.argument("folder", type=PATH, default=Path("neoxconv-demo"), required=False)
-@verbose
-def demo(folder: Path) -> int:
-    """Make a small checkpoint, convert it to every format, verify each.
-
-    All of it lies in FOLDER (neoxconv-demo by default). Needs no network.
-    """
-    from neoxconv.cli.demo import run_demo
-
-    return 0 if run_demo(folder, click.echo) else DIFFERS
-
-
-class Terminated(KeyboardInterrupt):
+class _Terminated(KeyboardInterrupt):
     """SIGTERM came: stop as for Ctrl-C."""
 
 
-def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own), print what goes wrong to stderr, and return the exit code."""
     if not hasattr(os, "preadv"):
-        return complain("this system cannot read files at an offset (no os.preadv): Windows is not supported.", FAILED)
-    signal.signal(signal.SIGTERM, terminate)
+        return _complain(
+            "this system cannot read files at an offset (no os.preadv): Windows is not supported.", _FAILED
+        )
+    signal.signal(signal.SIGTERM, _terminate)
     session = {"verbose": False}
     try:
         return commands.main(arguments, "neoxconv", standalone_mode=False, obj=session) or 0
@@ -284,30 +187,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
-        return stopped(stop)
+        return _stopped(stop)
     except Exception as error:
         if session["verbose"]:
             traceback.print_exc()
-        return explain(error)
+        return _explain(error)
 
 
-def stopped(stop: BaseException) -> int:
+def _stopped(stop: BaseException) -> int:
     """Say how to go on after Ctrl-C or SIGTERM, which click wraps."""
     cause = stop.__cause__ or stop
-    return complain(str(cause) or "stopped.", TERMINATED if isinstance(cause, Terminated) else INTERRUPTED)
+    return _complain(str(cause) or "stopped.", _TERMINATED if isinstance(cause, _Terminated) else _INTERRUPTED)
 
 
-def explain(error: Exception) -> int:
+def _explain(error: Exception) -> int:
     """Say what went wrong, and return the exit code for it."""
     if isinstance(error, NeoxconvError):
-        return complain(str(error), DIFFERS if isinstance(error, VerifyError) else FAILED)
+        return _complain(str(error), _DIFFERS if isinstance(error, VerifyError) else _FAILED)
     if isinstance(error, OSError) and error.strerror:
-        return complain(f"{error.filename or 'standard output'}: {error.strerror}.", FAILED)
+        return _complain(f"{error.filename or 'standard output'}: {error.strerror}.", _FAILED)
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return _complain("torch, which runs the models, is not installed; pip install 'neoxconv[logits]'.", _FAILED)
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return complain(f"unexpected {what}; run again with -v to see where, and report it.", FAILED)
+    return _complain(f"unexpected {what}; run again with -v to see where, and report it.", _FAILED)
 
 
-def complain(message: str, code: int) -> int:
+def _complain(message: str, code: int) -> int:
     """Print a message to stderr, each line under our name, and return the exit code."""
     for line in message.splitlines():
         click.echo(f"neoxconv: {line}", err=True)

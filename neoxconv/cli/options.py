@@ -1,4 +1,7 @@
-"""The options that the commands share, and how their values are read; plain names only, as in cli.py."""
+"""Every option of every command with its help text, and how their values are read.
+
+A typo in an option's help is here; a command's own text is in `main`. Plain names only, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from neoxconv.names import NORMS, PRESETS, TYPES, WEIGHTS
+from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, SCALES, TARGET_TYPES, TYPES, WEIGHTS
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
-    from neoxconv.storage.remote import Place
+    from neoxconv.storage import Place
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1)
+_LENGTH = click.IntRange(min=2)
 
 
-def location(text: str) -> Place:
+def _location(text: str) -> Place:
     """The path or the URL that an argument means."""
-    from neoxconv.storage.address import place
+    from neoxconv.storage import place
 
     return place(text)
 
@@ -45,7 +50,7 @@ def limit(text: str) -> float:
     return number
 
 
-def override(text: str) -> tuple[str, str]:
+def _override(text: str) -> tuple[str, str]:
     """The pattern and the type that `--tensor-type` joins with `=`."""
     pattern, equals, name = text.rpartition("=")
     if not (pattern and equals) or name.upper() not in TYPES:
@@ -60,18 +65,18 @@ def scheduler(text: str) -> str:
     return text
 
 
-def size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
+def _size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
     """An option that takes a number of bytes."""
     return click.option(name, type=byte_count, metavar="SIZE", **settings)
 
 
-def choice_option(*names: str, choices: Sequence[str], **settings: Any) -> Callable[[Command], Command]:
+def _choice_option(*names: str, choices: Sequence[str], **settings: Any) -> Callable[[Command], Command]:
     """An option that takes one of `choices`, in any case."""
     shown = {"metavar": "|".join(choices)} | settings
     return click.option(*names, type=click.Choice(choices, case_sensitive=False), **shown)
 
 
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several options as one decorator, in the order in which `--help` lists them."""
 
     def apply(command: Command) -> Command:
@@ -82,40 +87,134 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     return apply
 
 
-def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+def _remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     """Note in what `main` shares with every command whether tracebacks are wanted."""
     if value and context.obj is not None:
         context.obj["verbose"] = True
 
 
+# --- shared by several commands ---------------------------------------------------------------------------------------
+
 verbose = click.option(
-    "-v", "--verbose", is_flag=True, expose_value=False, callback=remember, help="Show the traceback of an error."
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_remember, help="Show the traceback of an error."
 )
-as_json = click.option("--json", is_flag=True, help="Print one JSON object for machines.")
-configuration = options(
-    click.option("--config", type=PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
-    choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
-    choice_option("--weights", choices=WEIGHTS, help="SRC's weights: as stored (default), or the optimizer's fp32."),
+_as_json = click.option("--json", is_flag=True, help="Print one JSON object for machines.")
+quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
+source = click.argument("source", type=_location, metavar="SRC")
+configuration = _options(
+    click.option("--config", type=_PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
+    _choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
+    _choice_option("--weights", choices=WEIGHTS, help="SRC's weights: as stored (default), or the optimizer's fp32."),
 )
-norms = choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (default), exact fold, or rank 0's.")
-jobs = click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; the processors, 8 at most.")
+norms = _choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (default), exact fold, or rank 0's.")
+jobs = click.option("--jobs", type=_COUNT, metavar="N", help="Threads; the processors, 8 at most.")
 check = click.option("--check", is_flag=True, help="Read every byte of SRC first, and compare its checksums.")
-of_logits = options(
-    click.option("--text", type=PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]"),
-    click.option("--tokens", type=PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
+
+# --- the commands' own, in the order of `--help` ----------------------------------------------------------------------
+
+of_inspect = _options(
+    source,
+    configuration,
+    click.option("--tensors", is_flag=True, help="List every tensor."),
+    check,
+    jobs,
+    _as_json,
+    verbose,
+)
+
+_of_gguf = _options(
+    _choice_option("--mix", choices=("current", "classic"), help="gguf: attn_qkv as now, or as until early 2025."),
+    click.option("--pure", is_flag=True, default=None, help="gguf: the mix's main type for every matrix."),
+    _choice_option("--output-type", choices=TYPES, metavar="TYPE", help="gguf: the type of output.weight."),
+    _choice_option("--embedding-type", choices=TYPES, metavar="TYPE", help="gguf: the type of token_embd.weight."),
     click.option(
-        "--length", type=click.IntRange(min=2), metavar="N", help="logits: tokens in a sequence.  [default: 256]"
+        "--tensor-type",
+        type=_override,
+        multiple=True,
+        metavar="PATTERN=TYPE",
+        help="gguf: the type of names that hold the pattern; repeat for several.",
     ),
+    click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
+    _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
+)
+of_convert = _options(
+    source,
+    click.argument("target", type=_location, metavar="DST"),
+    _choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST."),
+    _choice_option(
+        "--type",
+        choices=TARGET_TYPES,
+        metavar="TYPE",
+        help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
+    ),
+    _of_gguf,
+    click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
+    _choice_option(
+        "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
+    ),
+    _choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]"),
+    _choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]"),
     click.option(
-        "--sequences", type=click.IntRange(min=1), metavar="N", help="logits: sequences, and questions, at most."
+        "--only",
+        multiple=True,
+        metavar="PATTERN",
+        help="hf, safetensors: only tensors whose names hold the pattern; repeat for several.",
     ),
-    choice_option(
+    norms,
+    click.option("--tp", type=_COUNT, metavar="N", help="slim: ranks to split into.  [default: as SRC, else 1]"),
+    click.option(
+        "--pp",
+        type=click.IntRange(min=0),
+        metavar="M",
+        help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]",
+    ),
+    configuration,
+    click.option("--tokenizer", type=_PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]"),
+    _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
+    _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
+    jobs,
+    _size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within."),
+    click.option(
+        "--executor", type=scheduler, metavar="dask://HOST:PORT", help="A Dask cluster's workers do the work."
+    ),
+    check,
+    click.option("--overwrite", is_flag=True, help="Replace DST where it exists."),
+    click.option("--allow-nonfinite", is_flag=True, default=None, help="Write infinities and NaN as they are."),
+    click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing."),
+    _as_json,
+    quiet,
+    verbose,
+)
+
+of_calibrate = _options(
+    source,
+    click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
+    click.option("--text", type=_PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more."),
+    click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
+    click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
+    click.option("--sequences", type=_COUNT, metavar="N", help="Sequences at most."),
+    norms,
+    configuration,
+    click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda."),
+    click.option("--overwrite", is_flag=True, help="Replace FILE where it exists."),
+    quiet,
+    verbose,
+)
+
+of_formats = _options(_as_json, verbose)
+
+_of_logits = _options(
+    click.option("--text", type=_PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]"),
+    click.option("--tokens", type=_PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
+    click.option("--length", type=_LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
+    click.option("--sequences", type=_COUNT, metavar="N", help="logits: sequences, and questions, at most."),
+    _choice_option(
         "--task", choices=("lambada", "piqa", "hellaswag"), help="logits: also answer questions, both sides."
     ),
     click.option(
-        "--data", type=PATH, metavar="FILE", help="logits: the task's questions, .jsonl with the task's fields."
+        "--data", type=_PATH, metavar="FILE", help="logits: the task's questions, .jsonl with the task's fields."
     ),
-    choice_option(
+    _choice_option(
         "--engine",
         choices=("native", "transformers", "llama.cpp"),
         default="native",
@@ -124,34 +223,29 @@ of_logits = options(
         help="logits: what runs TARGET: native, transformers or llama.cpp.",
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
-    click.option(
-        "--max-kl",
-        type=limit,
-        metavar="X",
-        help="logits: mean KL divergence.  [default: by TARGET's type]",
-    ),
+    click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),
     click.option("--max-kl-p99", type=limit, metavar="X", help="logits: its 99th percentile."),
     click.option("--min-top1", type=limit, metavar="X", help="logits: share of equal first choices."),
     click.option("--max-ppl-ratio", type=limit, metavar="X", help="logits: TARGET's perplexity over SRC's."),
     click.option("--bisect", is_flag=True, help="logits: find the tensor that breaks the first broken layer."),
-    click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page."),
+    click.option("--html", type=_PATH, metavar="FILE", help="logits: write a report as one page."),
+)
+of_verify = _options(
+    click.argument("paths", type=_location, nargs=-1, required=True, metavar="[SRC] TARGET"),
+    _choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]"),
+    norms,
+    configuration,
+    _of_logits,
+    click.option(
+        "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."
+    ),
+    jobs,
+    _as_json,
+    click.option("--quiet", is_flag=True, help="Print the verdict only."),
+    verbose,
 )
 
-LOGITS_ONLY = (
-    "text", "tokens", "length", "sequences", "task", "data", "device",
-    "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html",
-)  # fmt: skip
-
-
-def check_logits_options(level: str, given: dict[str, Any]) -> None:
-    """Raise UsageError for options of the logits level where another is run, and for two sources of tokens."""
-    idle = [name for name in LOGITS_ONLY if given[name] not in (None, False)]
-    if level != "logits" and (idle or given["engine"] != "native"):
-        name = (idle or ["engine"])[0].replace("_", "-")
-        raise click.UsageError(f"--{name} is for --level logits.")
-    if given["text"] and given["tokens"]:
-        raise click.UsageError("--text and --tokens exclude each other; give one of them.")
-    if given["bisect"] and given["engine"] != "native":
-        raise click.UsageError("--bisect needs the native engine, which sees the layers; leave --engine out.")
-    if bool(given["task"]) != bool(given["data"]):
-        raise click.UsageError("--task and --data belong together; give both.")
+of_demo = _options(
+    click.argument("folder", type=_PATH, default=Path("neoxconv-demo"), required=False),
+    verbose,
+)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -12,25 +14,44 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.engine.memory import threads_for
 from neoxconv.sources import integrity
 from neoxconv.sources.checkpoint import open_checkpoint
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 Given = Mapping[str, Any]  # the options by name; None where one was not given
+Chosen = TypeVar("Chosen")
 
 
-def opened(source: Place, given: Given, norms: str = "mean", weights: str | None = None) -> Checkpoint:
-    """The checkpoint at `source` with the configuration, and unless told here the weights, that the options give."""
-    if given["config"] and given["preset"]:
+@dataclass(frozen=True)
+class Reading:
+    """How SRC is to be read, each by the option of that name; None leaves it to us."""
+
+    config: tuple[Path, ...] = ()
+    preset: str | None = None
+    norms: str | None = None
+    weights: str | None = None
+
+
+def chosen(kind: type[Chosen], given: Given) -> Chosen:
+    """A dataclass whose fields are named as options: with the values of those that were given, else its defaults."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: given[name] for name in names if given.get(name) is not None})
+
+
+def opened(source: Place, how: Reading) -> Checkpoint:
+    """The checkpoint at `source`, its norms averaged and its weights as stored unless told otherwise.
+
+    Raises UsageError for options that exclude each other, and what `open_checkpoint` raises.
+    """
+    if how.config and how.preset:
         raise click.UsageError("--config and --preset exclude each other; give one of them.")
-    weights = weights or given["weights"] or "stored"
-    checkpoint = open_checkpoint(source, config=given["config"], preset=given["preset"], norms=norms, weights=weights)
-    if given["config"] and checkpoint.index.format != "neox":
+    checkpoint = open_checkpoint(
+        source, config=how.config, preset=how.preset, norms=how.norms or "mean", weights=how.weights or "stored"
+    )
+    if how.config and checkpoint.index.format != "neox":
         raise click.UsageError(f"--config is for gpt-neox checkpoints; {source} has its own settings. Leave it out.")
     return checkpoint
 
 
-def checked(checkpoint: Checkpoint, given: Given, quiet: bool) -> integrity.Integrity | None:
-    """What reading every byte of the source finds, with a bar; None where --check is not given."""
-    if not given["check"]:
-        return None
+def checked(checkpoint: Checkpoint, *, jobs: int | None, quiet: bool) -> integrity.Integrity:
+    """What reading every byte of the source finds, with a bar."""
     with progress_bar(integrity.work(checkpoint), "checking", quiet) as progress:
-        return integrity.check(checkpoint, jobs=threads_for(checkpoint, given["jobs"]), progress=progress)
+        return integrity.check(checkpoint, jobs=threads_for(checkpoint, jobs), progress=progress)

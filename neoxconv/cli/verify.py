@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import click
+
 from neoxconv.cli.progress import progress_bar
-from neoxconv.cli.source import Given, opened
+from neoxconv.cli.source import Given, Reading, chosen, opened
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine.manifest import read_manifest
 from neoxconv.engine.memory import threads_for
@@ -15,14 +19,43 @@ from neoxconv.engine.side_file import check_side_file
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError, VerifyError
 from neoxconv.sources.checkpoint import open_checkpoint, read_index
 from neoxconv.sources.coverage import is_partial
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify import verify_bytes, verify_weights
+from neoxconv.verify.bytes import sha256sums
+from neoxconv.verify.logits.trial import Limits, Sample, Task, Trial
 from neoxconv.verify.report import Finding, Report, TensorError, verdicts
 from neoxconv.words import first_of, table
 
+_LOGITS_ONLY = (
+    "text", "tokens", "length", "sequences", "task", "data", "device",
+    "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
-class Outcome:
+class _Audit:
+    """What `verify` is asked to do: the paths are the target's alone, or the source's and the target's."""
+
+    paths: tuple[Place, ...]
+    level: str  # the last that is run: bytes, weights or logits
+    reading: Reading  # of the source
+    trial: Trial  # of the logits level
+    jobs: int | None
+    quiet: bool  # no bars
+
+    @property
+    def target(self) -> Place:
+        return self.paths[-1]
+
+    @property
+    def files(self) -> tuple[Path | None, ...]:
+        """What the logits level reads besides the two models."""
+        task = self.trial.task
+        return self.trial.sample.text, self.trial.sample.tokens, task.data if task else None
+
+
+@dataclass(frozen=True)
+class _Outcome:
     """What every level found; `basis` says how the source was read."""
 
     basis: Mapping[str, str]
@@ -77,64 +110,119 @@ def errors(report: Report) -> str:
     return table("<>><", [("encoding", "relative error", "largest", "in the worst tensor"), *rows])
 
 
-def audit(paths: Sequence[Place], level: str, given: Given) -> Outcome:
-    """The levels up to `level` on the last path: bytes (where it has a manifest), then weights against the first."""
-    target = paths[-1]
-    if level == "bytes":
-        return Outcome({}, (check_bytes(target, given),))
+def asked_for(paths: Sequence[Place], given: Given) -> _Audit:
+    """The request that the options make. Raises UsageError where they do not go together."""
+    if len(paths) > 2:
+        raise click.UsageError(f"expected TARGET or SRC TARGET, found {len(paths)} paths.")
+    level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
+    if level != "bytes" and len(paths) == 1:
+        raise click.UsageError(f"--level {level} needs the source too: neoxconv verify SRC TARGET.")
+    _check_logits_options(level, given)
+    task = Task(given["task"], given["data"], given["sequences"]) if given["task"] else None
+    trial = Trial(
+        sample=chosen(Sample, given),
+        limits=chosen(Limits, given),
+        engine=given["engine"],
+        device=given["device"] or "cpu",
+        bisect=given["bisect"],
+        task=task,
+        html=given["html"],
+    )
+    quiet = given["json"] or given["quiet"]
+    return _Audit(tuple(paths), level, chosen(Reading, given), trial=trial, jobs=given["jobs"], quiet=quiet)
+
+
+def _check_logits_options(level: str, given: Given) -> None:
+    """Raise UsageError for options of the logits level where another is run, and for two sources of tokens."""
+    idle = [name for name in _LOGITS_ONLY if given[name] not in (None, False)]
+    if level != "logits" and (idle or given["engine"] != "native"):
+        name = (idle or ["engine"])[0].replace("_", "-")
+        raise click.UsageError(f"--{name} is for --level logits.")
+    if given["text"] and given["tokens"]:
+        raise click.UsageError("--text and --tokens exclude each other; give one of them.")
+    if given["bisect"] and given["engine"] != "native":
+        raise click.UsageError("--bisect needs the native engine, which sees the layers; leave --engine out.")
+    if bool(given["task"]) != bool(given["data"]):
+        raise click.UsageError("--task and --data belong together; give both.")
+
+
+def digests(paths: Sequence[Place], given: Given) -> Iterator[str]:
+    """What `--sha256sums` prints: lines for `sha256sum -c`. Raises UsageError for options that check something."""
+    if len(paths) > 1:
+        raise click.UsageError(f"expected TARGET, found {len(paths)} paths.")
+    _check_logits_options("bytes", given)
+    if given["level"] or given["json"]:
+        raise click.UsageError("--sha256sums prints digests and checks nothing; leave --level and --json out.")
+    return (f"{digest}  {name}" for name, digest in sha256sums(paths[0]))
+
+
+def audit(asked: _Audit) -> _Outcome:
+    """The levels up to the one asked for: bytes (where the target has a manifest), then against the source."""
+    if asked.level == "logits":
+        import_module("neoxconv.verify.logits.level")  # without torch this fails, before an hour of weights
+    target = asked.target
     manifest = read_manifest(target) if target.exists() else None
-    reports: tuple[Report, ...] = (check_bytes(target, given),) if manifest else ()
-    norms, whence = policy("norms", "mean", manifest, given)
-    weights, told = policy("weights", "stored", manifest, given)
-    source = opened(paths[0], given, norms, weights)
-    settings = given["preset"] or ", ".join(path.name for path in source.index.configs) or "the source's own"
+    if asked.level == "bytes":
+        return _Outcome({}, (_check_bytes(asked, manifest),))
+    reports: tuple[Report, ...] = (_check_bytes(asked, manifest),) if manifest else ()
+    norms, whence = _policy("norms", "mean", manifest, asked.reading.norms)
+    weights, told = _policy("weights", "stored", manifest, asked.reading.weights)
+    source = opened(asked.paths[0], replace(asked.reading, norms=norms, weights=weights))
+    settings = asked.reading.preset or ", ".join(path.name for path in source.index.configs) or "the source's own"
     basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
     basis |= {"weights": f"{weights} ({told})"} if weights != "stored" else {}
-    if given["html"]:
-        check_side_file(given["html"], (*paths, given["text"], given["tokens"], given["data"]))
+    if asked.trial.html:
+        check_side_file(asked.trial.html, (*asked.paths, *asked.files))
     try:
-        made = open_target(target, given)
-        reports = (*reports, check_weights(source, made, given))
+        made = open_target(target, asked.reading.preset)
+        reports = (*reports, _check_weights(source, made, asked))
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
-        return Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error))))
-    if level == "logits" and is_partial(made.index):
-        raise PlanError(
-            f"{target}: holds a part of the model only (--only), which predicts nothing; leave --level out."
-        )
-    if level == "logits":
-        reports = (*reports, check_logits(source, made, target, reports, given))
-    return Outcome(basis, reports)
+        return _Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error), ran=False)))
+    if asked.level == "logits":
+        reports = (*reports, _check_logits(source, made, asked, reports))
+    return _Outcome(basis, reports)
 
 
-def policy(name: str, default: str, manifest: Mapping[str, Any] | None, given: Given) -> tuple[str, str]:
+def _policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: str | None) -> tuple[str, str]:
     """How the target's norms were joined, or which weights it was made of, and who says so."""
-    if given[name]:
-        return given[name], "as asked"
+    if asked:
+        return asked, "as asked"
     if manifest and name in manifest:
         return str(manifest[name]), "from the manifest"
     return default, "the default"
 
 
-def check_bytes(target: Place, given: Given) -> Report:
+def _check_bytes(asked: _Audit, manifest: Mapping[str, Any] | None) -> Report:
     """The first level, with a bar."""
-    manifest = read_manifest(target) if target.exists() else None
     total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
-    with progress_bar(total, "bytes", given["json"] or given["quiet"]) as progress:
-        return verify_bytes(target, progress=progress)
+    with progress_bar(total, "bytes", asked.quiet) as progress:
+        return verify_bytes(asked.target, manifest=manifest, progress=progress)
 
 
-def check_logits(source: Checkpoint, made: Checkpoint, target: Place, before: Sequence[Report], given: Given) -> Report:
+def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Report:
+    """The second level, with a bar."""
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
+    with progress_bar(total, "weights", asked.quiet) as progress:
+        threads = max(threads_for(checkpoint, asked.jobs) for checkpoint in (source, made))
+        return verify_weights(source, made, jobs=threads, progress=progress)
+
+
+def _check_logits(source: Checkpoint, made: Checkpoint, asked: _Audit, before: Sequence[Report]) -> Report:
     """The third level, with a bar that counts layers; a page where one was asked for."""
-    from neoxconv.verify.logits.level import compare
+    from neoxconv.verify.logits.level import verify_logits
 
-    quiet = given["json"] or given["quiet"]
-    with progress_bar(2 * (source.config.layers + 1), "layers", quiet, "layer") as progress:
+    target = asked.target
+    if is_partial(made.index):
+        raise PlanError(
+            f"{target}: holds a part of the model only (--only), which predicts nothing; leave --level out."
+        )
+    with progress_bar(2 * (source.config.layers + 1), "layers", asked.quiet, "layer") as progress:
         try:
-            return compare(source, made, target, before, given, progress)
+            return verify_logits(source, made, asked.trial, target=target, before=before, progress=progress)
         except VerifyError as error:
-            return Report("logits", "cannot be compared", problems(target, error))
+            return Report("logits", "cannot be compared", problems(target, error), ran=False)
 
 
 def problems(target: Place, error: NeoxconvError) -> tuple[Finding, ...]:
@@ -143,15 +231,8 @@ def problems(target: Place, error: NeoxconvError) -> tuple[Finding, ...]:
     return tuple(Finding(where, what) if what else Finding(str(target), where) for where, _, what in parts)
 
 
-def check_weights(source: Checkpoint, made: Checkpoint, given: Given) -> Report:
-    """The second level, with a bar."""
-    total = sum(tensor.nbytes for tensor in source.tensors.values())
-    with progress_bar(total, "weights", given["json"] or given["quiet"]) as progress:
-        threads = max(threads_for(checkpoint, given["jobs"]) for checkpoint in (source, made))
-        return verify_weights(source, made, jobs=threads, progress=progress)
-
-
-def open_target(target: Place, given: Given) -> Checkpoint:
+def open_target(target: Place, preset: str | None) -> Checkpoint:
     """The target as a checkpoint; one without settings of its own gets the source's preset."""
-    preset = None if read_index(target, ()).settings else given["preset"]
+    if preset and read_index(target, ()).settings:
+        preset = None
     return open_checkpoint(target, preset=preset, partial=True)

@@ -50,7 +50,7 @@ class Context:
         return hashlib.sha256(columns + bytes([self.thorough])).hexdigest()
 
 
-class Check(Protocol):
+class _Check(Protocol):
     """Which weights [n, columns] no correct encoder could have stored as they are: a boolean for each.
 
     `weighted`: the encoder may have known an importance of the columns, and sacrificed others to them.
@@ -59,48 +59,66 @@ class Check(Protocol):
     def __call__(self, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]: ...
 
 
-@dataclass(frozen=True)
-class Grain:
-    """Which weights of a tensor share a scale; a group's size is its largest magnitude.
+class Groups(Protocol):
+    """Which weights of a tensor share a scale. A group's size is its largest magnitude.
 
-    `unit`: the least number of rows of so many columns that are whole groups; `sizes`: of [n, columns] float32, one for
-    each group in order; `span`: which groups rows `start` to `stop` of so many columns touch; `spread`: of a number of
-    each group [k] one for every weight of these rows [n, columns].
+    The group of each weight of a tensor of 4 rows and 6 columns:
+
+        blocks of 8        rows               the tensor
+        0 0 0 0 0 0        0 0 0 0 0 0        0 0 0 0 0 0
+        0 0 1 1 1 1        1 1 1 1 1 1        0 0 0 0 0 0
+        1 1 1 1 2 2        2 2 2 2 2 2        0 0 0 0 0 0
+        2 2 2 2 2 2        3 3 3 3 3 3        0 0 0 0 0 0
+
+    A tensor is encoded band after band of its rows. A band must hold whole groups: here all 4 rows for the blocks, any
+    number of rows for the others. Only the tensor as one group is larger than a band.
     """
 
-    unit: Callable[[int], int]
-    sizes: Callable[[Floats], Floats]
-    span: Callable[[int, int, int], slice]
-    spread: Callable[[Floats, tuple[int, ...]], Floats]
+    @property
+    def whole(self) -> bool:
+        """The tensor is one group."""
+
+    def rows_per_whole_group(self, columns: int) -> int:
+        """The least number of rows of so many columns that are whole groups, but for a tensor's end."""
+
+    def largest(self, rows: Floats) -> Floats:
+        """The largest magnitude [groups] float32 of each group in rows [n, columns]; a NaN is larger than anything."""
+
+    def groups_of(self, start: int, stop: int, columns: int) -> slice:
+        """Which groups rows `start` to `stop`, of so many columns, touch."""
+
+    def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
+        """The value of its group for every weight: [groups] -> `shape`, of rows that begin with a group."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How far a weight is rounded at most: a `part` of what `of` names."""
+    """How far a weight is rounded at most: a `share` of what `of` names."""
 
-    part: float
+    share: float
     of: str
     least: str = ""  # what small weights may be rounded by, where that is more
 
     def __str__(self) -> str:
-        return f"{self.part:.3g} of the {self.of}{', or ' * bool(self.least)}{self.least}"
+        most = f"{self.share:.3g} of the {self.of}"
+        return f"{most}, or {self.least}" if self.least else most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoding:
     """How rows of float32 become stored bytes, and back.
 
-    `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.stored` (for block types [n, row bytes] of uint8);
+    `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.numpy` (for block types [n, row bytes] of uint8);
     `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
-    an encoder that makes use of a context; None where there is nothing to choose. Weights of a
-    magnitude beyond `limit` are cut to the largest that the type holds.
+    an encoder that makes use of a context; None where there is nothing to choose. Weights of a magnitude beyond `limit`
+    are cut to the largest that the type holds.
     """
 
     name: str
     dtype: DType
     encode: Callable[[Floats], Array]
     decode: Callable[[Array], Floats]
-    wrong: Check
+    wrong: _Check
     search: Callable[[Floats, Context], Array] | None = None
     limit: float = math.inf
     bound: Bound | None = None
@@ -112,42 +130,41 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What a value of 1 stands for in each group when it is encoded and when it is read back, and how far the latter
-    may be off in a file of another program."""
+class Scales:
+    """What a value of 1 stands for in each group [groups] float32: when it is `encoded`, and when it is read back
+    (`decoded`), by how much the latter may be off in a file of another program (`slack`)."""
 
     encoded: Floats
     decoded: Floats
     slack: Floats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scaled:
     """An encoding whose scales lie in tensors of their own, beside that of the codes.
 
     `parts` are the stored tensors, codes first, named as they follow the module's name. `encode` makes codes of rows
     [n, columns] that are whole groups, and of their sizes; `finish` makes the bytes of the other parts when all sizes
-    are known; `decode` makes a reader of float32 rows from the parts by name, and the shape. With `whole` a tensor is
-    read once for its size and once more for its codes; `rounded` is the type that its weights, of the source's type,
-    are rounded to before.
+    are known; `decode` makes a reader of float32 rows from the parts by name, and the shape. Where all of a tensor is
+    one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
+    source's type, are rounded to before.
 
-    For verification: `settle` tells what becomes of sizes, and `nearest` what the nearest codes of weights stand for,
-    both as parts of what 1 stands for in their group.
+    For verification: `scales` are made of sizes; `nearest` gives for weights what their nearest codes stand for. Both
+    are shares of what 1 stands for in their group.
     """
 
     name: str
     dtype: DType  # of what `decode` reads
-    grain: Grain
+    groups: Groups
     parts: Callable[[LazyTensor], tuple[Part, ...]]
     encode: Callable[[Floats, Floats], Array]
     finish: Callable[[LazyTensor, Floats], tuple[bytes, ...]]
     decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
     nearest: Callable[[Floats], Floats]
-    settle: Callable[[Floats], Settled]
+    scales: Callable[[Floats], Scales]
     bound: Bound
     rounded: Callable[[DType], DType] | None = None
-    whole: bool = False
 
-    def groups(self, tensor: LazyTensor) -> int:
+    def count_groups(self, tensor: LazyTensor) -> int:
         """How many groups, each with a size, a tensor has."""
-        return 1 if self.whole else int(self.grain.span(0, tensor.rows, tensor.columns).stop)
+        return int(self.groups.groups_of(0, tensor.rows, tensor.columns).stop)

@@ -1,8 +1,13 @@
-"""What a target will hold: entries with their encodings, their places in files, and every other byte of these."""
+"""What a target will hold: entries with their encodings, their offsets in files, and every other byte of these.
+
+    FileLayout   | piece: known bytes | slot: a part of an entry | slot | late: made of the slots' digests | zeros | ...
+
+An Entry is a tensor under the target's name. Its encoding stores it as one Part or several, each of which has a Slot.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -38,7 +43,7 @@ class Entry:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The tensors that the target holds of it: one, or codes and what belongs to them."""
+        """The tensors that the target holds of it: one, or codes and what belongs to them, each under its full name."""
         if isinstance(self.encoding, Encoding):
             return (Part(self.name, self.encoding.dtype, self.tensor.shape),)
         module = self.name.removesuffix("weight")
@@ -52,7 +57,24 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, and what is made of them."""
-        return 2 * 4 * self.encoding.groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+        return 2 * 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+
+
+def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:
+    """The entries in order, in groups of at most `size` bytes; a larger one has a group to itself.
+
+    At least one group, which is empty where there are no entries.
+    """
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        nbytes = entry.nbytes
+        if groups[-1] and filled + nbytes > size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += nbytes
+    return groups
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Floats
-from neoxconv.storage.files import Storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, Storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The hyperparameters that change the function, in one spelling."""
 
@@ -48,8 +48,14 @@ class ModelConfig:
         """Numbers of each head that are rotated, as every implementation rounds them: down."""
         return int(self.head_size * self.rotary_pct)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The hyperparameters as plain values by name, for manifests and tables."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-Ranks = Sequence[LazyTensor]
+
+Ranks = Sequence[LazyTensor]  # one tensor as each rank holds it
+RankTensors = list[dict[str, LazyTensor]]  # each rank's tensors by unified name
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Join:
     split: Callable[[LazyTensor, int, ModelConfig], list[LazyTensor]]
 
 
-Order = Callable[[ModelConfig], npt.NDArray[np.int64]]
+_Order = Callable[[ModelConfig], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -71,20 +77,28 @@ class Weight:
     stage: str  # embed, layer, norm, head: which layer file holds it
     source: tuple[str, ...]  # its name in a layer file, one per generation of gpt-neox
     join: Join
-    role: str  # qkv, attn_out, mlp_in, mlp_out, embedding, head, norm, bias: what a mix asks for
-    shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
     unified: str  # its Hugging Face name, used in every message
     gguf: str
-    gguf_order: Order | None = None  # the order of rows in GGUF, as indices of unified rows
+    _: KW_ONLY
+    role: str  # qkv, attn_out, mlp_in, mlp_out, embedding, head, norm, bias: what a mix asks for
+    shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
+    gguf_order: _Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a matrix of a layer, which quantized folders quantize."""
+        return self.stage == "layer" and len(self.shape) == 2
+
+    def unified_at(self, layer: int) -> str:
+        """Its unified name in one layer; outside of the layers every number gives the same."""
+        return self.unified.replace("{i}", str(layer))
 
     def at(self, layer: int) -> Weight:
         """The weight of one layer: its unified names and its GGUF name with the number in them."""
         number = str(layer)
         norm = self.norm.replace("{i}", number) if self.norm else None
-        return replace(
-            self, unified=self.unified.replace("{i}", number), gguf=self.gguf.replace("{i}", number), norm=norm
-        )
+        return replace(self, unified=self.unified_at(layer), gguf=self.gguf.replace("{i}", number), norm=norm)
 
 
 @dataclass(frozen=True)
@@ -122,13 +136,13 @@ class Index:
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
     configs: tuple[Place, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
-    stored: tuple[dict[str, LazyTensor], ...] = ()  # gpt-neox: what fp32 masters in `ranks` stand in for, if they do
+    single: bool = False  # the source is its files alone, not all of the folder
+    replaced: tuple[dict[str, LazyTensor], ...] = ()  # gpt-neox: the files' own, where fp32 masters stand in `ranks`
 
     @property
     def where(self) -> Place:
         """What messages call the source: the file that it is, or the folder."""
-        alone = self.format in ("gguf", "safetensors") and len(self.files) == 1
-        return self.files[0].storage.path if alone else self.folder
+        return self.files[0].storage.path if self.single and len(self.files) == 1 else self.folder
 
 
 @dataclass(frozen=True)
@@ -142,34 +156,54 @@ class Measured:
     tied: bool  # there is no head
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """One model family: the table of its weights, and its hyperparameters in every format's words.
+_Named = tuple[int | None, Weight]  # a weight with its names spelled for its layer, and the layer; None outside of them
 
-    `config_of[format](index, measured, preset)` gives the hyperparameters, and notes on what was guessed.
+
+@lru_cache(maxsize=16)
+def _weights_of_model(weights: tuple[Weight, ...], layers: int, tied: bool) -> tuple[_Named, ...]:
+    """Every weight of a model with so many layers, in the order of the forward pass; a tied head is left out."""
+    before = [(None, w) for w in weights if w.stage == "embed"]
+    inside = [(i, w.at(i)) for i in range(layers) for w in weights if w.stage == "layer"]
+    after = [(None, w) for w in weights if w.stage == "norm" or (w.stage == "head" and not tied)]
+    return (*before, *inside, *after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One model family: the table of its weights, its names, and its hyperparameters in every format's words.
+
+    `config_of[naming](index, measured, preset)` gives the hyperparameters, and notes on what was guessed. `forward`
+    names the module with the forward pass: it needs torch, so arch/forward.py imports it where a model runs.
     """
 
-    name: str
+    name: str  # as Hugging Face's model_type
+    gguf_name: str  # as GGUF's general.architecture
+    title: str  # for people
     weights: tuple[Weight, ...]
     dropped: tuple[str, ...]  # patterns of buffers that are recomputed, by any format's name
+    buffers: tuple[Buffer, ...] = ()
+    presets: Mapping[str, ModelConfig]  # the released models
     config_of: Mapping[str, Callable[[Index, Measured, str | None], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
     to_neox: Callable[[ModelConfig], dict[str, Any]]
-    buffers: tuple[Buffer, ...] = ()
+    forward: str
 
-    def names(self, config: ModelConfig) -> list[tuple[int | None, Weight]]:
+    def names(self, config: ModelConfig) -> tuple[_Named, ...]:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
-        before = [(None, w) for w in self.weights if w.stage == "embed"]
-        layers = [(i, w.at(i)) for i in range(config.layers) for w in self.weights if w.stage == "layer"]
-        after = [(None, w) for w in self.weights if w.stage == "norm" or (w.stage == "head" and not config.tied)]
-        return [*before, *layers, *after]
+        return _weights_of_model(self.weights, config.layers, config.tied)
 
-    def stored(self, config: ModelConfig) -> Iterator[tuple[int | None, Weight, Buffer | None]]:
+    def in_files_of_2022(self, config: ModelConfig) -> Iterator[tuple[int | None, Weight, Buffer | None]]:
         """Every tensor of 2022's layer files in their order: a weight, or the buffer that follows it."""
         for layer, weight in self.names(config):
             yield layer, weight, None
             yield from ((layer, weight, buffer) for buffer in self.buffers if buffer.after == weight.source[0])
+
+    @cached_property
+    def tied_head(self) -> dict[str, str]:
+        """The unified name of the head, with that of the embedding, which a tied model has in its place."""
+        by_role = {weight.role: weight.unified for weight in self.weights}
+        return {by_role["head"]: by_role["embedding"]}
 
 
 @dataclass(frozen=True)
@@ -193,6 +227,7 @@ class Checkpoint:
     architecture: Architecture
     config: ModelConfig
     tensors: dict[str, LazyTensor]  # unified names, in the order of the forward pass
+    ranks: RankTensors  # as the source holds them; one where it has no ranks
     dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
     notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
 
@@ -211,12 +246,7 @@ class Checkpoint:
         """Which weights it is made of, for fingerprints and manifests; nothing where they are the stored ones."""
         return {"weights": self.weights} if self.weights != "stored" else {}
 
-
-def parameters(checkpoint: Checkpoint) -> int:
-    """Numbers in the unified model."""
-    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-
-
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as plain values, for manifests and tables."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+    @property
+    def parameters(self) -> int:
+        """Numbers in the unified model."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())

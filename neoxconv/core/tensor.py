@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from neoxconv.dtypes import F32, Array, DType, Floats, widen
-from neoxconv.storage.files import Storage
+from neoxconv.storage import Storage
 
 Read = Callable[[int, int], Array]
 
@@ -19,7 +19,7 @@ Read = Callable[[int, int], Array]
 class LazyTensor:
     """Rows `start` to `stop` on request.
 
-    `read` returns [stop - start, *shape[1:]] of `dtype.stored`; for a block type [stop - start, row bytes] of uint8.
+    `read` returns [stop - start, *shape[1:]] of `dtype.numpy`; for a block type [stop - start, row bytes] of uint8.
     `native` is the number type in which the source holds the values: what a writer keeps unless told otherwise.
     It differs from `dtype` where reading computes (a mean in F32 of F16 ranks). A 1-D tensor has rows of one number.
     """
@@ -31,10 +31,12 @@ class LazyTensor:
 
     @property
     def rows(self) -> int:
+        """Length of the first axis; a single number is one row."""
         return self.shape[0] if self.shape else 1
 
     @property
     def columns(self) -> int:
+        """Numbers in a row."""
         return math.prod(self.shape[1:])
 
     @property
@@ -43,12 +45,15 @@ class LazyTensor:
         return self.dtype.size(self.rows * self.columns)
 
     def floats(self, start: int, stop: int) -> Floats:
-        """Rows `start` to `stop` as float32; only for plain types."""
+        """Rows `start` to `stop` [stop - start, *shape[1:]] as float32; only for plain types."""
         return widen(self.read(start, stop), self.dtype)
 
 
 def stored(file: Storage, offset: int, shape: Sequence[int], dtype: DType) -> LazyTensor:
-    """The tensor whose rows lie one after the other from byte `offset` of `file` on."""
+    """The tensor whose rows lie one after the other from byte `offset` of `file` on.
+
+    Reading it raises CheckpointError where the file is cut short.
+    """
     tail = tuple(shape[1:])
     row = dtype.size(math.prod(tail))
 
@@ -56,18 +61,18 @@ def stored(file: Storage, offset: int, shape: Sequence[int], dtype: DType) -> La
         data = file.read(offset + start * row, (stop - start) * row)
         if dtype.block > 1:
             return data.reshape(stop - start, row)
-        return data.view(dtype.stored).reshape(stop - start, *tail)
+        return data.view(dtype.numpy).reshape(stop - start, *tail)
 
     return LazyTensor(tuple(shape), dtype, read, dtype)
 
 
 def computed(like: LazyTensor, read: Callable[[int, int], Floats], shape: tuple[int, ...] | None = None) -> LazyTensor:
-    """A tensor of float32 results, not yet rounded, whose writers default to the type of `like`."""
+    """A tensor of float32 results, not yet rounded, in the shape of `like` by default; writers default to its type."""
     return LazyTensor(shape or like.shape, F32, read, like.native)
 
 
-def constant(values: Floats) -> LazyTensor:
-    """A small tensor that is held in memory."""
+def in_memory(values: Floats) -> LazyTensor:
+    """A small tensor whose `values` [rows, ...] are held in memory."""
     return LazyTensor(values.shape, F32, lambda start, stop: values[start:stop], F32)
 
 
@@ -77,7 +82,7 @@ def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
 
 
 def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
-    """The tensor whose row i is row `order[i]` of `tensor`; runs of neighbouring rows are read together."""
+    """The tensor whose row i is row `order[i]` (int64 [rows]) of `tensor`; runs of neighbours are read together."""
     cuts = np.flatnonzero(np.diff(order) != 1) + 1
 
     def read(start: int, stop: int) -> Array:
@@ -90,7 +95,7 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
 
 
 def slabs(tensor: LazyTensor, slab: int, unit: int = 1) -> Iterator[tuple[int, int]]:
-    """Borders of bands of rows that take at most `slab` bytes each as float32: multiples of `unit`, one at least."""
+    """Borders of bands of rows that take `slab` bytes at most as float32: multiples of `unit` rows, one at least."""
     step = max(1, slab // (4 * max(1, tensor.columns) * unit)) * unit
     for start in range(0, tensor.rows, step):
         yield start, min(start + step, tensor.rows)

@@ -18,36 +18,37 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.core.model import Opening
-from neoxconv.engine.plan import Plan, Step, make_plan, resume_key
+from neoxconv.engine.manifest import Described
+from neoxconv.engine.plan import Plan, Step, make_plan
 from neoxconv.engine.steps import Digests, Work, run_step
 from neoxconv.engine.target_file import begin_file, finish_file
 from neoxconv.engine.workers import Submit
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.sources.checkpoint import reopen
 from neoxconv.sources.tokenizer import tokenizer_path
-from neoxconv.storage.remote import Remote
+from neoxconv.storage import Remote, anew, is_here
 from neoxconv.targets.recipe import Recipe
 
-SCHEME = "dask://"
+_SCHEME = "dask://"
 PATIENCE = 10  # seconds until a scheduler must have answered
-RETRIES = 2  # of what failed on a worker
+_RETRIES = 2  # of what failed on a worker
 
 
 @dataclass(frozen=True)
-class Origin:
-    """How a plan is made, and what must come of it everywhere; `state` is that of the files of a remote source."""
+class _Origin:
+    """How a plan is made, and what must come of it everywhere; `versions` are those of a store's files."""
 
     opening: Opening
     recipe: Recipe
     fingerprint: str
-    state: str = ""
+    versions: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Errand:
     """One step for a worker, in files that it sees: its number, and what it needs of the run."""
 
-    origin: Origin
+    origin: _Origin
     number: int
     folder: Path
     known: Digests
@@ -55,13 +56,13 @@ class Errand:
     allow_nonfinite: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """One file for a worker, which makes it on a disk of its own and sends it to `place`."""
+    """One file for a worker, which makes it on a disk of its own and sends it to `target`."""
 
-    origin: Origin
+    origin: _Origin
     number: int
-    place: Remote
+    target: Remote
     slab: int
     allow_nonfinite: bool
 
@@ -76,12 +77,12 @@ def connected(address: str) -> Iterator[Executor]:
     except ImportError as error:
         raise PlanError("--executor dask://HOST:PORT needs Dask: pip install 'neoxconv[dask]'.") from error
     try:
-        client: Any = Client(f"tcp://{address.removeprefix(SCHEME)}", timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+        client: Any = Client(f"tcp://{address.removeprefix(_SCHEME)}", timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise PlanError(f"{address}: no Dask scheduler answers there; start one with `dask scheduler`.") from error
     with client:
         try:
-            yield client.get_executor(pure=False, retries=RETRIES)
+            yield client.get_executor(pure=False, retries=_RETRIES)
         except (CancelledError, CommClosedError) as error:
             raise NeoxconvError(
                 f"{address}: the scheduler is gone; start it and run the same command again to continue."
@@ -93,52 +94,75 @@ def connected(address: str) -> Iterator[Executor]:
             ) from error
 
 
-def steps_there(pool: Executor, plan: Plan, work: Work) -> Submit:
+def submit_to(pool: Executor, plan: Plan, work: Work) -> Submit:
     """What gives steps to workers that see the same files under the same paths."""
     origin = origin_of(plan)
 
     def submit(step: Step) -> Future[Digests]:
-        known = {key: work.known[key] for key in step.keys if key in work.known}
-        return pool.submit(do, Errand(origin, step.number, work.folder, known, work.slab, work.allow_nonfinite))
+        errand = Errand(
+            origin=origin,
+            number=step.number,
+            folder=work.folder,
+            known={key: work.known[key] for key in step.keys if key in work.known},
+            slab=work.slab,
+            allow_nonfinite=work.allow_nonfinite,
+        )
+        return pool.submit(run_errand, errand)
 
     return submit
 
 
-def origin_of(plan: Plan) -> Origin:
+def origin_of(plan: Plan) -> _Origin:
     """How a plan was made, in paths that hold in any working directory."""
     opening, recipe = plan.checkpoint.opening, plan.recipe
-    path = opening.path if isinstance(opening.path, Remote) else opening.path.absolute()
-    opening = replace(opening, path=path, config=tuple(path.absolute() for path in opening.config))
+    config = tuple(path.absolute() for path in opening.config)
+    opening = replace(opening, path=opening.path.absolute(), config=config)
     found = {"tokenizer": tokenizer_path(plan.checkpoint, recipe.tokenizer), "imatrix": recipe.imatrix}
-    files: Any = {name: path.absolute() for name, path in found.items() if isinstance(path, Path)}
-    state = resume_key(plan) if isinstance(opening.path, Remote) else ""
-    return Origin(opening, replace(recipe, **files), plan.fingerprint, state)
+    files: Any = {name: path.absolute() for name, path in found.items() if is_here(path)}
+    return _Origin(opening, replace(recipe, **files), plan.fingerprint, _versions_of(plan))
 
 
-def do(errand: Errand) -> Digests:
+def _versions_of(plan: Plan) -> tuple[str, ...]:
+    """What stores call the contents of a plan's source files; nothing of files on a disk."""
+    return tuple(file.storage.version for file in plan.checkpoint.index.files)
+
+
+def run_errand(errand: Errand) -> Digests:
     """Take a step, on a worker."""
-    plan = plan_of(errand.origin)
-    work = Work(errand.folder, errand.known, errand.slab, errand.allow_nonfinite, source=plan.source)
-    with told_as_a_worker_s():
+    plan = _plan_of(errand.origin)
+    work = Work(
+        folder=errand.folder,
+        known=errand.known,
+        slab=errand.slab,
+        allow_nonfinite=errand.allow_nonfinite,
+        source=plan.source,
+    )
+    with _naming_the_worker():
         return run_step(work, plan.steps[errand.number])
 
 
-def deliver(delivery: Delivery) -> dict[str, Any]:
+def deliver(delivery: Delivery) -> Described:
     """Make a file and send it, on a worker: the manifest's entry for it."""
-    plan = plan_of(delivery.origin)
+    plan = _plan_of(delivery.origin)
     file = plan.files[delivery.number]
-    with told_as_a_worker_s(), tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
+    with _naming_the_worker(), tempfile.TemporaryDirectory(prefix="neoxconv-") as made:
         folder = Path(made)
         begin_file(file, folder)
-        work = Work(folder, {}, delivery.slab, delivery.allow_nonfinite, source=plan.source)
+        work = Work(
+            folder=folder,
+            known={},
+            slab=delivery.slab,
+            allow_nonfinite=delivery.allow_nonfinite,
+            source=plan.source,
+        )
         digests = {key: digest for step in plan.steps_of(file) for key, digest in run_step(work, step).items()}
         described = finish_file(file, folder, digests)
-        delivery.place.put(folder / file.name, work.stop)
+        delivery.target.put(folder / file.name, work.stop)
     return described
 
 
 @contextmanager
-def told_as_a_worker_s() -> Iterator[None]:
+def _naming_the_worker() -> Iterator[None]:
     """Errors of the operating system in words that say on which machine."""
     try:
         yield
@@ -154,22 +178,21 @@ def told_as_a_worker_s() -> Iterator[None]:
         ) from error
 
 
-MAKING = threading.Lock()  # one thread of a worker makes the plan, the others wait for it
+_MAKING = threading.Lock()  # one thread of a worker makes the plan, the others wait for it
 
 
-def plan_of(origin: Origin) -> Plan:
+def _plan_of(origin: _Origin) -> Plan:
     """The plan of a run, on a worker."""
-    with MAKING:
-        return made_anew(origin)
+    with _MAKING:
+        return _rebuild_plan(origin)
 
 
 @lru_cache(maxsize=1)
-def made_anew(origin: Origin) -> Plan:
+def _rebuild_plan(origin: _Origin) -> Plan:
     """The plan made anew; raises PlanError where this machine comes to another one."""
-    if isinstance(origin.opening.path, Remote):
-        origin.opening.path.fs.invalidate_cache()
-    plan = make_plan(reopen(origin.opening), origin.recipe)
-    if plan.fingerprint != origin.fingerprint or (origin.state and origin.state != resume_key(plan)):
+    opening = replace(origin.opening, path=anew(origin.opening.path))
+    plan = make_plan(reopen(opening), origin.recipe)
+    if (plan.fingerprint, _versions_of(plan)) != (origin.fingerprint, origin.versions):
         raise PlanError(
             f"{origin.opening.path}: a worker comes to another plan; it must see the same files and have the same "
             "version of neoxconv."

@@ -14,11 +14,11 @@ from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
 from neoxconv.quant import floats
 from neoxconv.quant.bands import bands, sizes_of
 
-LARGEST_HALF = 65504
+_LARGEST_HALF = 65504
 
 
 @dataclass(frozen=True)
-class Piece:
+class _Piece:
     """Bytes that follow those before in part `number` of an entry.
 
     `nonfinite` and `overflow`: how many of the weights in them are no number, and how many were beyond the encoding's
@@ -31,56 +31,56 @@ class Piece:
     overflow: int = 0
 
 
-def pieces(entry: Entry, slab: int) -> Iterator[Piece]:
+def pieces(entry: Entry, slab: int) -> Iterator[_Piece]:
     """All bytes of an entry's parts, part after part; a band of rows takes at most `slab` bytes as float32."""
     encoding = entry.encoding
     if isinstance(encoding, Scaled):
-        yield from scaled_pieces(entry, encoding, slab)
+        yield from _scaled_pieces(entry, encoding, slab)
         return
     for start, stop in slabs(entry.tensor, slab):
-        yield plain_piece(entry, encoding, entry.tensor.read(start, stop))
+        yield _plain_piece(entry, encoding, entry.tensor.read(start, stop))
 
 
-def plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> Piece:
+def _plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> _Piece:
     """A band of rows as a type of its own stores them."""
     if entry.copied:
-        return Piece(0, as_bytes(rows), count_bad(entry, encoding, rows, None, rows))
+        return _Piece(0, _as_bytes(rows), _count_bad(entry, encoding, rows=rows, data=rows))
     values = floats(rows, entry.tensor.dtype)
     search = entry.search
     data = search(values, entry.context) if search and entry.context else encoding.encode(values)
     overflow = int(np.count_nonzero(np.abs(values) > encoding.limit)) if encoding.limit < np.inf else 0
-    return Piece(0, as_bytes(data), count_bad(entry, encoding, rows, values, data), overflow)
+    return _Piece(0, _as_bytes(data), _count_bad(entry, encoding, rows=rows, data=data, values=values), overflow)
 
 
-def count_bad(entry: Entry, encoding: Encoding, rows: Array, values: Floats | None, data: Array) -> int:
+def _count_bad(entry: Entry, encoding: Encoding, *, rows: Array, data: Array, values: Floats | None = None) -> int:
     """How many values are infinite or not a number: as they are stored, or for quantized types before and after.
 
-    `values` are the rows in float32 where they were needed to encode them. What float16 holds cannot overflow the
-    float16 of a block's step; of wider types a large weight can.
+    `values` are the rows in float32 where they were needed to encode them. A float16 weight always fits the float16
+    scale of its block; a float32 one may not.
     """
     if not encoding.dtype.quantized:
         return nonfinite(data, encoding.dtype)
     bad = nonfinite(rows, entry.tensor.dtype)
     if bad or entry.tensor.dtype is F16:
         return bad
-    if values is not None and np.abs(values).max(initial=0) <= LARGEST_HALF:
+    if values is not None and np.abs(values).max(initial=0) <= _LARGEST_HALF:
         return 0
     return nonfinite(encoding.decode(data), F32)
 
 
-def scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[Piece]:
+def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece]:
     """The codes of a tensor, then the parts that need the sizes of all its groups."""
-    tensor, grain = entry.tensor, encoding.grain
-    sizes = sizes_of(encoding, tensor, slab) if encoding.whole else np.empty(encoding.groups(tensor), np.float32)
+    tensor, groups = entry.tensor, encoding.groups
+    sizes = sizes_of(encoding, tensor, slab) if groups.whole else np.empty(encoding.count_groups(tensor), np.float32)
     for start, values in bands(encoding, tensor, slab):
-        span = grain.span(start, start + len(values), tensor.columns)
-        if not encoding.whole:
-            sizes[span] = grain.sizes(values)
-        yield Piece(0, as_bytes(encoding.encode(values, sizes[span])), nonfinite(values, F32))
+        touched = groups.groups_of(start, start + len(values), tensor.columns)
+        if not groups.whole:
+            sizes[touched] = groups.largest(values)
+        yield _Piece(0, _as_bytes(encoding.encode(values, sizes[touched])), nonfinite(values, F32))
     for number, data in enumerate(encoding.finish(tensor, sizes), 1):
-        yield Piece(number, np.frombuffer(data, np.uint8))
+        yield _Piece(number, np.frombuffer(data, np.uint8))
 
 
-def as_bytes(data: Array) -> Bytes:
+def _as_bytes(data: Array) -> Bytes:
     """The bytes of an array, flat."""
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8)

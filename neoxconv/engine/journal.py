@@ -17,7 +17,7 @@ from neoxconv.core.layout import Digest
 from neoxconv.engine.workplace import LOCK, has_files
 from neoxconv.errors import PlanError
 
-FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}
+_FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}
 
 
 class Journal:
@@ -67,7 +67,7 @@ def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Diges
         return {}
     if not has_files(path.parent):
         return {}
-    lines = [entry for line in path.read_text(errors="replace").splitlines() if (entry := parse(line))]
+    lines = [entry for line in path.read_text(errors="replace").splitlines() if (entry := _parse(line))]
     if not lines or lines[0].get("fingerprint") != fingerprint:
         raise PlanError(
             f"{path.parent}: holds the unfinished work of another conversion (another source, or a changed one, other "
@@ -75,16 +75,16 @@ def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Diges
         )
     if checked and not lines[0].get("checked"):
         return {}
-    return {str(entry.pop("slot")): digest_of(entry) for entry in lines[1:] if set(entry) == {"slot", *FIELDS}}
+    return {str(entry.pop("slot")): _digest_of(entry) for entry in lines[1:] if set(entry) == {"slot", *_FIELDS}}
 
 
-def digest_of(values: dict[str, object]) -> Digest:
+def _digest_of(values: dict[str, object]) -> Digest:
     """A digest as a journal's line has it; one that equals none where a value is not what it should be."""
-    fits = all(isinstance(values[name], kind) for name, kind in FIELDS.items())
+    fits = all(isinstance(values[name], kind) for name, kind in _FIELDS.items())
     return Digest(**values) if fits else Digest("")  # type: ignore[arg-type]
 
 
-def parse(line: str) -> dict[str, object] | None:
+def _parse(line: str) -> dict[str, object] | None:
     """A line's values, or None where it is not as it was written: a power cut left half of it, or it was damaged."""
     checksum, _, text = line.partition(" ")
     if checksum != f"{zlib.crc32(text.encode()):08x}":

@@ -12,10 +12,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage import Place
 from neoxconv.version import __version__
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from neoxconv.engine.plan import Plan
 
 MANIFEST = "manifest.json"
-CHUNK = 1 << 20
+_CHUNK = 1 << 20
+Described = dict[str, Any]  # a file as the manifest has it: its name, bytes, SHA-256 and ranges
+Kind = TypeVar("Kind", bound=Place)
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,12 @@ class Range:
     length: int
 
 
-@overload
-def beside(target: Path) -> Path: ...
-@overload
-def beside(target: Remote) -> Remote: ...
-def beside(target: Place) -> Place:
+def beside(target: Kind) -> Kind:
     """Where the manifest of a single file lies."""
     return target.with_name(f"{target.name}.{MANIFEST}")
 
 
-def manifest(plan: Plan, described: Sequence[Mapping[str, Any]]) -> bytes:
+def manifest(plan: Plan, described: Sequence[Described]) -> bytes:
     """The manifest of a target whose files of tensors are `described`, as JSON with a fixed order of keys."""
     value = {
         "neoxconv": __version__,
@@ -53,20 +51,20 @@ def manifest(plan: Plan, described: Sequence[Mapping[str, Any]]) -> bytes:
         "recipe": plan.recipe.facts,
         "norms": plan.checkpoint.norms,
         **plan.checkpoint.unusual,
-        "config": plan.facts["config"],
+        "config": plan.checkpoint.config.facts,
         "notes": list(plan.notes),
         "sources": plan.sources,
         "dropped": list(plan.checkpoint.dropped),
-        "files": [*described, *(describe_sidecar(name, data) for name, data in plan.sidecars.items())],
+        "files": [*described, *(_describe_sidecar(name, data) for name, data in plan.sidecars.items())],
     }
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> dict[str, Any]:
+def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> Described:
     """A file of tensors: their digests are known, the container's are read."""
     ranges = []
     with open(folder / file.name, "rb") as stream:
-        for part in tiles(file):
+        for part in _tiles(file):
             known = digests.get(f"{file.name}@{part.offset}") if part.name else None
             sha256 = known.sha256 if known else hash_range(stream, part)
             entry = {"name": part.name, "offset": part.offset, "bytes": part.length, "sha256": sha256}
@@ -74,13 +72,13 @@ def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest])
     return {"name": file.name, "bytes": file.size, "sha256": combined(r["sha256"] for r in ranges), "ranges": ranges}
 
 
-def overflows(manifest: Mapping[str, Any]) -> dict[str, int]:
+def overflows(described: Sequence[Described]) -> dict[str, int]:
     """How many weights of each tensor were cut to the largest number of its type."""
-    ranges = (entry for file in manifest["files"] for entry in file["ranges"])
+    ranges = (entry for file in described for entry in file["ranges"])
     return {entry["name"]: entry["overflow"] for entry in ranges if "overflow" in entry}
 
 
-def describe_sidecar(name: str, data: bytes) -> dict[str, Any]:
+def _describe_sidecar(name: str, data: bytes) -> Described:
     """A small file: one range."""
     sha256 = hashlib.sha256(data).hexdigest()
     return {
@@ -91,7 +89,7 @@ def describe_sidecar(name: str, data: bytes) -> dict[str, Any]:
     }
 
 
-def tiles(file: FileLayout) -> Iterator[Range]:
+def _tiles(file: FileLayout) -> Iterator[Range]:
     """The file's ranges in order, without gaps."""
     position = 0
     for slot in sorted(file.slots, key=lambda slot: (slot.offset, slot.part.nbytes)):
@@ -107,7 +105,7 @@ def hash_range(stream: Any, part: Range) -> str:
     """The SHA-256 of a range of an open file; of what is there, where the file ends before the range does."""
     digest, left = hashlib.sha256(), part.length
     stream.seek(part.offset)
-    while left and (data := stream.read(min(CHUNK, left))):
+    while left and (data := stream.read(min(_CHUNK, left))):
         digest.update(data)
         left -= len(data)
     return digest.hexdigest()
@@ -131,7 +129,7 @@ def read_manifest(target: Place) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         for file in value["files"]:
-            check_entry(file)
+            _check_entry(file)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is damaged, or not a manifest of neoxconv. Remove it to compare weights alone."
@@ -139,7 +137,7 @@ def read_manifest(target: Place) -> dict[str, Any] | None:
     return dict(value)
 
 
-def check_entry(file: Any) -> None:
+def _check_entry(file: Any) -> None:
     """Raise ValueError unless a file's entry is complete and its ranges cover it without gaps."""
     parts = [part_of(entry) for entry in file["ranges"]]
     ends = [0, *(part.offset + part.length for part in parts)]

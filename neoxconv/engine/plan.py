@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from neoxconv.core.layout import Entry, FileLayout, Slot
-from neoxconv.core.model import Checkpoint, describe
+from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError, PlanError, raise_all
-from neoxconv.storage.remote import Remote, together
+from neoxconv.storage import together
 from neoxconv.targets import TARGETS
 from neoxconv.targets.recipe import Recipe
 from neoxconv.version import __version__
@@ -50,7 +50,7 @@ def slot_key(file: FileLayout, slot: Slot) -> str:
     return f"{file.name}@{slot.offset}"
 
 
-def by_entry(file: FileLayout) -> list[tuple[Slot, ...]]:
+def _by_entry(file: FileLayout) -> list[tuple[Slot, ...]]:
     """The slots of every entry of a file, in the order of their codes."""
     slots: dict[str, list[Slot]] = {slot.entry.name: [] for slot in file.slots if slot.number == 0}
     for slot in sorted(file.slots, key=lambda slot: slot.number):
@@ -58,7 +58,7 @@ def by_entry(file: FileLayout) -> list[tuple[Slot, ...]]:
     return [tuple(group) for group in slots.values()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What will be written. `sidecars` are whole small files; `single` means that the target is one file."""
 
@@ -72,12 +72,16 @@ class Plan:
     @cached_property
     def steps(self) -> list[Step]:
         """A tensor each, in the order of files and offsets."""
-        found = [(file, slots) for file in self.files for slots in by_entry(file)]
+        found = [(file, slots) for file in self.files for slots in _by_entry(file)]
         return [Step(number, file, slots) for number, (file, slots) in enumerate(found)]
 
     def steps_of(self, file: FileLayout) -> list[Step]:
         """The steps that write a file."""
         return [step for step in self.steps if step.file is file]
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of the tensors in the file of that name."""
+        return sum(step.nbytes for step in self.steps if step.file.name == name)
 
     @property
     def source(self) -> str:
@@ -111,7 +115,7 @@ class Plan:
             for file in self.checkpoint.index.files
         ]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all that decides the target's bytes."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
@@ -122,7 +126,7 @@ class Plan:
         return {
             "version": __version__,
             "sources": self.sources,
-            "config": describe(self.checkpoint.config),
+            "config": self.checkpoint.config.facts,
             "norms": self.checkpoint.norms,
             **self.checkpoint.unusual,
             "recipe": self.recipe.facts,
@@ -130,7 +134,7 @@ class Plan:
                 [
                     file.name,
                     file.size,
-                    pieces_digest(file),
+                    _pieces_digest(file),
                     [[s.offset, s.number, *s.entry.facts] for s in file.slots],
                 ]
                 for file in self.files
@@ -139,7 +143,7 @@ class Plan:
         }
 
 
-def pieces_digest(file: FileLayout) -> str:
+def _pieces_digest(file: FileLayout) -> str:
     """SHA-256 of the bytes of a file that are known before any tensor: headers with all that they say."""
     digest = hashlib.sha256()
     for offset, piece in file.pieces:
@@ -155,16 +159,16 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     content = target.make(checkpoint, recipe)
     entries = [slot.entry for file in content.files for slot in file.slots if slot.number == 0]
     return Plan(
-        checkpoint,
-        recipe,
-        content.files,
-        content.sidecars,
-        (*checkpoint.notes, *content.notes, *lossy_notes(checkpoint, entries)),
-        target.single and len(content.files) == 1 and not recipe.split_size,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        files=content.files,
+        sidecars=content.sidecars,
+        notes=(*checkpoint.notes, *content.notes, *_lossy_notes(checkpoint, entries)),
+        single=target.single and len(content.files) == 1 and not recipe.split_size,
     )
 
 
-def lossy_notes(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[str]:
+def _lossy_notes(checkpoint: Checkpoint, entries: Sequence[Entry]) -> list[str]:
     """What is lost because the source is quantized already."""
     types = [tensor.dtype.name for tensor in checkpoint.tensors.values() if tensor.dtype.quantized]
     again = [e for e in entries if e.tensor.dtype.quantized and e.encoding.dtype.quantized and not e.copied]
@@ -189,7 +193,7 @@ def resume_key(plan: Plan) -> str:
 
 def check_sources(plan: Plan) -> None:
     """Raise CheckpointError where a file far away is not the one that was opened; not every store tells on reading."""
-    files = [file.storage for file in plan.checkpoint.index.files if isinstance(file.storage.path, Remote)]
+    files = [file.storage for file in plan.checkpoint.index.files]
     changed = together(lambda file: file.has_changed(), files, plan.checkpoint.index.folder)
     raise_all(CheckpointError, (
         f"{file.path}: has changed while it was read; convert again from a source that stays."

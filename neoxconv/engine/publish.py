@@ -1,37 +1,117 @@
-"""Where a target is made and how it gets its name: what must hold before, what is put on disk, and the rename.
+"""A target on a disk: what must hold before it is made, its files made side by side, and the rename that publishes it.
 
 All work is in TARGET.partial; TARGET itself is absent or whole.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from neoxconv.engine.manifest import MANIFEST, beside, manifest
+from neoxconv.core.layout import FileLayout
+from neoxconv.engine import cluster
+from neoxconv.engine.journal import Journal
+from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
 from neoxconv.engine.plan import Plan
-from neoxconv.engine.workplace import has_files, held, locked, made_in, partial_of, work_of
+from neoxconv.engine.steps import Digests, Work
+from neoxconv.engine.target_file import begin_file, finish_file
+from neoxconv.engine.workers import Crew, run_steps, threads
+from neoxconv.engine.workplace import free_for, has_files, held, locked, made_in, nearest_folder, partial_of
 from neoxconv.errors import PlanError
-from neoxconv.storage.remote import Place, Remote
 from neoxconv.words import size
 
 
-def nearest_folder(target: Path) -> Path:
-    """What exists already of the path to a target."""
-    return next(folder for folder in target.parents if folder.exists())
+@dataclass(frozen=True)
+class DiskTarget:
+    """A plan's target on a disk: a folder, or one file."""
+
+    plan: Plan
+    target: Path
+
+    @property
+    def work(self) -> Path:
+        return partial_of(self.target)
+
+    @property
+    def on_disk(self) -> Path:
+        return self.target
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raise PlanError where the target exists (an empty folder does not count) or is of the wrong kind."""
+        target = self.target
+        if self.plan.single and target.is_dir():
+            raise PlanError(
+                f"{target}: is a folder; {self.plan.recipe.format} writes one file, "
+                f"so give its name, such as {target / 'model'}.{self.plan.recipe.format}."
+            )
+        _check_place(target)
+        occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+        if occupied and not overwrite:
+            _tidy(target)
+            raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
+        if occupied and target.is_dir() and not (target / MANIFEST).is_file():
+            raise PlanError(
+                f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
+                "--overwrite replaces only what neoxconv made. Remove it yourself, or give another name."
+            )
+
+    def check_room(self, crew: Crew) -> None:
+        """Raise PlanError where the disk cannot hold what is still to be written, whoever writes it."""
+        needed, free = room(self.plan, self.work)
+        if needed > free:
+            raise PlanError(
+                f"{nearest_folder(self.target)}: {size(needed)} are needed and {size(free)} are free; "
+                f"free {size(needed - free)} or choose another disk."
+            )
+
+    def begin(self) -> dict[str, Described]:
+        """Nothing: steps are kept one by one, by the journal."""
+        return {}
+
+    def make(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
+        """Make all files side by side, so that the largest tensors of all of them start first."""
+        for file in files:
+            begin_file(file, work.folder)
+        digests = self.write(work, crew, journal)
+        for file in files:
+            yield finish_file(file, work.folder, digests)
+
+    def write(self, work: Work, crew: Crew, journal: Journal) -> Digests:
+        """Write every tensor, by the crew; the digests of all slots."""
+        if crew.executor:
+            with cluster.connected(crew.executor) as pool:
+                submit = cluster.submit_to(pool, self.plan, work)
+                return run_steps(self.plan.steps, submit, journal, work.progress)
+        with threads(work, crew.jobs) as submit:
+            return run_steps(self.plan.steps, submit, journal)
+
+    def publish(self, described: Sequence[Described]) -> None:
+        """Give the finished files their name; what they replace is set aside first and removed last.
+
+        Killed at any point, the next run finds its journal, hashes what it made, and publishes it.
+        """
+        plan, target, made, aside = self.plan, self.target, made_in(self.work), aside_of(self.target)
+        _write_last(plan, made, described)
+        if plan.single:
+            os.replace(made / MANIFEST, beside(target))
+            os.replace(made / plan.files[0].name, target)
+        else:
+            if target.exists():
+                _remove(aside)
+                os.replace(target, aside)
+            os.replace(made, target)
+        _sync(target.parent)
+        if aside.is_file():
+            beside(target).unlink(missing_ok=True)
+        _remove(aside)
+        shutil.rmtree(self.work)
 
 
-def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
-    """Raise PlanError where the target exists (an empty folder does not count) or is of the wrong kind."""
-    if plan.single and target.is_dir():
-        raise PlanError(
-            f"{target}: is a folder; {plan.recipe.format} writes one file, "
-            f"so give its name, such as {target / 'model'}.{plan.recipe.format}."
-        )
+def _check_place(target: Path) -> None:
+    """Raise PlanError where nothing can be made under that name: a device, a file above it, a folder of others."""
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise PlanError(f"{target}: is a device or a pipe, which cannot be replaced; give another name.")
     parent = nearest_folder(target)
@@ -39,15 +119,6 @@ def check_target(plan: Plan, target: Path, overwrite: bool) -> None:
         raise PlanError(f"{target}: cannot be made, because {parent} is a file; give another place.")
     if not os.access(parent, os.W_OK):
         raise PlanError(f"{target}: cannot be made, because {parent} may not be written to; give another place.")
-    occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    if occupied and not overwrite:
-        tidy(target)
-        raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
-    if occupied and target.is_dir() and not (target / MANIFEST).is_file():
-        raise PlanError(
-            f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
-            "--overwrite replaces only what neoxconv made. Remove it yourself, or give another name."
-        )
 
 
 def aside_of(target: Path) -> Path:
@@ -55,56 +126,31 @@ def aside_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced-by-neoxconv")
 
 
-def tidy(target: Path) -> None:
+def _tidy(target: Path) -> None:
     """Remove what a run left behind that was killed after it had published its target."""
     work = partial_of(target)
     if work.is_dir() and not has_files(work):
         with locked(work):
-            remove(aside_of(target))
+            _remove(aside_of(target))
             shutil.rmtree(work)
 
 
-def check_space(plan: Plan, target: Path) -> None:
-    """Raise PlanError where the disk cannot hold what is still to be written."""
-    needed, free = room(plan, target)
-    if needed > free:
-        raise PlanError(
-            f"{nearest_folder(target)}: {size(needed)} are needed and {size(free)} are free; "
-            f"free {size(needed - free)} or choose another disk."
-        )
-
-
-def room(plan: Plan, target: Place) -> tuple[int, int]:
+def room(plan: Plan, work: Path) -> tuple[int, int]:
     """The bytes that are still to be written, and those that the disk has free."""
-    work = work_of(target)
-    return max(plan.total - held(work), 0), shutil.disk_usage(nearest_folder(work)).free
+    return max(plan.total - held(work), 0), free_for(work)
 
 
-def explain(error: OSError, plan: Plan, target: Place) -> str:
-    """An operating system's error in terms of the target, or of where one in a store is made."""
-    work = work_of(target)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        needed, free = room(plan, target)
-        where = work if isinstance(target, Remote) else target
-        return (
-            f"{where}: {os.strerror(error.errno)}: {size(needed)} are still to be written and {size(free)} are free; "
-            "make room and run the same command again to continue."
-        )
-    kept = f"; what is done is kept in {work.name}" if work.is_dir() else ""
-    return f"{error.filename or target}: {error.strerror or error}{kept}."
-
-
-def settle(plan: Plan, made: Path, described: Sequence[Mapping[str, Any]]) -> None:
+def _write_last(plan: Plan, made: Path, described: Sequence[Described]) -> None:
     """Write the small files and the manifest of a folder whose files are `described`, and put everything on disk."""
     for name, data in plan.sidecars.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_bytes(data)
     (made / MANIFEST).write_bytes(manifest(plan, described))
     for path in (*sorted(made.rglob("*")), made, made.parent):
-        sync(path)
+        _sync(path)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Ask the disk to hold a file's or a folder's contents now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -113,28 +159,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(plan: Plan, work: Path, target: Path) -> None:
-    """Give the finished files their name; what they replace is set aside first and removed last.
-
-    Killed at any point, the next run finds its journal, hashes what it made, and publishes it.
-    """
-    made, aside = made_in(work), aside_of(target)
-    if plan.single:
-        os.replace(made / MANIFEST, beside(target))
-        os.replace(made / plan.files[0].name, target)
-    else:
-        if target.exists():
-            remove(aside)
-            os.replace(target, aside)
-        os.replace(made, target)
-    sync(target.parent)
-    if aside.is_file():
-        beside(target).unlink(missing_ok=True)
-    remove(aside)
-    shutil.rmtree(work)
-
-
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Delete a file or a folder with all that is in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)

@@ -1,26 +1,88 @@
 """Carry a plan out, with nothing half-made ever visible.
 
 All work happens in TARGET.partial/, whose journal lists the plan's fingerprint and the written slots. Run again, the
-journal is only a hint: the bytes are hashed, what matches is kept, the rest is redone. A rename publishes.
+journal is only a hint: the bytes are hashed, what matches is kept, the rest is redone. How files are made and get their
+names differs on a disk (publish.py: a rename) and in a store (upload.py: whole objects, the manifest last).
 """
 
 from __future__ import annotations
 
-from neoxconv.engine import cluster
-from neoxconv.engine.journal import Journal
-from neoxconv.engine.memory import memory_for, threads_for
-from neoxconv.engine.plan import Plan, check_sources, resume_key
-from neoxconv.engine.publish import check_space, check_target, explain, publish, settle
-from neoxconv.engine.steps import Progress, Work
-from neoxconv.engine.target_file import begin_file, finish_file
-from neoxconv.engine.upload import Sending, check_free, send
-from neoxconv.engine.workers import run_steps, threads
-from neoxconv.engine.workplace import locked, made_in, partial_of
-from neoxconv.errors import NeoxconvError
-from neoxconv.storage.address import place
-from neoxconv.storage.remote import Place, Remote
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-DEFAULT_MEMORY = 512 << 20
+from neoxconv.core.layout import FileLayout
+from neoxconv.engine.journal import Journal, read_journal
+from neoxconv.engine.manifest import Described, overflows
+from neoxconv.engine.memory import DEFAULT_MEMORY, Budget, budget_for, threads_for
+from neoxconv.engine.plan import Plan, check_sources, resume_key
+from neoxconv.engine.publish import DiskTarget, room
+from neoxconv.engine.steps import Progress, Work
+from neoxconv.engine.upload import StoreTarget
+from neoxconv.engine.workers import Crew
+from neoxconv.engine.workplace import locked, made_in, work_of
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.storage import Place, is_far, place
+from neoxconv.words import size
+
+
+class _Destination(Protocol):
+    """Where a plan's files are made and how they get their names: on a disk or in a store."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def target(self) -> Place: ...
+    @property
+    def work(self) -> Path:
+        """The folder for unfinished work."""
+
+    @property
+    def on_disk(self) -> Path:
+        """What messages name where its disk is full."""
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raise PlanError where the target may not be made."""
+
+    def check_room(self, crew: Crew) -> None:
+        """Raise PlanError where the disk cannot hold what is still to be made on it."""
+
+    def begin(self) -> dict[str, Described]:
+        """The files, by name, that an earlier run made and that need no second look; called under the lock."""
+
+    def make(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
+        """Make the files; what the manifest says of each, as soon as that is safe."""
+
+    def publish(self, described: Sequence[Described]) -> None:
+        """Give the finished files their names, the manifest with them, and remove the folder of unfinished work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A plan that may be carried out: its target may be made and its memory suffices; nothing is written yet."""
+
+    plan: Plan
+    target: Place
+    budget: Budget
+    allow_nonfinite: bool
+    executor: str | None
+
+    def count_done(self) -> int:
+        """How many steps an interrupted run noted as done. Raises PlanError where it had another plan."""
+        key = resume_key(self.plan)
+        known = read_journal(work_of(self.target) / Journal.NAME, key, not self.allow_nonfinite)
+        return sum(all(key in known for key in step.keys) for step in self.plan.steps)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A target that was made, and how many weights of each tensor were cut to the largest number of its type."""
+
+    target: Place
+    overflow: dict[str, int]
 
 
 def run(
@@ -42,29 +104,96 @@ def run(
     PlanError before anything is written, NeoxconvError when the disk or a value stops the run; then `target` does not
     exist and TARGET.partial holds what is done.
     """
-    target = place(target).resolve()
-    shares = memory_for(threads_for(plan.checkpoint, jobs), memory, plan.kept)
-    if isinstance(target, Remote):
-        check_free(plan, target, overwrite)
-        return send(plan, target, Sending(shares, allow_nonfinite, executor, progress))
-    check_target(plan, target, overwrite)
-    folder = partial_of(target)
+    conversion = prepare(
+        plan,
+        target,
+        jobs=jobs,
+        memory=memory,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        executor=executor,
+    )
+    return carry_out(conversion, progress).target
+
+
+def prepare(
+    plan: Plan,
+    target: Place | str,
+    *,
+    jobs: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    executor: str | None = None,
+) -> Conversion:
+    """The first half of `run`: everything checked and nothing written. Raises PlanError where `run` would."""
+    conversion = Conversion(
+        plan=plan,
+        target=as_target(target),
+        budget=budget_for(threads_for(plan.checkpoint, jobs), memory, plan.kept),
+        allow_nonfinite=allow_nonfinite,
+        executor=executor,
+    )
+    _destination_of(conversion).check(overwrite=overwrite)
+    return conversion
+
+
+def as_target(target: Place | str) -> Place:
+    """The place itself that a target is to have. Raises PlanError where that has no name, as `/` has none."""
+    where = place(target).resolve()
+    if not where.name:
+        raise PlanError(f"{where}: is no place for a target; give the name of a file or a folder in it.")
+    return where
+
+
+def _destination_of(conversion: Conversion) -> _Destination:
+    """How the target is made where it is to be."""
+    plan, target = conversion.plan, conversion.target
+    if is_far(target):
+        return StoreTarget(plan, target, checked=not conversion.allow_nonfinite)
+    return DiskTarget(plan, Path(str(target)))
+
+
+def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -> _Done:
+    """The second half of `run`, alone in its folder: make what is not made yet, and publish.
+
+    Raises NeoxconvError when the disk or a value stops it, PlanError where another run is at work there.
+    """
+    plan, allowed, budget = conversion.plan, conversion.allow_nonfinite, conversion.budget
+    crew, destination = Crew(budget.jobs, conversion.executor), _destination_of(conversion)
+    folder = destination.work
     try:
-        check_space(plan, target)
-        with locked(folder), Journal(folder, resume_key(plan), checked=not allow_nonfinite) as journal:
-            made = made_in(folder)
-            for file in plan.files:
-                begin_file(file, made)
-            work = Work(made, journal.known, shares.slab, allow_nonfinite, progress, plan.source)
-            if executor:
-                with cluster.connected(executor) as pool:
-                    digests = run_steps(plan.steps, cluster.steps_there(pool, plan, work), journal, progress)
-            else:
-                with threads(work, shares.jobs) as submit:
-                    digests = run_steps(plan.steps, submit, journal)
+        destination.check_room(crew)
+        with locked(folder), Journal(folder, resume_key(plan), checked=not allowed) as journal:
+            work = Work(
+                folder=made_in(folder),
+                known=journal.known,
+                slab=budget.slab,
+                allow_nonfinite=allowed,
+                progress=progress,
+                source=plan.source,
+            )
+            described = destination.begin()
+            for name in described:
+                progress(plan.nbytes_of(name))
+            left = [file for file in plan.files if file.name not in described]
+            described |= {entry["name"]: entry for entry in destination.make(left, work, crew, journal)}
             check_sources(plan)
-            settle(plan, made, [finish_file(file, made, digests) for file in plan.files])
-            publish(plan, folder, target)
+            entries = [described[file.name] for file in plan.files]
+            destination.publish(entries)
     except OSError as error:
-        raise NeoxconvError(explain(error, plan, target)) from error
-    return target
+        raise NeoxconvError(_explain(error, destination)) from error
+    return _Done(destination.target, overflows(entries))
+
+
+def _explain(error: OSError, destination: _Destination) -> str:
+    """An operating system's error in terms of the target, or of where one in a store is made."""
+    work = destination.work
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needed, free = room(destination.plan, work)
+        return (
+            f"{destination.on_disk}: {os.strerror(error.errno)}: {size(needed)} are still to be written and "
+            f"{size(free)} are free; make room and run the same command again to continue."
+        )
+    kept = f"; what is done is kept in {work.name}" if work.is_dir() else ""
+    return f"{error.filename or destination.target}: {error.strerror or error}{kept}."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, holds
 
 
 def check_side_file(path: Path, inputs: Iterable[Place | None], overwrite: bool = True) -> None:
@@ -28,7 +28,7 @@ def check_side_file(path: Path, inputs: Iterable[Place | None], overwrite: bool 
     if not os.access(path.resolve().parent, os.W_OK):
         raise PlanError(f"{path}: cannot be made, because {path.parent} may not be written to; give another place.")
     for given in inputs:
-        if isinstance(given, Path) and given.resolve() in (path.resolve(), *path.resolve().parents):
+        if given and holds(given, path):
             raise PlanError(f"{path}: would be written into {given}, which is read; give another name.")
 
 

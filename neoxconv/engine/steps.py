@@ -20,11 +20,11 @@ Progress = Callable[[int], None]
 Digests = dict[str, Digest]  # of slots, by their keys
 
 
-class Stopped(Exception):
+class _Stopped(Exception):
     """Another step failed, or the user wants to stop; this one ends between two slabs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What every step of a run shares: where the files are made, what an earlier run noted, and how much at a time."""
 
@@ -53,18 +53,18 @@ def written(step: Step, descriptor: int, work: Work) -> list[Digest]:
     if len(known) < len(step.slots):
         return []
     for slot, digest in zip(step.slots, known, strict=True):
-        if hashed(slot, descriptor, work) != digest.sha256:
+        if _hashed(slot, descriptor, work) != digest.sha256:
             return []
     work.progress(step.nbytes)
     return known
 
 
-def hashed(slot: Slot, descriptor: int, work: Work) -> str:
+def _hashed(slot: Slot, descriptor: int, work: Work) -> str:
     """The SHA-256 of a slot's bytes as they are on disk."""
     digest, end, size = hashlib.sha256(), slot.offset + slot.part.nbytes, work.slab
     for offset in range(slot.offset, end, size):
         if work.stop.is_set():
-            raise Stopped
+            raise _Stopped
         digest.update(os.pread(descriptor, min(size, end - offset), offset))
     return digest.hexdigest()
 
@@ -72,11 +72,11 @@ def hashed(slot: Slot, descriptor: int, work: Work) -> str:
 def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
     """Write one tensor at its planned places; the digests of their bytes."""
     entry, name = step.entry, step.file.name
-    tallies = [Tally(step.file.crcs) for _ in step.slots]
+    tallies = [_Tally(step.file.crcs) for _ in step.slots]
     bad, overflow, text = 0, 0, b""
     for piece in pieces(entry, work.slab):
         if work.stop.is_set():
-            raise Stopped
+            raise _Stopped
         bad, overflow = bad + piece.nonfinite, overflow + piece.overflow
         if entry.parts[piece.number].late:  # it has no place of its own
             text = piece.data.tobytes()
@@ -94,7 +94,7 @@ def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
     for slot, tally in zip(step.slots, tallies, strict=True):
         if tally.count != slot.part.nbytes:
             raise NeoxconvError(f"{name}: {slot.part.name} came to {tally.count} bytes, not {slot.part.nbytes}.")
-    start_writeback(descriptor, step.slots[0])
+    _start_writeback(descriptor, step.slots[0])
     first, *others = tallies
     return [first.digest(overflow, text.decode()), *(tally.digest() for tally in others)]
 
@@ -107,7 +107,7 @@ def write_all(descriptor: int, data: Bytes, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def start_writeback(descriptor: int, slot: Slot) -> None:
+def _start_writeback(descriptor: int, slot: Slot) -> None:
     """Set the disk to work on a finished step: Linux does so with what it is told is not needed any more.
 
     Else it would begin at the fsync, when all we can do is wait.
@@ -116,7 +116,7 @@ def start_writeback(descriptor: int, slot: Slot) -> None:
         os.posix_fadvise(descriptor, slot.offset, slot.part.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-class Tally:
+class _Tally:
     """Running SHA-256, CRC-32 (only where a zip wants it) and count of a tensor's bytes."""
 
     def __init__(self, with_crc: bool) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from neoxconv.core.layout import Digest, FileLayout
-from neoxconv.engine.manifest import describe_file
+from neoxconv.engine.manifest import Described, describe_file
 from neoxconv.engine.plan import slot_key
 
 
@@ -22,7 +21,7 @@ def begin_file(file: FileLayout, folder: Path) -> None:
             stream.write(piece)
 
 
-def finish_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> dict[str, Any]:
+def finish_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> Described:
     """Fill the ranges that need the digests of the file's tensors; the manifest's entry for the whole file."""
     written = [digests[slot_key(file, slot)] for slot in file.slots]
     with open(folder / file.name, "r+b") as stream:

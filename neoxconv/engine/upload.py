@@ -11,45 +11,31 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from neoxconv.core.layout import FileLayout
 from neoxconv.engine import cluster
 from neoxconv.engine.journal import Journal
-from neoxconv.engine.manifest import MANIFEST, beside, manifest
-from neoxconv.engine.memory import Memory
-from neoxconv.engine.plan import Plan, check_sources, resume_key
-from neoxconv.engine.publish import explain
-from neoxconv.engine.steps import Progress, Work
+from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
+from neoxconv.engine.plan import Plan, resume_key
+from neoxconv.engine.steps import Work
 from neoxconv.engine.target_file import begin_file, finish_file
-from neoxconv.engine.workers import run_steps, threads
-from neoxconv.engine.workplace import held, locked, made_in, work_of
+from neoxconv.engine.workers import Crew, run_steps, threads
+from neoxconv.engine.workplace import free_for, held, made_in, work_of
 from neoxconv.errors import NeoxconvError, PlanError, raise_all
-from neoxconv.storage.protocols import WEB
-from neoxconv.storage.remote import Remote
+from neoxconv.storage import Remote
 from neoxconv.words import size
 
-Described = dict[str, Any]  # the manifest's entry for a file
-BEGUN = ".begun"
+_BEGUN = ".begun"
 
 
 @dataclass(frozen=True)
-class Sending:
-    """How a run goes about it."""
-
-    memory: Memory
-    allow_nonfinite: bool
-    executor: str | None
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Sent:
+class _Sent:
     """Notes on the files that are in the store, in a folder; those of another run do not count.
 
     With `checked` neither do those of a run that let values pass that are not finite.
@@ -62,18 +48,21 @@ class Sent:
     @property
     def begun(self) -> bool:
         """Whether this very run has begun before, so that what is in the store may be its own."""
-        mark = self.folder / BEGUN
+        mark = self.folder / _BEGUN
         return mark.is_file() and mark.read_text() == self.key
 
     def begin(self) -> None:
+        """Note that this run has begun."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / BEGUN).write_text(self.key)
+        (self.folder / _BEGUN).write_text(self.key)
 
     def path(self, name: str) -> Path:
+        """Where the note on a file lies."""
         return self.folder / quote(name, safe="")
 
     def add(self, described: Described, there: Remote) -> None:
-        path, facts = self.path(described["name"]), there.ask()
+        """Note that a file is in the store, and what the store calls its content."""
+        path, facts = self.path(described["name"]), there.facts_now()
         version = facts.version if facts else ""
         note = {"key": self.key, "checked": self.checked, "version": version, "file": described}
         path.with_suffix(".new").write_text(json.dumps(note))
@@ -85,141 +74,155 @@ class Sent:
             note = json.loads(self.path(file.name).read_text())
         except (OSError, ValueError):
             return None
-        facts = there.ask()
-        if note["key"] != self.key or note["checked"] < self.checked or facts is None:
+        if note["key"] != self.key or (self.checked and not note["checked"]):
             return None
-        if facts.size != file.size or facts.version != note["version"]:
+        facts = there.facts_now()
+        if facts is None or facts.size != file.size or facts.version != note["version"]:
             return None
         found: Described = note["file"]
         return found
 
 
-def sent_to(plan: Plan, target: Remote, checked: bool = False) -> Sent:
-    """The notes of the run of a plan to a target, which has one name with others of other stores."""
-    where = (target.protocol, target.path, target.options)
-    key = hashlib.sha256(f"{resume_key(plan)} {where}".encode()).hexdigest()
-    return Sent(work_of(target) / "sent", key, checked)
+@dataclass(frozen=True)
+class StoreTarget:
+    """A plan's target in a store; `checked` says that files whose values were not checked are no part of it."""
 
+    plan: Plan
+    target: Remote
+    checked: bool
 
-def place_of(plan: Plan, target: Remote, name: str) -> Remote:
-    """Where a file of a target goes."""
-    return target if plan.single else target / name
+    @property
+    def work(self) -> Path:
+        return work_of(self.target)
 
+    @property
+    def on_disk(self) -> Path:
+        return self.work
 
-def manifest_of(plan: Plan, target: Remote) -> Remote:
-    """Where its manifest goes."""
-    return beside(target) if plan.single else target / MANIFEST
+    @cached_property
+    def sent(self) -> _Sent:
+        """The notes of the run of this plan to this target, which has one name with others of other stores."""
+        where = (self.target.protocol, self.target.path, self.target.options)
+        key = hashlib.sha256(f"{resume_key(self.plan)} {where}".encode()).hexdigest()
+        return _Sent(self.work / "sent", key, self.checked)
 
+    @property
+    def manifest(self) -> Remote:
+        """Where its manifest goes."""
+        return beside(self.target) if self.plan.single else self.target / MANIFEST
 
-def check_free(plan: Plan, target: Remote, overwrite: bool) -> None:
-    """Raise PlanError where the target cannot be written, or holds anything that this run has not sent."""
-    if target.protocol in WEB:
-        raise PlanError(f"{target}: a web server takes no files; give a store, such as s3://BUCKET/NAME.")
-    if "/" not in target.shown.split("://", 1)[1].strip("/"):
-        raise PlanError(f"{target}: names a bucket; give the name of a target in it, such as s3://BUCKET/NAME.")
-    if overwrite or manifest_of(plan, target).exists() or (target.exists() and not sent_to(plan, target).begun):
-        raise PlanError(
-            f"{target}: exists already, and a store cannot replace it all at once; give another name, or remove it."
-            if not overwrite
-            else f"{target}: --overwrite is for targets on a disk; a store cannot replace one all at once. "
-            "Give another name, or remove the old one."
-        )
+    def object_of(self, name: str) -> Remote:
+        """Where one of its files goes."""
+        return self.target if self.plan.single else self.target / name
 
+    def check(self, *, overwrite: bool) -> None:
+        """Raise PlanError where the target cannot be written, or holds anything that this run has not sent."""
+        target = self.target
+        if target.is_web:
+            raise PlanError(f"{target}: a web server takes no files; give a store, such as s3://BUCKET/NAME.")
+        if target.is_root:
+            raise PlanError(f"{target}: names a bucket; give the name of a target in it, such as s3://BUCKET/NAME.")
+        if overwrite:
+            raise PlanError(
+                f"{target}: --overwrite is for targets on a disk; a store cannot replace one all at once. "
+                "Give another name, or remove the old one."
+            )
+        if self.manifest.exists() or (target.exists() and not self.sent.begun):
+            raise PlanError(
+                f"{target}: exists already, and a store cannot replace it all at once; give another name, or remove it."
+            )
 
-def check_disk(files: list[FileLayout], scratch: Path) -> None:
-    """Raise PlanError where the disk here cannot hold the file at work and the one that is being sent."""
-    needed = sum(sorted((file.size for file in files), reverse=True)[:2])
-    free = shutil.disk_usage(scratch.parent).free
-    if needed > free + held(made_in(scratch)):
-        raise PlanError(
-            f"{scratch}: two files are made here at a time, {size(needed)}, and {size(free)} are free; "
-            "make room, work in another folder, or make smaller files with --shard-size or --split-size."
-        )
+    def check_room(self, crew: Crew) -> None:
+        """Raise PlanError where the disk here cannot hold the file at work and the one that is being sent."""
+        if crew.executor:
+            return  # the workers have disks of their own
+        done = self.find_sent()
+        left = sorted((file.size for file in self.plan.files if file.name not in done), reverse=True)
+        needed, free = sum(left[:2]), free_for(self.work)
+        if needed > free + held(made_in(self.work)):
+            raise PlanError(
+                f"{self.work}: two files are made here at a time, {size(needed)}, and {size(free)} are free; "
+                "make room, work in another folder, or make smaller files with --shard-size or --split-size."
+            )
 
+    def find_sent(self) -> dict[str, Described]:
+        """The files that were sent and that the store still has."""
+        sent = self.sent
+        found = {file.name: sent.find(file, self.object_of(file.name)) for file in self.plan.files}
+        return {name: described for name, described in found.items() if described}
 
-def send(plan: Plan, target: Remote, sending: Sending) -> Remote:
-    """Make a target in a store that `check_free` allows; after an interruption, continue."""
-    scratch, sent = work_of(target), sent_to(plan, target, not sending.allow_nonfinite)
-    try:
-        with locked(scratch), Journal(scratch, resume_key(plan), checked=not sending.allow_nonfinite) as journal:
-            done = {file.name: sent.find(file, place_of(plan, target, file.name)) for file in plan.files}
-            described = {name: entry for name, entry in done.items() if entry}
-            left = [file for file in plan.files if file.name not in described]
-            if not sending.executor:
-                check_disk(left, scratch)
-            sent.begin()
-            sending.progress(sum(step.nbytes for step in plan.steps if step.file.name in described))
-            make = there if sending.executor else here
-            for entry in make(plan, left, target, sending, journal):
-                sent.add(entry, place_of(plan, target, entry["name"]))
-                described[entry["name"]] = entry
-            check_sources(plan)
-            changed = [file for file in plan.files if not sent.find(file, place_of(plan, target, file.name))]
-            raise_all(NeoxconvError, (
-                f"{place_of(plan, target, file.name)}: is not what was sent; something else writes there. "
-                "See to that, and run the same command again to continue." for file in changed
-            ))  # fmt: skip
-            finish(plan, target, [described[file.name] for file in plan.files])
-            shutil.rmtree(scratch)
-    except OSError as error:
-        raise NeoxconvError(explain(error, plan, target)) from error
-    return target
+    def begin(self) -> dict[str, Described]:
+        """Note that what will be in the store is this run's; the files that are there already."""
+        self.sent.begin()
+        return self.find_sent()
 
+    def make(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
+        """Make and send the files, each noted when it is in the store. Raises CheckpointError where that fails."""
+        if crew.executor:
+            made = self.make_on_workers(files, work, crew.executor)
+        else:
+            made = self.make_here(files, work, crew.jobs, journal)
+        for described in made:
+            self.sent.add(described, self.object_of(described["name"]))
+            yield described
 
-def here(
-    plan: Plan, files: list[FileLayout], target: Remote, sending: Sending, journal: Journal
-) -> Iterator[Described]:
-    """Make files one after the other; while one is made, the one before it is sent."""
-    made = made_in(journal.path.parent)
-    work = Work(made, journal.known, sending.memory.slab, sending.allow_nonfinite, sending.progress, plan.source)
+    def make_here(self, files: Sequence[FileLayout], work: Work, jobs: int, journal: Journal) -> Iterator[Described]:
+        """Make files one after the other; while one is made, the one before it is sent."""
 
-    def post(file: FileLayout, described: Described) -> Described:
-        place_of(plan, target, file.name).put(made / file.name, work.stop)
-        (made / file.name).unlink()
-        return described
+        def post(file: FileLayout, described: Described) -> Described:
+            self.object_of(file.name).put(work.folder / file.name, work.stop)
+            (work.folder / file.name).unlink()
+            return described
 
-    with ThreadPoolExecutor(1) as postman, threads(work, sending.memory.jobs) as submit:
-        under_way: list[Future[Described]] = []
-        for file in files:
-            begin_file(file, made)
-            described = finish_file(file, made, run_steps(plan.steps_of(file), submit, journal))
+        with ThreadPoolExecutor(1) as postman, threads(work, jobs) as submit:
+            under_way: list[Future[Described]] = []
+            for file in files:
+                begin_file(file, work.folder)
+                digests = run_steps(self.plan.steps_of(file), submit, journal)
+                described = finish_file(file, work.folder, digests)
+                yield from (future.result() for future in under_way)
+                under_way = [postman.submit(post, file, described)]
             yield from (future.result() for future in under_way)
-            under_way = [postman.submit(post, file, described)]
-        yield from (future.result() for future in under_way)
+
+    def make_on_workers(self, files: Sequence[FileLayout], work: Work, executor: str) -> Iterator[Described]:
+        """Have workers of a cluster make files, each on a disk of its own, and send them."""
+        origin, numbers = cluster.origin_of(self.plan), {file.name: n for n, file in enumerate(self.plan.files)}
+        with cluster.connected(executor) as pool:
+            futures = {}
+            for file in files:
+                delivery = cluster.Delivery(
+                    origin=origin,
+                    number=numbers[file.name],
+                    target=self.object_of(file.name),
+                    slab=work.slab,
+                    allow_nonfinite=work.allow_nonfinite,
+                )
+                futures[pool.submit(cluster.deliver, delivery)] = file
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+                    work.progress(self.plan.nbytes_of(futures[future].name))
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def publish(self, described: Sequence[Described]) -> None:
+        """Send the small files, and when all of the target is in the store its manifest; remove the work here.
+
+        Raises NeoxconvError where an object is not what was sent.
+        """
+        there = self.find_sent()
+        raise_all(NeoxconvError, (
+            f"{self.object_of(file.name)}: is not what was sent; something else writes there. "
+            "See to that, and run the same command again to continue." for file in self.plan.files
+            if file.name not in there
+        ))  # fmt: skip
+        send_last(self, described)
+        shutil.rmtree(self.work)
 
 
-def there(
-    plan: Plan, files: list[FileLayout], target: Remote, sending: Sending, journal: Journal
-) -> Iterator[Described]:
-    """Have workers of a cluster make files and send them."""
-    if not sending.executor:
-        return
-    origin, numbers = cluster.origin_of(plan), {file.name: number for number, file in enumerate(plan.files)}
-    with cluster.connected(sending.executor) as pool:
-        futures = {
-            pool.submit(
-                cluster.deliver,
-                cluster.Delivery(
-                    origin,
-                    numbers[file.name],
-                    place_of(plan, target, file.name),
-                    sending.memory.slab,
-                    sending.allow_nonfinite,
-                ),
-            ): file
-            for file in files
-        }
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-                sending.progress(sum(step.nbytes for step in plan.steps_of(futures[future])))
-        finally:
-            for future in futures:
-                future.cancel()
-
-
-def finish(plan: Plan, target: Remote, described: list[Described]) -> None:
-    """Send the small files, and when all of that is in the store the manifest."""
-    for name, data in plan.sidecars.items():
-        (target / name).write(data)
-    manifest_of(plan, target).write(manifest(plan, described))
+def send_last(destination: StoreTarget, described: Sequence[Described]) -> None:
+    """Send the small files of a target whose files are `described`, and after them the manifest."""
+    for name, data in destination.plan.sidecars.items():
+        (destination.target / name).write(data)
+    destination.manifest.write(manifest(destination.plan, described))

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.plan import Step
 from neoxconv.engine.steps import Digests, Progress, Work, run_step
 
 Submit = Callable[[Step], Future[Digests]]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who does a run's work: `jobs` threads of this process, or where an `executor` is named a cluster's workers."""
+
+    jobs: int
+    executor: str | None = None
 
 
 @contextmanager

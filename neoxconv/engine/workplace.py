@@ -7,13 +7,14 @@ ends, so a stale one does not exist. The file says which process it is.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from neoxconv.errors import PlanError
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage import Place, is_here
 
 LOCK = "lock"
 
@@ -25,7 +26,7 @@ def partial_of(target: Path) -> Path:
 
 def work_of(target: Place) -> Path:
     """Where a run works on a target: beside it, or for one in a store in the working folder."""
-    return partial_of(Path.cwd() / target.name if isinstance(target, Remote) else target)
+    return partial_of(target if is_here(target) else Path.cwd() / target.name)
 
 
 def made_in(work: Path) -> Path:
@@ -43,6 +44,16 @@ def held(work: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.exists() else 0
 
 
+def nearest_folder(path: Path) -> Path:
+    """What exists already of the path to a target or to its work."""
+    return next(folder for folder in path.parents if folder.exists())
+
+
+def free_for(work: Path) -> int:
+    """The bytes that are free on the disk where work is, or will be."""
+    return shutil.disk_usage(nearest_folder(work)).free
+
+
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
     """The folder `work`, made where it is missing, for this process alone.
@@ -57,7 +68,13 @@ def locked(work: Path) -> Iterator[None]:
 
 
 def hold(work: Path) -> int:
-    """The descriptor of the lock; a run that ends takes the file away, so it is looked for again after locking."""
+    """The descriptor of the lock, held.
+
+    A run that ends removes its folder with the lock's file in it, at any moment of ours. Between our `mkdir` and our
+    `open` the folder may go: there is nothing to open, and we begin again. Between `open` and `_take` the file may go:
+    we then hold the lock of a file that nobody else can find, while a third run makes a new one. So after locking we
+    look whether the file of that name is still the one that we hold, and begin again where it is not.
+    """
     while True:
         work.mkdir(parents=True, exist_ok=True)
         try:
@@ -65,12 +82,12 @@ def hold(work: Path) -> int:
         except FileNotFoundError:  # the other run has just finished
             continue
         try:
-            take(descriptor, work)
+            _take(descriptor, work)
             if os.path.samestat(os.fstat(descriptor), os.stat(work / LOCK)):
                 os.truncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return descriptor
-        except FileNotFoundError:
+        except FileNotFoundError:  # it was removed while we locked it
             pass
         except BaseException:
             os.close(descriptor)
@@ -78,7 +95,7 @@ def hold(work: Path) -> int:
         os.close(descriptor)
 
 
-def take(descriptor: int, work: Path) -> None:
+def _take(descriptor: int, work: Path) -> None:
     """Lock an open file, or raise PlanError where another process has."""
     import fcntl
 

@@ -1,9 +1,11 @@
 """Importance matrices: for every tensor, how much an error in each of its columns matters.
 
 llama.cpp's llama-imatrix makes them: over the tokens of a text, the mean square of what each column is multiplied with.
+
     GGUF form  tensors NAME.in_sum2 [columns] and NAME.counts [1]: sums, and the tokens they run over
     .dat form  entries:i32, each: length:i32 name calls:i32 columns:i32 f32...; then chunks:i32 length:i32 text's name
-Source: llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp. Only ratios within a tensor act.
+
+Only ratios within a tensor act. Source: llama.cpp's tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 """
 
 from __future__ import annotations
@@ -20,37 +22,41 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Doubles, Floats, Numbers
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.gguf import read as gguf
-from neoxconv.storage.files import Storage, open_storage
+from neoxconv.storage import Storage, open_storage
 
-SUMS, COUNTS = ".in_sum2", ".counts"
-MAX_ENTRIES, MAX_NAME, MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # far above any model
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+# Far above any model.
+_MAX_ENTRIES, _MAX_NAME, _MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # MAX_NAME in bytes
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The importance of columns by the GGUF names of tensors, each scaled to a mean of 1; `chunks` of text made it."""
+    """The importance of columns by the GGUF names of tensors."""
 
     path: Path
     sha256: str
-    entries: dict[str, Floats]
-    chunks: int
+    entries: dict[str, Floats]  # [columns] each, with a mean of 1
+    chunks: int  # of text that it was made with; 0 where the file does not say
 
 
 def read(path: Path) -> Matrix:
     """The matrix in a file of either form. Raises CheckpointError where it is damaged or holds no importances."""
     file = open_storage(path)
-    if file.size > MAX_ENTRIES * 256:
+    if file.size > _MAX_ENTRIES * 256:
         raise CheckpointError(f"{path}: has {file.size} bytes, too many for an importance matrix; give another file.")
     data = file.text()
-    found, chunks = read_gguf(file) if data[:4] == gguf.MAGIC else read_dat(file, data)
+    found, chunks = _read_gguf(file) if data[:4] == gguf.MAGIC else _read_dat(file, data)
     if not found:
         raise CheckpointError(f"{path}: holds no importances; make it with llama-imatrix.")
-    entries = {name: scaled(path, name, values) for name, values in found.items()}
+    entries = {name: _with_mean_1(path, name, values) for name, values in found.items()}
     return Matrix(path, hashlib.sha256(data).hexdigest(), entries, chunks)
 
 
-def scaled(path: Path, name: str, values: Floats) -> Floats:
-    """Importances with a mean of 1; none (all 0) stay so. Raises CheckpointError where one is no number from 0 on."""
+def _with_mean_1(path: Path, name: str, values: Floats) -> Floats:
+    """Importances [columns] with a mean of 1; none (all 0) stay so.
+
+    Raises CheckpointError where one is no finite number from 0 on.
+    """
     bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
     if bad.size:
         raise CheckpointError(
@@ -61,17 +67,20 @@ def scaled(path: Path, name: str, values: Floats) -> Floats:
     return (values / mean if mean else values).astype(np.float32)
 
 
-def read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
-    """The entries of the GGUF form, and the number of chunks. A tensor that saw no token counts as all alike."""
+def _read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
+    """The entries of the GGUF form, and the number of chunks. A tensor that saw no token counts as all alike.
+
+    Raises CheckpointError where the file is another kind of GGUF, or an entry is not what it must be.
+    """
     header = gguf.read_header(file)
     kind = header.keys.get("general.type")
     if kind != "imatrix":
         raise CheckpointError(f"{file.path}: general.type is {kind!r:.40}, expected 'imatrix'; give another file.")
     entries = {}
     for name, tensor in header.tensors.items():
-        entry = name.removesuffix(SUMS)
+        entry = name.removesuffix(_SUMS)
         if entry != name:
-            count = numbers(file, header.tensors.get(entry + COUNTS), entry + COUNTS)
+            count = numbers(file, header.tensors.get(entry + _COUNTS), entry + _COUNTS)
             sums = numbers(file, tensor, name)
             if count.size != 1:
                 raise CheckpointError(
@@ -90,36 +99,45 @@ def numbers(file: Storage, tensor: LazyTensor | None, name: str) -> Floats:
     return tensor.floats(0, tensor.rows).reshape(-1)
 
 
-def read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int]:
-    """The entries of the .dat form, and the number of chunks, which older files lack."""
+def _read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int]:
+    """The entries of the .dat form, and the number of chunks, which older files lack.
+
+    Raises CheckpointError where the bytes cannot be them.
+    """
+    entries: dict[str, Floats] = {}
+    end = 4
     try:
-        entries = dict(dat_entries(data))
+        for name, values, behind in _dat_entries(data):
+            entries[name], end = values, behind
     except (ValueError, struct.error) as error:
         what = "it ends early" if isinstance(error, struct.error) else error
         raise CheckpointError(
             f"{file.path}: is no importance matrix, in neither the GGUF nor the .dat form, or is damaged ({what}); "
             "make it again."
         ) from error
-    end = 4 + sum(12 + len(name.encode()) + values.nbytes for name, values in entries.items())
     return entries, struct.unpack_from("<i", data, end)[0] if len(data) >= end + 4 else 0
 
 
-def dat_entries(data: bytes) -> Iterator[tuple[str, Floats]]:
-    """Names and importances; raises ValueError or struct.error where the bytes cannot be them."""
+def _dat_entries(data: bytes) -> Iterator[tuple[str, Floats, int]]:
+    """Names, importances [columns] and the bytes behind which each ends.
+
+    Raises ValueError or struct.error where the bytes cannot be them.
+    """
     position = 4
-    for number in range(counted(data, 0, MAX_ENTRIES)):
-        length = counted(data, position, MAX_NAME)
+    for number in range(_count_at(data, 0, _MAX_ENTRIES)):
+        length = _count_at(data, position, _MAX_NAME)
         name = data[position + 4 : position + 4 + length].decode()
         position += 4 + length + 4  # the number of calls scales all alike
-        columns = counted(data, position, MAX_COLUMNS)
+        columns = _count_at(data, position, _MAX_COLUMNS)
         if position + 4 + 4 * columns > len(data):
             raise ValueError(f"entry {number} ends beyond the file")
-        yield name, np.frombuffer(data, "<f4", columns, position + 4)
-        position += 4 + 4 * columns
+        values = np.frombuffer(data, "<f4", columns, position + 4)
+        position += 4 + values.nbytes
+        yield name, values, position
 
 
-def counted(data: bytes, offset: int, limit: int) -> int:
-    """The number at `offset`, as a count of 1 to `limit` things."""
+def _count_at(data: bytes, offset: int, limit: int) -> int:
+    """The number at `offset`, as a count of 1 to `limit` things; raises ValueError where it is none."""
     count: int = struct.unpack_from("<i", data, offset)[0]
     if not 1 <= count <= limit:
         raise ValueError(f"a count of {count} at byte {offset}")
@@ -139,8 +157,8 @@ def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> N
     writer.add_uint32("imatrix.chunk_count", len(tokens))
     writer.add_uint32("imatrix.chunk_size", tokens.shape[1])
     for name in sorted(sums):
-        writer.add_tensor(name + SUMS, sums[name].astype(np.float32))
-        writer.add_tensor(name + COUNTS, np.array([tokens.size], np.float32))
+        writer.add_tensor(name + _SUMS, sums[name].astype(np.float32))
+        writer.add_tensor(name + _COUNTS, np.array([tokens.size], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

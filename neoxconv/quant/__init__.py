@@ -47,7 +47,7 @@ def decode_any(name: str, rows: Bytes) -> Floats:
     Raises CheckpointError for a type that gguf cannot read, and for rows that are no whole number of its blocks.
     """
     if name in ENCODINGS:
-        return ENCODINGS[name].decode(rows.view(ENCODINGS[name].dtype.stored))
+        return ENCODINGS[name].decode(rows.view(ENCODINGS[name].dtype.numpy))
     from gguf import GGMLQuantizationType, quants
 
     try:

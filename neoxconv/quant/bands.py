@@ -14,16 +14,16 @@ from neoxconv.quant import floats
 
 def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int) -> Floats:
     """The size of every group of a tensor, or of the tensor where that is one, which is read for it."""
-    sizes = np.zeros(encoding.groups(tensor), np.float32)
+    groups, sizes = encoding.groups, np.zeros(encoding.count_groups(tensor), np.float32)
     for start, values in bands(encoding, tensor, slab):
-        found, span = encoding.grain.sizes(values), encoding.grain.span(start, start + len(values), tensor.columns)
-        sizes[span] = np.maximum(sizes, found) if encoding.whole else found
+        found, touched = groups.largest(values), groups.groups_of(start, start + len(values), tensor.columns)
+        sizes[touched] = np.maximum(sizes, found) if groups.whole else found
     return sizes
 
 
 def bands(encoding: Scaled, tensor: LazyTensor, slab: int) -> Iterator[tuple[int, Floats]]:
     """The first row and the rows in float32, rounded as the encoding wants them, of bands of whole groups."""
-    for start, stop in slabs(tensor, slab, encoding.grain.unit(tensor.columns)):
+    for start, stop in slabs(tensor, slab, encoding.groups.rows_per_whole_group(tensor.columns)):
         yield start, rounded(encoding, tensor, floats(tensor.read(start, stop), tensor.dtype))
 
 

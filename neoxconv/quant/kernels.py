@@ -11,24 +11,42 @@ quantize_row_*_ref does (ggml-quants.c, compiled without FMA and without an imat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import __version__ as numba_version
+from numba import config, njit
+
+from neoxconv.quant.kernel_cache import folder_for
 
 F = TypeVar("F", bound=Callable[..., object])
-Halves = npt.NDArray[np.uint16]
+_Halves = npt.NDArray[np.uint16]
 
 f32, i32, u32, u16, u8 = np.float32, np.int32, np.uint32, np.uint16, np.uint8
 ZERO, ONE, HALF, INFINITY, NAN = f32(0), f32(1), f32(0.5), f32(np.inf), f32(np.nan)
 BELOW_HALF = f32(0.49999997)  # with 0.5 itself, 0.49999997 would round up to 1
-STEP_16 = f32(2.0**-14)  # the smallest normal float16
+_STEP_16 = f32(2.0**-14)  # the smallest normal float16
+
+
+_SETTINGS: Any = config  # numba's, some from the environment
+_CACHE = folder_for(_SETTINGS.CACHE_DIR, numba_version)
 
 
 def kernel(function: F) -> F:
-    """`function`, compiled: releases the GIL, is cached on disk, divides by zero as IEEE 754 says, costs no call."""
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy", forceinline=True)(function))
+    """`function`, compiled: releases the GIL, is cached on disk, divides by zero as IEEE 754 says, costs no call.
+
+    Kernels take their arguments by position, in the searches more than four: x, w, s and n are the same in all of them,
+    and an object that held them could not be cached (numba's jitclass cannot).
+    """
+    chosen, _SETTINGS.CACHE_DIR = (
+        _SETTINGS.CACHE_DIR,
+        str(_CACHE or ""),
+    )  # numba looks at it now; others' kernels stay theirs
+    try:
+        return cast(F, njit(nogil=True, cache=bool(_CACHE), error_model="numpy", forceinline=True)(function))
+    finally:
+        _SETTINGS.CACHE_DIR = chosen
 
 
 @kernel
@@ -58,14 +76,14 @@ def half_bits(bits: np.uint32) -> np.uint16:
 
 
 @kernel
-def narrow_f16(bits: npt.NDArray[np.uint32], halves: Halves) -> None:
+def narrow_f16(bits: npt.NDArray[np.uint32], halves: _Halves) -> None:
     """Fill `halves` with the float16 bits of the float32 numbers whose bits are given (both 1-D)."""
     for i in range(bits.size):
         halves[i] = half_bits(bits[i])
 
 
 @kernel
-def narrow_bf16(bits: npt.NDArray[np.uint32], halves: Halves) -> None:
+def narrow_bf16(bits: npt.NDArray[np.uint32], halves: _Halves) -> None:
     """The same for bfloat16; a NaN becomes quiet."""
     for i in range(bits.size):
         rounded = u32(bits[i] + u32(0x7FFF) + (u32(bits[i] >> u32(16)) & u32(1))) >> u32(16)
@@ -80,14 +98,14 @@ def float_bits(half: np.uint16) -> np.uint32:
     size = u32(u32(half & u16(0x7FFF)) << u32(13))
     wide = u32(size + u32(112 << 23))
     if size < u32(0x00800000):  # subnormal: let the adder normalise it; no subnormal float32 takes part
-        wide = as_bits(as_float(size + u32(113 << 23)) - STEP_16)
+        wide = as_bits(as_float(size + u32(113 << 23)) - _STEP_16)
     if size >= u32(0x0F800000):
         wide = u32(size + u32(224 << 23))
     return u32(wide | u32(u32(half & u16(0x8000)) << u32(16)))
 
 
 @kernel
-def widen_f16(halves: Halves, bits: npt.NDArray[np.uint32]) -> None:
+def widen_f16(halves: _Halves, bits: npt.NDArray[np.uint32]) -> None:
     """Fill `bits` with the float32 bits of float16 numbers (both 1-D)."""
     for i in range(halves.size):
         bits[i] = float_bits(halves[i])

@@ -11,17 +11,17 @@ from neoxconv import dtypes
 from neoxconv.core.encoding import Bound, Encoding
 from neoxconv.dtypes import Array, DType, Floats, narrow, widen
 
-WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
+_WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
 
 
-def unchanged(rows: Floats) -> Floats:
+def _unchanged(rows: Floats) -> Floats:
     """The rows themselves: float32 is stored as it is."""
     return np.asarray(rows, np.float32)
 
 
-def encode_f16(rows: Floats) -> Array:
+def _encode_f16(rows: Floats) -> Array:
     """float16 as numpy rounds it, too large becomes infinite; ten times faster than astype where it is much."""
-    if rows.size < WORTH_A_KERNEL:
+    if rows.size < _WORTH_A_KERNEL:
         return narrow(rows, dtypes.F16)
     from neoxconv.quant import kernels
 
@@ -30,7 +30,7 @@ def encode_f16(rows: Floats) -> Array:
     return halves.view(np.float16).reshape(rows.shape)
 
 
-def decode_f16(stored: Array) -> Floats:
+def _decode_f16(stored: Array) -> Floats:
     """The same values in float32; seven times faster than astype."""
     from neoxconv.quant import kernels
 
@@ -39,7 +39,7 @@ def decode_f16(stored: Array) -> Floats:
     return bits.view(np.float32).reshape(stored.shape)
 
 
-def encode_bf16(rows: Floats) -> Array:
+def _encode_bf16(rows: Floats) -> Array:
     """bfloat16 bits as uint16; a NaN becomes quiet."""
     from neoxconv.quant import kernels
 
@@ -48,7 +48,7 @@ def encode_bf16(rows: Floats) -> Array:
     return halves.reshape(rows.shape)
 
 
-def decode_bf16(stored: Array) -> Floats:
+def _decode_bf16(stored: Array) -> Floats:
     """The values of bfloat16 bits in float32."""
     return widen(stored, dtypes.BF16)
 
@@ -62,10 +62,27 @@ def wrong(dtype: DType, rows: Floats, stored: Array, weighted: bool = False) -> 
     return differs
 
 
-F32 = Encoding("F32", dtypes.F32, unchanged, unchanged, partial(wrong, dtypes.F32), bound=Bound(0, "weight"))
+F32 = Encoding(
+    name="F32",
+    dtype=dtypes.F32,
+    encode=_unchanged,
+    decode=_unchanged,
+    wrong=partial(wrong, dtypes.F32),
+    bound=Bound(0, "weight"),
+)
 F16 = Encoding(
-    "F16", dtypes.F16, encode_f16, decode_f16, partial(wrong, dtypes.F16), bound=Bound(2.0**-11, "weight", "3e-08")
+    name="F16",
+    dtype=dtypes.F16,
+    encode=_encode_f16,
+    decode=_decode_f16,
+    wrong=partial(wrong, dtypes.F16),
+    bound=Bound(2.0**-11, "weight", "3e-08"),
 )
 BF16 = Encoding(
-    "BF16", dtypes.BF16, encode_bf16, decode_bf16, partial(wrong, dtypes.BF16), bound=Bound(2.0**-8, "weight")
+    name="BF16",
+    dtype=dtypes.BF16,
+    encode=_encode_bf16,
+    decode=_decode_bf16,
+    wrong=partial(wrong, dtypes.BF16),
+    bound=Bound(2.0**-8, "weight"),
 )

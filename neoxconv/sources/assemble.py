@@ -20,18 +20,19 @@ from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
 from neoxconv.quant.scaled.fourbit import BLOCK, NESTED, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
+from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 
 NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
-KINDS = ("nf4", "fp4")
-LARGEST_STATE = 4096  # bytes of JSON
-LARGEST_MEAN = 3.4e38  # what float32 holds
-DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH_NAMES.items()}
+_KINDS = ("nf4", "fp4")
+_LARGEST_STATE = 4096  # bytes of JSON
+_LARGEST_MEAN = 3.4e38  # what float32 holds
+_DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH_NAMES.items()}
 
 
 @dataclass(frozen=True)
-class Module:
+class _Module:
     """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in."""
 
     where: Place
@@ -46,7 +47,7 @@ class Module:
 
 def assembled(index: Index) -> Index:
     """The index with one tensor for each weight and its scales. Raises CheckpointError where they do not fit."""
-    if index.format not in ("hf", "safetensors"):
+    if SOURCES[index.format].naming != "unified":
         return index
     (tensors,) = index.ranks
     native, where = usual(tensors), home(index, 0, "")
@@ -57,7 +58,7 @@ def assembled(index: Index) -> Index:
     weights: dict[str, LazyTensor] = {}
     parts: set[str] = set()
     for name, found in modules.items():
-        if weight := joined_weight(Module(where, name, found, native), index.settings):
+        if weight := _joined_weight(_Module(where, name, found, native), index.settings):
             weights[name + "weight"] = weight.tensor
             parts |= {name + part for part in weight.parts}
     kept = {name: weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name not in parts}
@@ -75,16 +76,16 @@ def usual(tensors: Mapping[str, LazyTensor]) -> DType:
 
 
 @dataclass(frozen=True)
-class Joined:
+class _Joined:
     """A weight that can be read, and which tensors of its module it is read from."""
 
     tensor: LazyTensor
     parts: tuple[str, ...]
 
 
-def joined_weight(module: Module, settings: Mapping[str, Any]) -> Joined | None:
+def _joined_weight(module: _Module, settings: Mapping[str, Any]) -> _Joined | None:
     """The weight of a module with its scales; None where it has none."""
-    for marker, find in MARKERS.items():
+    for marker, find in _MARKERS.items():
         if marker in module.tensors and "weight" in module.tensors:
             return find(module)
     weight = module.tensors.get("weight")
@@ -97,59 +98,59 @@ def joined_weight(module: Module, settings: Mapping[str, Any]) -> Joined | None:
     return None
 
 
-def four_bit(module: Module) -> Joined:
+def _four_bit(module: _Module) -> _Joined:
     """A weight of bitsandbytes' 4-bit types: its state tells the shape."""
-    kind = next((kind for kind in KINDS if STATE + kind in module.tensors), None)
+    kind = next((kind for kind in _KINDS if STATE + kind in module.tensors), None)
     if kind is None:
         raise module.error(f"{STATE}nf4", "is missing, or that of fp4; download it again.")
-    state = read_state(module, STATE + kind)
+    state = _read_state(module, STATE + kind)
     shape: Any = state.get("shape")
-    dtype = DTYPES.get(str(state.get("dtype")))
+    dtype = _DTYPES.get(str(state.get("dtype")))
     numbers = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 40 for n in shape)
     blocks = state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize", NESTED)
     double = "nested_blocksize" in state
     mean: Any = state.get("nested_offset") if double else 0
-    finite = type(mean) in (int, float) and abs(mean) <= LARGEST_MEAN
+    finite = type(mean) in (int, float) and abs(mean) <= _LARGEST_MEAN
     if not numbers or not dtype or blocks != (kind, BLOCK, NESTED) or not finite:
         raise module.error(
             STATE + kind,
-            f"is {json.dumps(state):.300}; expected {kind}, a shape of two sizes, a dtype among {', '.join(DTYPES)}, "
+            f"is {json.dumps(state):.300}; expected {kind}, a shape of two sizes, a dtype among {', '.join(_DTYPES)}, "
             f"blocks of {BLOCK} weights and {NESTED} scales, and with the latter a nested_offset.",
         )
-    return joined(module, SCALED[kind.upper() + "_DQ" * double], tuple(shape), dtype)
+    return _joined(module, SCALED[kind.upper() + ("_DQ" if double else "")], tuple(shape), dtype)
 
 
-def read_state(module: Module, part: str) -> dict[str, Any]:
+def _read_state(module: _Module, part: str) -> dict[str, Any]:
     """The JSON in a tensor of bytes."""
     tensor = module.tensors[part]
     try:
-        value = fourbit.read_state(tensor) if math.prod(tensor.shape) <= LARGEST_STATE else None
+        value = fourbit.read_state(tensor) if math.prod(tensor.shape) <= _LARGEST_STATE else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise module.error(part, f"is no JSON object of up to {LARGEST_STATE} bytes; download it again.")
+        raise module.error(part, f"is no JSON object of up to {_LARGEST_STATE} bytes; download it again.")
     return value
 
 
-def eight_bit(module: Module) -> Joined:
+def _eight_bit(module: _Module) -> _Joined:
     """A weight of LLM.int8, whose codes have its shape."""
     order = module.tensors.get(FORMAT)
     if order and order.dtype is U8 and (math.prod(order.shape) != 1 or order.read(0, 1).any()):
         raise module.error(FORMAT, "is not 0: the codes are in a GPU's order; load and save it with bitsandbytes.")
-    return joined(module, SCALED["INT8"], module.tensors["weight"].shape, module.native)
+    return _joined(module, SCALED["INT8"], module.tensors["weight"].shape, module.native)
 
 
-def float8(module: Module) -> Joined:
+def float8(module: _Module) -> _Joined:
     """A weight of float8 with one scale, or one for each row."""
     codes, scale = module.tensors["weight"], module.tensors["weight_scale"]
     by = "CHANNEL" if len(scale.shape) == 2 else "TENSOR"
     encoding = SCALED.get(f"{codes.dtype.name.removeprefix('F8_')}_{by}")
     if encoding is None:
         raise module.error("weight", f"is of type {codes.dtype.name} with scales; expected F8_E4M3 or F8_E5M2.")
-    return joined(module, encoding, codes.shape, module.native)
+    return _joined(module, encoding, codes.shape, module.native)
 
 
-def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> Joined:
+def _joined(module: _Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> _Joined:
     """The weight with its parts to read from. Raises CheckpointError where one is missing or does not fit."""
 
     def unread(start: int, stop: int) -> Any:
@@ -163,13 +164,13 @@ def joined(module: Module, encoding: Scaled, shape: tuple[int, ...], native: DTy
         if part.name not in tensors and part.name != FORMAT
     ))  # fmt: skip
     raise_all(CheckpointError, (
-        f"{module.where}: {module.name}{part.name} is {describe(tensors[part.name])}; expected {part.dtype.name} "
-        f"{list(part.shape)} for a weight {list(shape)} of {encoding.name}."
+        f"{module.where}: {module.name}{part.name} is {_type_and_shape(tensors[part.name])}; "
+        f"expected {part.dtype.name} {list(part.shape)} for a weight {list(shape)} of {encoding.name}."
         for part in parts
         if part.name in tensors and not fits(part, tensors[part.name])
     ))  # fmt: skip
     names = tuple(part.name for part in parts if part.name in tensors)
-    return Joined(replace(weight, read=encoding.decode(tensors, shape)), names)
+    return _Joined(replace(weight, read=encoding.decode(tensors, shape)), names)
 
 
 def fits(part: Part, tensor: LazyTensor) -> bool:
@@ -178,15 +179,15 @@ def fits(part: Part, tensor: LazyTensor) -> bool:
     return alike and (tensor.shape == part.shape or (part.name.startswith(STATE) and len(tensor.shape) == 1))
 
 
-def describe(tensor: LazyTensor) -> str:
+def _type_and_shape(tensor: LazyTensor) -> str:
     return f"{tensor.dtype.name} {list(tensor.shape)}"
 
 
 # What stands beside a quantized weight, and how the two are read together.
-MARKERS: dict[str, Callable[[Module], Joined]] = {
-    **{STATE + kind: four_bit for kind in KINDS},
-    "weight.absmax": four_bit,
-    "SCB": eight_bit,
-    FORMAT: eight_bit,
+_MARKERS: dict[str, Callable[[_Module], _Joined]] = {
+    **{STATE + kind: _four_bit for kind in _KINDS},
+    "weight.absmax": _four_bit,
+    "SCB": _eight_bit,
+    FORMAT: _eight_bit,
     "weight_scale": float8,
 }

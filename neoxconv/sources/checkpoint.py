@@ -16,20 +16,16 @@ import numpy as np
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.fold import folded
 from neoxconv.arch.joins import NORMS, join
-from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, Opening
+from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, Opening, RankTensors
 from neoxconv.core.tensor import LazyTensor, reordered
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.formats import hf, safetensors
-from neoxconv.formats.gguf import read as gguf
-from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox import zero
 from neoxconv.names import WEIGHTS
+from neoxconv.sources import SOURCES
 from neoxconv.sources.assemble import assembled
 from neoxconv.sources.coverage import check, is_partial
-from neoxconv.sources.naming import Named, name_tensors
-from neoxconv.storage.address import place
-from neoxconv.storage.files import open_storage
-from neoxconv.storage.remote import Place, together
+from neoxconv.sources.naming import count_named, name_tensors
+from neoxconv.storage import Place, open_storage, place, together
 
 
 def open_checkpoint(
@@ -60,100 +56,112 @@ def reopen(opening: Opening) -> Checkpoint:
     index = zero.with_masters(index) if opening.weights == "master" else index
     if is_partial(index) and not opening.partial:
         raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
-    architecture = find_architecture(index)
+    architecture = _find_architecture(index)
     named, left = name_tensors(index, architecture)
-    measured = measure(named, architecture)
-    model, notes = architecture.config_of[index.format](index, measured, opening.preset)
-    check(replace(index, configs=()) if opening.preset else index, named, left, architecture, model)
+    measured = _measure(named, architecture)
+    config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening.preset)
+    check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
     dropped = tuple(dict.fromkeys(name for names in left for name in names))
-    checkpoint = Checkpoint(opening, index, architecture, model, {}, dropped, notes)
-    return replace(checkpoint, tensors=unify(checkpoint, named))
+    checkpoint = Checkpoint(
+        opening=opening,
+        index=index,
+        architecture=architecture,
+        config=config,
+        tensors={},
+        ranks=named,
+        dropped=dropped,
+        notes=notes,
+    )
+    return replace(checkpoint, tensors=_unify(checkpoint))
 
 
 def read_index(path: Place, config: Sequence[Path]) -> Index:
     """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist.")
-    if isinstance(path, Path) and not (path.is_file() or path.is_dir()):
+    if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: is neither a file nor a folder; give a checkpoint.")
-    return assembled(read_file(path, config) if path.is_file() else read_folder(path, config))
+    return assembled(_read_file(path, config) if path.is_file() else _read_folder(path, config))
 
 
-def read_file(path: Place, config: Sequence[Path]) -> Index:
+def _read_file(path: Place, config: Sequence[Path]) -> Index:
     """Index a single file, or the whole that it is a part of."""
     file = open_storage(path)
     start = file.text(0, min(9, file.size))
-    if start[:4] == gguf.MAGIC:
-        return gguf.index(path)
-    if any(part.fullmatch(path.name) for part in neox.PARTS):
-        return read_folder(path.parent, config)
-    if hf.PART.fullmatch(path.name) and (path.parent / "config.json").is_file():
-        return hf.index(path.parent)
-    if start[8:] == b"{":
-        return safetensors.index(path)
+    certain = [source for source in SOURCES.values() if source.magic and start.startswith(source.magic)]
+    for source in certain or SOURCES.values():
+        if whole := source.of_file(path, start):
+            return source.read(whole, config)
     raise CheckpointError(
         f"{path}: is no model; it begins with {start[:8]!r}. Expected a .gguf or .safetensors file, "
         "or a file of a gpt-neox checkpoint or of a Hugging Face folder."
     )
 
 
-def read_folder(path: Place, config: Sequence[Path]) -> Index:
+def _read_folder(path: Place, config: Sequence[Path]) -> Index:
     """Index what a folder holds."""
-    if folder := neox.tag_folder(path):
-        return neox.index(folder, config)
-    if (path / "config.json").is_file():
-        return hf.index(path)
-    for suffix, read in ((".gguf", gguf.index), (".safetensors", safetensors.index)):
-        files: list[Place] = sorted(path.glob("*" + suffix), key=str)
-        if files and (len(files) == 1 or (suffix == ".gguf" and re.search(r"-00001-of-\d{5}$", files[0].stem))):
-            return read(files[0])
-        if files:
-            raise CheckpointError(f"{path}: holds {len(files)} {suffix} files; give the one you mean.")
+    for source in SOURCES.values():
+        if whole := source.of_folder(path):
+            return source.read(whole, config)
     raise CheckpointError(
         f"{path}: holds no model. Expected gpt-neox's layer_NN-model_MM-model_states.pt or mp_rank_MM_model_states.pt "
         "files (or a folder with `latest`), Hugging Face's config.json, or a .gguf or .safetensors file."
     )
 
 
-def find_architecture(index: Index) -> Architecture:
-    """The family that a source says it is; gpt-neox shards can only be one."""
-    key = {"hf": "model_type", "safetensors": "model_type", "gguf": "general.architecture"}.get(index.format)
-    name = index.settings.get(key, "gpt_neox") if key else "gpt_neox"
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+def _find_architecture(index: Index) -> Architecture:
+    """The family that a source says it is, else the one whose names most of its tensors have."""
+    key = SOURCES[index.format].family
+    if key is None or key not in index.settings:
+        return max(ARCHITECTURES, key=lambda architecture: count_named(index, architecture))
+    told = index.settings[key]
+    known = {
+        name: architecture for architecture in ARCHITECTURES for name in (architecture.name, architecture.gguf_name)
+    }
+    if not isinstance(told, str) or told not in known:
         raise CheckpointError(
-            f"{index.where}: is a {name} model; expected {' or '.join(ARCHITECTURES)}, others are not supported."
+            f"{index.where}: is a {told} model; expected {' or '.join(known)}, others are not supported."
         )
-    return ARCHITECTURES[name]
+    return known[told]
 
 
-def measure(named: Named, architecture: Architecture) -> Measured:
+def _measure(named: RankTensors, architecture: Architecture) -> Measured:
     """What the shapes tell; zeros where a tensor is missing, which `check` reports."""
-    layers = [int(m[1]) for m in (re.search(r"layers\.(\d+)\.", name) for name in named[0]) if m]
-    by_role = {weight.role: weight.at(0).unified for weight in architecture.weights if weight.role != "bias"}
+    by_role = {weight.role: weight.unified_at(0) for weight in architecture.weights if weight.role != "bias"}
 
     def rows(role: str) -> int:
         return sum(rank[by_role[role]].rows for rank in named if by_role[role] in rank)
 
-    hidden = named[0][by_role["norm"]].rows if by_role["norm"] in named[0] else 0
     return Measured(
-        max(layers, default=-1) + 1, hidden, rows("mlp_in"), rows("embedding"), by_role["head"] not in named[0]
+        layers=max((layer for layer in map(_layer_in, named[0]) if layer is not None), default=-1) + 1,
+        hidden=named[0][by_role["norm"]].rows if by_role["norm"] in named[0] else 0,
+        ff=rows("mlp_in"),
+        rows=rows("embedding"),
+        tied=by_role["head"] not in named[0],
     )
 
 
-def unify(checkpoint: Checkpoint, named: Named) -> dict[str, LazyTensor]:
+def _layer_in(unified: str) -> int | None:
+    """The number of the layer that a unified name, which holds no other, tells; None for none."""
+    match = re.search(r"\.(\d+)\.", unified)
+    return int(match[1]) if match else None
+
+
+def _unify(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """The tensors of the whole model, in the order of the forward pass."""
-    architecture, config = checkpoint.architecture, checkpoint.config
+    architecture, config, ranks = checkpoint.architecture, checkpoint.config, checkpoint.ranks
     if checkpoint.norms not in NORMS:
         raise PlanError(f"--norms {checkpoint.norms}: expected one of {', '.join(NORMS)}.")
-    if checkpoint.norms == "fold" and len(named) > 1:
-        named = folded(named, architecture, config)
+    if checkpoint.norms == "fold" and len(ranks) > 1:
+        ranks = folded(ranks, architecture, config)
+    as_gguf = SOURCES[checkpoint.index.format].naming == "gguf"
     tensors = {}
     for _, weight in architecture.names(config):
-        if is_partial(checkpoint.index) and weight.unified not in named[0]:
+        if is_partial(checkpoint.index) and weight.unified not in ranks[0]:
             continue
         how = NORMS[checkpoint.norms] if weight.role == "norm" else weight.join
-        tensor = join(how, [known[weight.unified] for known in named], config)
-        if checkpoint.index.format == "gguf" and weight.gguf_order:
+        tensor = join(how, [rank[weight.unified] for rank in ranks], config)
+        if as_gguf and weight.gguf_order:
             tensor = reordered(tensor, np.argsort(weight.gguf_order(config)))
         tensors[weight.unified] = tensor
     return tensors
@@ -161,9 +169,8 @@ def unify(checkpoint: Checkpoint, named: Named) -> dict[str, LazyTensor]:
 
 def rank_difference(checkpoint: Checkpoint) -> float:
     """The largest difference between ranks in any norm, which are copies of each other in theory; 0 for one rank."""
-    named, _ = name_tensors(checkpoint.index, checkpoint.architecture)
     names = checkpoint.architecture.names(checkpoint.config)
-    norms = [[known[weight.unified] for known in named] for _, weight in names if weight.role == "norm"]
+    norms = [[rank[weight.unified] for rank in checkpoint.ranks] for _, weight in names if weight.role == "norm"]
 
     def difference(parts: Sequence[LazyTensor]) -> float:
         return float(np.ptp(np.stack([part.floats(0, part.rows) for part in parts]), axis=0).max())

@@ -6,34 +6,37 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from neoxconv.arch.joins import join
-from neoxconv.core.model import Architecture, Index, ModelConfig, Weight
+from neoxconv.core.model import Architecture, Index, ModelConfig, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import FLOATS
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.numbers import number_name
+from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 
 PARTIAL = "neoxconv_only"  # the setting of a target that holds a part of its model: the patterns asked for
 
-Named = list[dict[str, LazyTensor]]
 
-
-def check(index: Index, named: Named, left: list[list[str]], architecture: Architecture, config: ModelConfig) -> None:
+def check(
+    index: Index, named: RankTensors, left: list[list[str]], architecture: Architecture, config: ModelConfig
+) -> None:
     """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
     whole = not is_partial(index)
-    layers = check_layers(index, named, architecture, config) if whole else []
-    if config.layers > 2 * len(named[0]):  # another model's configuration: no need to list what it would have
+    layers = _check_layers(index, named, architecture, config) if whole else []
+    if config.layers > 2 * len(named[0]):
+        # Not even one tensor for every two layers: another model's configuration, of which to list what is missing
+        # would take long and tell nothing.
         raise_all(CheckpointError, layers)
     problems = [
-        *check_degree(index),
+        *_check_degree(index),
         *layers,
-        *(check_missing(index, named, architecture, config) if whole else []),
+        *(_check_missing(index, named, architecture, config) if whole else []),
     ]
     names = {weight.unified for _, weight in architecture.names(config)}
+    kind = f"{config.layers} layers{' whose head is its embedding (tied)' if config.tied else ''}"
     for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
         problems += [
-            f"{index.where}: {name} does not belong to a model of {config.layers} layers"
-            f"{' whose head is its embedding (tied)' * config.tied}; download it again with its configuration."
+            f"{index.where}: {name} does not belong to a model of {kind}; download it again with its configuration."
             for name in known
             if name not in names
         ]
@@ -44,7 +47,7 @@ def check(index: Index, named: Named, left: list[list[str]], architecture: Archi
             if not any(fnmatchcase(name, pattern) for pattern in architecture.dropped)
         ]
     raise_all(CheckpointError, dict.fromkeys(problems))
-    raise_all(CheckpointError, check_shapes(index, named, architecture, config))
+    raise_all(CheckpointError, _check_shapes(index, named, architecture, config))
 
 
 def is_partial(index: Index) -> bool:
@@ -52,10 +55,10 @@ def is_partial(index: Index) -> bool:
     return bool(index.settings.get(PARTIAL))
 
 
-def check_degree(index: Index) -> list[str]:
+def _check_degree(index: Index) -> list[str]:
     """The tensor-parallel degree as configured, against the ranks found."""
-    degree = index.settings.get("model_parallel_size", len(index.ranks)) if index.format == "neox" else len(index.ranks)
-    if degree == len(index.ranks):
+    degree = index.settings.get("model_parallel_size", len(index.ranks))
+    if degree == len(index.ranks) or not _has_yaml(index):
         return []
     return [
         f"{index.where}: the configuration says model_parallel_size {degree} but the files are those of "
@@ -63,7 +66,7 @@ def check_degree(index: Index) -> list[str]:
     ]
 
 
-def check_layers(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+def _check_layers(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """The number of layers as configured, against the layers found."""
     weight = next(weight for weight in architecture.weights if weight.stage == "layer")
     pattern = weight.unified.replace("{i}", "*")
@@ -73,25 +76,31 @@ def check_layers(index: Index, named: Named, architecture: Architecture, config:
     where = ", ".join(map(str, index.configs)) or str(index.where)
     return [
         f"{where}: the configuration says {config.layers} layers but the files hold {found}; "
-        f"download what is missing, or give the right one with {told_by(index)}."
+        f"download what is missing, or give the right one with {_told_by(index)}."
     ]
 
 
-def told_by(index: Index) -> str:
+def _has_yaml(index: Index) -> bool:
+    """Whether a source's settings are those of gpt-neox's training."""
+    return SOURCES[index.format].naming == "neox"
+
+
+def _told_by(index: Index) -> str:
     """The options that give a source another configuration; only gpt-neox has files of it."""
-    return "--config or --preset" if index.format == "neox" else "--preset"
+    return "--config or --preset" if _has_yaml(index) else "--preset"
 
 
-def check_missing(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+def _check_missing(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """Whole layer files and single tensors that are not there."""
     problems = []
+    naming = SOURCES[index.format].naming
     for layer, weight in architecture.names(config):
         unified = weight.unified
         for rank, known in enumerate(named):
             if unified in known:
                 continue
-            if index.format != "neox" or index.sequential:
-                name = f"{weight.gguf} ({unified})" if index.format == "gguf" else unified
+            if naming != "neox" or index.sequential:
+                name = f"{weight.gguf} ({unified})" if naming == "gguf" else unified
                 problems.append(f"{home(index, rank, '')}: {name} is missing; download it again.")
                 continue
             file = home(index, rank, number_name(weight, layer, config.layers))
@@ -100,7 +109,7 @@ def check_missing(index: Index, named: Named, architecture: Architecture, config
     return problems
 
 
-def check_shapes(index: Index, named: Named, architecture: Architecture, config: ModelConfig) -> list[str]:
+def _check_shapes(index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig) -> list[str]:
     """Tensors whose ranks disagree, whose joined shape is not the configuration's, or that hold no floats."""
     problems = []
     if config.hidden % config.heads:
@@ -122,11 +131,11 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
                     f"but {list(shapes[0])} on rank 0. The shards come from different runs; download them again."
                 )
         expected = tuple(config.sizes[size] for size in weight.shape)
-        if len(set(shapes)) == 1 and (found := joined_shape(weight, parts, config)) != expected:
+        if len(set(shapes)) == 1 and (found := _joined_shape(weight, parts, config)) != expected:
             problems.append(
                 f"{home(index, 0, source)}: {unified} is {list(found)} "
                 f"but the configuration makes it {list(expected)}. "
-                f"Give the right configuration with {told_by(index)}."
+                f"Give the right configuration with {_told_by(index)}."
             )
         types = [part.dtype.name for part in parts]
         if not parts[0].dtype.quantized and types[0] not in FLOATS:
@@ -142,7 +151,7 @@ def check_shapes(index: Index, named: Named, architecture: Architecture, config:
     return problems
 
 
-def joined_shape(weight: Weight, parts: Sequence[LazyTensor], config: ModelConfig) -> tuple[int, ...]:
+def _joined_shape(weight: Weight, parts: Sequence[LazyTensor], config: ModelConfig) -> tuple[int, ...]:
     """The shape that the ranks' equal parts make together (without joining what cannot be joined)."""
     if len(parts[0].shape) != len(weight.shape):
         return parts[0].shape

@@ -18,20 +18,20 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox import zero
 from neoxconv.formats.pt.records import ZipRecord, contradicted, records_of, tensors_on
-from neoxconv.sources.naming import NAMING, patterns, unified_name
-from neoxconv.storage.files import Storage, open_storage
-from neoxconv.storage.remote import Place
+from neoxconv.sources import SOURCES
+from neoxconv.sources.naming import spellings_of, unified_name
+from neoxconv.storage import Place, Storage, open_storage
 from neoxconv.words import plural
 
-Progress = Callable[[int], None]
+_Progress = Callable[[int], None]
 SLAB = 4 << 20  # bytes in memory at once, for each thread
-BAND = 64 << 20  # bytes of a file without checksums that are one thread's work
-SHOWN = 3  # tensors of a damaged record
-AGAIN = "download the file again"
+_BAND = 64 << 20  # bytes of a file without checksums that are one thread's work
+_SHOWN = 3  # tensors of a damaged record
+_AGAIN = "download the file again"
 
 
 @dataclass(frozen=True)
-class Stretch:
+class _Stretch:
     """What one thread reads: a record of a zip, or a band of a file without checksums."""
 
     file: Storage
@@ -45,13 +45,13 @@ class Stretch:
         return self.record.name if self.record else f"bytes {self.offset} to {self.offset + self.size}"
 
     @property
-    def place(self) -> tuple[str, int]:
-        """What parts are listed by."""
+    def order(self) -> tuple[str, int]:
+        """What stretches are listed by."""
         return str(self.file.path), self.offset
 
 
 @dataclass(frozen=True)
-class Damage:
+class _Damage:
     """What is wrong with a stretch of a file: the tensors on it, and the CRC-32s where they are what differs."""
 
     file: Place
@@ -62,9 +62,10 @@ class Damage:
     found: str | None = None
 
     def __str__(self) -> str:
-        more = [f"{len(self.tensors) - SHOWN} more"] if len(self.tensors) > SHOWN else []
-        names = ", ".join([*self.tensors[:SHOWN], *more])
-        return f"{self.file}: {self.record}{' with ' * bool(names)}{names}: {self.what}"
+        more = [f"{len(self.tensors) - _SHOWN} more"] if len(self.tensors) > _SHOWN else []
+        names = ", ".join([*self.tensors[:_SHOWN], *more])
+        record = f"{self.record} with {names}" if names else self.record
+        return f"{self.file}: {record}: {self.what}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -81,12 +82,12 @@ class Damage:
 
 @dataclass(frozen=True)
 class Found:
-    """What reading a part gave: the bytes that could be read, whether its zip holds no checksum of it, any damage."""
+    """What reading a stretch gave: the bytes that could be read, whether its zip lacks a checksum of it, any damage."""
 
-    part: Stretch
+    stretch: _Stretch
     nbytes: int
     bare: bool = False
-    damage: Damage | None = None
+    damage: _Damage | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Integrity:
     nbytes: int
     bare_files: int  # of a format without checksums
     bare_records: int  # of zips whose writer computed none
-    damage: tuple[Damage, ...]
+    damage: tuple[_Damage, ...]
     masters: int = 0  # tensors compared with the fp32 masters that stand in for them
 
     @property
@@ -119,7 +120,7 @@ class Integrity:
         """What came of it, in a few words."""
         counts = plural(self.bare_files, "file"), plural(self.bare_records, "record")
         bare = " and ".join(text for text in counts if not text.startswith("0 "))
-        masters = f"; {plural(self.masters, 'tensor')} equal to the masters rounded" * bool(self.masters)
+        masters = f"; {plural(self.masters, 'tensor')} equal to the masters rounded" if self.masters else ""
         if self.damage:
             return f"{plural(len(self.damage), 'finding')}: the source is damaged"
         if self.files == self.bare_files:
@@ -133,33 +134,33 @@ def work(checkpoint: Checkpoint) -> int:
     return files + sum(pair.master.nbytes for pair in pairs(checkpoint.index))
 
 
-def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: Progress = lambda count: None) -> Integrity:
+def check(checkpoint: Checkpoint, *, jobs: int = 2, progress: _Progress = lambda count: None) -> Integrity:
     """Read every file that a checkpoint's index names, and compare each record with its CRC-32; and every master, if it
     has any, with what is stored.
 
     `progress` gets counts of bytes, in all those that `work` tells.
     """
     files = [file.storage for file in checkpoint.index.files]
-    listed = {file.path: parts_of(file, checkpoint.index.format) for file in files}
-    parts = sorted((part for some in listed.values() for part in some), key=lambda part: -part.size)
-    progress(sum(file.size for file in files) - sum(part.size for part in parts))
+    listed = {file.path: stretches_of(file, checkpoint.index.single) for file in files}
+    stretches = sorted((stretch for some in listed.values() for stretch in some), key=lambda stretch: -stretch.size)
+    progress(sum(file.size for file in files) - sum(stretch.size for stretch in stretches))
     with ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(lambda part: read_part(part, progress), parts))
+        found = list(pool.map(lambda stretch: read_stretch(stretch, progress), stretches))
         held = list(pool.map(lambda pair: compared(checkpoint, pair, progress), pairs(checkpoint.index)))
-    damage = [item.damage for item in sorted(found, key=lambda item: item.part.place) if item.damage]
+    damage = [item.damage for item in sorted(found, key=lambda item: item.stretch.order) if item.damage]
     return Integrity(
         files=len(files),
-        records=sum(part.record is not None for part in parts),
+        records=sum(stretch.record is not None for stretch in stretches),
         nbytes=sum(item.nbytes for item in found),
-        bare_files=sum(all(part.record is None for part in some) for some in listed.values()),
+        bare_files=sum(all(stretch.record is None for stretch in some) for some in listed.values()),
         bare_records=sum(item.bare for item in found),
-        damage=(*with_tensors(checkpoint, damage), *filter(None, held)),
+        damage=(*_with_tensors(checkpoint, damage), *filter(None, held)),
         masters=len(held),
     )
 
 
 @dataclass(frozen=True)
-class Pair:
+class _Pair:
     """A parameter of a rank, `N.name`: its fp32 master, and what is stored of it."""
 
     rank: int
@@ -168,25 +169,25 @@ class Pair:
     stored: LazyTensor
 
 
-def pairs(index: Index) -> list[Pair]:
+def pairs(index: Index) -> list[_Pair]:
     """Every parameter that a master stands in for."""
-    ranks = zip(index.ranks, index.stored, strict=True) if index.stored else ()
+    ranks = zip(index.ranks, index.replaced, strict=True) if index.replaced else ()
     return [
-        Pair(rank, name, masters[name], tensor)
+        _Pair(rank, name, masters[name], tensor)
         for rank, (masters, stored) in enumerate(ranks)
         for name, tensor in stored.items()
         if masters[name] is not tensor
     ]
 
 
-def compared(checkpoint: Checkpoint, pair: Pair, progress: Progress) -> Damage | None:
+def compared(checkpoint: Checkpoint, pair: _Pair, progress: _Progress) -> _Damage | None:
     """What is wrong with a parameter whose master, rounded, is not what is stored; slab by slab."""
     path = neox.home(checkpoint.index, pair.rank, pair.name)
-    name = spelled_name(checkpoint, pair.name, pair.rank)
+    name = _spelled_name(checkpoint, pair.name, pair.rank)
     try:
         found = zero.difference(pair.master, pair.stored, slabs(pair.master, SLAB))
     except CheckpointError as error:
-        return Damage(path, pair.name, f"cannot be compared with its master: {error}", (name,))
+        return _Damage(path, pair.name, f"cannot be compared with its master: {error}", (name,))
     finally:
         progress(pair.master.nbytes)
     if not found.count:
@@ -197,82 +198,86 @@ def compared(checkpoint: Checkpoint, pair: Pair, progress: Progress) -> Damage |
         f"{found.count} of {count} numbers are not their masters as {pair.stored.dtype.name}, the first in row {row}, "
         f"off by {found.largest:.3g} at most; files of different steps, or damaged: download them again."
     )
-    return Damage(path, pair.name, what, (name,))
+    return _Damage(path, pair.name, what, (name,))
 
 
-def parts_of(file: Storage, format: str) -> list[Stretch]:
-    """A file's parts: the records of a torch zip, else bands."""
-    if format in ("neox", "hf") and file.path.suffix != ".safetensors" and file.text(0, min(2, file.size)) == b"PK":
-        return [Stretch(file, record.offset, record.size, record) for record in records_of(file)]
-    return [Stretch(file, start, min(BAND, file.size - start)) for start in range(0, file.size, BAND)]
+def stretches_of(file: Storage, single: bool) -> list[_Stretch]:
+    """What a file is read in: the records of a torch zip, else bands. No format of `single` files is one."""
+    if not single and file.path.suffix != ".safetensors" and file.text(0, min(2, file.size)) == b"PK":
+        return [_Stretch(file, record.offset, record.size, record) for record in records_of(file)]
+    return [_Stretch(file, start, min(_BAND, file.size - start)) for start in range(0, file.size, _BAND)]
 
 
-def read_part(part: Stretch, progress: Progress) -> Found:
-    """Read a part, slab by slab, and compare its CRC-32 if it has one."""
-    crc, done, end = 0, 0, part.offset + part.size
+def read_stretch(stretch: _Stretch, progress: _Progress) -> Found:
+    """Read a stretch, slab by slab, and compare its CRC-32 if it has one."""
+    crc, done, end = 0, 0, stretch.offset + stretch.size
     try:
-        for start in range(part.offset, end, SLAB):
-            data = part.file.read(start, min(SLAB, end - start))
-            crc = zlib.crc32(data.data, crc) if part.record else 0
+        for start in range(stretch.offset, end, SLAB):
+            data = stretch.file.read(start, min(SLAB, end - start))
+            crc = zlib.crc32(data.data, crc) if stretch.record else 0
             done += len(data)
             progress(len(data))
-        return Found(part, done, bare(part, crc), judged(part, crc))
+        return Found(stretch, done, bare(stretch, crc), _judged(stretch, crc))
     except CheckpointError as error:
-        progress(part.size - done)
-        what = str(error).removeprefix(f"{part.file.path}: ")
-        return Found(part, done, damage=Damage(part.file.path, part.name, f"from byte {part.offset + done} on {what}"))
+        progress(stretch.size - done)
+        what = str(error).removeprefix(f"{stretch.file.path}: ")
+        return Found(
+            stretch,
+            done,
+            damage=_Damage(stretch.file.path, stretch.name, f"from byte {stretch.offset + done} on {what}"),
+        )
 
 
-def bare(part: Stretch, crc32: int) -> bool:
+def bare(stretch: _Stretch, crc32: int) -> bool:
     """Whether the zip holds no CRC-32 of a record."""
-    return part.record is not None and part.record.crc32 == 0 != crc32
+    return stretch.record is not None and stretch.record.crc32 == 0 and crc32 != 0
 
 
-def judged(part: Stretch, crc32: int) -> Damage | None:
-    """What is wrong with a part that could be read; its bytes have the CRC-32."""
-    record, path = part.record, part.file.path
+def _judged(stretch: _Stretch, crc32: int) -> _Damage | None:
+    """What is wrong with a stretch that could be read; its bytes have the CRC-32."""
+    record, path = stretch.record, stretch.file.path
     if record is None:
         return None
     if record.crc32 not in (0, crc32):
         found, expected = f"{crc32:08x}", f"{record.crc32:08x}"
-        what = f"its {record.size} bytes have CRC-32 {found}, the zip's directory says {expected}; {AGAIN}."
-        return Damage(path, record.name, what, (), expected, found)
-    if contradicted(part.file, record):
-        return Damage(path, record.name, f"its header in the file says otherwise than the zip's directory; {AGAIN}.")
+        what = f"its {record.size} bytes have CRC-32 {found}, the zip's directory says {expected}; {_AGAIN}."
+        return _Damage(path, record.name, what, (), expected, found)
+    if contradicted(stretch.file, record):
+        return _Damage(path, record.name, f"its header in the file says otherwise than the zip's directory; {_AGAIN}.")
     return None
 
 
-def with_tensors(checkpoint: Checkpoint, damage: Iterable[Damage]) -> Iterator[Damage]:
+def _with_tensors(checkpoint: Checkpoint, damage: Iterable[_Damage]) -> Iterator[_Damage]:
     """The damage with the names of the tensors that lie there."""
     known: dict[Place, dict[str, list[str]]] = {}
     for item in damage:
         if item.file not in known:
-            known[item.file] = tensors_of(checkpoint, item.file)
+            known[item.file] = _tensors_of(checkpoint, item.file)
         yield replace(item, tensors=tuple(known[item.file].get(item.record, ())))
 
 
-def tensors_of(checkpoint: Checkpoint, path: Place) -> dict[str, list[str]]:
+def _tensors_of(checkpoint: Checkpoint, path: Place) -> dict[str, list[str]]:
     """The tensors on each record of a zip as the model and the source name them; none where that cannot be read."""
     try:
         file = open_storage(path)
-        on = tensors_on(file) if parts_of(file, checkpoint.index.format)[0].record else {}
+        on = tensors_on(file) if stretches_of(file, checkpoint.index.single)[0].record else {}
     except CheckpointError:
         return {}
-    return {record: [spelled(checkpoint, path, name) for name in names] for record, names in on.items()}
+    return {record: [_spelled(checkpoint, path, name) for name in names] for record, names in on.items()}
 
 
-def spelled(checkpoint: Checkpoint, path: Place, inside: str) -> str:
+def _spelled(checkpoint: Checkpoint, path: Place, inside: str) -> str:
     """The unified name of what a file holds under the name `inside`, and the source's where it is another."""
-    if checkpoint.index.format != "neox":
+    if SOURCES[checkpoint.index.format].naming != "neox":
         return inside
     name, rank = neox.source_name(path.name, inside)
     if rank is None:
         return name
-    return spelled_name(checkpoint, name, rank)
+    return _spelled_name(checkpoint, name, rank)
 
 
-def spelled_name(checkpoint: Checkpoint, name: str, rank: int) -> str:
+def _spelled_name(checkpoint: Checkpoint, name: str, rank: int) -> str:
     """The unified name of a rank's `N.name`, with that."""
-    unified = unified_name(name, patterns(checkpoint.architecture, NAMING["neox"]))
+    unified = unified_name(name, spellings_of(checkpoint.index, checkpoint.architecture))
     source = f"{name} of rank {rank}"
     return f"{unified} ({source})" if unified else source

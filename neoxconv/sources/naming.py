@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from neoxconv.core.model import Architecture, Index, Weight
+from neoxconv.core.model import Architecture, Index, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import FIRST_LAYER
-from neoxconv.storage.remote import Place
-
-NAMING = {"neox": "neox", "hf": "unified", "safetensors": "unified", "gguf": "gguf"}
-Named = list[dict[str, LazyTensor]]
+from neoxconv.sources import SOURCES
+from neoxconv.storage import Place
 
 
 @dataclass(frozen=True)
-class Pattern:
+class _Pattern:
     """A source name of a weight as a regular expression, and how to turn its layer number into ours."""
 
     regex: re.Pattern[str]
@@ -26,22 +25,34 @@ class Pattern:
     shift: int
 
 
-def patterns(architecture: Architecture, naming: str) -> list[Pattern]:
-    """How a format spells each weight of the table."""
+@lru_cache(maxsize=16)
+def _patterns(weights: tuple[Weight, ...], naming: str) -> tuple[_Pattern, ...]:
+    """How a format spells each weight of an architecture's table."""
     found = []
-    for weight in architecture.weights:
-        spelled = {"neox": weight.source, "unified": (weight.unified,), "gguf": (weight.gguf,)}[naming]
-        for name in spelled:
+    prefix, shift = (r"(\d+)\.", FIRST_LAYER) if naming == "neox" else ("", 0)
+    for weight in weights:
+        names = {"neox": weight.source, "unified": (weight.unified,), "gguf": (weight.gguf,)}[naming]
+        for name in names:
             text = re.escape(name).replace(re.escape("{i}"), r"(\d{1,9})")
-            prefix, shift = (r"(\d+)\.", FIRST_LAYER) if naming == "neox" else ("", 0)
-            found.append(Pattern(re.compile(prefix + text), weight, shift))
-    return found
+            found.append(_Pattern(re.compile(prefix + text), weight, shift))
+    return tuple(found)
 
 
-def name_tensors(index: Index, architecture: Architecture) -> tuple[Named, list[list[str]]]:
+def spellings_of(index: Index, architecture: Architecture) -> tuple[_Pattern, ...]:
+    """How a source spells the weights of an architecture."""
+    return _patterns(architecture.weights, SOURCES[index.format].naming)
+
+
+def count_named(index: Index, architecture: Architecture) -> int:
+    """How many of the first rank's tensors have names of the architecture."""
+    spellings = spellings_of(index, architecture)
+    return sum(unified_name(name, spellings) is not None for name in index.ranks[0])
+
+
+def name_tensors(index: Index, architecture: Architecture) -> tuple[RankTensors, list[list[str]]]:
     """Each rank's tensors by unified name, and the source names that the table does not know."""
-    spellings = patterns(architecture, NAMING[index.format])
-    named: Named = []
+    spellings = spellings_of(index, architecture)
+    named: RankTensors = []
     left: list[list[str]] = []
     for rank, tensors in enumerate(index.ranks):
         known: dict[str, LazyTensor] = {}
@@ -61,17 +72,17 @@ def name_tensors(index: Index, architecture: Architecture) -> tuple[Named, list[
     return named, left
 
 
-def unified_name(name: str, spellings: Sequence[Pattern]) -> str | None:
+def unified_name(name: str, spellings: Sequence[_Pattern]) -> str | None:
     """The unified name of the source's `name`, or None where the table has none."""
     for spelling in spellings:
         if match := spelling.regex.fullmatch(name):
             layer = int(match[1]) - spelling.shift if spelling.weight.stage == "layer" else 0
-            return spelling.weight.at(layer).unified
+            return spelling.weight.unified_at(layer)
     return None
 
 
 def home(index: Index, rank: int, name: str) -> Place:
     """The file that holds (or should hold) a rank's tensor, as well as names tell."""
-    if index.format != "neox":
+    if SOURCES[index.format].naming != "neox":
         return index.files[0].storage.path if len(index.files) == 1 else index.folder
     return neox.home(index, rank, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import Tokenizer, from_gguf, load, load_folder
 from neoxconv.formats.tokenizer.files import JSON, MERGES, SENTENCEPIECE, SETTINGS, VOCAB, read_bytes
-from neoxconv.storage.files import is_file
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage import Place, is_file, without_dots
 
 USUAL = (JSON, "20B_tokenizer.json")
 KINDS = ("HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer")  # gpt-neox's tokenizer_type, of those whose files we know
@@ -24,10 +22,8 @@ def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokeni
     Raises CheckpointError where `explicit` holds none, where two candidates differ, or where a file cannot be read.
     """
     index = checkpoint.index
-    whole = (
-        explicit if explicit and explicit.is_dir() else index.folder if index.format == "hf" and not explicit else None
-    )
-    if whole and (found := load_folder(whole)):
+    folder = explicit or (index.folder if index.format == "hf" else None)
+    if folder and folder.is_dir() and (found := load_folder(folder)):
         return found
     if "tokenizer.ggml.model" in index.settings and not explicit:
         return from_gguf(index.settings, str(index.where))
@@ -80,7 +76,7 @@ def _named(configs: Mapping[str, Any]) -> str | None:
 
 def _places(folder: Place) -> list[Place]:
     """Where to look, nearest first: never further up than one above the folder that holds `latest`."""
-    folder = folder if isinstance(folder, Remote) else Path(os.path.abspath(folder))
+    folder = without_dots(folder)
     saved = [path for path in (folder, folder.parent) if is_file(path / "latest")]
     return list(dict.fromkeys([folder, *(place for path in saved for place in (path, path.parent))]))
 

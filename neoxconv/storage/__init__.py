@@ -1,1 +1,37 @@
 """Bytes, here or far away."""
+
+from neoxconv.storage.address import place
+from neoxconv.storage.files import Storage, Stream, open_storage, size_of, stream_of
+from neoxconv.storage.places import (
+    Place,
+    anew,
+    at_once,
+    holds,
+    is_far,
+    is_file,
+    is_folder,
+    is_here,
+    together,
+    without_dots,
+)
+from neoxconv.storage.remote import Remote
+
+__all__ = [
+    "Place",
+    "Remote",
+    "Storage",
+    "Stream",
+    "anew",
+    "at_once",
+    "holds",
+    "is_far",
+    "is_file",
+    "is_folder",
+    "is_here",
+    "open_storage",
+    "place",
+    "size_of",
+    "stream_of",
+    "together",
+    "without_dots",
+]

@@ -8,12 +8,13 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from neoxconv.errors import PlanError
+from neoxconv.storage.places import Place
 from neoxconv.storage.protocols import WEB
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage.remote import Remote
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
-LOCAL = ("file", "local")
-INSTALL, INSTALLED = "pip install 'neoxconv[remote]'", (*WEB, "s3", "s3a")
+_LOCAL = ("file", "local")
+_INSTALL, _INSTALLED = "pip install 'neoxconv[remote]'", (*WEB, "s3", "s3a")
 
 
 def place(text: Place | str) -> Place:
@@ -27,24 +28,23 @@ def place(text: Place | str) -> Place:
     if not match:
         return Path(text)
     protocol = match[1].lower()
-    url = split(text)
+    url = _parse_url(text)
     if url is None or match[2] == "::":
         raise PlanError(f"{protocol}: this URL cannot be understood; write a password's odd characters as %40, %2F ...")
-    if protocol in LOCAL:
+    if protocol in _LOCAL:
         return Path(url.path)
     if {".", ".."} & set(url.path.split("/")):
         raise PlanError(f"{protocol}: a store knows no `.` and no `..`; write the URL without them.")
     shown = f"{protocol}://{(url.netloc.rpartition('@')[2] + url.path).rstrip('/')}"
-    kind = file_system(protocol, shown)
+    kind = _file_system(protocol, shown)
     if protocol in WEB:
-        return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), url.query)
+        return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), query=url.query)
     options = {key: value for key, value in kind._get_kwargs_from_urls(text).items() if isinstance(value, str | int)}
-    found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), "", tuple(sorted(options.items())))
-    found.fs.invalidate_cache()  # fsspec's, of an earlier look
-    return found
+    found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), options=tuple(sorted(options.items())))
+    return found.anew()  # fsspec may know it from earlier
 
 
-def split(text: str) -> SplitResult | None:
+def _parse_url(text: str) -> SplitResult | None:
     """The parts of a URL; None where a password may be in a part where it is not looked for."""
     try:
         url = urlsplit(text, allow_fragments=False)
@@ -54,16 +54,16 @@ def split(text: str) -> SplitResult | None:
     return None if doubtful else url
 
 
-def file_system(protocol: str, shown: str) -> Any:
+def _file_system(protocol: str, shown: str) -> Any:
     """fsspec's class for a protocol."""
     try:
         from fsspec import get_filesystem_class
     except ImportError:
-        raise PlanError(f"{shown}: needs fsspec; {INSTALL}.") from None
+        raise PlanError(f"{shown}: needs fsspec; {_INSTALL}.") from None
     try:
         return get_filesystem_class(protocol)
     except ImportError as error:
-        how = INSTALL if protocol in INSTALLED else str(error)
+        how = _INSTALL if protocol in _INSTALLED else str(error)
         raise PlanError(f"{shown}: {protocol} needs a package that is not installed; {how}.") from None
     except ValueError:
         raise PlanError(f"{shown}: fsspec knows no protocol {protocol}.") from None

@@ -8,14 +8,18 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from neoxconv.dtypes import Bytes
 from neoxconv.errors import CheckpointError
+from neoxconv.storage.places import Place  # until imports are rewritten
+from neoxconv.storage.places import is_file as is_file
+from neoxconv.storage.places import is_folder as is_folder
 from neoxconv.storage.protocols import LARGEST
-from neoxconv.storage.remote import Place, Remote
+from neoxconv.storage.remote import Remote
 from neoxconv.storage.requests import FILE, Facts
 
 
@@ -44,7 +48,7 @@ class Storage:
             return data
         view, done = data.data, 0
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(str(self.path), "rb", buffering=0) as file:
                 while done < length:
                     count = os.preadv(file.fileno(), [view[done:]], offset + done)
                     if count == 0:
@@ -65,7 +69,7 @@ class Storage:
     @property
     def state(self) -> str | int:
         """What is another where the file's content is: as the store said, or the time of its last change now."""
-        return self.version if isinstance(self.path, Remote) else os.stat(self.path).st_mtime_ns
+        return self.version if isinstance(self.path, Remote) else os.stat(str(self.path)).st_mtime_ns
 
     def has_changed(self) -> bool:
         """Whether a store has another file by now."""
@@ -79,19 +83,19 @@ class Storage:
 def open_storage(path: Place) -> Storage:
     """The file at `path`, ready to be read. Raises CheckpointError where there is none."""
     if isinstance(path, Remote):
-        return open_remote(path)
+        return _open_remote(path)
     try:
-        status = path.stat()
+        size = os.stat(str(path)).st_size
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from error
     if not path.is_file():
         raise CheckpointError(f"{path}: is not a file; give one.")
-    return Storage(path, status.st_size)
+    return Storage(path, size)
 
 
-def open_remote(path: Remote) -> Storage:
+def _open_remote(path: Remote) -> Storage:
     """The file at a URL."""
-    facts = path.look()
+    facts = path.facts()
     if facts is None or facts.kind != FILE:
         raise CheckpointError(
             f"{path}: {'cannot be found' if facts is None else 'is not a file'}; correct the address."
@@ -101,24 +105,14 @@ def open_remote(path: Remote) -> Storage:
     return Storage(path, facts.size, facts.version)
 
 
-def is_file(path: Place) -> bool:
-    """Whether a file is there; no error for a name that none can have."""
-    return path.is_file() if isinstance(path, Remote) else os.path.isfile(path)
-
-
-def is_folder(path: Place) -> bool:
-    """Whether a folder is there; no error for a name that none can have."""
-    return path.is_dir() if isinstance(path, Remote) else os.path.isdir(path)
-
-
 def size_of(path: Place) -> int:
     """The bytes of a file, which need not be readable."""
-    return open_storage(path).size if isinstance(path, Remote) else path.stat().st_size
+    return path.stat().st_size if isinstance(path, Path) else open_storage(path).size
 
 
 def stream_of(path: Place) -> BinaryIO:
     """A file as a stream."""
-    if not isinstance(path, Remote):
+    if isinstance(path, Path):
         return open(path, "rb")
     return cast(BinaryIO, io.BufferedReader(Stream(open_storage(path)), LARGEST))
 

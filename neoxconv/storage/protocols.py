@@ -14,30 +14,30 @@ from html import unescape
 from typing import Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
-from neoxconv.storage.requests import CHANGED, FILE, FOLDER, VERSIONS, Facts, Unusable, ask, changed, wait_for
+from neoxconv.storage.requests import CHANGED, FILE, FOLDER, VERSIONS, Facts, Unusable, call, changed, wait_for
 
 WEB = ("http", "https")  # a web server's listings may lack what it has
 LARGEST = 8 << 20  # bytes of one answer
-PART, MOST_PARTS = 16 << 20, 9000  # of an object that is written; S3 takes 10,000
-PAGE = 16 << 20  # bytes of a listing in HTML
-LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
-RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_PART, _MOST_PARTS = 16 << 20, 9000  # of an object that is written; S3 takes 10,000
+_PAGE = 16 << 20  # bytes of a listing in HTML
+_LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-def is_http(fs: Any) -> bool:
+def _is_http(fs: Any) -> bool:
     """Whether a file system is a plain web server: it lists in HTML, and answers in HTTP."""
     return any(name in fs.protocol for name in WEB)
 
 
-def look(fs: Any, path: str) -> Facts:
+def facts_at(fs: Any, path: str) -> Facts:
     """What is at a path."""
-    if is_http(fs):
-        found: Facts = wait_for(fs, http_facts, fs, path)
+    if _is_http(fs):
+        found: Facts = wait_for(fs, _http_facts, fs, path)
         return found
-    return facts_of(ask(fs, "info", path))
+    return _facts_of(call(fs, "info", path))
 
 
-def facts_of(entry: Mapping[str, Any]) -> Facts:
+def _facts_of(entry: Mapping[str, Any]) -> Facts:
     """What fsspec's description of a path says."""
     if entry["type"] != FILE:
         return Facts(FOLDER)
@@ -47,22 +47,25 @@ def facts_of(entry: Mapping[str, Any]) -> Facts:
 
 def entries(fs: Any, path: str) -> dict[str, Facts]:
     """What is in a folder, by name and in the order of names; a web server tells no sizes."""
-    if is_http(fs):
-        found = wait_for(fs, http_entries, fs, path)
+    if _is_http(fs):
+        found = wait_for(fs, _http_entries, fs, path)
     else:
-        listed = ((entry["name"].rstrip("/"), entry) for entry in ask(fs, "ls", path, detail=True))
-        found = {name.rpartition("/")[2]: facts_of(entry) for name, entry in listed if name != path}
+        listed = ((entry["name"].rstrip("/"), entry) for entry in call(fs, "ls", path, detail=True))
+        found = {name.rpartition("/")[2]: _facts_of(entry) for name, entry in listed if name != path}
     return dict(sorted(found.items()))
 
 
-def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
-    """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other."""
-    if is_http(fs):
-        data, found = wait_for(fs, http_part, fs, path, start, stop)
+def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts) -> bytes:
+    """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other.
+
+    Raises Unusable where others came, or not all of them.
+    """
+    if _is_http(fs):
+        data, found = wait_for(fs, _http_range, fs, path, start, stop)
     elif hasattr(fs, "_call_s3"):
-        data, found = wait_for(fs, s3_part, fs, path, start, stop)
+        data, found = wait_for(fs, _s3_range, fs, path, start, stop)
     elif fs.async_impl:
-        data, found = ask(fs, "cat_file", path, start=start, end=stop), known
+        data, found = call(fs, "cat_file", path, start=start, end=stop), known
     else:  # fsspec's own opens the file, and would read ahead
         data, found = fs.cat_file(path, start, stop, cache_type="none"), known
     if changed(known, found):
@@ -73,9 +76,12 @@ def part(fs: Any, path: str, start: int, stop: int, known: Facts) -> bytes:
     return whole
 
 
-def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event) -> None:
-    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set."""
-    block = max(PART, size // MOST_PARTS)
+def write_object(fs: Any, path: str, source: BinaryIO, *, size: int, stop: threading.Event) -> None:
+    """Write an object of `size` bytes in parts; it appears when all of it is there, and not at all if `stop` is set.
+
+    Raises Unusable where it was stopped, or where the store then has another size.
+    """
+    block = max(_PART, size // _MOST_PARTS)
     target = fs.open(path, "wb", block_size=block)
     try:
         while data := source.read(block):
@@ -89,7 +95,7 @@ def store(fs: Any, path: str, source: BinaryIO, size: int, stop: threading.Event
             target.forced = target.closed = True  # else what was written so far would be sent as if it were all
         raise
     target.close()
-    found = look(fs, path)
+    found = facts_at(fs, path)
     if found.size not in (None, size):
         raise Unusable(f"{size} bytes were sent, and {found.size} are there")
 
@@ -100,19 +106,19 @@ def headers(fs: Any, **more: str) -> dict[str, Any]:
     return given | {"headers": {**given.get("headers", {}), "Accept-Encoding": "identity", **more}}
 
 
-async def http_facts(fs: Any, url: str) -> Facts:
+async def _http_facts(fs: Any, url: str) -> Facts:
     """What a web server says of a file, asked for its first byte where it does not say it otherwise."""
     session = await fs.set_session()
     async with session.head(fs.encode_url(url), **headers(fs) | {"allow_redirects": True}) as answer:
         if answer.status < 300 and "Content-Length" in answer.headers:
-            return http_answer(answer)
+            return _http_answer(answer)
     async with session.get(fs.encode_url(url), **headers(fs, Range="bytes=0-0")) as answer:
         if answer.status != 416:  # of an empty file
             answer.raise_for_status()
-        return http_answer(answer)
+        return _http_answer(answer)
 
 
-def http_answer(answer: Any) -> Facts:
+def _http_answer(answer: Any) -> Facts:
     """What an answer's head says of the whole file; a page is what a server shows of a folder."""
     told = answer.headers
     whole = told.get("Content-Range", "").rpartition("/")[2] or told.get("Content-Length", "")
@@ -122,24 +128,24 @@ def http_answer(answer: Any) -> Facts:
     return Facts(FILE, int(whole) if whole.isdigit() else None, version)
 
 
-async def http_part(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Facts]:
+async def _http_range(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, Facts]:
     """A range of a file, and what the answer says of the whole; never more than the range is taken in."""
     session = await fs.set_session()
     async with session.get(fs.encode_url(url), **headers(fs, Range=f"bytes={start}-{stop - 1}")) as answer:
         answer.raise_for_status()
         if answer.status == 200 and start == 0 and answer.content_length == stop:
-            return await body(answer, stop), http_answer(answer)
+            return await _body(answer, stop), _http_answer(answer)
         if answer.status != 206:
             told = "gives no ranges of bytes, only whole files; download it, or put it on another server"
             raise Unusable(f"the server {told}", again=False)
         told = answer.headers.get("Content-Range", "")
-        found = RANGE.fullmatch(told)
+        found = _RANGE.fullmatch(told)
         if not found or (int(found[1]), int(found[2])) != (start, stop - 1):
             raise Unusable(f"bytes {start} to {stop} were asked for, and others came")
-        return await body(answer, stop - start), http_answer(answer)
+        return await _body(answer, stop - start), _http_answer(answer)
 
 
-async def body(answer: Any, most: int) -> bytes:
+async def _body(answer: Any, most: int) -> bytes:
     """The bytes of an answer; it is given up where they are too many."""
     data = bytearray()
     async for chunk in answer.content.iter_any():
@@ -149,7 +155,7 @@ async def body(answer: Any, most: int) -> bytes:
     return bytes(data)
 
 
-async def http_entries(fs: Any, url: str) -> dict[str, Facts]:
+async def _http_entries(fs: Any, url: str) -> dict[str, Facts]:
     """What the page of a folder links to that lies in it."""
     session = await fs.set_session()
     where, question, query = url.partition("?")
@@ -157,21 +163,21 @@ async def http_entries(fs: Any, url: str) -> dict[str, Facts]:
         answer.raise_for_status()
         if answer.content_type != "text/html":
             return {}
-        page, base = await body(answer, PAGE), str(answer.url)
-    return dict(linked(page.decode("utf-8", "replace"), base))
+        page, base = await _body(answer, _PAGE), str(answer.url)
+    return dict(_linked(page.decode("utf-8", "replace"), base))
 
 
-def linked(page: str, base: str) -> Iterator[tuple[str, Facts]]:
+def _linked(page: str, base: str) -> Iterator[tuple[str, Facts]]:
     """Names in the folder at `base` that a page links to; those of folders end in a slash there."""
     folder = urlsplit(base).path.rpartition("/")[0] + "/"
-    for link in LINK.findall(page):
+    for link in _LINK.findall(page):
         path = urlsplit(urljoin(base, unescape(link))).path
         name = path.removeprefix(folder).rstrip("/")
         if path.startswith(folder) and name and "/" not in name:
             yield name, Facts(FOLDER if path.endswith("/") else FILE)
 
 
-async def s3_part(fs: Any, path: str, start: int, stop: int) -> tuple[bytes, Facts]:
+async def _s3_range(fs: Any, path: str, start: int, stop: int) -> tuple[bytes, Facts]:
     """A range of an object, and what the answer says of the whole."""
     bucket, key, version = fs.split_path(path)
     more = {"VersionId": version} if version else {}

@@ -10,27 +10,24 @@ import io
 import posixpath
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.protocols import LARGEST, WEB, entries, look, part, store
-from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, persist
+from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, write_object
+from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retrying
 
-BLOCK, BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
-SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
+_BLOCK, _BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
+_SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
 THREADS = 16  # requests at the same time
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
-class Memory:
+class _Cache:
     """What was learnt of the places in one source: nothing is asked twice, and of headers a few blocks are kept."""
 
     facts: dict[str, Facts | None] = field(default_factory=dict)
@@ -49,9 +46,9 @@ class Remote:
     shown: str
     protocol: str
     path: str
-    query: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
-    memory: Memory = field(default_factory=Memory, compare=False)
+    query: str = field(default="", kw_only=True)
+    options: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
+    cache: _Cache = field(default_factory=_Cache, compare=False, kw_only=True)
 
     def __str__(self) -> str:
         return self.shown
@@ -60,7 +57,7 @@ class Remote:
         return f"Remote({self.shown!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Remote, (self.shown, self.protocol, self.path, self.query, self.options)
+        return partial(Remote, query=self.query, options=self.options), (self.shown, self.protocol, self.path)
 
     @property
     def fs(self) -> Any:
@@ -95,31 +92,52 @@ class Remote:
         return replace(self, shown=shown, path=path)
 
     def __truediv__(self, name: str) -> Remote:
-        parts = [part for part in name.split("/") if part not in ("", ".")]
-        return replace(self, shown="/".join([self.shown, *parts]), path="/".join([self.path, *parts]))
+        names = [inner for inner in name.split("/") if inner not in ("", ".")]
+        return replace(self, shown="/".join([self.shown, *names]), path="/".join([self.path, *names]))
 
     def with_name(self, name: str) -> Remote:
         return self.parent / name
+
+    def absolute(self) -> Remote:
+        return self
+
+    def anew(self) -> Remote:
+        """The same place, with nothing known of it: fsspec forgets too what it was told of the store."""
+        self.fs.invalidate_cache()
+        return replace(self, cache=_Cache())
 
     def resolve(self) -> Remote:
         """The place itself: a store has neither a working folder nor links."""
         head, shown = self.shown.split("://", 1)
         return replace(self, shown=f"{head}://{posixpath.normpath(shown)}")
 
-    def look(self) -> Facts | None:
+    def facts(self) -> Facts | None:
         """What is here, asked once; None for nothing. Raises CheckpointError where the store does not tell."""
-        facts, above = self.memory.facts, self.memory.folders.get(self.parent.path)
-        if self.path not in facts:
-            if above is None or self.parent is self or self.protocol in WEB:
-                facts[self.path] = self.ask()
-            else:
-                facts[self.path] = above.get(self.name)
-        return facts[self.path]
+        known = self.cache.facts
+        if self.path not in known:
+            above = self.cache.folders.get(self.parent.path)
+            known[self.path] = self.facts_now() if above is None or self.is_unlisted else above.get(self.name)
+        return known[self.path]
 
-    def ask(self) -> Facts | None:
+    @property
+    def is_unlisted(self) -> bool:
+        """Whether no listing tells that nothing is here: a web server's may lack what it has, and a root is in none."""
+        return self.is_web or self.is_root
+
+    @property
+    def is_web(self) -> bool:
+        """Whether it is on a plain web server, which takes no files."""
+        return self.protocol in WEB
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it is a server or a bucket itself."""
+        return self.parent is self
+
+    def facts_now(self) -> Facts | None:
         """What is here now."""
         try:
-            return persist(self, lambda: look(self.fs, self.address))
+            return retrying(self, lambda: facts_at(self.fs, self.address))
         except Absent as error:
             if error.refused:
                 raise
@@ -127,7 +145,7 @@ class Remote:
 
     def exists(self) -> bool:
         """Whether anything is here. Raises CheckpointError where the store does not tell."""
-        return self.look() is not None
+        return self.facts() is not None
 
     def is_file(self) -> bool:
         """Whether a file is here that can be seen."""
@@ -139,19 +157,19 @@ class Remote:
 
     @property
     def kind(self) -> str:
-        if listed := self.memory.folders.get(self.parent.path, {}).get(self.name):
+        if listed := self.cache.folders.get(self.parent.path, {}).get(self.name):
             return listed.kind
         try:
-            found = self.look()
+            found = self.facts()
         except Absent:
             return ""
         return found.kind if found else ""
 
     def iterdir(self) -> Iterator[Remote]:
         """What is in the folder, in the order of names. Raises CheckpointError where the store does not tell."""
-        folders = self.memory.folders
+        folders = self.cache.folders
         if self.path not in folders:
-            folders[self.path] = persist(self, lambda: entries(self.fs, self.address))
+            folders[self.path] = retrying(self, lambda: entries(self.fs, self.address))
         return (self / name for name in folders[self.path])
 
     def glob(self, pattern: str) -> Iterator[Remote]:
@@ -170,7 +188,7 @@ class Remote:
                 yield from path.rglob(pattern)
 
     def read_bytes(self) -> bytes:
-        facts = self.look() or Facts(FILE)
+        facts = self.facts() or Facts(FILE)
         return self.read(0, facts.size or 0, facts)
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -181,63 +199,57 @@ class Remote:
 
         Raises CheckpointError where the store does not give them, or has another file by now.
         """
-        if length > SMALL:
+        if length > _SMALL:
             starts = range(offset, offset + length, LARGEST)
             return b"".join(self.fetch(start, min(start + LARGEST, offset + length), known) for start in starts)
-        first = offset // BLOCK * BLOCK
+        first = offset // _BLOCK * _BLOCK
         return self.blocks(first, offset + length, known)[offset - first : offset - first + length]
 
     def blocks(self, first: int, stop: int, known: Facts) -> bytes:
         """The blocks that bytes `first` to `stop` lie in; those that are not kept come in one request."""
-        kept = self.memory.blocks
-        found = {start: kept.get((self.path, start)) for start in range(first, stop, BLOCK)}
+        kept = self.cache.blocks
+        found = {start: kept.get((self.path, start)) for start in range(first, stop, _BLOCK)}
         missing = [start for start, data in found.items() if data is None]
         if missing:
-            end = min(missing[-1] + BLOCK, known.size or 0)
+            end = min(missing[-1] + _BLOCK, known.size or 0)
             data = self.fetch(missing[0], end, known)
-            cut = range(missing[0], end, BLOCK)
-            found |= {start: data[start - missing[0] :][:BLOCK] for start in cut}
-        with self.memory.lock:
+            cut = range(missing[0], end, _BLOCK)
+            found |= {start: data[start - missing[0] :][:_BLOCK] for start in cut}
+        with self.cache.lock:
             for start, block in found.items():
                 kept[self.path, start] = block or b""
                 kept.move_to_end((self.path, start))
-            while len(kept) > BLOCKS:
+            while len(kept) > _BLOCKS:
                 kept.popitem(last=False)
         return b"".join(block or b"" for block in found.values())
 
     def fetch(self, start: int, stop: int, known: Facts) -> bytes:
         """Bytes from the store."""
+        if start >= stop:
+            return b""
         try:
-            return persist(self, lambda: part(self.fs, self.address, start, stop, known)) if stop > start else b""
+            return retrying(self, lambda: read_range(self.fs, self.address, start=start, stop=stop, known=known))
         except Absent as error:
             raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 
     def put(self, file: Path, stop: threading.Event) -> None:
-        """Make this the object with a file's bytes; nothing appears before it is whole, or where `stop` is set."""
+        """Make this the object with a file's bytes; nothing appears before it is whole, or where `stop` is set.
+
+        Raises CheckpointError where the store does not take it.
+        """
 
         def send() -> None:
             with open(file, "rb") as source:
-                store(self.fs, self.address, source, file.stat().st_size, stop)
+                write_object(self.fs, self.address, source, size=file.stat().st_size, stop=stop)
 
-        persist(self, send, "written")
+        retrying(self, send, "written")
 
     def write(self, data: bytes) -> None:
-        """Make this the object with these bytes."""
-        persist(self, lambda: store(self.fs, self.address, io.BytesIO(data), len(data), threading.Event()), "written")
+        """Make this the object with these bytes. Raises CheckpointError where the store does not take it."""
+        source, never = io.BytesIO(data), threading.Event()
+        retrying(self, lambda: write_object(self.fs, self.address, source, size=len(data), stop=never), "written")
 
     def changed(self, known: Facts) -> bool:
         """Whether the store, asked anew, has another file here."""
-        self.fs.invalidate_cache()
-        now = self.ask()
+        now = self.anew().facts_now()
         return now is None or changed(known, now)
-
-
-Place = Path | Remote
-
-
-def together(function: Callable[[Item], Result], items: Iterable[Item], where: Place) -> list[Result]:
-    """The function's results in the order of the items: of a remote source many at the same time, else one by one."""
-    if not isinstance(where, Remote):
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))

@@ -19,9 +19,9 @@ FOLDER, FILE = "directory", "file"
 # What tells one content from another under the same name: the first that a store gives is kept.
 VERSIONS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 CHANGED = "has changed since it was opened; run the command again, on a source that stays"
-AGAIN = (408, 425, 429)  # besides all from 500 on
-REFUSED = (401, 403, 407)
-MISSING = (404, 410)
+_AGAIN = (408, 425, 429)  # besides all from 500 on
+_REFUSED = (401, 403, 407)
+_MISSING = (404, 410)
 Answered = TypeVar("Answered")
 
 
@@ -52,22 +52,23 @@ class Unusable(Exception):
 
 def changed(before: Facts, now: Facts) -> bool:
     """Whether a file is not the one that it was, as far as the store tells."""
-    versions = before.version and now.version and before.version != now.version
-    return bool(versions) or None is not now.size != before.size
+    if before.version and now.version and before.version != now.version:
+        return True
+    return now.size is not None and now.size != before.size
 
 
-def persist(where: object, ask: Callable[[], Answered], deed: str = "read") -> Answered:
-    """What `ask` gives, asked again after a pause where a failure may pass; `deed` is what it does.
+def retrying(where: object, request: Callable[[], Answered], deed: str = "read") -> Answered:
+    """What `request` gives, sent again after a pause where a failure may pass; `deed` is what it does.
 
     Raises CheckpointError: Absent where there is nothing, or nothing for us.
     """
     for count, pause in enumerate((*PAUSES, None), 1):
         try:
-            return ask()
+            return request()
         except Exception as error:
-            what, again = judged(error, deed)
-            if (status := status_of(error)) in MISSING + REFUSED:
-                raise Absent(f"{where}: {what}.", refused=status in REFUSED) from None
+            what, again = _judged(error, deed)
+            if (status := _status_of(error)) in _MISSING + _REFUSED:
+                raise Absent(f"{where}: {what}.", refused=status in _REFUSED) from None
             if not again or pause is None:
                 tries = f" ({count} times asked; run the same command again to continue)" if count > 1 else ""
                 raise CheckpointError(f"{where}: {what}{tries}.") from None
@@ -75,19 +76,19 @@ def persist(where: object, ask: Callable[[], Answered], deed: str = "read") -> A
     raise AssertionError(where)
 
 
-def judged(error: Exception, deed: str) -> tuple[str, bool]:
+def _judged(error: Exception, deed: str) -> tuple[str, bool]:
     """What went wrong, in words that hold nothing of the request, and whether it may pass."""
-    status, kind = status_of(error), type(error).__name__
+    status, kind = _status_of(error), type(error).__name__
     if isinstance(error, Unusable):
         return str(error), error.again
-    if status in MISSING:
+    if status in _MISSING:
         return f"is not there ({status}); correct the address", False
-    if status in REFUSED:
+    if status in _REFUSED:
         return f"may not be {deed} ({status}); give credentials that may, in the way fsspec takes them", False
     if status == 416:
         return CHANGED, False  # what was asked for lay inside of it
     if status:
-        return f"the server answers {status}", status in AGAIN or status >= 500
+        return f"the server answers {status}", status in _AGAIN or status >= 500
     if isinstance(error, TimeoutError) or "Timeout" in kind:
         return f"no answer within {TIMEOUT:g} seconds", True
     if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
@@ -97,7 +98,7 @@ def judged(error: Exception, deed: str) -> tuple[str, bool]:
     return f"the connection fails ({kind})", True
 
 
-def status_of(error: BaseException | None) -> int:
+def _status_of(error: BaseException | None) -> int:
     """The HTTP status that an error of any library stands for; 0 where it stands for none."""
     if error is None or isinstance(error, Unusable):
         return 0
@@ -108,13 +109,13 @@ def status_of(error: BaseException | None) -> int:
     if isinstance(found, int):
         return found
     if isinstance(error, FileNotFoundError):
-        return MISSING[0]
+        return _MISSING[0]
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        return REFUSED[1]
-    return status_of(error.__cause__)
+        return _REFUSED[1]
+    return _status_of(error.__cause__)
 
 
-def ask(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
+def call(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:
     """What a method of a file system gives, in bounded time."""
     if fs.async_impl:
         return wait_for(fs, getattr(fs, f"_{method}"), *arguments, **options)

@@ -2,33 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from neoxconv.core.layout import Content
+from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.targets import bnb, float8, gguf, hf, slim
 from neoxconv.targets.recipe import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
-    """A format that can be written; `single` where the target is a file and not a folder."""
+    """A format that can be written: what makes it, and what may be asked of it."""
 
     name: str
-    single: bool
+    single: bool  # a file and not a folder
     make: Callable[[Checkpoint, Recipe], Content]
+    entries: Callable[[Checkpoint, Recipe], Sequence[Entry]]  # its tensors alone
+    recipes: tuple[Recipe, ...]  # one for everything that a weight can become in it, as `formats` lists them
+    options: tuple[str, ...]  # those of `convert` that not every target takes
+    only_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> the types that it is for
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """What --type can be; empty where the target takes none."""
+        return tuple(dict.fromkeys(recipe.type for recipe in self.recipes if recipe.type))
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """What --dtype can be; empty where the target takes none."""
+        return tuple(dict.fromkeys(recipe.dtype for recipe in self.recipes if recipe.dtype))
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        #      name           one file  content
-        Target("hf",          False,    hf.to_hf),
-        Target("safetensors", True,     hf.to_safetensors),
-        Target("slim",        False,    slim.to_slim),
-        Target("gguf",        True,     gguf.to_gguf),
-        Target("bnb",         False,    bnb.to_bnb),
-        Target("float8",      False,    float8.to_float8),
+        Target(
+            name="hf",
+            single=False,
+            make=hf.to_hf,
+            entries=hf.unified_entries,
+            recipes=hf.RECIPES,
+            options=("dtype", "only", "shard_size", "allow_nonfinite"),
+        ),
+        Target(
+            name="safetensors",
+            single=True,
+            make=hf.to_safetensors,
+            entries=hf.unified_entries,
+            recipes=hf.SAFETENSORS_RECIPES,
+            options=("dtype", "only", "allow_nonfinite"),
+        ),
+        Target(
+            name="slim",
+            single=False,
+            make=slim.to_slim,
+            entries=slim.slim_entries,
+            recipes=slim.RECIPES,
+            options=("dtype", "tp", "pp", "allow_nonfinite"),
+        ),
+        Target(
+            name="gguf",
+            single=True,
+            make=gguf.to_gguf,
+            entries=gguf.gguf_entries,
+            recipes=gguf.RECIPES,
+            options=("type", "split_size", *gguf.OPTIONS, "allow_nonfinite"),
+        ),
+        Target(
+            name="bnb",
+            single=False,
+            make=bnb.to_bnb,
+            entries=bnb.bnb_entries,
+            recipes=bnb.RECIPES,
+            options=("type", "shard_size", "double_quant", "compute_dtype"),
+            only_of={"double_quant": bnb.FOUR_BIT, "compute_dtype": bnb.FOUR_BIT},
+        ),
+        Target(
+            name="float8",
+            single=False,
+            make=float8.to_float8,
+            entries=float8.float8_entries,
+            recipes=float8.RECIPES,
+            options=("type", "shard_size", "scale"),
+        ),
     )
-}  # fmt: skip
+}
+
+TAKEN_BY: dict[str, tuple[str, ...]] = {
+    option: tuple(target.name for target in TARGETS.values() if option in target.options)
+    for option in dict.fromkeys(option for target in TARGETS.values() for option in target.options)
+}

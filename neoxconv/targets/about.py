@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from neoxconv.core.model import Checkpoint, parameters
-from neoxconv.formats import tokenizer
+from neoxconv.core.model import Checkpoint
+from neoxconv.formats.tokenizer import END, Tokenizer, check_rows
 from neoxconv.version import __version__
 
 
-def token_ids(checkpoint: Checkpoint, words: tokenizer.Tokenizer | None) -> dict[str, int]:
+def token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, int]:
     """The tokens at which text begins and ends: as the source says, else the tokenizer's, else 0."""
-    end = tokenizer.check_rows(words, checkpoint.config.rows)[tokenizer.END] if words else 0
+    end = check_rows(tokenizer, checkpoint.config.rows)[END] if tokenizer else 0
     settings = checkpoint.index.settings
     names = ("bos_token_id", "eos_token_id")
     found = {name: settings.get(name, settings.get(f"tokenizer.ggml.{name}")) for name in names}
@@ -18,7 +18,7 @@ def token_ids(checkpoint: Checkpoint, words: tokenizer.Tokenizer | None) -> dict
 
 def title(checkpoint: Checkpoint) -> str:
     """A name that depends on the model alone."""
-    return f"GPT-NeoX {size_label(parameters(checkpoint))}"
+    return f"{checkpoint.architecture.title} {size_label(checkpoint.parameters)}"
 
 
 def size_label(count: int) -> str:
@@ -35,12 +35,12 @@ def provenance(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     index, config = checkpoint.index, checkpoint.config
     lines = [
         ("Source", f"{index.format} checkpoint, {len(index.files)} files, tensor parallelism {len(index.ranks)}"),
-        ("Parameters", f"{parameters(checkpoint):,}"),
+        ("Parameters", f"{checkpoint.parameters:,}"),
         (
             "Shape",
             f"{config.layers} layers, hidden {config.hidden}, {config.heads} heads, {config.rows} vocabulary rows",
         ),
-        *([("Weights", "the optimizer's fp32 masters")] if index.stored else []),
+        *([("Weights", "the optimizer's fp32 masters")] if index.replaced else []),
         ("Norms of the ranks", checkpoint.norms if len(index.ranks) > 1 else "one rank"),
         ("Converted by", f"neoxconv {__version__}"),
     ]

@@ -17,7 +17,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX
 from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.storage.files import is_file, open_storage
+from neoxconv.storage import is_file, open_storage
 
 GENERATION = "generation_config.json"
 LARGEST = 1 << 20  # bytes of a generation_config.json

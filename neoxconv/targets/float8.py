@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from neoxconv.core.encoding import Encoding, Scaled
-from neoxconv.core.layout import Content
+from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError
 from neoxconv.names import SCALES
@@ -15,37 +15,44 @@ from neoxconv.targets.hf import hf_folder
 from neoxconv.targets.linear import quantized_entries
 from neoxconv.targets.recipe import Recipe
 
-DEFAULT = "E4M3"
-DEFAULTS = {"E4M3": "channel", "E5M2": "none"}  # the scales, where none are asked for
-STORAGE = "float8 for storage: transformers 5 widens these weights when it loads them, neoxconv reads them as they are"
+_DEFAULT = "E4M3"
+_DEFAULTS = {"E4M3": "channel", "E5M2": "none"}  # the scales, where none are asked for
+RECIPES = tuple(Recipe("float8", type=kind, scale=scale) for kind in _DEFAULTS for scale in SCALES)  # for `formats`
+_STORAGE = "float8 for storage: transformers 5 widens these weights when it loads them, neoxconv reads them as they are"
 
 
 def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """The folder; scales in compressed-tensors' words."""
     kind, scale = choice(recipe)
-    settings = {} if scale == "none" else {"quantization_config": compressed(kind, scale)}
-    content = hf_folder(checkpoint, recipe, quantized_entries(checkpoint, recipe, encoding_of(recipe)), settings)
-    return content if kind == DEFAULT and scale != "none" else replace(content, notes=(*content.notes, STORAGE))
+    settings = {} if scale == "none" else {"quantization_config": compressed(checkpoint, kind, scale)}
+    content = hf_folder(checkpoint, recipe, float8_entries(checkpoint, recipe), settings)
+    return content if kind == _DEFAULT and scale != "none" else replace(content, notes=(*content.notes, _STORAGE))
+
+
+def float8_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
+    """Every tensor, the layers' matrices in the encoding that the recipe asks for."""
+    return quantized_entries(checkpoint, recipe, _encoding_of(recipe))
 
 
 def choice(recipe: Recipe) -> tuple[str, str]:
     """The type and the kind of scale that a recipe asks for."""
-    kind = recipe.type or DEFAULT
-    if kind not in DEFAULTS or recipe.scale not in (None, *SCALES):
+    kind = recipe.type or _DEFAULT
+    if kind not in _DEFAULTS or recipe.scale not in (None, *SCALES):
         raise PlanError(
-            f"float8 has {', '.join(DEFAULTS)} with scales {', '.join(SCALES)}; found {kind} {recipe.scale}."
+            f"float8 has {', '.join(_DEFAULTS)} with scales {', '.join(SCALES)}; found {kind} {recipe.scale}."
         )
-    return kind, recipe.scale or DEFAULTS[kind]
+    return kind, recipe.scale or _DEFAULTS[kind]
 
 
-def encoding_of(recipe: Recipe) -> Encoding | Scaled:
+def _encoding_of(recipe: Recipe) -> Encoding | Scaled:
     """The encoding of linear layers that a recipe asks for."""
     kind, scale = choice(recipe)
     return ENCODINGS[f"F8_{kind}"] if scale == "none" else SCALED[f"{kind}_{scale.upper()}"]
 
 
-def compressed(kind: str, scale: str) -> dict[str, Any]:
+def compressed(checkpoint: Checkpoint, kind: str, scale: str) -> dict[str, Any]:
     """compressed-tensors' settings for weights of float8. It knows E4M3 only, and must be told to widen others."""
+    heads = [name.removesuffix(".weight") for name in checkpoint.architecture.tied_head]
     weights = {"num_bits": 8, "type": "float", "strategy": scale, "symmetric": True, "dynamic": False}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
@@ -53,6 +60,6 @@ def compressed(kind: str, scale: str) -> dict[str, Any]:
         "format": "naive-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["embed_out", "lm_head"],  # transformers 5 has the second name for the first
-        **({"dequantize": True} if kind != DEFAULT else {}),
+        "ignore": list(dict.fromkeys([*heads, "lm_head"])),  # transformers 5 has the second name for the first
+        **({"dequantize": True} if kind != _DEFAULT else {}),
     }

@@ -8,56 +8,58 @@ from dataclasses import replace
 
 from neoxconv.core.encoding import Context
 from neoxconv.core.layout import Content, Entry
-from neoxconv.core.model import Checkpoint, Weight, parameters
+from neoxconv.core.model import Checkpoint, Weight
 from neoxconv.core.tensor import reordered
 from neoxconv.errors import PlanError, raise_all
-from neoxconv.formats import imatrix, tokenizer
+from neoxconv.formats import imatrix
 from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
+from neoxconv.formats.tokenizer import gguf_keys
 from neoxconv.quant import ENCODINGS
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets.about import size_label, title, token_ids
-from neoxconv.targets.mixes import MIXES, Choice, Place, choose, wanted
+from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, choose, wanted
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural
 
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
-ENTRIES_KEY, CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
-EFFORT_KEY = "neoxconv.effort"
-SEARCHED = (ENTRIES_KEY, EFFORT_KEY)
-ALIASES = {"embed_out.weight": "gpt_neox.embed_in.weight"}  # what a tied model's head is
+_ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
+_EFFORT_KEY = "neoxconv.effort"
+SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
+RECIPES = tuple(Recipe("gguf", type=mix) for mix in MIXES)  # all that `formats` lists
+OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")  # what changes the mix
 
 
 def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A GGUF file (or several, with --split-size), with the tokenizer that llama.cpp needs."""
-    choice = choice_of(checkpoint, recipe)
-    words = tokenizer_of(checkpoint, recipe.tokenizer)
-    if words is None:
+    choice = _choice_of(checkpoint, recipe)
+    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
+    if tokenizer is None:
         raise PlanError(
             f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
             "give its tokenizer.json with --tokenizer FILE."
         )
     matrix = imatrix.read(recipe.imatrix) if recipe.imatrix else None
-    entries = with_contexts(gguf_entries(checkpoint, choice), matrix, recipe.effort == "high")
+    entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, recipe.effort == "high")
     searched = any(entry.context for entry in entries)
     keys = {
-        "general.architecture": "gptneox",
+        "general.architecture": checkpoint.architecture.gguf_name,
         "general.type": "model",
         "general.name": title(checkpoint),
-        "general.size_label": size_label(parameters(checkpoint)),
+        "general.size_label": size_label(checkpoint.parameters),
         **checkpoint.architecture.to_gguf(checkpoint.config),
         "general.file_type": MIXES[choice.mix].file_type,
         "general.quantization_version": 2,
-        **tokenizer.gguf_keys(words, checkpoint.config.rows),
-        **{f"tokenizer.ggml.{name}": value for name, value in token_ids(checkpoint, words).items()},
-        **({ENTRIES_KEY: len(matrix.entries), CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
-        **({EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
+        **gguf_keys(tokenizer, checkpoint.config.rows),
+        **{f"tokenizer.ggml.{name}": value for name, value in token_ids(checkpoint, tokenizer).items()},
+        **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
+        **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
     }
-    notes = (*gguf_notes(checkpoint, choice, entries), *(matrix_notes(matrix, entries) if matrix else ()))
+    notes = (*_gguf_notes(checkpoint, choice, entries), *(_matrix_notes(matrix, entries) if matrix else ()))
     return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes)
 
 
-def choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
+def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
     """The mix that the recipe asks for, with its overrides; by default BF16 for a bf16 source, else F16."""
     native = [tensor.native.name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     mix = recipe.type or ("BF16" if native.count("BF16") * 2 > len(native) else "F16")
@@ -66,30 +68,31 @@ def choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
     return Choice(mix, classic, recipe.pure, *overrides, recipe.imatrix is not None)
 
 
-def gguf_places(checkpoint: Checkpoint) -> list[tuple[Place, Weight]]:
+def _gguf_tensors(checkpoint: Checkpoint) -> list[tuple[GgufTensor, Weight]]:
     """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head always, as llama.cpp wants one."""
     config = replace(checkpoint.config, tied=False)
     rows = checkpoint.architecture.names(config)
     columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
     return [
-        (Place(weight.gguf, weight.role, -1 if layer is None else layer, config.layers, width), weight)
+        (GgufTensor(weight.gguf, weight.role, layer, config.layers, width), weight)
         for (layer, weight), width in zip(rows, columns, strict=True)
     ]
 
 
-def gguf_entries(checkpoint: Checkpoint, choice: Choice) -> list[Entry]:
+def gguf_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     """Every tensor under its GGUF name, in GGUF's order of rows, with the encoding that the mix gives it."""
+    choice, tied_head = _choice_of(checkpoint, recipe), checkpoint.architecture.tied_head
     entries = []
-    for place, weight in gguf_places(checkpoint):
+    for described, weight in _gguf_tensors(checkpoint):
         unified = weight.unified
-        tensor = checkpoint.tensors[unified if unified in checkpoint.tensors else ALIASES[unified]]
+        tensor = checkpoint.tensors[unified if unified in checkpoint.tensors else tied_head[unified]]
         if weight.gguf_order:
             tensor = reordered(tensor, weight.gguf_order(checkpoint.config))
-        entries.append(Entry(weight.gguf, unified, tensor, choose(choice, place)))
+        entries.append(Entry(weight.gguf, unified, tensor, choose(choice, described)))
     return entries
 
 
-def with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -> list[Entry]:
+def _with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -> list[Entry]:
     """The entries, each with the importance of its columns. Raises PlanError where the matrix is another model's."""
     found = matrix.entries if matrix else {}
     if matrix:
@@ -111,7 +114,7 @@ def with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -
     ]
 
 
-def matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:
+def _matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:
     """What the importance matrix was, and the tensors that could have used an entry but have none."""
     lacking = [e.name for e in entries if e.search and (e.context is None or e.context.importance is None)]
     note = f"importance matrix of {plural(len(matrix.entries), 'tensor')}, sha256 {matrix.sha256}"
@@ -124,12 +127,12 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> list[str]:
+def _gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> list[str]:
     """What differs from what the mix's name promises, and what llama.cpp will compute differently."""
     notes = []
     odd: dict[tuple[str, str], list[str]] = {}
-    for entry, (place, weight) in zip(entries, gguf_places(checkpoint), strict=True):
-        if len(weight.shape) == 2 and (name := wanted(choice, place)) != entry.encoding.name:
+    for entry, (described, weight) in zip(entries, _gguf_tensors(checkpoint), strict=True):
+        if len(weight.shape) == 2 and (name := wanted(choice, described)) != entry.encoding.name:
             odd.setdefault((name, entry.encoding.name), []).append(entry.name)
     for (name, instead), tensors in odd.items():
         block = ENCODINGS[name].dtype.block

@@ -14,12 +14,18 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import TORCH_NAMES
 from neoxconv.errors import PlanError
-from neoxconv.formats import hf, safetensors, tokenizer
+from neoxconv.formats import hf, safetensors
+from neoxconv.formats.tokenizer import hf_files
+from neoxconv.names import DTYPES
 from neoxconv.quant import ENCODINGS
 from neoxconv.sources.coverage import PARTIAL
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets.about import provenance, title, token_ids
 from neoxconv.targets.recipe import Recipe
+
+# All that `formats` lists.
+RECIPES = tuple(Recipe("hf", dtype=dtype) for dtype in DTYPES)
+SAFETENSORS_RECIPES = tuple(Recipe("safetensors", dtype=dtype) for dtype in DTYPES)
 
 
 def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:
@@ -40,7 +46,7 @@ def unified_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in tensors.items()]
 
 
-def partly(checkpoint: Checkpoint, recipe: Recipe, entries: Sequence[Entry]) -> tuple[str, ...]:
+def _partly(checkpoint: Checkpoint, recipe: Recipe, entries: Sequence[Entry]) -> tuple[str, ...]:
     """A note on a target that holds a part of the model."""
     if not recipe.only:
         return ()
@@ -58,23 +64,22 @@ def hf_folder(
 ) -> Content:
     """A folder with sharded safetensors, configuration (with `settings` added), tokenizer, model card."""
     files = hf.layout(entries, recipe.shard_size)
-    words = tokenizer_of(checkpoint, recipe.tokenizer)
-    config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)) | token_ids(checkpoint, words)
+    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
+    config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)) | token_ids(checkpoint, tokenizer)
     config |= {**(settings or {}), **({PARTIAL: list(recipe.only)} if recipe.only else {})}
-    part = partly(checkpoint, recipe, entries)
+    part = _partly(checkpoint, recipe, entries)
+    facts = [*provenance(checkpoint), ("Tensors", held(entries)), *(("Note", note) for note in part)]
     sidecars = {
-        "config.json": as_json(config),
+        "config.json": _as_json(config),
         "generation_config.json": hf.generation_config(config),
-        "README.md": hf.model_card(
-            title(checkpoint), [*provenance(checkpoint), ("Tensors", held(entries)), *(("Note", note) for note in part)]
-        ),
+        "README.md": hf.model_card(title(checkpoint), checkpoint.architecture.name, facts),
         **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
-        **(tokenizer.hf_files(words, checkpoint.config.context) if words else {}),
+        **(hf_files(tokenizer, checkpoint.config.context) if tokenizer else {}),
     }
     return Content(
         files,
         sidecars,
-        (*part, *(() if words else ("no tokenizer found; give one with --tokenizer to have it included",))),
+        (*part, *(() if tokenizer else ("no tokenizer found; give one with --tokenizer to have it included",))),
     )
 
 
@@ -90,7 +95,7 @@ def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     facts |= token_ids(checkpoint, None) | ({PARTIAL: list(recipe.only)} if recipe.only else {})
     metadata = {"format": "pt", "config": json.dumps(facts, separators=(",", ":"))}
     files = (safetensors.layout("model.safetensors", entries, metadata),)
-    return Content(files, {}, partly(checkpoint, recipe, entries))
+    return Content(files, {}, _partly(checkpoint, recipe, entries))
 
 
 def main_dtype(entries: Sequence[Entry]) -> str:
@@ -99,6 +104,6 @@ def main_dtype(entries: Sequence[Entry]) -> str:
     return TORCH_NAMES[max(sizes, key=lambda name: sizes[name])]
 
 
-def as_json(value: Any) -> bytes:
+def _as_json(value: Any) -> bytes:
     """Readable JSON with a final newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

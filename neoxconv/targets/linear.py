@@ -10,18 +10,10 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.targets.hf import unified_entries
 from neoxconv.targets.recipe import Recipe
 
-ROLES = ("qkv", "attn_out", "mlp_in", "mlp_out")
-
-
-def linear_names(checkpoint: Checkpoint) -> set[str]:
-    """The unified names of the layers' matrices."""
-    weights = checkpoint.architecture.names(checkpoint.config)
-    return {weight.unified for _, weight in weights if weight.role in ROLES}
-
 
 def quantized_entries(checkpoint: Checkpoint, recipe: Recipe, encoding: Encoding | Scaled) -> list[Entry]:
     """Every tensor under its unified name, the layers' matrices in this encoding."""
-    names = linear_names(checkpoint)
+    names = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.linear}
     # The type in which a plain target would keep a weight is the one that it is rounded to, and said to have been.
     return [
         replace(e, tensor=replace(e.tensor, native=e.encoding.dtype), encoding=encoding) if e.name in names else e

@@ -14,88 +14,99 @@ from neoxconv.core.encoding import Encoding
 from neoxconv.errors import PlanError
 from neoxconv.quant import ENCODINGS
 
-ANY = "*"
-VECTORS = ("norm", "bias")  # always F32 in GGUF
-PLAIN = ("F32", "F16", "BF16")
-
-When = Callable[[int, int, bool], bool]  # of a layer, the number of layers, and whether there is an importance matrix
+_ANY = "*"
+_VECTORS = ("norm", "bias")  # always F32 in GGUF
+_PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Row:
+class Where:
+    """Where a weight is: in `layer` of `layers`, in a file that is made with an importance matrix or without."""
+
+    layer: int
+    layers: int
+    imatrix: bool
+
+
+_When = Callable[[Where], bool]
+
+
+@dataclass(frozen=True)
+class _Row:
     """A weight of this role gets this encoding, in the layers that `when` says."""
 
     role: str
     encoding: str
-    when: When = lambda i, n, imatrix: True
+    when: _When = lambda where: True
 
 
-def more(i: int, n: int, imatrix: bool) -> bool:
+def more(where: Where) -> bool:
     """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third between."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+    eighth = where.layers // 8
+    return where.layer < eighth or where.layer >= 7 * where.layers // 8 or (where.layer - eighth) % 3 == 2
 
 
-def first(count: int) -> When:
+def first(count: int) -> _When:
     """The first `count` layers."""
-    return lambda i, n, imatrix: i < count
+    return lambda where: where.layer < count
 
 
-def part(share: int, imatrix: bool | None = None) -> When:
-    """The first n / share layers; only with or only without an importance matrix where that is said."""
-    return lambda i, n, given: i < n // share and imatrix in (None, given)
+def share(divisor: int, imatrix: bool | None = None) -> _When:
+    """The first layers / divisor; only with or only without an importance matrix where that is said."""
+    return lambda where: where.layer < where.layers // divisor and imatrix in (None, where.imatrix)
 
 
-HEAD = Row("head", "Q6_K")
+HEAD = _Row("head", "Q6_K")
 
 
 @dataclass(frozen=True)
-class Mix:
+class _Mix:
     """llama.cpp's general.file_type, and the rows: `classic` ones, if any, stand before the others."""
 
     file_type: int
-    rows: tuple[Row, ...]
-    classic: tuple[Row, ...] = ()
+    rows: tuple[_Row, ...]
+    classic: tuple[_Row, ...] = ()
 
 
-def simple(file_type: int, name: str, *rows: Row, classic: tuple[Row, ...] = ()) -> Mix:
+def simple(file_type: int, name: str, *rows: _Row, classic: tuple[_Row, ...] = ()) -> _Mix:
     """The rows, and `name` for all else."""
-    return Mix(file_type, (*rows, Row(ANY, name)), classic)
+    return _Mix(file_type, (*rows, _Row(_ANY, name)), classic)
 
 
-MIXES: dict[str, Mix] = {
+MIXES: dict[str, _Mix] = {
     "F32": simple(0, "F32"),
     "F16": simple(1, "F16"),
     "BF16": simple(32, "BF16"),
     "Q8_0": simple(7, "Q8_0"),
     "Q6_K": simple(18, "Q6_K"),
-    "Q5_K_M": simple(17, "Q5_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
-                     classic=(Row("qkv", "Q6_K"),)),
+    "Q5_K_M": simple(17, "Q5_K", HEAD, _Row("qkv", "Q6_K", more), _Row("mlp_out", "Q6_K", more),
+                     classic=(_Row("qkv", "Q6_K"),)),
     "Q5_K_S": simple(16, "Q5_K", HEAD),
     "Q5_1": simple(9, "Q5_1", HEAD),
-    "Q5_0": simple(8, "Q5_0", HEAD, Row("mlp_out", "Q5_1", part(8, imatrix=True))),
-    "Q4_K_M": simple(15, "Q4_K", HEAD, Row("qkv", "Q6_K", more), Row("mlp_out", "Q6_K", more),
-                     classic=(Row("qkv", "Q5_K"),)),
-    "Q4_K_S": simple(14, "Q4_K", HEAD, Row("qkv", "Q5_K", first(4)), Row("mlp_out", "Q5_K", part(8)),
-                     classic=(Row("qkv", "Q4_K"),)),
+    "Q5_0": simple(8, "Q5_0", HEAD, _Row("mlp_out", "Q5_1", share(8, imatrix=True))),
+    "Q4_K_M": simple(15, "Q4_K", HEAD, _Row("qkv", "Q6_K", more), _Row("mlp_out", "Q6_K", more),
+                     classic=(_Row("qkv", "Q5_K"),)),
+    "Q4_K_S": simple(14, "Q4_K", HEAD, _Row("qkv", "Q5_K", first(4)), _Row("mlp_out", "Q5_K", share(8)),
+                     classic=(_Row("qkv", "Q4_K"),)),
     "Q4_1": simple(3, "Q4_1", HEAD),
-    "Q4_0": simple(2, "Q4_0", HEAD, Row("mlp_out", "Q4_1", part(8, imatrix=True))),
-    "IQ4_NL": simple(25, "IQ4_NL", HEAD, Row("mlp_out", "Q5_K", part(8, imatrix=False))),
-    "IQ4_XS": simple(30, "IQ4_XS", HEAD, Row("mlp_out", "Q5_K", part(8, imatrix=False))),
-    "Q3_K_L": simple(13, "Q3_K", HEAD, Row("qkv", "Q5_K"), Row("attn_out", "Q5_K"), Row("mlp_out", "Q5_K"),
-                     classic=(Row("qkv", "Q4_K"),)),
-    "Q3_K_M": simple(12, "Q3_K", HEAD, Row("qkv", "Q5_K", first(2)), Row("qkv", "Q4_K"), Row("attn_out", "Q4_K"),
-                     Row("mlp_out", "Q5_K", part(16)), Row("mlp_out", "Q4_K"),
-                     classic=(Row("qkv", "Q4_K"),)),
+    "Q4_0": simple(2, "Q4_0", HEAD, _Row("mlp_out", "Q4_1", share(8, imatrix=True))),
+    "IQ4_NL": simple(25, "IQ4_NL", HEAD, _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
+    "IQ4_XS": simple(30, "IQ4_XS", HEAD, _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
+    "Q3_K_L": simple(13, "Q3_K", HEAD, _Row("qkv", "Q5_K"), _Row("attn_out", "Q5_K"), _Row("mlp_out", "Q5_K"),
+                     classic=(_Row("qkv", "Q4_K"),)),
+    "Q3_K_M": simple(12, "Q3_K", HEAD, _Row("qkv", "Q5_K", first(2)), _Row("qkv", "Q4_K"), _Row("attn_out", "Q4_K"),
+                     _Row("mlp_out", "Q5_K", share(16)), _Row("mlp_out", "Q4_K"),
+                     classic=(_Row("qkv", "Q4_K"),)),
     "Q3_K_S": simple(11, "Q3_K", HEAD),
-    "Q2_K": simple(10, "Q2_K", HEAD, Row("qkv", "Q3_K"), Row("attn_out", "Q3_K"), Row("mlp_out", "Q3_K"),
-                   classic=(Row("qkv", "Q2_K"),)),
+    "Q2_K": simple(10, "Q2_K", HEAD, _Row("qkv", "Q3_K"), _Row("attn_out", "Q3_K"), _Row("mlp_out", "Q3_K"),
+                   classic=(_Row("qkv", "Q2_K"),)),
 }  # fmt: skip
 
 # For rows that no super-block divides, as llama-quantize does; rows that no block of 32 divides are F16.
-FALLBACK = {
+_FALLBACK = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "IQ4_XS": "IQ4_NL",
 }  # fmt: skip
-LAST_RESORT = "F16"
+_LAST_RESORT = "F16"
 
 
 @dataclass(frozen=True)
@@ -132,41 +143,41 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor as a mix sees it; `layer` of `layers`, -1 outside of them."""
+class GgufTensor:
+    """A tensor as a mix sees it; `layer` of `layers`, None outside of them."""
 
     name: str
     role: str
-    layer: int
+    layer: int | None
     layers: int
     columns: int
 
 
-def choose(choice: Choice, place: Place) -> Encoding:
+def choose(choice: Choice, tensor: GgufTensor) -> Encoding:
     """The encoding of a tensor. Vectors are F32; where the block does not divide the rows, what stands in for it."""
-    if place.role in VECTORS:
+    if tensor.role in _VECTORS:
         return ENCODINGS["F32"]
-    name = wanted(choice, place)
-    return ENCODINGS[next(n for n in stand_ins(name, place) if place.columns % ENCODINGS[n].dtype.block == 0)]
+    name = wanted(choice, tensor)
+    return ENCODINGS[next(n for n in _stand_ins(name, tensor) if tensor.columns % ENCODINGS[n].dtype.block == 0)]
 
 
-def wanted(choice: Choice, place: Place) -> str:
+def wanted(choice: Choice, tensor: GgufTensor) -> str:
     """What the overrides or the mix give a matrix, whatever its width."""
     for pattern, name in choice.overrides:
-        if re.search(pattern, place.name):
+        if re.search(pattern, tensor.name):
             return name
-    special = {"head": choice.output, "embedding": choice.embedding}.get(place.role)
+    special = {"head": choice.output, "embedding": choice.embedding}.get(tensor.role)
     if special:
         return special
     mix = MIXES[choice.mix]
     rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
-    at = place.layer, place.layers, choice.imatrix
-    return next(row.encoding for row in rows if row.role in (place.role, ANY) and row.when(*at))
+    where = Where(-1 if tensor.layer is None else tensor.layer, tensor.layers, choice.imatrix)
+    return next(row.encoding for row in rows if row.role in (tensor.role, _ANY) and row.when(where))
 
 
-def stand_ins(name: str, place: Place) -> Iterator[str]:
+def _stand_ins(name: str, tensor: GgufTensor) -> Iterator[str]:
     """The type itself, then what replaces it where its blocks do not divide the rows."""
     yield name
-    if name in FALLBACK:
-        yield "Q8_0" if place.role == "head" else FALLBACK[name]
-    yield LAST_RESORT
+    if name in _FALLBACK:
+        yield "Q8_0" if tensor.role == "head" else _FALLBACK[name]
+    yield _LAST_RESORT

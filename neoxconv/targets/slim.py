@@ -17,36 +17,44 @@ import numpy as np
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Weight
-from neoxconv.core.tensor import LazyTensor, computed, constant
+from neoxconv.core.tensor import LazyTensor, computed, in_memory
 from neoxconv.dtypes import FLOATS, DType
-from neoxconv.formats import tokenizer
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
+from neoxconv.formats.tokenizer import check_rows
 from neoxconv.quant import ENCODINGS, floats
+from neoxconv.sources import SOURCES
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.training import Degrees, States
 
-Ranks = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
+RECIPES = tuple(Recipe("slim", dtype=dtype) for dtype in training.PRECISION)  # all that `formats` lists
+_RankEntries = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
 
 def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A folder with `latest`, one global_stepN, its YAML and its tokenizer."""
-    return from_shards(checkpoint, recipe) if checkpoint.index.format == "neox" else from_others(checkpoint, recipe)
+    shards = SOURCES[checkpoint.index.format].naming == "neox"
+    return _from_shards(checkpoint, recipe) if shards else _from_others(checkpoint, recipe)
 
 
-def from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+def slim_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
+    """Every tensor of a slim target of the source's own degree."""
+    return [entry for rank in _as_stored(checkpoint, recipe) for entry in rank.values()]
+
+
+def _from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """The source's own step, kind of files, names and YAML, as far as they need not change."""
     index = checkpoint.index
-    recipe = replace(recipe, dtype=recipe.dtype or trained_type(index))
+    recipe = replace(recipe, dtype=recipe.dtype or _trained_type(index))
     before = training.degrees_of(checkpoint)
     after = training.degrees_for(recipe, before, checkpoint.config)
     ranks = (
-        as_stored(checkpoint, recipe)
+        _as_stored(checkpoint, recipe)
         if after.tp == before.tp
-        else split_anew(named_as_found(checkpoint), after.tp, checkpoint.config, recipe.dtype)
+        else _split_anew(_named_as_found(checkpoint), after.tp, checkpoint.config, recipe.dtype)
     )
     states = training.bookkeeping(checkpoint, before, after)
     step = f"global_step{training.iteration(states)}"
@@ -62,19 +70,19 @@ def from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     )
 
 
-def from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """Step 0, as gpt-neox would have written it in 2022, with a YAML made for it."""
     before = Degrees(1, 1)
     after = training.degrees_for(recipe, before, checkpoint.config)
-    dtype, notes = number_type(checkpoint, recipe)
-    words = tokenizer_of(checkpoint, recipe.tokenizer)
-    config = training.new_config(checkpoint, after, dtype, words)
-    ranks = split_anew(named_as_in_2022(checkpoint), after.tp, checkpoint.config, dtype)
+    dtype, notes = _number_type(checkpoint, recipe)
+    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
+    config = training.new_config(checkpoint, after, dtype, tokenizer)
+    ranks = _split_anew(_named_as_in_2022(checkpoint), after.tp, checkpoint.config, dtype)
     states = training.bookkeeping(checkpoint, before, after)
     sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
-    if words:
-        tokenizer.check_rows(words, checkpoint.config.rows)
-        sidecars[training.TOKENIZER] = words.data
+    if tokenizer:
+        check_rows(tokenizer, checkpoint.config.rows)
+        sidecars[training.TOKENIZER] = tokenizer.data
     else:
         notes = (*notes, "no tokenizer found; give one with --tokenizer to have it included")
     return Content(
@@ -84,7 +92,7 @@ def from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     )
 
 
-def number_type(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, tuple[str, ...]]:
+def _number_type(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, tuple[str, ...]]:
     """The type that all weights get: the one asked for, else what most of them have, else F16 with a note."""
     if recipe.dtype:
         return recipe.dtype, ()
@@ -97,34 +105,34 @@ def number_type(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, tuple[str,
     return "F16", (f"the source holds {usual}; gpt-neox trains in 16 bits, so F16 is written (or give --dtype BF16)",)
 
 
-def trained_type(index: Index) -> str | None:
+def _trained_type(index: Index) -> str | None:
     """The layer files' type where the weights are fp32 masters of them, for gpt-neox wants that; else None."""
-    return next(iter(index.stored[0].values())).native.name if index.stored else None
+    return next(iter(index.replaced[0].values())).native.name if index.replaced else None
 
 
-def encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
+def _encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
     """The type asked for, else the stored one; buffers that hold no floats stay as they are."""
     if tensor.native.name not in FLOATS:
-        return unchanged(tensor.native)
-    return ENCODINGS.get(dtype or tensor.native.name) or unchanged(tensor.dtype)
+        return copied(tensor.native)
+    return ENCODINGS.get(dtype or tensor.native.name) or copied(tensor.dtype)
 
 
-def unchanged(dtype: DType) -> Encoding:
+def copied(dtype: DType) -> Encoding:
     """An encoding for bytes that are only copied."""
     return Encoding(
-        dtype.name,
-        dtype,
-        lambda rows: rows,
-        lambda rows: rows.astype(np.float32),
-        lambda rows, stored, weighted=False: rows != stored,
+        name=dtype.name,
+        dtype=dtype,
+        encode=lambda rows: rows,
+        decode=lambda rows: rows.astype(np.float32),
+        wrong=lambda rows, stored, weighted=False: rows != stored,
     )
 
 
-def as_stored(checkpoint: Checkpoint, recipe: Recipe) -> Ranks:
+def _as_stored(checkpoint: Checkpoint, recipe: Recipe) -> _RankEntries:
     """Every rank's tensors as they are, dropped buffers included."""
     return [
         {
-            name: Entry(name, f"{name} of rank {rank}", tensor, encoding_for(tensor, recipe.dtype))
+            name: Entry(name, f"{name} of rank {rank}", tensor, _encoding_for(tensor, recipe.dtype))
             for name, tensor in tensors.items()
         }
         for rank, tensors in enumerate(checkpoint.index.ranks)
@@ -132,7 +140,7 @@ def as_stored(checkpoint: Checkpoint, recipe: Recipe) -> Ranks:
 
 
 @dataclass(frozen=True)
-class Whole:
+class _Whole:
     """A tensor of all ranks together, under its `N.name`; a buffer, which every rank has a copy of, has no weight."""
 
     name: str
@@ -141,7 +149,7 @@ class Whole:
     weight: Weight | None = None
 
 
-def named_as_found(checkpoint: Checkpoint) -> Iterator[Whole]:
+def _named_as_found(checkpoint: Checkpoint) -> Iterator[_Whole]:
     """The unified tensors under rank 0's names, and rank 0's buffers, in its order."""
     config = checkpoint.config
     weights = {number_name(weight, layer, config.layers, name): weight
@@ -149,50 +157,50 @@ def named_as_found(checkpoint: Checkpoint) -> Iterator[Whole]:
     for name, tensor in checkpoint.index.ranks[0].items():
         weight = weights.get(name)
         unified = weight.unified if weight else name
-        yield Whole(name, unified, checkpoint.tensors[unified] if weight else tensor, weight)
+        yield _Whole(name, unified, checkpoint.tensors[unified] if weight else tensor, weight)
 
 
-def named_as_in_2022(checkpoint: Checkpoint) -> Iterator[Whole]:
+def _named_as_in_2022(checkpoint: Checkpoint) -> Iterator[_Whole]:
     """The unified tensors as numbers, and the buffers, under the names and in the order of 2022."""
     config = checkpoint.config
-    for layer, weight, buffer in checkpoint.architecture.stored(config):
+    for layer, weight, buffer in checkpoint.architecture.in_files_of_2022(config):
         if buffer:
             name = number_name(weight, layer, config.layers, buffer.source)
-            yield Whole(name, name, constant(buffer.values(config)))
+            yield _Whole(name, name, in_memory(buffer.values(config)))
         else:
             name, tensor = number_name(weight, layer, config.layers), checkpoint.tensors[weight.unified]
-            yield Whole(name, weight.unified, decoded(tensor) if tensor.dtype.quantized else tensor, weight)
+            yield _Whole(name, weight.unified, _decoded(tensor) if tensor.dtype.quantized else tensor, weight)
 
 
-def decoded(tensor: LazyTensor) -> LazyTensor:
+def _decoded(tensor: LazyTensor) -> LazyTensor:
     """A quantized tensor as numbers, whose columns can be taken apart."""
     return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
 
 
-def split_anew(tensors: Iterable[Whole], degree: int, config: ModelConfig, dtype: str | None) -> Ranks:
+def _split_anew(tensors: Iterable[_Whole], degree: int, config: ModelConfig, dtype: str | None) -> _RankEntries:
     """The tensors split over `degree` ranks."""
-    result: Ranks = [{} for _ in range(degree)]
+    result: _RankEntries = [{} for _ in range(degree)]
     for whole in tensors:
         split = whole.weight.join.split(whole.tensor, degree, config) if whole.weight else [whole.tensor] * degree
         for rank, part in enumerate(split):
             result[rank][whole.name] = Entry(
-                whole.name, f"{whole.unified} of rank {rank}", part, encoding_for(part, dtype)
+                whole.name, f"{whole.unified} of rank {rank}", part, _encoding_for(part, dtype)
             )
     return result
 
 
-def files(ranks: Ranks, states: States, degrees: Degrees, ordered: bool) -> dict[str, Any]:
+def files(ranks: _RankEntries, states: States, degrees: Degrees, ordered: bool) -> dict[str, Any]:
     """What each .pt file holds."""
-    return pipeline_files(ranks, states, ordered) if degrees.pp else sequential_files(ranks, states)
+    return _pipeline_files(ranks, states, ordered) if degrees.pp else _sequential_files(ranks, states)
 
 
-def pipeline_files(ranks: Ranks, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
+def _pipeline_files(ranks: _RankEntries, states: Mapping[str, Any], ordered: bool) -> dict[str, Any]:
     """A file for each layer and rank, and the bookkeeping files."""
     layers = neox.by_layer_file(ranks, OrderedDict if ordered else dict)
     return layers | {name: {"module": None, **state} for name, state in states.items()}
 
 
-def sequential_files(ranks: Ranks, states: Mapping[str, Any]) -> dict[str, Any]:
+def _sequential_files(ranks: _RankEntries, states: Mapping[str, Any]) -> dict[str, Any]:
     """One file for each rank, its weights under `module`."""
     return {
         name: {"module": OrderedDict((neox.SEQUENTIAL + key, e) for key, e in entries.items()), **state}

@@ -13,14 +13,14 @@ from typing import Any
 from neoxconv.core.model import Checkpoint, ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import PlanError, raise_all
-from neoxconv.formats import tokenizer
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.pt.unpickle import Placeholder
+from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_path
 from neoxconv.targets.recipe import Recipe
 
 RANDOM_STATES = ("random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states")
-LOCAL_SHAPES = ("param_shapes", "param_slice_mappings")  # true of the source's degrees only
+_LOCAL_SHAPES = ("param_shapes", "param_slice_mappings")  # true of the source's degrees only
 PRECISION: dict[str, dict[str, Any]] = {"F16": {"fp16": {"enabled": True}}, "BF16": {"precision": "bfloat16"}}
 TOKENIZER = "tokenizer.json"
 
@@ -75,35 +75,35 @@ def bookkeeping(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> Stat
             f"{index.folder}: has mp_rank files {list(index.states)}, but ranks 0 to {before.files - 1} are "
             "needed. Download the missing ones, or move them all away to have minimal ones written."
         )
-    found = list(index.states.values()) or [minimal(checkpoint, after)] * before.files
-    kept = [stripped(state, before != after) for state in found]
+    found = list(index.states.values()) or [_minimal(checkpoint, after)] * before.files
+    kept = [_stripped(state, before != after) for state in found]
     places = [
         min(stage, max(1, before.pp) - 1) * before.tp + min(rank, before.tp - 1)
         for stage in range(max(1, after.pp))
         for rank in range(after.tp)
     ]
     split = vocabulary(checkpoint.config, after.tp) if before.tp != after.tp else {}
-    changed = [kept[place] if before == after else resized(kept[place], after, split) for place in places]
+    changed = [kept[place] if before == after else _resized(kept[place], after, split) for place in places]
     return {neox.states_file(rank): state for rank, state in enumerate(changed)}
 
 
-def stripped(state: Mapping[str, Any], moved: bool) -> dict[str, Any]:
+def _stripped(state: Mapping[str, Any], moved: bool) -> dict[str, Any]:
     """What fine-tuning from the weights needs, plain values only; without local shapes where weights have `moved`."""
-    dropped = {"module", *RANDOM_STATES, *(LOCAL_SHAPES if moved else ())}
-    kept = {key: value for key, value in state.items() if key not in dropped and is_plain(value)}
+    dropped = {"module", *RANDOM_STATES, *(_LOCAL_SHAPES if moved else ())}
+    kept = {key: value for key, value in state.items() if key not in dropped and _is_plain(value)}
     return kept | {"optimizer": None}
 
 
-def is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     """Whether a value holds neither tensors nor objects of classes that were not loaded."""
     if isinstance(value, Mapping):
-        return all(is_plain(item) for pair in value.items() for item in pair)
+        return all(_is_plain(item) for pair in value.items() for item in pair)
     if isinstance(value, list | tuple | set):
-        return all(map(is_plain, value))
+        return all(map(_is_plain, value))
     return not isinstance(value, Placeholder | LazyTensor)
 
 
-def resized(state: Mapping[str, Any], after: Degrees, split: Mapping[str, Any]) -> dict[str, Any]:
+def _resized(state: Mapping[str, Any], after: Degrees, split: Mapping[str, Any]) -> dict[str, Any]:
     """The bookkeeping for other degrees; `split` are the YAML's new settings, of which `args` may hold some."""
     args = state.get("args")
     known = {key: value for key, value in split.items() if isinstance(args, dict) and key in args}
@@ -111,7 +111,7 @@ def resized(state: Mapping[str, Any], after: Degrees, split: Mapping[str, Any]) 
     return {**state, "mp_world_size": after.files, **changed}
 
 
-def minimal(checkpoint: Checkpoint, after: Degrees) -> dict[str, Any]:
+def _minimal(checkpoint: Checkpoint, after: Degrees) -> dict[str, Any]:
     """Bookkeeping for a source that has none."""
     config = checkpoint.config
     args = {
@@ -148,7 +148,7 @@ def configs(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> dict[str
     import yaml
 
     index = checkpoint.index
-    names = [path.name + ".yml" * (path.suffix not in (".yml", ".yaml")) for path in index.configs]
+    names = [path.name if path.suffix in (".yml", ".yaml") else f"{path.name}.yml" for path in index.configs]
     if len(set(names)) < len(names):
         raise PlanError(f"{', '.join(map(str, index.configs))}: two have one name but go to one folder; rename one.")
     files = {name: path.read_bytes() for name, path in zip(names, index.configs, strict=True)}
@@ -163,7 +163,7 @@ def configs(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> dict[str
     return result
 
 
-def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, words: tokenizer.Tokenizer | None) -> bytes:
+def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, tokenizer: Tokenizer | None) -> bytes:
     """A YAML for a model that gpt-neox did not write: all that decides its function."""
     config = checkpoint.config
     settings = {
@@ -171,7 +171,7 @@ def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, words: tokeni
         **vocabulary(config, after.tp),
         **checkpoint.architecture.to_neox(config),
         **PRECISION[dtype],
-        **({"tokenizer_type": "HFTokenizer", "vocab_file": f"./{TOKENIZER}"} if words else {}),
+        **({"tokenizer_type": "HFTokenizer", "vocab_file": f"./{TOKENIZER}"} if tokenizer else {}),
     }
     return as_yaml(settings)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,30 +16,31 @@ from neoxconv.engine.manifest import (
     read_manifest,
 )
 from neoxconv.errors import CheckpointError
-from neoxconv.storage.address import place
-from neoxconv.storage.files import is_file, size_of, stream_of
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, is_file, place, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
-Progress = Callable[[int], None]
+_Progress = Callable[[int], None]
 
 
-def verify_bytes(target: Place | str, *, progress: Progress = lambda count: None) -> Report:
+def verify_bytes(
+    target: Place | str, *, manifest: Mapping[str, Any] | None = None, progress: _Progress = lambda count: None
+) -> Report:
     """Whether the files of `target` are byte for byte those that its manifest describes.
 
-    Raises CheckpointError where the target or its manifest is missing. `progress` gets counts of bytes read.
+    Raises CheckpointError where the target or its manifest is missing. `manifest` spares reading it here; `progress`
+    gets counts of bytes read.
     """
     target = place(target)
     if not target.exists():
         raise CheckpointError(f"{target}: does not exist.")
-    manifest = read_manifest(target)
+    manifest = manifest or read_manifest(target)
     if manifest is None:
         raise CheckpointError(
             f"{manifest_path(target)}: does not exist, so there is nothing to check the bytes against. "
             "Compare with the source instead: neoxconv verify SOURCE TARGET."
         )
     files = manifest["files"]
-    findings = [finding for file in files for finding in check_file(target, file, progress)]
+    findings = [finding for file in files for finding in _check_file(target, file, progress)]
     if target.is_dir():
         known = {file["name"] for file in files} | {MANIFEST}
         present = sorted(inside(path, target) for path in target.rglob("*") if path.is_file())
@@ -68,7 +69,7 @@ def inside(path: Place, folder: Place) -> str:
     return str(PurePosixPath(str(path)).relative_to(str(folder)))
 
 
-def check_file(target: Place, file: dict[str, Any], progress: Progress) -> Iterator[Finding]:
+def _check_file(target: Place, file: dict[str, Any], progress: _Progress) -> Iterator[Finding]:
     """What is wrong with one file."""
     path = target / file["name"] if target.is_dir() else target
     name = file["name"] if target.is_dir() else target.name
@@ -84,10 +85,8 @@ def check_file(target: Place, file: dict[str, Any], progress: Progress) -> Itera
         yield Finding(name, "the manifest's digest of the file does not fit those of its ranges")
     with stream_of(path) as stream:
         for entry in file["ranges"]:
-            part = part_of(entry)
-            if hash_range(stream, part) != entry["sha256"]:
-                what = part.name or "header or padding"
-                yield Finding(
-                    name, f"{what} (bytes {part.offset} to {part.offset + part.length}) differs from what was written"
-                )
-            progress(part.length)
+            written = part_of(entry)
+            if hash_range(stream, written) != entry["sha256"]:
+                where = f"bytes {written.offset} to {written.offset + written.length}"
+                yield Finding(name, f"{written.name or 'header or padding'} ({where}) differs from what was written")
+            progress(written.length)

@@ -43,6 +43,7 @@ class Report:
     tensors: tuple[TensorError, ...] = ()
     lines: tuple[str, ...] = ()  # a table for people
     facts: Mapping[str, Any] = field(default_factory=dict)  # more of it, for machines
+    ran: bool = True  # False where the level could not be carried out, as the findings say
 
     @property
     def passed(self) -> bool:
@@ -56,4 +57,11 @@ class Report:
 
 def verdicts(reports: Iterable[Report]) -> str:
     """Which levels ran, and what came of each."""
-    return ", ".join(f"{report.level} {'ok' if report.passed else 'differ'}" for report in reports)
+    return ", ".join(f"{report.level} {verdict(report)}" for report in reports)
+
+
+def verdict(report: Report) -> str:
+    """A level's outcome in a word or two."""
+    if report.passed:
+        return "ok"
+    return "differ" if report.ran else "not checked"

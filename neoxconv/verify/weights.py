@@ -16,16 +16,15 @@ from neoxconv.dtypes import Floats, narrow
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded, sizes_of
 from neoxconv.sources.coverage import is_partial
-from neoxconv.sources.naming import name_tensors
 from neoxconv.targets.gguf import SEARCHED
 from neoxconv.verify.report import Finding, Report, TensorError
 
-Progress = Callable[[int], None]
+_Progress = Callable[[int], None]
 SLAB = 4 << 20
-EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
-LOOSE = 0.8  # relative error of types that are only read: IQ1_S reaches 0.6, other weights give 1 or more
+_EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
+_LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function; GGUF does not say which GELU, llama.cpp computes the tanh form.
-COMPARED = (
+_COMPARED = (
     "layers",
     "hidden",
     "heads",
@@ -39,12 +38,12 @@ COMPARED = (
     "activation",
     "tied",
 )
-SIZES = ("layers", "hidden", "ff", "rows")
-UNSAID = {"gguf": ("activation", "tied")}
+_SIZES = ("layers", "hidden", "ff", "rows")
+_UNSAID = {"gguf": ("activation", "tied")}
 
 
 @dataclass(frozen=True)
-class Pair:
+class _Pair:
     """A tensor of the source and the target's of the same name.
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
@@ -59,16 +58,16 @@ class Pair:
 
 
 def verify_weights(
-    source: Checkpoint, target: Checkpoint, *, jobs: int = 2, progress: Progress = lambda count: None
+    source: Checkpoint, target: Checkpoint, *, jobs: int = 2, progress: _Progress = lambda count: None
 ) -> Report:
     """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
 
     `source` must have been opened with the target's norms policy. `progress` gets counts of source bytes compared.
     """
-    differences = list(compare_configs(source, target))
-    if any(getattr(source.config, size) != getattr(target.config, size) for size in SIZES):
+    differences = list(_compare_configs(source, target))
+    if any(getattr(source.config, size) != getattr(target.config, size) for size in _SIZES):
         return Report("weights", "no tensor, because the models have other shapes", tuple(differences))
-    pairs, findings = pair_up(source, target)
+    pairs, findings = _pair_up(source, target)
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda pair: compare(pair, progress), pairs))
     findings += [finding for _, finding in results if finding]
@@ -78,44 +77,43 @@ def verify_weights(
     return Report("weights", f"{len(pairs)} tensors{part}", tuple(findings), tensors)
 
 
-def pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[Pair], list[Finding]]:
+def _pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[_Pair], list[Finding]]:
     """Tensors by name; for two gpt-neox checkpoints of one degree also each rank's own, buffers included."""
     ours, theirs = dict(source.tensors), dict(target.tensors)
-    if "embed_out.weight" in theirs and source.config.tied:
-        ours["embed_out.weight"] = ours["gpt_neox.embed_in.weight"]
+    tied_head = source.architecture.tied_head if source.config.tied else {}
+    ours |= {head: ours[embedding] for head, embedding in tied_head.items() if head in theirs}
     if source.index.format == target.index.format == "neox" and len(source.index.ranks) == len(target.index.ranks):
-        ours, theirs = by_rank(source), by_rank(target)
+        ours, theirs = _by_rank(source), _by_rank(target)
     missing = () if is_partial(target.index) else (name for name in ours if name not in theirs)
     findings = [Finding(name, "is in the source but not in the target") for name in missing]
     findings += [Finding(name, "is in the target but not in the source") for name in theirs if name not in ours]
     split = len(target.index.ranks) > 1
     weighted = any(key in target.index.settings for key in SEARCHED)
     pairs = [
-        Pair(name, ours[name], theirs[name], split and theirs[name].native is not theirs[name].dtype, weighted)
+        _Pair(name, ours[name], theirs[name], split and theirs[name].native is not theirs[name].dtype, weighted)
         for name in ours
         if name in theirs
     ]
     return pairs, findings
 
 
-def by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+def _by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Every rank's tensors by their unified names, and its buffers by their own."""
-    named, left = name_tensors(checkpoint.index, checkpoint.architecture)
     tensors: dict[str, LazyTensor] = {}
-    for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
-        buffers = {name: checkpoint.index.ranks[rank][name] for name in unknown}
+    for rank, (known, stored) in enumerate(zip(checkpoint.ranks, checkpoint.index.ranks, strict=True)):
+        buffers = {name: stored[name] for name in checkpoint.dropped if name in stored}
         tensors |= {f"{name} of rank {rank}": tensor for name, tensor in (known | buffers).items()}
     return tensors
 
 
-def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None]:
+def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | None]:
     """The error of one tensor, and what is wrong with it if anything is."""
     encoding = (pair.target.native if pair.joined else pair.target.dtype).name
     if pair.source.shape != pair.target.shape:
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    check = Groups(SCALED[encoding], pair.source) if encoding in SCALED else None
+    check = _ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
     for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
@@ -137,7 +135,7 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
         power += float(np.square(weights, dtype=np.float64).sum())
         progress((stop - start) * pair.source.dtype.size(pair.source.columns))
     result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
-    if pair.weighted and result.relative > LOOSE:
+    if pair.weighted and result.relative > _LOOSE:
         return result, Finding(pair.name, f"is {result.relative:.2g} of its size away from the source's weights")
     if not wrong:
         return result, None
@@ -147,41 +145,55 @@ def compare(pair: Pair, progress: Progress) -> tuple[TensorError, Finding | None
     return result, Finding(pair.name, what)
 
 
-class Groups:
+class _ScaledCheck:
     """What weights whose scales lie beside them may have become: each group's size is known from all of the source."""
 
     def __init__(self, encoding: Scaled, source: LazyTensor) -> None:
-        self.encoding, self.source, self.unit = encoding, source, encoding.grain.unit(source.columns)
-        self.settled = encoding.settle(sizes_of(encoding, source, SLAB))
+        self.encoding, self.source = encoding, source
+        self.scales = encoding.scales(sizes_of(encoding, source, SLAB))
+
+    @property
+    def unit(self) -> int:
+        """Rows that are whole groups."""
+        return self.encoding.groups.rows_per_whole_group(self.source.columns)
 
     def wrong(self, weights: Floats, values: Floats, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer."""
-        grain, nearest = self.encoding.grain, self.encoding.nearest
-        span = grain.span(start, stop, self.source.columns)
-        groups = self.settled.encoded, self.settled.decoded, self.settled.slack
-        size, scale, slack = (grain.spread(numbers[span], weights.shape) for numbers in groups)
+        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer.
+
+        With the scales e (encoded), d (decoded) and the slack s of a weight's group, all in the weight's own unit, and
+        nearest(x) the number of the code's table nearest to x (without a unit), a weight w may be stored as v where
+
+            v stands for a code     |v - found * d| <= EXACT * |v| + s              found = nearest(v / d)
+            none is nearer          |asked - found| <= |asked - nearest(asked)| + EXACT * |asked|       asked = w / e
+
+        The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told.
+        """
+        groups, nearest = self.encoding.groups, self.encoding.nearest
+        touched = groups.groups_of(start, stop, self.source.columns)
+        numbers = self.scales.encoded, self.scales.decoded, self.scales.slack
+        encoded, decoded, slack = (groups.per_weight(each[touched], weights.shape) for each in numbers)
         weights = rounded(self.encoding, self.source, weights)
         with np.errstate(divide="ignore", invalid="ignore"):
-            asked = np.where(size > 0, weights / size, 0)
-            found = nearest(np.where(scale != 0, values / scale, 0))
-        off_grid = ~(np.abs(values - found * scale) <= EXACT * np.abs(values) + slack)
-        further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + EXACT * np.abs(asked))
-        further &= np.abs(scale) > slack  # else the scale is lost in its own rounding, and no code can be told
-        return np.asarray((off_grid | further) & ~(np.isnan(weights) & np.isnan(values)))
+            asked = np.where(encoded > 0, weights / encoded, 0)
+            found = nearest(np.where(decoded != 0, values / decoded, 0))
+        no_code = ~(np.abs(values - found * decoded) <= _EXACT * np.abs(values) + slack)
+        further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + _EXACT * np.abs(asked))
+        further &= np.abs(decoded) > slack
+        return np.asarray((no_code | further) & ~(np.isnan(weights) & np.isnan(values)))
 
 
-def differs(pair: Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:
+def differs(pair: _Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:
     """True where a type that we only read cannot have come from these weights: loosely for blocks, else exactly."""
     if pair.target.dtype.block == 1:
         return np.asarray(weights != values) & ~(np.isnan(weights) & np.isnan(values))
     power = np.square(weights, dtype=np.float64).sum()
-    far = np.square(weights - values, dtype=np.float64).sum() > LOOSE**2 * power
+    far = np.square(weights - values, dtype=np.float64).sum() > _LOOSE**2 * power
     return np.full(weights.shape, far) | ~np.isfinite(values)
 
 
-def compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
+def _compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
     """Hyperparameters that differ."""
-    for name in COMPARED:
+    for name in _COMPARED:
         ours, theirs = getattr(source.config, name), getattr(target.config, name)
-        if ours != theirs and name not in UNSAID.get(target.index.format, ()):
+        if ours != theirs and name not in _UNSAID.get(target.index.format, ()):
             yield Finding("configuration", f"{name} is {theirs} in the target and {ours} in the source")

@@ -13,36 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from neoxconv.cli.main import main
 from neoxconv.engine import publish
-from tests.oracles import fixtures
+from tests.fixtures import fixture
+from tests.helpers import cli, digests, writable_copy
 
 NAME, STEP = "neox_2022_tp2_pp4", "global_step10"
 
 Damage = Callable[[Path], Any]
 
 
-def writable_copy(folder: Path) -> Path:
-    """A copy of a real checkpoint in `folder`, without optimizer states, its tokenizer beside it."""
-    copy = folder / "checkpoints"
-    shutil.copytree(fixtures() / NAME / "checkpoints", copy, ignore=shutil.ignore_patterns("*optim_states*"))
-    shutil.copy(fixtures() / NAME / "tiny_tokenizer.json", folder)
-    for path in (copy, *copy.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return copy
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return writable_copy(tmp_path)
-
-
-def cli(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def digests(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -253,7 +235,7 @@ def test_a_file_that_is_no_model_never_stands_for_its_neighbour(
 def test_a_tokenizer_of_a_larger_vocabulary_is_refused_by_every_target(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = fixtures() / "trained_tp2_pp4" / "tokenizer.json"
+    other = fixture("trained_tp2_pp4/tokenizer.json")
     for target in ("hf", "gguf"):
         assert cli("convert", source, source.parent / "out", "--to", target, "--tokenizer", other) == 1
         assert "the embedding has 512 rows" in capsys.readouterr().err

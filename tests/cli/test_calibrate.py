@@ -12,7 +12,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.cli.main import main
 from neoxconv.formats import imatrix
 from neoxconv.verify.logits.importance import calibrate
-from tests.oracles import fixtures, llama_quantize
+from tests.fixtures import fixture
+from tests.oracles import llama_quantize
 from tests.toy import toy
 
 LINEAR = {"query_key_value": "attn_qkv", "dense": "attn_output", "dense_h_to_4h": "ffn_up", "dense_4h_to_h": "ffn_down"}
@@ -47,7 +48,7 @@ def test_importances_are_what_transformers_multiplies_with(tmp_path: Path) -> No
 def test_a_matrix_is_made_read_used_and_accepted_by_llama_quantize(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = fixtures() / "trained_tp2_pp4" / "checkpoints"
+    source = fixture("trained_tp2_pp4/checkpoints")
     text = tmp_path / "text.txt"
     text.write_text(Path(__file__).read_text() * 2)
     matrix = tmp_path / "imatrix.gguf"

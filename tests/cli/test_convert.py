@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
 from neoxconv.names import MIXES
-from tests.oracles import fixtures, llama_convert, llama_logits, transformers4_load, transformers_logits
+from tests.fixtures import fixture
+from tests.oracles import llama_convert, llama_logits, transformers4_load, transformers_logits
 
 NAMES = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
 OFFICIAL = NAMES[:3]
@@ -27,11 +28,11 @@ def convert(source: Path, target: Path, norms: str = "mean", **recipe: Any) -> P
 
 
 def shards(name: str) -> Path:
-    return fixtures() / name / "checkpoints"
+    return fixture(f"{name}/checkpoints")
 
 
 def reference(name: str, file: str) -> Any:
-    return np.load(fixtures() / name / "reference" / file)
+    return np.load(fixture(f"{name}/reference/{file}"))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -39,7 +40,7 @@ def test_hf_equals_the_official_converter(name: str, tmp_path: Path) -> None:
     bf16 = "bf16" in name
     folder = convert(shards(name), tmp_path / "hf", format="hf", dtype="F32" if bf16 else None)
     ours = load_file(folder / "model.safetensors")
-    theirs = load_file(fixtures() / name / "hf_official_converter" / "model.safetensors")
+    theirs = load_file(fixture(f"{name}/hf_official_converter/model.safetensors"))
     assert set(ours) == {key for key in theirs if not key.endswith(("inv_freq", "attention.bias", "masked_bias"))}
     for key in ours:
         if bf16 and key.endswith(ROW_BIASES):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.cli.inspect import inspect, render
+from neoxconv.cli.inspect import generation, inspect, render
 from neoxconv.cli.main import main
 from neoxconv.words import parse_size, size, table
-from tests.oracles import fixtures
+from tests.fixtures import fixture
 
 # What the READMEs of the fixtures say of them.
 KINDS: dict[str, dict[str, Any]] = {
@@ -30,12 +31,18 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_it_says_what_a_checkpoint_is(name: str) -> None:
-    assert facts_of(fixtures() / name / "checkpoints")["source"].items() >= KINDS[name].items()
+    assert facts_of(fixture(f"{name}/checkpoints"))["source"].items() >= KINDS[name].items()
+
+
+def test_an_architecture_may_have_one_spelling_only() -> None:
+    found = open_checkpoint(fixture("neox_2022_tp2_pp4/checkpoints"))
+    weights = tuple(replace(weight, source=weight.source[:1]) for weight in found.architecture.weights)
+    assert generation(replace(found, architecture=replace(found.architecture, weights=weights))) == "legacy"
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_file_and_every_byte_is_of_one_kind(name: str) -> None:
-    folder = fixtures() / name / "checkpoints"
+    folder = fixture(f"{name}/checkpoints")
     files = [path for path in folder.rglob("*") if path.is_file()]
     facts = facts_of(folder)["files"]
     found = {kind["kind"]: kind for kind in facts}
@@ -48,7 +55,7 @@ def test_every_file_and_every_byte_is_of_one_kind(name: str) -> None:
 
 def test_optimizer_files_are_never_opened(tmp_path: Path) -> None:
     copy = tmp_path / "checkpoints"
-    shutil.copytree(fixtures() / "neox_2022_tp2_pp4" / "checkpoints", copy)
+    shutil.copytree(fixture("neox_2022_tp2_pp4/checkpoints"), copy)
     for path in copy.rglob("*optim_states*"):
         path.unlink()
         path.symlink_to("/dev/null")  # not a file: opening it as one fails
@@ -56,7 +63,7 @@ def test_optimizer_files_are_never_opened(tmp_path: Path) -> None:
 
 
 def test_groups_and_tensors_count_the_same_bytes() -> None:
-    facts = facts_of(fixtures() / "neox_2022_tp2_pp4" / "checkpoints")
+    facts = facts_of(fixture("neox_2022_tp2_pp4/checkpoints"))
     assert sum(group["bytes"] for group in facts["groups"]) == sum(tensor["bytes"] for tensor in facts["tensors"])
     assert sum(group["count"] for group in facts["groups"]) == len(facts["tensors"])
     assert 0 < facts["rank_difference"] < 0.1
@@ -64,7 +71,7 @@ def test_groups_and_tensors_count_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("format", ["hf", "safetensors", "gguf"])
 def test_every_readable_format_can_be_inspected(format: str, tmp_path: Path) -> None:
-    source = open_checkpoint(fixtures() / "neox_2022_tp2_pp4" / "checkpoints")
+    source = open_checkpoint(fixture("neox_2022_tp2_pp4/checkpoints"))
     target = run(make_plan(source, Recipe(format)), tmp_path / f"model.{format}")
     facts = facts_of(target)
     assert facts["source"]["format"] == format and facts["parameters"] == inspect(source)["parameters"]
@@ -72,7 +79,7 @@ def test_every_readable_format_can_be_inspected(format: str, tmp_path: Path) -> 
 
 
 def test_json_and_tables_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(fixtures() / "neox_2026_bf16_tp2_pp2" / "checkpoints")
+    folder = str(fixture("neox_2026_bf16_tp2_pp2/checkpoints"))
     assert main(["inspect", folder, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert main(["inspect", folder, "--tensors"]) == 0

@@ -9,17 +9,23 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from neoxconv import __version__
-from neoxconv.cli.convert import ONLY_FOR
+from neoxconv.cli.verify import open_target
 from neoxconv.engine import publish, steps
+from neoxconv.engine.journal import Journal
+from neoxconv.engine.manifest import read_manifest
+from neoxconv.errors import PlanError
+from neoxconv.formats import hf
 from neoxconv.names import FORMATS
-from tests.cli.test_bad_input import cli, digests, writable_copy
-from tests.oracles import fixtures
+from neoxconv.targets import TAKEN_BY
+from tests.fixtures import fixture
+from tests.helpers import cli, digests, writable_copy
 
 ROOT = Path(__file__).parents[2]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "only": ["a"], "shard_size": ["1MB"],
@@ -36,14 +42,14 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("option", "format"), [(o, f) for o, formats in ONLY_FOR.items() for f in FORMATS if f not in formats]
+    ("option", "format"), [(o, f) for o, formats in TAKEN_BY.items() for f in FORMATS if f not in formats]
 )
 def test_an_option_of_another_format_is_a_usage_error(
     option: str, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("convert", "here", "there", "--to", format, f"--{option.replace('_', '-')}", *VALUES[option])
     assert cli(*words) == 2
-    assert f"is for {', '.join(ONLY_FOR[option])}" in capsys.readouterr().err
+    assert f"is for {', '.join(TAKEN_BY[option])}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
     assert cli("convert", source, target, "--to", format, "--json") == 0
     done = capsys.readouterr()
     assert list(json.loads(done.out)) == ["target", "bytes_total", "seconds", "notes", "overflow"] and not done.err
-    sizes = {name: len(data) for name, data in digests(target).items()} if target.is_dir() else {}
+    sizes = {name: (target / name).stat().st_size for name in digests(target)} if target.is_dir() else {}
     written = [sizes[file["name"]] for file in plan["files"]] if sizes else [target.stat().st_size]
     assert written == [file["bytes"] for file in plan["files"]]
 
@@ -207,11 +213,43 @@ def test_verify_finds_a_flipped_byte(format: str, source: Path, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1] == "FAIL: weights differ"
 
 
+def test_verify_reads_the_targets_headers_and_manifest_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = source.parent / "out"
+    assert cli("convert", source, target, "--to", "hf", "--quiet") == 0
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(hf, "index", counted("index", hf.index))
+    for module in ("cli.verify", "verify.bytes"):
+        monkeypatch.setattr(f"neoxconv.{module}.read_manifest", counted("manifest", read_manifest))
+    assert cli("verify", source, target, "--quiet") == 0
+    assert sorted(calls) == ["index", "manifest"]
+    calls.clear()
+    assert cli("verify", target, "--quiet") == 0
+    assert calls == ["manifest"]
+
+
+def test_the_sources_preset_is_for_targets_without_settings_of_their_own(source: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    target, bare = source.parent / "out.safetensors", source.parent / "bare.safetensors"
+    assert cli("convert", source, target, "--to", "safetensors", "--quiet") == 0
+    assert open_target(target, "20B").config.hidden == 64
+    safetensors.save_file(safetensors.load_file(target), bare)
+    with pytest.raises(PlanError, match=r"--preset 20B: has hidden size 6144, but .*bare\.safetensors has 64"):
+        open_target(bare, "20B")
+
+
 def test_verify_of_another_model_says_so_in_a_line_or_two(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = fixtures() / "trained_tp2_pp4" / "checkpoints"
+    other = fixture("neox_2026_bf16_tp2_pp2/checkpoints")
     assert cli("verify", source, other) == 3
     shown = capsys.readouterr().out
-    assert "the models have other shapes" in shown and "hidden is 256 in the target and 64 in the source" in shown
+    assert "the models have other shapes" in shown and "hidden is 56 in the target and 64 in the source" in shown
     assert len(shown.splitlines()) < 15
 
 
@@ -230,17 +268,23 @@ def test_stopped_in_the_middle_the_same_command_finishes(
     whole, target = source.parent / "whole", source.parent / "out"
     command = ("--to", "hf", "--jobs", "1", "--quiet")
     assert cli("convert", source, whole, *command) == 0
-    write, calls = steps.write_all, []
+    write, calls, journal = steps.write_all, [], publish.partial_of(target) / Journal.NAME
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 9:
+            end = time.monotonic() + 60
+            while len(journal.read_text().splitlines()) < 2:  # another thread notes what is done
+                assert time.monotonic() < end
+                time.sleep(0.01)
             os.kill(os.getpid(), number)
         write(*arguments)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it deaf to it
     with monkeypatch.context() as patch:
         patch.setattr(steps, "write_all", interrupted)
         assert cli("convert", source, target, *command) == code
+    signal.signal(signal.SIGINT, before)
     assert "run the same command again to continue" in capsys.readouterr().err
     assert not target.exists() and publish.partial_of(target).is_dir()
     assert cli("convert", source, target, *command[:-1]) == 0

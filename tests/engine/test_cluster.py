@@ -3,69 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.main import main
-from neoxconv.engine.cluster import Errand, do, origin_of
+from neoxconv.engine.cluster import Errand, origin_of, run_errand
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError, PlanError
-from tests.engine.test_run import digests
-from tests.oracles import ROOT
+from tests.clusters import Cluster, cluster
+from tests.helpers import digests
 from tests.toy import toy
 
 pytest.importorskip("distributed")
+__all__ = ["cluster"]
 RECIPES = (Recipe("gguf", type="Q8_0"), Recipe("hf", shard_size=3_000_000), Recipe("slim"), Recipe("bnb", type="NF4"))
-THREADS = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-
-
-@dataclass
-class Cluster:
-    """A scheduler and its workers, each started by Dask's own command, in another working directory than ours."""
-
-    folder: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    address: str = ""
-
-    def start(self, command: str, *options: str) -> None:
-        arguments = [sys.executable, "-m", f"distributed.cli.dask_{command}", "--no-dashboard", *options]
-        env = os.environ | THREADS | {"PYTHONPATH": str(ROOT)}
-        with open(self.folder / f"{command}.log", "a") as log:
-            self.processes.append(subprocess.Popen(arguments, cwd=self.folder, env=env, stderr=log))
-
-    def start_scheduler(self) -> None:
-        self.start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", "scheduler.json")
-        file = self.folder / "scheduler.json"
-        while not file.exists() or not file.read_text().endswith("}"):
-            time.sleep(0.05)
-        self.address = json.loads(file.read_text())["address"].removeprefix("tcp://")
-
-    def start_worker(self) -> None:
-        local = str(self.folder / f"worker{len(self.processes)}")
-        self.start("worker", f"tcp://{self.address}", "--no-nanny", "--nthreads", "2", "--local-directory", local)
-
-    def kill_worker(self) -> None:
-        self.processes.pop().kill()
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = Cluster(tmp_path_factory.mktemp("cluster"))
-    made.start_scheduler()
-    made.start_worker()
-    made.start_worker()
-    yield made
-    for process in made.processes[::-1]:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +105,11 @@ def test_a_worker_that_comes_to_another_plan_refuses(cluster: Cluster, tmp_path:
 
 def test_a_worker_that_does_not_see_the_target_says_so(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     plan = make_plan(open_checkpoint(source), Recipe("hf"))
-    errand = Errand(origin_of(plan), 0, tmp_path / "elsewhere", {}, 1 << 20, False)
+    errand = Errand(
+        origin=origin_of(plan), number=0, folder=tmp_path / "elsewhere", known={}, slab=1 << 20, allow_nonfinite=False
+    )
     with pytest.raises(NeoxconvError, match=r"is not there on worker .*; the workers of a cluster must see"):
-        do(errand)
+        run_errand(errand)
 
 
 def test_a_tokenizer_found_in_our_working_folder_is_found_by_workers(
@@ -174,16 +129,14 @@ def test_a_tokenizer_found_in_our_working_folder_is_found_by_workers(
 def test_a_scheduler_that_dies_is_told(source: Path, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     own = Cluster(tmp_path / "own")
-    own.start_scheduler()
-    own.start_worker()
     plan = make_plan(open_checkpoint(source), RECIPES[0])
     try:
+        own.start_scheduler()
+        own.start_worker()
         with pytest.raises(NeoxconvError, match="the scheduler is gone; start it and run the same command again"):
             run(plan, tmp_path / "x", executor=f"dask://{own.address}", progress=lambda n: own.processes[0].kill())
     finally:
-        for process in own.processes:
-            process.kill()
-            process.wait()
+        own.stop()
     assert not (tmp_path / "x").exists()
 
 

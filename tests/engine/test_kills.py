@@ -19,7 +19,7 @@ from neoxconv.engine.plan import Plan
 from neoxconv.engine.publish import aside_of
 from neoxconv.engine.workplace import LOCK, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from tests.engine.test_run import digests
+from tests.helpers import digests
 from tests.oracles import ROOT
 from tests.small_disk import CANNOT_MOUNT
 from tests.toy import toy

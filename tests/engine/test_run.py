@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,14 @@ import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.engine.journal import Journal
-from neoxconv.engine.memory import memory_for
+from neoxconv.engine.manifest import overflows, read_manifest
+from neoxconv.engine.memory import budget_for
 from neoxconv.engine.plan import Plan
+from neoxconv.engine.run import carry_out, prepare
 from neoxconv.engine.workplace import made_in, partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from tests.oracles import fixtures
+from tests.fixtures import fixture
+from tests.helpers import PowerCut, cut_after, digests
 from tests.toy import toy
 
 MIB = 1 << 20
@@ -35,32 +36,12 @@ RECIPES = (
 )
 
 
-class PowerCut(BaseException):
-    """Stands for whatever ends a process in the middle."""
-
-
 def source() -> Path:
-    return fixtures() / "neox_2022_tp2_pp4" / "checkpoints"
+    return fixture("neox_2022_tp2_pp4/checkpoints")
 
 
 def plan(recipe: Recipe, norms: str = "mean") -> Plan:
     return make_plan(open_checkpoint(source(), norms=norms), recipe)
-
-
-def digests(target: Path) -> dict[str, str]:
-    files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
-    return {str(p.relative_to(target)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def cut_after(count: int) -> Callable[[int], None]:
-    calls = []
-
-    def progress(_: int) -> None:
-        calls.append(1)
-        if len(calls) > count:
-            raise PowerCut
-
-    return progress
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: "-".join(map(str, (r.format, r.type, r.tp))))
@@ -209,6 +190,29 @@ def test_an_empty_folder_counts_as_absent_for_a_folder_target(tmp_path: Path) ->
         run(plan(Recipe("gguf")), tmp_path / "folder")
 
 
+def test_a_place_without_a_name_is_none_for_a_target() -> None:
+    with pytest.raises(PlanError, match="is no place for a target"):
+        run(plan(Recipe("hf")), "/")
+
+
+def test_the_halves_of_a_run_tell_what_was_done_and_what_overflowed(tmp_path: Path) -> None:
+    """What the command line shows without reading the manifest back."""
+    source = toy(tmp_path, dtype="BF16")
+    for file in source.glob("*/layer_02*"):
+        state = torch.load(file, weights_only=True)
+        state["mlp.dense_h_to_4h.weight"][0, 0] = 1e3
+        torch.save(state, file)
+    made = make_plan(open_checkpoint(source), Recipe("float8", scale="none"))
+    with pytest.raises(PowerCut):
+        run(made, tmp_path / "x", jobs=1, progress=cut_after(9))
+    conversion = prepare(made, tmp_path / "x")
+    assert conversion.count_done() < len(made.steps) and not (tmp_path / "x").exists()
+    done = carry_out(conversion)
+    assert done.target == tmp_path / "x" and list(done.overflow.values()) == [2]  # one on each rank
+    manifest = read_manifest(tmp_path / "x")
+    assert manifest and done.overflow == overflows(manifest["files"])
+
+
 def test_the_plan_knows_every_byte_before_it_writes(tmp_path: Path) -> None:
     for number, recipe in enumerate(RECIPES):
         made = plan(recipe)
@@ -278,11 +282,11 @@ def test_nan_is_found_before_it_is_quantized(tmp_path: Path) -> None:
 
 
 def test_memory_lowers_the_jobs_before_slabs_get_small() -> None:
-    assert memory_for(2, 512 * MIB).jobs == 2
-    few = memory_for(64, 300 * MIB)
+    assert budget_for(2, 512 * MIB).jobs == 2
+    few = budget_for(64, 300 * MIB)
     assert few.jobs < 64 and few.slab >= MIB and few.peak <= 300 * MIB
     with pytest.raises(PlanError, match="at least"):
-        memory_for(1, 50 * MIB)
+        budget_for(1, 50 * MIB)
 
 
 def test_a_source_cut_short_during_the_run_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,10 @@ from neoxconv.cli.main import main
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import work_of
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
-from neoxconv.storage import protocols, requests
-from neoxconv.storage.address import place
-from neoxconv.storage.remote import Remote
-from tests.engine.test_cluster import Cluster, cluster
-from tests.engine.test_run import digests
+from neoxconv.storage import Remote, place, protocols, requests
+from tests.clusters import Cluster, cluster
 from tests.far import SECRET, s3, upload
+from tests.helpers import digests
 from tests.toy import toy
 
 __all__ = ["cluster", "s3"]
@@ -54,6 +53,20 @@ def objects(target: Remote) -> list[str]:
     return sorted(name.removeprefix(f"{target.path}/") for name in target.fs.find(target.path))
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of objects that are written from now on, in their order."""
+    from neoxconv.storage import remote
+
+    paths, store = list[str](), remote.write_object
+
+    def storing(fs: Any, path: str, source: Any, **how: Any) -> None:
+        store(fs, path, source, **how)
+        paths.append(path)
+
+    monkeypatch.setattr(remote, "write_object", storing)
+    return paths
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.format}{' split' * bool(r.split_size)}")
 def test_a_store_gets_the_same_bytes(s3: Any, recipe: Recipe, tmp_path: Path) -> None:
     plan = make_plan(open_checkpoint(toy(tmp_path)), recipe)
@@ -71,10 +84,7 @@ def test_a_store_gets_the_same_bytes(s3: Any, recipe: Recipe, tmp_path: Path) ->
 def test_the_manifest_comes_last_and_a_loader_s_files_after_the_weights(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neoxconv.storage import remote
-
-    order, store = [], remote.store
-    monkeypatch.setattr(remote, "store", lambda fs, path, *rest: (store(fs, path, *rest), order.append(path)))
+    order = watched(monkeypatch)
     run(plan, "memory://order/hf")
     names = [path.rpartition("/")[2] for path in order]
     assert len(plan.files) > 2 and names[-1] == "manifest.json"
@@ -86,26 +96,26 @@ def test_what_was_sent_is_not_made_again(plan: Plan, tmp_path: Path, monkeypatch
     from neoxconv.storage import remote
 
     whole = digests(run(plan, tmp_path / "whole"))
-    store, sent = remote.store, []
+    store, sent = remote.write_object, []
 
-    def failing(fs: Any, path: str, *rest: Any) -> None:
+    def failing(fs: Any, path: str, *rest: Any, **more: Any) -> None:
         if len(sent) == 2:
             raise PermissionError(f"{path}?key={SECRET}")
         sent.append(path)
-        store(fs, path, *rest)
+        store(fs, path, *rest, **more)
 
     target = place("memory://again/hf")
     assert isinstance(target, Remote)
     with monkeypatch.context() as patched:
-        patched.setattr(remote, "store", failing)
+        patched.setattr(remote, "write_object", failing)
         with pytest.raises(CheckpointError, match=r"memory://again/hf/.*: may not be written \(403\)") as caught:
             run(plan, target)
         assert SECRET not in str(caught.value)
     assert not (target / "manifest.json").exists() and len(objects(target)) == 2
-    monkeypatch.setattr(remote, "store", lambda fs, path, *rest: (store(fs, path, *rest), sent.append(path)))
+    again = watched(monkeypatch)
     told: list[int] = []
     run(plan, place("memory://again/hf"), progress=told.append)
-    assert len(sent) == len(set(sent)) == len(plan.files) + len(plan.sidecars) + 1
+    assert len(sent + again) == len({*sent, *again}) == len(plan.files) + len(plan.sidecars) + 1
     assert fetched(target, tmp_path / "there") == whole and not work_of(target).exists()
     assert sum(told) == sum(step.nbytes for step in plan.steps)
 
@@ -117,7 +127,7 @@ def test_unfinished_work_for_one_store_gives_no_right_to_another(plan: Plan, mon
     assert isinstance(other, Remote)
     (other / "model.safetensors").write(b"a stranger's")
     with monkeypatch.context() as patched:
-        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "send_last", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, "memory://mine/hf")
     assert work_of(other).is_dir()  # the same name here
@@ -134,7 +144,7 @@ def test_an_object_that_is_gone_is_made_again(plan: Plan, tmp_path: Path, monkey
     target = place("memory://gone/hf")
     assert isinstance(target, Remote)
     with monkeypatch.context() as patched:
-        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "send_last", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, target)
     target.fs.rm(f"{target.path}/{plan.files[1].name}")
@@ -180,7 +190,7 @@ def interrupted(plan: Plan, target: str, **options: Any) -> None:
     from neoxconv.engine import upload
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(upload, "finish", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(upload, "send_last", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(plan, target, **options)
 
@@ -204,17 +214,31 @@ def test_what_was_sent_unchecked_is_made_again_where_it_is_to_be_checked(tmp_pat
         run(plan, place("memory://unchecked/hf"))
 
 
-def test_an_object_that_another_writes_over_is_noticed_before_the_manifest(plan: Plan) -> None:
-    from neoxconv.engine import upload
+def test_a_source_that_changes_after_the_check_is_not_mixed_with_what_was_sent_before(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the halves of a run there may be an hour, in which `--check` reads the source."""
+    from neoxconv.engine import run as engine
 
-    target, check = place("memory://over/hf"), upload.check_sources
+    interrupted(plan, "memory://between/hf")
+    conversion, sent = engine.prepare(plan, "memory://between/hf"), watched(monkeypatch)
+    file = plan.checkpoint.index.files[0].storage.path
+    os.utime(str(file), ns=(0, 0))
+    engine.carry_out(conversion)
+    assert len(sent) == len(plan.files) + len(plan.sidecars) + 1
+
+
+def test_an_object_that_another_writes_over_is_noticed_before_the_manifest(plan: Plan) -> None:
+    from neoxconv.engine import run as engine
+
+    target, check = place("memory://over/hf"), engine.check_sources
 
     def write_over(plan: Plan) -> None:
         (target / plan.files[0].name).write(b"another's")  # type: ignore[union-attr]
         check(plan)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(upload, "check_sources", write_over)
+        patched.setattr(engine, "check_sources", write_over)
         with pytest.raises(NeoxconvError, match="is not what was sent; something else writes there"):
             run(plan, target)
     assert not (place("memory://over/hf") / "manifest.json").exists()
@@ -234,7 +258,7 @@ def test_no_part_of_an_object_is_left_where_its_reading_fails(s3: Any, tmp_path:
     stopped.set()
     for source, stop in ((Broken(bytes(40 << 20)), threading.Event()), (io.BytesIO(bytes(40 << 20)), stopped)):
         with pytest.raises((OSError, requests.Unusable)):
-            protocols.store(fs, "bucket/broken/x", source, 40 << 20, stop)
+            protocols.write_object(fs, "bucket/broken/x", source, size=40 << 20, stop=stop)
         assert not s3.list_objects_v2(Bucket="bucket", Prefix="broken").get("KeyCount")
 
 

@@ -24,7 +24,8 @@ from neoxconv.dtypes import F32, PLAIN, Array, DType, narrow, widen
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.gguf.read import MAX_ITEMS, TYPES, index
 from neoxconv.formats.gguf.write import layout
-from tests.oracles import fixtures, llama_logits
+from tests.fixtures import fixture
+from tests.oracles import llama_logits
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
@@ -46,7 +47,13 @@ def encoding(dtype: DType) -> Encoding:
             return narrow(rows, dtype)
         return np.asarray(quants.quantize(rows, gguf.GGMLQuantizationType[dtype.name]))
 
-    return Encoding(dtype.name, dtype, encode, lambda stored: widen(stored, dtype), lambda rows, stored: rows != rows)
+    return Encoding(
+        name=dtype.name,
+        dtype=dtype,
+        encode=encode,
+        decode=lambda stored: widen(stored, dtype),
+        wrong=lambda rows, stored: rows != rows,
+    )
 
 
 def entry(name: str, tensor: LazyTensor, dtype: DType | None = None) -> Entry:
@@ -118,7 +125,7 @@ def assert_equal_to_reader(found: Index, path: Path) -> None:
 
 
 def quantized(name: str) -> Path:
-    return fixtures() / "trained_tp2_pp4" / "llama_quantize" / f"{name}.gguf"
+    return fixture(f"trained_tp2_pp4/llama_quantize/{name}.gguf")
 
 
 # --- files made by hand -----------------------------------------------------------------------------------------------
@@ -442,7 +449,7 @@ def test_llama_cpp_computes_the_same_from_parts(tmp_path: Path) -> None:
     source = quantized("Q8_0")
     files = materialise(layout("x", *rewritten(index(source)), 3_000_000), tmp_path)
     assert len(files) > 2
-    tokens = np.load(fixtures() / "trained_tp2_pp4" / "reference" / "tokens.npy")[:1, :32]
+    tokens = np.load(fixture("trained_tp2_pp4/reference/tokens.npy"))[:1, :32]
     assert np.array_equal(llama_logits(files[0], tokens), llama_logits(source, tokens))
 
 
@@ -589,5 +596,5 @@ def test_a_header_of_20b_opens_at_once(tmp_path: Path) -> None:
     [path] = materialise(layout("x", keys, entries, None), tmp_path)
     start = time.process_time()
     found = index(path)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5  # 0.2 s; what grows with the square of the tokens takes minutes
     assert found.settings == keys and len(found.ranks[0]) == 532

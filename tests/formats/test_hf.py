@@ -21,7 +21,8 @@ from neoxconv.core.layout import Entry
 from neoxconv.dtypes import BF16, F16, F32, DType
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import hf, safetensors
-from tests.formats.test_safetensors import FIXTURES, OFFICIAL, TORCH, assert_same, entry, write
+from tests.fixtures import fixture
+from tests.tensor_files import OFFICIAL, TORCH, assert_same, entry, write
 
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 Tensors = Mapping[str, torch.Tensor]
@@ -67,9 +68,9 @@ def assert_indexed(folder: Path, expected: Tensors, pattern: str) -> None:
     assert_same(index.ranks[0], expected)
 
 
-@pytest.mark.skipif(not OFFICIAL, reason=f"no fixtures at {FIXTURES}")
-@pytest.mark.parametrize("path", OFFICIAL, ids=lambda path: path.parts[-3])
-def test_a_real_folder_is_read(path: Path) -> None:
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_real_folder_is_read(name: str) -> None:
+    path = fixture(f"{name}/hf_official_converter/model.safetensors")
     assert_indexed(path.parent, load_file(path), "*.safetensors")
 
 
@@ -174,7 +175,7 @@ def test_the_generation_config_is_read_by_transformers(tmp_path: Path) -> None:
 
 
 def test_the_model_card_begins_with_yaml_and_tells_every_fact() -> None:
-    card = hf.model_card("Model", [("source", "shards"), ("norms", "mean")]).decode()
+    card = hf.model_card("Model", "gpt_neox", [("source", "shards"), ("norms", "mean")]).decode()
     _, head, body = card.split("---\n")
     assert yaml.safe_load(head)["library_name"] == "transformers"
     assert body == "\n# Model\n\n- source: shards\n- norms: mean\n"

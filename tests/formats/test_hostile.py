@@ -25,13 +25,14 @@ from neoxconv.cli.main import main
 from neoxconv.core.model import Index
 from neoxconv.errors import LONGEST, CheckpointError, NeoxconvError, raise_all
 from neoxconv.formats import tokenizer
+from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox import yaml_settings
 from neoxconv.formats.neox.folder import stage_starts, tag_folder
 from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.unpickle import Placeholder
 from neoxconv.formats.tokenizer import Tokenizer
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 from tests.fuzz import of_pt, start_watching, verdict, watched
 from tests.fuzz_inputs import counted, described, gguf_pieces, key, legacy_pieces, model, pickled, u32, zip_pieces
 from tests.toy import toy
@@ -395,6 +396,19 @@ def test_the_tag_in_latest_stays_in_its_folder(tag: str, tmp_path: Path) -> None
 def test_a_latest_without_end_is_not_read_whole(tmp_path: Path) -> None:
     sparse("latest", 1 << 40)(tmp_path)
     assert_refused(tag_folder, tmp_path, "latest: names")
+
+
+TWICE = (
+    ("layer_02-model_00-model_states.pt", "layer_2-model_0-model_states.pt"),
+    ("mp_rank_00_model_states.pt", "mp_rank_0_model_states.pt"),
+)
+
+
+@pytest.mark.parametrize("names", TWICE, ids=("layers", "bookkeeping"))
+def test_two_files_of_the_same_numbers_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert_refused(neox.index, tmp_path, f"{names[0]}: has the same numbers as {names[1]}")
 
 
 def test_the_number_of_a_stage_is_a_number() -> None:

@@ -21,39 +21,11 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
 from tests.golden.make_blocks import ggml_encode
 from tests.oracles import ggml_library, llama_logits, write_imatrix
-from tests.quant.test_superblocks import errors, weights
+from tests.superblocks import COLUMNS, columns, errors, weighted, weights
 from tests.toy import toy
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 searched = pytest.mark.parametrize("encoding", [ENCODINGS[name] for name in SEARCHES], ids=lambda e: e.name)
-COLUMNS = 512
-
-
-def columns(kind: str) -> Floats:
-    """Importances as they are (log-normal), nearly flat, or with a few columns that matter a hundred times as much."""
-    random = np.random.default_rng(1)
-    made = {
-        "flat": np.ones(COLUMNS),
-        "usual": np.exp(random.standard_normal(COLUMNS)),
-        "spiky": np.where(random.random(COLUMNS) < 0.02, 100, 1) * np.exp(0.3 * random.standard_normal(COLUMNS)),
-    }[kind]
-    return made.astype(np.float32)
-
-
-# What share of the mean of w^2 over how many weights is added to w^2 under the root; None: importance alone.
-# Source: quantize_row_*_impl in ggml-quants.c.
-SPREAD = dict.fromkeys(SEARCHES, (2, 256)) | {"Q2_K": (1, 256), "IQ4_NL": (2, 32), "Q6_K": None}
-SPREAD |= dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1"), (1, COLUMNS))
-
-
-def weighted(name: str, rows: Floats, importance: Floats, values: Floats) -> float:
-    """The error as ggml's encoder weighs it."""
-    squares, worth = (rows - values).astype(np.float64) ** 2, np.broadcast_to(importance, rows.shape)
-    if spread := SPREAD[name]:
-        share, group = spread
-        means = share * (rows.reshape(-1, group).astype(np.float64) ** 2).mean(axis=1)
-        worth = worth * np.sqrt(np.repeat(means, group).reshape(rows.shape) + rows.astype(np.float64) ** 2)
-    return float((worth * squares).sum())
 
 
 @pytest.mark.slow
@@ -235,6 +207,13 @@ def test_a_tensor_whose_importances_are_all_zero_has_none(made: dict[str, Path],
     assert any("3 tensors without importances" in note for note in planned(made, zeros, type="Q4_K_M").notes)
 
 
+def test_the_chunks_are_found_behind_a_name_that_is_there_twice(tmp_path: Path) -> None:
+    row = struct.pack("<i", 1) + b"a" + struct.pack("<ii2f", 1, 2, 1.0, 3.0)
+    (tmp_path / "m.dat").write_bytes(struct.pack("<i", 2) + 2 * row + struct.pack("<ii", 7, 0))
+    matrix = imatrix.read(tmp_path / "m.dat")
+    assert matrix.chunks == 7 and matrix.entries["a"].tolist() == [0.5, 1.5]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
 def test_a_value_that_is_no_importance_is_named(bad: float, made: dict[str, Path], tmp_path: Path) -> None:
     def change(entries: dict[str, Floats]) -> dict[str, Floats]:
@@ -261,7 +240,7 @@ def test_a_file_that_is_no_matrix_is_refused(kind: str, made: dict[str, Path], t
     path = made["f16"]
     if kind != "a model":
         path = tmp_path / "other"
-        path.write_text("some text that goes on for a while" * (kind == "text"))
+        path.write_text("some text that goes on for a while" if kind == "text" else "")
     with pytest.raises(CheckpointError, match=r"importance matrix|general\.type"):
         imatrix.read(path)
 

@@ -23,15 +23,17 @@ from hypothesis import strategies as st
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Digest, Entry, FileLayout
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import PLAIN
+from neoxconv.dtypes import PLAIN, DType
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
-from neoxconv.storage.files import Storage, open_storage
-from tests.oracles import ROOT
+from neoxconv.storage import Storage, open_storage
+from tests.fixtures import fixture
 
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES") or ROOT.parent / "shared" / "fixtures")
-FILES = sorted(path for path in FIXTURES.rglob("*.pt") if "model_01" not in path.name)  # rank 1's are like rank 0's
+REAL = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
+KINDS = ("layer_*", "mp_rank_*", "*optim_states")
+NEVER_WRITTEN = {(REAL[1], KINDS[0]), (REAL[3], KINDS[2])}  # sequential: no layer files; trained: no optimizer
+WRITTEN = [(name, kind) for name in REAL for kind in KINDS if (name, kind) not in NEVER_WRITTEN]
 FORMATS = {"zip": True, "legacy": False}
 
 BASE = torch.arange(2 * 3 * 40, dtype=torch.float32).reshape(6, 40)
@@ -66,7 +68,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     elif isinstance(theirs, torch.Tensor):
         expected = array(theirs)
         assert isinstance(ours, LazyTensor) and ours.shape == tuple(theirs.shape)
-        assert ours.dtype.stored == expected.dtype
+        assert ours.dtype.numpy == expected.dtype
         step = max(5, ours.rows // 7)
         bands = [ours.read(row, min(row + step, ours.rows)) for row in range(0, ours.rows, step)]
         assert b"".join(band.tobytes() for band in bands) == expected.tobytes()
@@ -88,11 +90,11 @@ def saved(folder: Path, value: Any, **options: Any) -> Storage:
     return open_storage(folder / "file.pt")
 
 
-@pytest.mark.skipif(not FILES, reason=f"no fixtures at {FIXTURES}")
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parts[-4]}/{path.name}")
-def test_a_real_file_is_read_as_torch_reads_it(path: Path) -> None:
-    theirs = torch.load(path, weights_only=False, map_location="cpu", pickle_module=PERMISSIVE)
-    assert_same(read_pt(open_storage(path)).value, theirs)
+@pytest.mark.parametrize(("name", "kind"), WRITTEN)
+def test_real_files_are_read_as_torch_reads_them(name: str, kind: str) -> None:
+    for path in fixture(f"{name}/checkpoints", f"*/{kind}.pt").glob(f"*/{kind}.pt"):
+        theirs = torch.load(path, weights_only=False, map_location="cpu", pickle_module=PERMISSIVE)
+        assert_same(read_pt(open_storage(path)).value, theirs)
 
 
 TREES: dict[str, Any] = {
@@ -346,15 +348,19 @@ def test_a_compressed_zip_is_refused(tmp_path: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+def as_they_are(dtype: DType) -> Encoding:
+    return Encoding(name=dtype.name, dtype=dtype, encode=lambda r: r, decode=lambda r: r, wrong=lambda r, s: r != s)
+
+
 def entry(tensor: torch.Tensor) -> Entry:
     """An entry whose bytes are the tensor's."""
     numbers = array(tensor)
     dtype = {torch.bfloat16: PLAIN["BF16"], torch.bool: PLAIN["BOOL"]}.get(tensor.dtype)
-    dtype = dtype or next(d for d in PLAIN.values() if d.stored == numbers.dtype)
+    dtype = dtype or next(d for d in PLAIN.values() if d.numpy == numbers.dtype)
     lazy = LazyTensor(
         tuple(tensor.shape), dtype, lambda start, stop: numbers.reshape(-1, *tensor.shape[1:])[start:stop], dtype
     )
-    return Entry("", "", lazy, Encoding(dtype.name, dtype, lambda r: r, lambda r: r, lambda r, s: r != s))
+    return Entry("", "", lazy, as_they_are(dtype))
 
 
 def write(layout: FileLayout, folder: Path) -> Path:
@@ -425,7 +431,7 @@ def test_a_sparse_file_beyond_4_gib_is_read_by_torch_and_here(tmp_path: Path) ->
     rows = (1 << 32) // 1024 + 3
     dtype = PLAIN["F16"]
     lazy = LazyTensor((rows, 512), dtype, lambda start, stop: np.zeros((stop - start, 512), "<f2"), dtype)
-    large = Entry("", "", lazy, Encoding("F16", dtype, lambda r: r, lambda r: r, lambda r, s: r != s))
+    large = Entry("", "", lazy, as_they_are(dtype))
     layout = layout_pt("a.pt", {"large": large, "small": entry(BASE)})
     with open(tmp_path / "a.pt", "wb") as target:
         target.truncate(layout.size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +16,15 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 
-from neoxconv.core.encoding import Encoding
-from neoxconv.core.layout import Entry, FileLayout
-from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import BF16, F16, F32, DType, Floats, narrow, widen
+from neoxconv.core.layout import Entry
+from neoxconv.dtypes import BF16, F16, F32, DType
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import safetensors
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
+from tests.fixtures import fixture
+from tests.tensor_files import OFFICIAL, TORCH, assert_same, entry, write
 
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
-OFFICIAL = sorted(FIXTURES.glob("*/hf_official_converter/model.safetensors"))
-TORCH = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
-RAW = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 SETTINGS = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-# --- helpers, also for test_hf ---------------------------------------------------------------------------------------
-
-
-def encoding(dtype: DType) -> Encoding:
-    return Encoding(
-        dtype.name, dtype, lambda rows: narrow(rows, dtype), lambda data: widen(data, dtype),
-        lambda rows, data: narrow(rows, dtype) != data,
-    )  # fmt: skip
-
-
-ENCODINGS = {dtype: encoding(dtype) for dtype in TORCH}
-
-
-def entry(name: str, values: Floats, dtype: DType) -> Entry:
-    """A tensor in memory on its way into a target."""
-    rows = values.reshape(values.shape or (1,))
-    lazy = LazyTensor(values.shape, F32, lambda start, stop: rows[start:stop], F32)
-    return Entry(name, name, lazy, ENCODINGS[dtype])
-
-
-def write(folder: Path, file: FileLayout) -> Path:
-    """The file that a layout describes: its pieces, its slots, zeros elsewhere."""
-    data = bytearray(file.size)
-    ranges = [*file.pieces]
-    for slot in file.slots:
-        tensor = slot.entry.tensor
-        ranges.append((slot.offset, slot.entry.encoding.encode(tensor.floats(0, tensor.rows)).tobytes()))
-    for offset, part in ranges:
-        data[offset : offset + len(part)] = part
-    assert sum(len(part) for _, part in ranges) == file.size == len(data)
-    (folder / file.name).write_bytes(data)
-    return folder / file.name
-
-
-def assert_same(ours: Mapping[str, LazyTensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    """The same names, shapes, types and bits, whatever the bands in which ours are read."""
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        bits = (tensor.view(RAW[tensor.dtype]) if tensor.dtype in RAW else tensor).contiguous().numpy()
-        found = ours[name]
-        assert (found.shape, found.dtype.stored) == (tuple(tensor.shape), bits.dtype)
-        bands = [found.read(row, min(row + 3, found.rows)) for row in range(0, found.rows, 3)]
-        assert b"".join(band.tobytes() for band in bands) == bits.tobytes()
 
 
 def read(path: Path) -> safetensors.Header:
@@ -95,9 +47,9 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt", "ключ": "значение"}
 
 
-@pytest.mark.skipif(not OFFICIAL, reason=f"no fixtures at {FIXTURES}")
-@pytest.mark.parametrize("path", OFFICIAL, ids=lambda path: path.parts[-3])
-def test_a_real_file_is_read_as_the_library_reads_it(path: Path) -> None:
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_real_file_is_read_as_the_library_reads_it(name: str) -> None:
+    path = fixture(f"{name}/hf_official_converter/model.safetensors")
     assert_same(read(path).tensors, load_file(path))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,14 +17,14 @@ from hypothesis import strategies as st
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import Tokenizer, from_gguf, gguf_keys, hf_files, load
 from neoxconv.synthetic import tiny
+from tests.fixtures import fixture
 
 ROOT = Path(__file__).parents[2]
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", ROOT.parent / "shared" / "fixtures"))
 SOURCES = {
     "tiny": None,
-    "cut": FIXTURES / "neox_2022_tp2_pp4" / "tiny_tokenizer.json",
-    "trained": FIXTURES / "trained_tp2_pp4" / "tokenizer.json",
-    "20B": FIXTURES.parent / "20B_tokenizer.json",
+    "cut": "neox_2022_tp2_pp4/tiny_tokenizer.json",
+    "trained": "trained_tp2_pp4/tokenizer.json",
+    "20B": "20B_tokenizer.json",
 }
 TEXTS = (
     "",
@@ -39,14 +38,10 @@ TEXTS = (
 )
 
 
-def present(path: Path) -> Path:
-    return path if path.exists() else pytest.skip(f"{path} is not on this machine")
-
-
 @cache
 def source(name: str) -> Tokenizer:
     path = SOURCES[name]
-    return load(present(path)) if path else tiny()
+    return load(fixture(path)) if path else tiny()
 
 
 def library(tokenizer: Tokenizer) -> Any:
@@ -73,7 +68,7 @@ def fields(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def written_by_llama_cpp() -> dict[str, Any]:
-    return fields(present(FIXTURES / "trained_tp2_pp4" / "llama_quantize" / "Q8_0.gguf"))
+    return fields(fixture("trained_tp2_pp4/llama_quantize/Q8_0.gguf"))
 
 
 def test_keys_equal_those_that_llama_cpp_wrote(written_by_llama_cpp: dict[str, Any]) -> None:
@@ -181,11 +176,12 @@ def test_tiny_is_whole_and_always_the_same() -> None:
 def test_the_real_tokenizer_loads_in_little_memory_and_without_libraries() -> None:
     script = (
         "import resource, sys; from pathlib import Path; from neoxconv.formats.tokenizer import gguf_keys, load\n"
+        "UNIT = 1 << (20 if sys.platform == 'darwin' else 10)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak(); gguf_keys(load(Path(sys.argv[1])), 50432); print((peak() - before) // 1024)\n"
+        "before = peak(); gguf_keys(load(Path(sys.argv[1])), 50432); print((peak() - before) // UNIT)\n"
         "assert not {'torch', 'tokenizers', 'transformers', 'numba'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", script, str(present(FIXTURES.parent / "20B_tokenizer.json"))]
+    command = [sys.executable, "-c", script, str(fixture("20B_tokenizer.json"))]
     assert int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout) < 64
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,42 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats, narrow
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.neox.zero import flat, with_masters
+from neoxconv.formats.neox.zero.flat import Padding
 from neoxconv.formats.pt import Placeholder, read_pt
 from neoxconv.formats.pt.unpickle import Size
 from neoxconv.names import FORMATS
 from neoxconv.sources.checkpoint import read_index
 from neoxconv.sources.integrity import check, work
-from neoxconv.storage.files import Storage, open_storage
-from tests.oracles import fixtures
+from neoxconv.storage import Storage, open_storage
+from tests.fixtures import fixture
 from tests.toy import toy
 
 REAL = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2")
 OLD, NEW = REAL[0], REAL[2]
+MASTERS = Path(__file__).parents[1] / "golden" / "masters.json"  # tests.data.make_data writes it
 
 Change = Callable[[dict[str, Any]], Any]
 
 
 def opened(name: str, **settings: Any) -> Checkpoint:
-    return open_checkpoint(fixtures() / name / "checkpoints", weights="master", **settings)
+    return open_checkpoint(fixture(f"{name}/checkpoints", "*/*optim_states.pt"), weights="master", **settings)
 
 
-def oracle(name: str) -> list[dict[str, Floats]]:
-    """What the live optimizers held: for each tensor-parallel rank by `N.name`, all of its stages together."""
-    ranks: list[dict[str, Floats]] = [{}, {}]
-    for file in (fixtures() / name / "reference").glob("optimizer_state_mp_rank_*.npz"):
-        with np.load(file) as held:
-            found = {key.removesuffix("|fp32"): held[key] for key in held.files if key.endswith("|fp32")}
-        ranks[int(file.stem[-2:]) % 2] |= {key.removeprefix("sequential."): value for key, value in found.items()}
+def oracle(name: str) -> list[dict[str, str]]:
+    """What the live optimizers held: for each tensor-parallel rank by `N.name` the SHA-256 of the fp32 numbers."""
+    ranks: list[dict[str, str]] = [{}, {}]
+    for key, digest in json.loads(MASTERS.read_text())[name].items():
+        rank, tensor = key.split()
+        ranks[int(rank)][tensor] = digest
     return ranks
+
+
+def held_by(name: str) -> list[dict[str, Floats]]:
+    """The masters as they are read, which are those of the oracle."""
+    return [
+        {key: whole(masters[key]) for key in held}
+        for masters, held in zip(opened(name).index.ranks, oracle(name), strict=True)
+    ]
 
 
 def whole(tensor: LazyTensor) -> Any:
@@ -61,12 +71,13 @@ def whole(tensor: LazyTensor) -> Any:
 @pytest.mark.parametrize("name", REAL)
 def test_masters_are_what_the_optimizer_held(name: str) -> None:
     index = opened(name).index
-    for masters, stored, held in zip(index.ranks, index.stored, oracle(name), strict=True):
+    for masters, stored, held in zip(index.ranks, index.replaced, oracle(name), strict=True):
         assert list(masters) == list(stored)
         assert set(masters) - set(held) == {key for key in stored if key.endswith("inv_freq")}
-        for key, values in held.items():
+        for key, digest in held.items():
+            values = whole(masters[key])
             assert masters[key].dtype is masters[key].native is F32
-            assert np.array_equal(whole(masters[key]), values), key
+            assert sha256(values.tobytes()).hexdigest() == digest, key
             assert np.array_equal(narrow(values, stored[key].dtype), whole(stored[key])), key
         assert all(masters[key] is stored[key] for key in set(masters) - set(held))
 
@@ -74,7 +85,7 @@ def test_masters_are_what_the_optimizer_held(name: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_a_folder_made_of_masters_is_their_merge_in_fp32(name: str, tmp_path: Path) -> None:
     made = run(make_plan(opened(name), Recipe("hf")), tmp_path / "hf")
-    found, held, parallel = load_file(made / "model.safetensors"), oracle(name), name != NEW
+    found, held, parallel = load_file(made / "model.safetensors"), held_by(name), name != NEW
     assert {values.dtype for values in found.values()} == {np.dtype(np.float32)}
     layers = len({key.split(".")[0] for key in held[0]}) - 3
     for key, first in held[0].items():
@@ -108,9 +119,9 @@ def unified(number: int, inside: str, layers: int) -> str:
 )
 def test_every_target_takes_masters(format: str, norms: str, tmp_path: Path) -> None:
     if format == "gguf":
-        shutil.copytree(fixtures() / OLD / "checkpoints", tmp_path / "checkpoints")
-        shutil.copy(fixtures() / OLD / "tiny_tokenizer.json", tmp_path)
-    folder = tmp_path / "checkpoints" if format == "gguf" else fixtures() / OLD / "checkpoints"
+        shutil.copytree(fixture(f"{OLD}/checkpoints"), tmp_path / "checkpoints")
+        shutil.copy(fixture(f"{OLD}/tiny_tokenizer.json"), tmp_path)
+    folder = tmp_path / "checkpoints" if format == "gguf" else fixture(f"{OLD}/checkpoints")
     source = open_checkpoint(folder, norms=norms, weights="master")
     recipe = Recipe(format, type={"bnb": "INT8", "float8": "E4M3"}.get(format))
     made = run(make_plan(source, recipe), tmp_path / "made")
@@ -120,7 +131,7 @@ def test_every_target_takes_masters(format: str, norms: str, tmp_path: Path) -> 
 
 
 def test_slim_of_masters_keeps_the_type_that_was_trained_in(tmp_path: Path) -> None:
-    stored = open_checkpoint(fixtures() / OLD / "checkpoints")
+    stored = open_checkpoint(fixture(f"{OLD}/checkpoints"))
     ours, theirs = (run(make_plan(c, Recipe("slim")), tmp_path / c.weights) for c in (opened(OLD), stored))
     for file in theirs.rglob("*.pt"):
         assert (ours / file.relative_to(theirs)).read_bytes() == file.read_bytes(), file.name
@@ -130,7 +141,7 @@ def test_slim_of_masters_keeps_the_type_that_was_trained_in(tmp_path: Path) -> N
 
 
 def test_plans_and_manifests_say_master_and_only_then(tmp_path: Path) -> None:
-    plans = [make_plan(c, Recipe("hf")) for c in (opened(OLD), open_checkpoint(fixtures() / OLD / "checkpoints"))]
+    plans = [make_plan(c, Recipe("hf")) for c in (opened(OLD), open_checkpoint(fixture(f"{OLD}/checkpoints")))]
     assert [plan.facts.get("weights") for plan in plans] == ["master", None]
     kinds = [json.loads((run(p, tmp_path / f"{i}") / "manifest.json").read_text()) for i, p in enumerate(plans)]
     assert [kind.get("weights") for kind in kinds] == ["master", None]
@@ -142,7 +153,7 @@ def test_plans_and_manifests_say_master_and_only_then(tmp_path: Path) -> None:
 
 def copied(name: str, folder: Path) -> Path:
     """A real checkpoint's `global_stepN`, which may be changed."""
-    made = Path(shutil.copytree(fixtures() / name / "checkpoints", folder / "checkpoints"))
+    made = Path(shutil.copytree(fixture(f"{name}/checkpoints"), folder / "checkpoints"))
     for path in (made, *made.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return next(made.glob("global_step*"))
@@ -327,7 +338,7 @@ def test_what_was_only_saved_again_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["master", "best"])
 def test_sources_without_masters_are_refused(weights: str, tmp_path: Path) -> None:
-    for source in (fixtures() / "trained_tp2_pp4" / "checkpoints", fixtures() / OLD / "hf_official_converter"):
+    for source in (toy(tmp_path), fixture(f"{OLD}/hf_official_converter")):
         with pytest.raises(PlanError, match="--weights"):
             open_checkpoint(source, weights=weights)
 
@@ -531,13 +542,13 @@ def test_sizes_that_writers_make_fit_and_others_do_not(total: int, ways: int, in
     whole_sizes = [full] * ways * intervals
     lean = [min(full, max(0, total - i * full)) for i in range(len(whole_sizes))]
     anything = range(total + full * len(whole_sizes))
-    assert flat.misfit(lean, total, anything, True) is None
-    assert flat.misfit(whole_sizes, total, anything, False) is None
-    assert flat.misfit(lean, total + 1, (), None) is not None or sum(lean) < sum(whole_sizes) == total + 1
+    assert flat.misfit(lean, total, Padding.CUT, anything) is None
+    assert flat.misfit(whole_sizes, total, Padding.KEPT, anything) is None
+    assert flat.misfit(lean, total + 1, Padding.UNKNOWN, ()) is not None or sum(lean) < sum(whole_sizes) == total + 1
     for i in range(len(lean)):
         for change in (-1, 1):
             wrong = [size + change * (i == j) for j, size in enumerate(lean)]
-            assert min(wrong) < 0 or flat.misfit(wrong, total, anything, True) is not None
+            assert min(wrong) < 0 or flat.misfit(wrong, total, Padding.CUT, anything) is not None
 
 
 def test_a_band_reads_its_own_bytes_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,7 +599,7 @@ def test_a_check_of_what_is_whole_passes(name: str) -> None:
 
 
 def test_the_commands_take_masters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, target = str(fixtures() / OLD / "checkpoints"), str(tmp_path / "hf")
+    source, target = str(fixture(f"{OLD}/checkpoints")), str(tmp_path / "hf")
     assert main(["inspect", source, "--weights", "master", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["source"]["weights"] == "master" and {group["dtype"] for group in facts["groups"]} == {"F32"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,53 +13,26 @@ import numpy as np
 import pytest
 
 from neoxconv.core.encoding import Encoding
-from neoxconv.dtypes import BF16, F16, F32, F64, DType, Floats, narrow
+from neoxconv.dtypes import BF16, F16, F32, F64, DType, narrow
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.quant import ENCODINGS, decode_any, floats
-from tests.golden.make_blocks import BLOCKS, NAMES, ggml_encode
+from tests.blocks import (
+    KINDS,
+    PACKED,
+    SIZES,
+    data,
+    digest,
+    every,
+    kinds,
+    noise,
+    packed,
+    quants,
+    quiet,
+    random_bits,
+)
+from tests.golden.make_blocks import BLOCKS, ggml_encode
+from tests.machines import PLAIN, X86
 from tests.oracles import ggml_library
-
-quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
-kinds = pytest.importorskip("gguf", reason="gguf is not installed").GGMLQuantizationType
-
-PACKED = [ENCODINGS[name] for name in NAMES]  # equal to ggml's; super-blocks have tests of their own
-FLOAT8 = [encoding for encoding in ENCODINGS.values() if encoding.limit < np.inf]  # torch is their oracle
-EVERY = [e for e in ENCODINGS.values() if (e.dtype.block == 1 or e in PACKED) and e not in FLOAT8]
-every = pytest.mark.parametrize("encoding", EVERY, ids=lambda e: e.name)
-packed = pytest.mark.parametrize("encoding", PACKED, ids=lambda e: e.name)
-quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of gguf, for infinities and NaN
-
-
-def noise(rows: int = 37, columns: int = 96, seed: int = 0) -> Floats:
-    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
-
-
-def random_bits(count: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 2**32, count, dtype=np.uint32)
-
-
-def data(kind: str, seed: int, size: float = 1.0) -> Floats:
-    """64 blocks of one kind of weights."""
-    random = np.random.default_rng(seed)
-    gauss = random.standard_normal((16, 128))
-    made = {
-        "gauss": gauss,
-        "heavy": np.clip(random.standard_t(1.2, gauss.shape), -200, 200),
-        "constant": np.repeat(gauss[:, :4], 32, axis=1),
-        "zero": np.zeros_like(gauss),
-        "signed zeros": np.where(gauss > 0, 0.0, -0.0),
-        "half zeros": np.maximum(gauss, 0) * np.where(random.random(gauss.shape) < 0.5, 1, -0.0),
-        "outlier": np.where(np.arange(128) % 32 == 7, 200, gauss),
-        "shifted": gauss + 50,
-        "ties": random.integers(-4, 5, gauss.shape),
-        "halves": random.integers(-254, 255, gauss.shape) / 2,
-    }[kind]
-    return (made * size).astype(np.float32)
-
-
-KINDS = ("gauss", "heavy", "constant", "zero", "signed zeros", "half zeros", "outlier", "shifted", "ties", "halves")
-SIZES = (1.0, 0.02, 1e-6, 1e-38, 1e-40, 1e-44, 3e4)
-
 
 # --- the same bytes as others ---------------------------------------------------------------------------------------
 
@@ -80,7 +52,7 @@ def golden_rows() -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_those_of_ggml(encoding: Encoding, kind: str) -> None:
     library = ggml_library()
-    for size in SIZES:
+    for size in SIZES if X86 else SIZES[:3]:  # of steps that overflow as 1 / step, ggml makes what the processor does
         rows = data(kind, seed=2, size=size)
         assert np.array_equal(encoding.encode(rows), ggml_encode(library, encoding.name, rows)), size
 
@@ -137,7 +109,7 @@ def test_an_encoding_never_sees_slab_borders_or_threads(encoding: Encoding) -> N
 def test_shapes_and_types(encoding: Encoding, shape: tuple[int, int]) -> None:
     rows = noise(*shape)
     stored = encoding.encode(rows)
-    assert stored.dtype == encoding.dtype.stored and stored.nbytes == shape[0] * encoding.dtype.size(shape[1])
+    assert stored.dtype == encoding.dtype.numpy and stored.nbytes == shape[0] * encoding.dtype.size(shape[1])
     assert len(stored) == shape[0]
     assert encoding.decode(stored).shape == shape and encoding.decode(stored).dtype == np.float32
     assert encoding.wrong(rows, stored).shape == shape and not encoding.wrong(rows, stored).any()
@@ -212,20 +184,14 @@ ELSEWHERE = """
 import sys
 import neoxconv.quant as quant
 assert not {"numba", "torch", "gguf"} & set(sys.modules)
-from tests.quant.test_encodings import digest
+from tests.blocks import digest
 print(digest())
 """
 
 
-def digest() -> str:
-    rows = np.concatenate([data(kind, seed=6, size=size) for kind in KINDS for size in SIZES])
-    return hashlib.sha256(b"".join(encoding.encode(rows).tobytes() for encoding in EVERY)).hexdigest()
-
-
 @pytest.mark.slow
-def test_another_cpu_gives_the_same_bytes(tmp_path: Path) -> None:
-    plain = {"NUMBA_CPU_NAME": "generic", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3", "NUMBA_CACHE_DIR": str(tmp_path)}
+def test_another_cpu_gives_the_same_bytes() -> None:
     command = [sys.executable, "-c", ELSEWHERE]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=os.environ | plain, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, env=os.environ | PLAIN, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == digest(), done.stderr

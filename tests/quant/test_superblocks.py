@@ -6,60 +6,28 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neoxconv import open_checkpoint
 from neoxconv.core.encoding import Encoding
-from neoxconv.dtypes import Bytes, Floats
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.quant import ENCODINGS
+from tests.fixtures import fixture
 from tests.golden.make_blocks import ggml, ggml_encode
-from tests.oracles import ROOT, fixtures, ggml_library
+from tests.machines import PLAIN
+from tests.oracles import ROOT, ggml_library
+from tests.superblocks import NAMES, errors, trained, weights
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
 kinds = pytest.importorskip("gguf", reason="gguf is not installed").GGMLQuantizationType
 
-NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL")
-BLOCK = dict.fromkeys(NAMES, 32) | dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)  # weights that share a scale
 every = pytest.mark.parametrize("encoding", [ENCODINGS[name] for name in NAMES], ids=lambda e: e.name)
 
 
 ODD = ("gauss", "zeros", "constant", "outlier", "ties", "below")
-
-
-def weights(kind: str, count: int = 1 << 17, seed: int = 0) -> Floats:
-    random = np.random.default_rng(seed)
-    made = {
-        "gauss": random.standard_normal(count),
-        "laplace": random.laplace(size=count),
-        "student": random.standard_t(3, count),
-    }[kind]
-    return (made * 0.02).astype(np.float32).reshape(-1, 512)
-
-
-def trained(checkpoint: Path) -> Floats:
-    """All matrices of a checkpoint, 256 weights a row."""
-    tensors = open_checkpoint(checkpoint).tensors.values()
-    return np.vstack([tensor.floats(0, tensor.rows).reshape(-1, 256) for tensor in tensors if len(tensor.shape) == 2])
-
-
-def importance(name: str, blocks: Floats) -> Floats:
-    """How ggml's encoder weighs the errors in [n, block] without an importance matrix."""
-    if name in ("Q4_K", "Q5_K"):
-        return np.sqrt((blocks**2).mean(axis=1, keepdims=True)) + np.abs(blocks)
-    return np.abs(blocks) if name == "Q2_K" else blocks**2
-
-
-def errors(encoding: Encoding, rows: Floats, stored: Bytes) -> tuple[float, float]:
-    """Weighted and plain root of the sum of squares."""
-    blocks = rows.reshape(-1, BLOCK[encoding.name])
-    squares = (blocks - encoding.decode(stored).reshape(blocks.shape)).astype(np.float64) ** 2
-    return float(np.sqrt((importance(encoding.name, blocks) * squares).sum())), float(np.sqrt(squares.sum()))
 
 
 @every
@@ -84,7 +52,7 @@ def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> Non
 @every
 def test_the_error_on_a_trained_model_is_no_larger_than_ggmls(encoding: Encoding) -> None:
     library = ggml_library()
-    rows = trained(fixtures() / "trained_tp2_pp4" / "checkpoints")[::3]
+    rows = trained(fixture("trained_tp2_pp4/checkpoints"))[::3]
     ours = errors(encoding, rows, encoding.encode(rows))
     theirs = errors(encoding, rows, ggml_encode(library, encoding.name, rows))
     assert ours[0] <= theirs[0] and ours[1] <= theirs[1]
@@ -175,10 +143,10 @@ def test_a_row_that_the_block_does_not_divide_is_refused(encoding: Encoding) -> 
 
 CHILD = """
 import hashlib, numpy as np
-from neoxconv.encoding import Context
+from neoxconv.core.encoding import Context
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.searches import SEARCHES
-from tests.quant.test_superblocks import NAMES, weights
+from tests.superblocks import NAMES, weights
 rows = np.vstack([weights("gauss", 1 << 14), weights("student", 1 << 14)])
 columns = Context(np.exp(np.linspace(-2, 2, rows.shape[1])).astype(np.float32))
 made = [ENCODINGS[name].encode(rows) for name in NAMES]
@@ -190,9 +158,8 @@ print(*(hashlib.sha256(stored.tobytes()).hexdigest() for stored in made))
 @pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes() -> None:
     """A child that compiles for a plain x86-64 or ARM, without the wider vector units, and with numpy's turned off."""
-    others = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_DISABLE_CACHING": "1"}
     outputs = [
         subprocess.check_output([sys.executable, "-c", CHILD], cwd=ROOT, env=os.environ | extra, text=True)
-        for extra in ({}, others)
+        for extra in ({}, PLAIN)
     ]
     assert outputs[0] == outputs[1] and len(set(outputs[0].split())) > 3 * len(NAMES)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from neoxconv.core.encoding import Encoding
 from neoxconv.dtypes import Bytes
 from neoxconv.quant import ENCODINGS
-from tests.quant.test_encodings import KINDS, data, every, kinds, noise, packed, quants
+from tests.blocks import KINDS, data, every, kinds, noise, packed, quants
 
 
 @every
@@ -113,4 +113,4 @@ def test_a_plain_number_that_is_one_step_off_is_found(encoding: Encoding) -> Non
     off = stored.copy().view(f"u{encoding.dtype.nbytes}")
     off[5, 6] += 1
     off[3, 4:7] = 0
-    assert encoding.wrong(weights, off.view(encoding.dtype.stored)).nonzero()[0].tolist() == [3, 3, 3, 5]
+    assert encoding.wrong(weights, off.view(encoding.dtype.numpy)).nonzero()[0].tolist() == [3, 3, 3, 5]

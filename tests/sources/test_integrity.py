@@ -19,11 +19,11 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.engine import publish
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.pt import read_pt
-from neoxconv.formats.pt.zips import CENTRAL, LOCAL
-from neoxconv.sources.integrity import Integrity, check, parts_of, read_part
-from neoxconv.storage.files import open_storage
-from tests.cli.test_bad_input import cli, digests
-from tests.oracles import fixtures
+from neoxconv.formats.pt.zip_headers import CENTRAL, LOCAL
+from neoxconv.sources.integrity import Integrity, check, read_stretch, stretches_of
+from neoxconv.storage import open_storage
+from tests.fixtures import fixture
+from tests.helpers import cli, digests
 from tests.toy import toy
 
 FIXTURES = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
@@ -85,7 +85,7 @@ def is_found(path: Path) -> bool:
     """Whether opening a file refuses it, or the check finds something."""
     try:
         read_pt(open_storage(path))
-        return any(read_part(part, lambda count: None).damage for part in parts_of(open_storage(path), "neox"))
+        return any(read_stretch(item, lambda count: None).damage for item in stretches_of(open_storage(path), False))
     except CheckpointError:
         return True
 
@@ -227,7 +227,7 @@ def test_a_healthy_source_passes_and_is_counted(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_a_real_checkpoint_passes(name: str) -> None:
-    told = checked(fixtures() / name / "checkpoints")
+    told = checked(fixture(f"{name}/checkpoints"))
     assert told and not told.damage and told.records and not told.bare_files and not told.bare_records
 
 

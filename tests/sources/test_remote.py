@@ -13,17 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neoxconv import open_checkpoint
+from neoxconv import Recipe, open_checkpoint
 from neoxconv.cli import inspect
 from neoxconv.engine import run
-from neoxconv.engine.plan import Recipe, make_plan, resume_key
-from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.storage import requests
-from neoxconv.storage.address import place
-from neoxconv.storage.remote import Remote
+from neoxconv.engine.plan import make_plan, resume_key
+from neoxconv.errors import CheckpointError
+from neoxconv.storage import Remote, place, requests
 from neoxconv.synthetic import Synthetic, write_checkpoint
-from tests.cli.test_bad_input import cli, digests
 from tests.far import SECRET, Fault, Request, Web, s3, upload, web
+from tests.helpers import cli, digests
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed; pip install 'neoxconv[remote]'")
 __all__ = ["s3"]
@@ -327,28 +325,3 @@ def test_a_place_shows_no_credentials_and_travels(server: Web) -> None:
     again = pickle.loads(pickle.dumps(source))
     assert again == source and hash(again) == hash(source)
     assert json.loads((again / "config.json").read_text())["model_type"] == "gpt_neox"
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("nowhere://a/b", "nowhere://a/b: fsspec knows no protocol nowhere"),
-        (f"https://user:{SECRET}/x@host/b", "this URL cannot be understood"),
-        (f"https://user:1/{SECRET}@host/b", "this URL cannot be understood"),
-        (f"simplecache::https://user:{SECRET}@host/b", "this URL cannot be understood"),
-        ("dropbox://a/b", "dropbox needs a package that is not installed"),
-    ],
-)
-def test_a_url_that_cannot_be_used_is_refused(url: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli("inspect", url, "-v") == 1
-    error = capsys.readouterr().err
-    assert expected in error and SECRET not in error
-
-
-def test_without_fsspec_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(PlanError, match=r"^s3://a/b: needs fsspec; pip install 'neoxconv\[remote\]'.$"):
-        place("s3://a/b")
-    assert place("a/b") == Path("a/b") and place("file:///a/b") == Path("/a/b")

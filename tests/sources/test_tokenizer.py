@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from neoxconv.errors import CheckpointError
 from neoxconv.sources.tokenizer import find
-
-FIXTURES = Path(os.environ.get("NEOXCONV_FIXTURES", Path(__file__).parents[3] / "shared" / "fixtures"))
+from tests.fixtures import fixture
 
 
 @pytest.mark.parametrize("tags", ["checkpoints", "checkpoints/global_step10"])
 def test_a_run_of_gpt_neox_has_its_tokenizer_beside_the_checkpoints(tags: str) -> None:
-    run = FIXTURES / "neox_2022_tp2_pp4"
-    if not run.exists():
-        pytest.skip(f"{run} is not on this machine")
+    run = fixture("neox_2022_tp2_pp4")
     assert find(None, run / tags, {}, []) == run.absolute() / "tiny_tokenizer.json"
 
 

@@ -5,44 +5,44 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.cli.main import main
-from neoxconv.quant import floats
-from neoxconv.verify.report import Report
-from tests.engine.test_run import digests
-from tests.oracles import causal_logits, fixtures, program
-from tests.toy import toy
+from tests.fixtures import real
+from tests.helpers import digests
+from tests.machines import needs_avx2
+from tests.oracles import causal_logits, program
+from tests.scaled import (
+    ALL,
+    BNB,
+    CONFIG,
+    FILE,
+    L0,
+    L1,
+    SCALE,
+    Change,
+    Tensors,
+    assert_same,
+    compared,
+    edited,
+    every,
+    made,
+    planted,
+    put,
+    small,
+    weights,
+    with_state,
+)
 
-Tensors = dict[str, torch.Tensor]
-Change = Callable[[Tensors], Any]
-
-BNB = {
-    name: Recipe("bnb", type=name.split()[0], double_quant="double" in name)
-    for name in ("INT8", "NF4", "NF4 double", "FP4", "FP4 double")
-}
-FLOAT8 = {
-    f"{kind} {scale}": Recipe("float8", type=kind, scale=scale)
-    for kind in ("E4M3", "E5M2")
-    for scale in ("channel", "tensor", "none")
-}
-ALL = BNB | FLOAT8
-SCALE = {"INT8": "SCB", "NF4": "weight.absmax", "FP4": "weight.absmax"} | {
-    name: "weight.nested_absmax" if name in BNB else "weight_scale" for name in ALL if name[5:] not in ("", "none")
-}
-L0, L1 = (f"gpt_neox.layers.{i}.attention.dense." for i in (0, 1))
-UP = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24))
-FILE, CONFIG = "model.safetensors", "config.json"
-every = pytest.mark.parametrize("name", ALL)
 
 
 @pytest.fixture(autouse=True)
@@ -64,52 +64,6 @@ def targets(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """The source in every type."""
     folder = tmp_path_factory.mktemp("targets")
     return {name: made(source, folder / name, recipe) for name, recipe in ALL.items()}
-
-
-def small(folder: Path, **changes: Any) -> Path:
-    return toy(folder, rows=288, **changes)
-
-
-def made(source: Path, target: Path, recipe: Recipe, norms: str = "mean", **options: Any) -> Path:
-    return run(make_plan(open_checkpoint(source, norms=norms), recipe), target, **options)
-
-
-def compared(source: Path, target: Path, norms: str = "mean") -> Report:
-    return verify_weights(open_checkpoint(source, norms=norms), open_checkpoint(target))
-
-
-def edited(target: Path, folder: Path, change: Change) -> Path:
-    """A copy of a target with other tensors and without manifest."""
-    shutil.copytree(target, folder, ignore=shutil.ignore_patterns("manifest.json"), dirs_exist_ok=True)
-    tensors = load_file(target / FILE)
-    change(tensors)
-    save_file(tensors, folder / FILE, {"format": "pt"})
-    return folder
-
-
-def planted(source: Path, weight: str, values: Any) -> Path:
-    """The source with other first numbers in a weight of the first layer of rank 0."""
-    for file in source.glob("*/layer_02-model_00*"):
-        state = torch.load(file, weights_only=True)
-        numbers = state[weight].view(-1)
-        numbers[: len(values)] = torch.as_tensor(values)[: len(numbers)]
-        torch.save(state, file)
-    return source
-
-
-def weights(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The values of a model's quantized weights."""
-    opened = open_checkpoint(path).tensors
-    return {name: floats(t.read(0, t.rows), t.dtype) for name, t in opened.items() if t.dtype.quantized}
-
-
-def assert_same(ours: Tensors, theirs: Tensors) -> None:
-    """Equal names, types, shapes and bytes."""
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        other = theirs[name]
-        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
-        assert tensor.reshape(-1).view(torch.uint8).equal(other.reshape(-1).view(torch.uint8)), name
 
 
 # --- bitsandbytes and transformers -----------------------------------------------------------------------------------
@@ -135,6 +89,8 @@ def transformers_saved(hf: Path, recipe: Recipe, folder: Path) -> Path:
 
 
 def assert_as_transformers(source: Path, folder: Path, name: str, norms: str = "mean") -> Path:
+    if "double" in name:
+        needs_avx2()
     hf = made(source, folder / f"{name} hf", Recipe("hf"), norms)
     ours, theirs = made(source, folder / name, BNB[name], norms), transformers_saved(hf, BNB[name], folder / "saved")
     assert_same(load_file(ours / FILE), load_file(theirs / FILE))
@@ -152,6 +108,17 @@ def test_every_tensor_is_the_one_that_transformers_saves(changes: str, name: str
     assert_as_transformers(planted(source, "attention.dense.weight", [0.0] * (56 * 28)), tmp_path, name)
 
 
+def most_apart(name: str) -> float:
+    """How far logits of about 0.15 may be from those of the weights that are read back, by what multiplies them.
+
+    LLM.int8 quantizes the inputs too. On a processor with AVX512-BF16 bitsandbytes multiplies 4-bit weights in
+    bfloat16 (1.1e-3 measured). What its codes stand for is compared bit for bit below.
+    """
+    if name == "INT8":
+        return 0.01
+    return 0.005 if name in BNB else 1e-5
+
+
 @pytest.mark.slow
 @every
 def test_transformers_runs_the_weights_that_are_read_back(name: str, tmp_path: Path) -> None:
@@ -159,13 +126,13 @@ def test_transformers_runs_the_weights_that_are_read_back(name: str, tmp_path: P
     target = made(small(tmp_path, dtype="F32"), tmp_path / "x", ALL[name])
     wide = made(target, tmp_path / "wide", Recipe("hf"))
     far = np.abs(causal_logits(target, TOKENS, "float32") - causal_logits(wide, TOKENS, "float32")).max()
-    assert far <= (0.01 if name == "INT8" else 1e-5)  # INT8 quantizes inputs as well
+    assert far <= most_apart(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["INT8", "NF4 double"])
 def test_a_trained_model_with_folded_norms_keeps_its_predictions(name: str, tmp_path: Path) -> None:
-    model = fixtures() / "trained_tp2_pp4"
+    model = real("trained_tp2_pp4")
     target = assert_as_transformers(model / "checkpoints", tmp_path, name, "fold")
     assert compared(model / "checkpoints", target, "fold").passed
     ours = torch.from_numpy(causal_logits(target, np.load(model / "reference" / "tokens.npy")[:2, :64], "float16"))
@@ -185,7 +152,7 @@ def test_a_head_that_is_the_embedding_is_left_out(name: str, tmp_path: Path) -> 
     assert "embed_out.weight" not in load_file(target / FILE) and compared(source, target).passed
     program("bitsandbytes" if name in BNB else "compressed_tensors")
     wide = causal_logits(made(target, tmp_path / "wide", Recipe("hf")), TOKENS, "float32")
-    assert np.abs(causal_logits(target, TOKENS, "float32") - wide).max() <= (0.01 if name == "INT8" else 1e-5)
+    assert np.abs(causal_logits(target, TOKENS, "float32") - wide).max() <= most_apart(name)
 
 
 # --- reading back ----------------------------------------------------------------------------------------------------
@@ -245,10 +212,6 @@ def test_every_type_passes_both_levels(name: str, norms: str, source: Path, tmp_
     assert verify_bytes(target).passed and report.passed and 0 < report.relative < 0.2
 
 
-def put(part: str, make: Callable[[torch.Tensor], torch.Tensor], module: str = L0) -> Change:
-    return lambda tensors: tensors.update({module + part: make(tensors[L0 + part].clone())})
-
-
 def flip(part: str, bit: int) -> Change:
     return lambda tensors: tensors[L0 + part].view(torch.uint8).view(-1)[5:6].bitwise_xor_(bit)
 
@@ -259,17 +222,6 @@ def swap(tensors: Tensors) -> None:
         tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
 
 
-def with_state(change: Callable[[str], str]) -> Change:
-    """Another text as the quantization's state."""
-
-    def put_state(tensors: Tensors) -> None:
-        text = change(bytes(tensors[L0 + STATE].tolist()).decode())
-        tensors[L0 + STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-    return put_state
-
-
-STATE = "weight.quant_state.bitsandbytes__nf4"
 FAULTS: dict[str, dict[str, Change]] = {
     "": {"a code": flip("weight", 1), "two tensors": swap},
     **{name: {"a scale": put(part, lambda t: t * 2)} for name, part in SCALE.items()},

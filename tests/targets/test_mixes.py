@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.divergence import divergence
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.arch.gpt_neox.config import PRESETS
 from neoxconv.cli.formats import catalog
 from neoxconv.cli.main import main
 from neoxconv.engine.plan import Plan
@@ -20,7 +19,8 @@ from neoxconv.names import TYPES
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.targets.divergences import DIVERGENCES
 from neoxconv.targets.mixes import MIXES
-from tests.oracles import fixtures, llama_logits, llama_quantize, llama_types, program, write_imatrix
+from tests.fixtures import real
+from tests.oracles import llama_logits, llama_quantize, llama_types, program, write_imatrix
 from tests.toy import toy
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
@@ -78,11 +78,10 @@ def test_sizes_of_the_20b_model_are_those_measured() -> None:
 def test_the_classic_recipe_has_its_sizes() -> None:
     from neoxconv.cli.formats import shapes
     from neoxconv.targets.gguf import gguf_entries
-    from neoxconv.targets.mixes import Choice
 
-    model = shapes(PRESETS["20B"].config)
+    model = shapes("20B")
     for mix, expected in CLASSIC.items():
-        size = sum(entry.nbytes for entry in gguf_entries(model, Choice(mix, classic=True))) / 2**30
+        size = sum(entry.nbytes for entry in gguf_entries(model, Recipe("gguf", type=mix, mix="classic"))) / 2**30
         assert abs(size - expected) < 0.0051, mix
 
 
@@ -132,7 +131,7 @@ def test_the_command_line_takes_them_in_any_case(tmp_path: Path, capsys: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("mix", ["Q4_K_M", "Q2_K"])
 def test_the_divergences_that_formats_lists_are_about_those_of_a_few_sequences(mix: str, tmp_path: Path) -> None:
-    fixture = fixtures() / "trained_tp2_pp4"
+    fixture = real("trained_tp2_pp4")
     tokens = np.load(fixture / "reference" / "tokens.npy")[:4]
     exact, file = (
         llama_logits(run(planned(fixture / "checkpoints", type=name), tmp_path / name), tokens) for name in ("F16", mix)

@@ -22,8 +22,8 @@ from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import overflows
 from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import CheckpointError, NeoxconvError
-from tests.engine.test_run import PowerCut, cut_after, digests
-from tests.targets.test_linear import (
+from tests.helpers import PowerCut, cut_after, digests
+from tests.scaled import (
     ALL,
     BNB,
     FILE,
@@ -234,7 +234,7 @@ def test_weights_beyond_the_largest_number_are_counted(name: str, tmp_path: Path
     told = capsys.readouterr().out
     lines = [f"overflow {count} weight{'s' * (count > 1)} of {UP} beyond" for count in counted.values()]
     assert all(line in told for line in lines) and ("overflow" in told) == bool(lines)
-    assert overflows(json.loads((tmp_path / "x" / "manifest.json").read_text())) == counted
+    assert overflows(json.loads((tmp_path / "x" / "manifest.json").read_text())["files"]) == counted
     assert main([*words, "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overflow"] == counted
     assert compared(source, tmp_path / "x").passed

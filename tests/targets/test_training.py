@@ -27,7 +27,7 @@ from neoxconv.formats.neox.yaml_settings import read_yaml
 from neoxconv.quant import floats
 from neoxconv.synthetic import tiny
 from neoxconv.targets.training import as_yaml, vocabulary
-from tests.oracles import fixtures
+from tests.fixtures import fixture
 from tests.toy import toy
 
 MERGED = ("norm", "attention.dense.bias", "4h_to_h.bias")  # what ranks do not merely hold a part of
@@ -77,8 +77,8 @@ def layer_digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("middle", ["hf", "gguf"])
 def test_layer_files_are_those_that_gpt_neox_wrote(middle: str, tmp_path: Path) -> None:
-    original = fixtures() / "neox_2022_tp2_pp4" / "checkpoints" / "global_step10"
-    source = fixtures() / "neox_2022_tp2_pp4" / OFFICIAL
+    original = fixture("neox_2022_tp2_pp4/checkpoints/global_step10")
+    source = fixture(f"neox_2022_tp2_pp4/{OFFICIAL}")
     if middle == "gguf":
         source = convert(source, tmp_path / "x.gguf", format="gguf", type="F16")
     made = step_of(slim(source, tmp_path / "slim", tp=2, pp=4))
@@ -94,8 +94,8 @@ def test_layer_files_are_those_that_gpt_neox_wrote(middle: str, tmp_path: Path) 
 
 
 def test_bookkeeping_has_the_keys_that_gpt_neox_wrote(tmp_path: Path) -> None:
-    original = fixtures() / "neox_2022_tp2_pp4" / "checkpoints" / "global_step10"
-    made = slim(fixtures() / "neox_2022_tp2_pp4" / OFFICIAL, tmp_path / "slim", tp=2, pp=4)
+    original = fixture("neox_2022_tp2_pp4/checkpoints/global_step10")
+    made = slim(fixture(f"neox_2022_tp2_pp4/{OFFICIAL}"), tmp_path / "slim", tp=2, pp=4)
     theirs = torch.load(original / "mp_rank_00_model_states.pt", weights_only=False, map_location="cpu")
     for state in states(made):
         assert set(theirs) - set(state) == {name for name in theirs if "rng" in name}
@@ -104,9 +104,9 @@ def test_bookkeeping_has_the_keys_that_gpt_neox_wrote(tmp_path: Path) -> None:
 
 
 def test_settings_say_what_the_original_yaml_says(tmp_path: Path) -> None:
-    original = fixtures() / "neox_2022_tp2_pp4" / "checkpoints" / "global_step10" / "configs" / "tiny20B.yml"
+    original = fixture("neox_2022_tp2_pp4/checkpoints/global_step10/configs/tiny20B.yml")
     theirs = {key.replace("-", "_"): value for key, value in read_yaml(original).items()}
-    made = settings_of(slim(fixtures() / "neox_2022_tp2_pp4" / OFFICIAL, tmp_path / "slim", tp=2, pp=4))
+    made = settings_of(slim(fixture(f"neox_2022_tp2_pp4/{OFFICIAL}"), tmp_path / "slim", tp=2, pp=4))
     erf = {"bias_gelu_fusion"}  # the official converter always writes the erf GELU
     moved = {"vocab_file", "fp16"}
     assert all(made[key] == theirs[key] for key in made.keys() & theirs.keys() - erf - moved)
@@ -193,7 +193,7 @@ def test_stages_without_bookkeeping_are_those_of_the_yaml(tmp_path: Path) -> Non
 
 
 def test_shapes_of_other_stages_are_dropped(tmp_path: Path) -> None:
-    source = fixtures() / "neox_2026_bf16_tp2_pp2" / "checkpoints"
+    source = fixture("neox_2026_bf16_tp2_pp2/checkpoints")
     assert "param_shapes" in states(slim(source, tmp_path / "same"))[0]
     assert "param_shapes" not in states(slim(source, tmp_path / "one", pp=1))[0]
 
@@ -295,8 +295,9 @@ def test_both_residuals_add_row_biases_once(tmp_path: Path) -> None:
 
 configs = st.builds(
     lambda layers, heads, head, rows, context, pct, base, eps, parallel, tanh, tied: ModelConfig(
-        layers, heads * head, heads, 4 * heads * head, rows, context, pct, float(base), eps, parallel,
-        "gelu_tanh" if tanh else "gelu", tied,
+        layers=layers, hidden=heads * head, heads=heads, ff=4 * heads * head, rows=rows, context=context,
+        rotary_pct=pct, rotary_base=float(base), norm_eps=eps, parallel_residual=parallel,
+        activation="gelu_tanh" if tanh else "gelu", tied=tied,
     ),
     st.integers(1, 200), st.integers(1, 128), st.integers(1, 512), st.integers(1, 1 << 20), st.integers(1, 1 << 20),
     st.floats(0, 1, exclude_min=True), st.integers(1, 10**9), st.floats(1e-30, 1), st.booleans(), st.booleans(),

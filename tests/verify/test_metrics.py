@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from neoxconv.verify.logits.compare import first_broken
 from neoxconv.verify.logits.metrics import Comparison, figures
 
 RANDOM = np.random.default_rng(0)
@@ -54,3 +55,22 @@ def test_equal_logits_differ_by_nothing() -> None:
     found = figures(comparison)
     assert found.largest == found.largest_difference == found.rms_probability == 0
     assert found.top1 == found.top5 == found.perplexity.ratio == 1
+
+
+@pytest.mark.parametrize(
+    ("errors", "broken"),
+    [
+        ([], None),
+        ([1e-7] * 9, None),
+        ([1e-3, 1.1e-3, 1.2e-3, 1.3e-3], None),  # rounding that adds up
+        ([1e-3, 1.1e-3, 1.2e-3, 0.5, 0.6], 2),
+        ([1e-3, 0.5, 0.5, 0.5, 0.5], 0),
+        ([0.5, 0.5, 0.5, 0.5], -1),
+        ([0.0, 0.0, 9e-5, 9e-5], None),  # too small to speak of
+        ([0.0, 0.0, 2e-4, 2e-4], 1),
+        ([0.1, 0.2, float("nan"), 0.3], 1),
+    ],
+)
+def test_the_layer_whose_own_error_stands_out_is_named(errors: list[float], broken: int | None) -> None:
+    found = first_broken(np.array(errors))
+    assert (None if found is None else found - 1) == broken

@@ -15,7 +15,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.core.model import Checkpoint
 from neoxconv.verify.logits import stream
 from neoxconv.verify.logits.stream import side
-from tests.oracles import fixtures, transformers_logits
+from tests.fixtures import fixture, real
+from tests.oracles import transformers_logits
 from tests.toy import toy
 
 RECORDED = (
@@ -45,7 +46,7 @@ def logits_of(checkpoint: Checkpoint, tokens: np.ndarray, merged: bool = False) 
 
 @pytest.mark.parametrize(("name", "file", "merged"), RECORDED, ids=lambda value: str(value))
 def test_logits_are_those_recorded_in_training(name: str, file: str, merged: bool) -> None:
-    folder = fixtures() / name
+    folder = real(name)
     expected = np.load(folder / "reference" / f"{file}.npy")
     tokens = np.load(folder / "reference" / "tokens.npy")[: expected.shape[0], : expected.shape[1]]
     found = logits_of(open_checkpoint(folder / "checkpoints"), tokens, merged)
@@ -53,7 +54,7 @@ def test_logits_are_those_recorded_in_training(name: str, file: str, merged: boo
 
 
 def test_the_perplexity_of_the_trained_model_is_the_one_recorded() -> None:
-    folder = fixtures() / "trained_tp2_pp4"
+    folder = real("trained_tp2_pp4")
     tokens = np.load(folder / "reference" / "tokens.npy")[:4]
     logits = torch.from_numpy(logits_of(open_checkpoint(folder / "checkpoints"), tokens)).double()
     found = logits.log_softmax(-1)[:, :-1].gather(-1, torch.from_numpy(tokens[:, 1:, None]))[..., 0]
@@ -61,7 +62,7 @@ def test_the_perplexity_of_the_trained_model_is_the_one_recorded() -> None:
 
 
 def test_the_reference_does_not_join_ranks() -> None:
-    checkpoint = open_checkpoint(fixtures() / "neox_2022_tp2_pp4" / "checkpoints")
+    checkpoint = open_checkpoint(fixture("neox_2022_tp2_pp4/checkpoints"))
     tokens = np.arange(12, dtype=np.int64).reshape(2, 6)
     unjoined = replace(checkpoint, tensors=dict.fromkeys(checkpoint.tensors))  # joined tensors that nobody can read
     assert np.array_equal(logits_of(unjoined, tokens), logits_of(checkpoint, tokens))

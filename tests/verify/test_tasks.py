@@ -44,7 +44,7 @@ def read(name: str, text: str | bytes, folder: Path, *, context: int = CONTEXT, 
     """The questions of data with this text."""
     data = folder / "data.jsonl"
     data.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return tasks.read_task(name, data, tokenizer(), context, limit)
+    return tasks.read_task(name, data, tokenizer(), context=context, limit=limit)
 
 
 def changed(name: str, **changes: Any) -> str:
@@ -88,7 +88,7 @@ def test_the_harnesses_likelihoods_make_its_metrics(name: str, tmp_path: Path) -
     first = asked.scored & (asked.scored.cumsum(axis=1) == 1)
     logprob = np.where(first, np.array(theirs["loglikelihoods"])[:, None], np.where(asked.scored, 0.0, np.nan))
     greedy = np.where(first, np.array(theirs["greedy"])[:, None], asked.scored)
-    check_metrics(tasks.score(name, questions, asked, logprob, greedy), theirs["metrics"])
+    check_metrics(tasks.score(name, questions, asked, logprob=logprob, greedy=greedy), theirs["metrics"])
 
 
 @each
@@ -102,7 +102,7 @@ def test_a_model_scores_as_in_the_harness(name: str, tmp_path: Path) -> None:
     greedy = found.argmax(axis=-1) == asked.next
     assert np.where(asked.scored, logprob, 0).sum(axis=1) == pytest.approx(theirs["loglikelihoods"], rel=1e-5)
     assert (greedy | ~asked.scored).all(axis=1).tolist() == theirs["greedy"]
-    check_metrics(tasks.score(name, questions, asked, logprob, greedy), theirs["metrics"])
+    check_metrics(tasks.score(name, questions, asked, logprob=logprob, greedy=greedy), theirs["metrics"])
 
 
 @each
@@ -210,17 +210,17 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="a limit of 0 leaves no questions"):
         read("piqa", changed("piqa"), tmp_path, limit=0)
     with pytest.raises(CheckpointError, match=r"absent\.jsonl: cannot be opened"):
-        tasks.read_task("piqa", tmp_path / "absent.jsonl", tokenizer(), CONTEXT)
+        tasks.read_task("piqa", tmp_path / "absent.jsonl", tokenizer(), context=CONTEXT)
 
 
 def test_extreme_scores(tmp_path: Path) -> None:
     questions = read("lambada", changed("lambada"), tmp_path, limit=1)
     asked = tasks.requests(questions)
-    found = tasks.score("lambada", questions, asked, np.full(asked.next.shape, -1e3), asked.scored)
+    found = tasks.score("lambada", questions, asked, logprob=np.full(asked.next.shape, -1e3), greedy=asked.scored)
     assert (found["questions"], found["accuracy"], found["perplexity"]) == (1, 1.0, math.inf)
     assert math.isnan(found["accuracy_error"])
     with pytest.raises(CheckpointError, match="lambada: the likelihood of row 0 is nan, expected a number"):
-        tasks.score("lambada", questions, asked, np.full(asked.next.shape, np.nan), asked.scored)
+        tasks.score("lambada", questions, asked, logprob=np.full(asked.next.shape, np.nan), greedy=asked.scored)
 
 
 def test_both_sides_sit_the_exam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

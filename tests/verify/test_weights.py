@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
 from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError
-from tests.oracles import fixtures
+from tests.fixtures import fixture
 from tests.toy import toy
 
 
@@ -64,8 +64,8 @@ def test_vectors_in_gguf_are_compared_as_float32(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q2_K", "Q4_K_M"])
 def test_types_that_are_only_read_are_told_from_other_weights(name: str, tmp_path: Path) -> None:
-    source = fixtures() / "trained_tp2_pp4" / "checkpoints"
-    original = fixtures() / "trained_tp2_pp4" / "llama_quantize" / f"{name}.gguf"
+    source = fixture("trained_tp2_pp4/checkpoints")
+    original = fixture(f"trained_tp2_pp4/llama_quantize/{name}.gguf")
     file = tmp_path / "x.gguf"
     data = bytearray(original.read_bytes())
     wanted = ("attn_qkv.weight", "ffn_up.weight", "ffn_down.weight", "output.weight", "token_embd.weight")

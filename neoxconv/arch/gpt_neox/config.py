@@ -16,7 +16,7 @@ from neoxconv.errors import CheckpointError, PlanError, raise_all
 
 
 @dataclass(frozen=True)
-class Preset:
+class _Preset:
     """A released model: a quarter of each head rotated, parallel residual, tanh GELU, context 2048, no tying."""
 
     name: str
@@ -27,29 +27,41 @@ class Preset:
 
     @property
     def config(self) -> ModelConfig:
-        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, self.rows)
-        return ModelConfig(*sizes, 2048, 0.25, 1e4, 1e-5, True, "gelu_tanh", False)
+        return ModelConfig(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            ff=4 * self.hidden,
+            rows=self.rows,
+            context=2048,
+            rotary_pct=0.25,
+            rotary_base=1e4,
+            norm_eps=1e-5,
+            parallel_residual=True,
+            activation="gelu_tanh",
+            tied=False,
+        )
 
 
-PRESETS: dict[str, Preset] = {
+PRESETS: dict[str, _Preset] = {
     preset.name: preset
     for preset in (
-        Preset("20B", 44, 6144, 64, 50432),
-        Preset("pythia-14m", 6, 128, 4, 50304),
-        Preset("pythia-31m", 6, 256, 8, 50304),
-        Preset("pythia-70m", 6, 512, 8, 50304),
-        Preset("pythia-160m", 12, 768, 12, 50304),
-        Preset("pythia-410m", 24, 1024, 16, 50304),
-        Preset("pythia-1b", 16, 2048, 8, 50304),
-        Preset("pythia-1.4b", 24, 2048, 16, 50304),
-        Preset("pythia-2.8b", 32, 2560, 32, 50304),
-        Preset("pythia-6.9b", 32, 4096, 32, 50432),
-        Preset("pythia-12b", 36, 5120, 40, 50688),
+        _Preset("20B", 44, 6144, 64, 50432),
+        _Preset("pythia-14m", 6, 128, 4, 50304),
+        _Preset("pythia-31m", 6, 256, 8, 50304),
+        _Preset("pythia-70m", 6, 512, 8, 50304),
+        _Preset("pythia-160m", 12, 768, 12, 50304),
+        _Preset("pythia-410m", 24, 1024, 16, 50304),
+        _Preset("pythia-1b", 16, 2048, 8, 50304),
+        _Preset("pythia-1.4b", 24, 2048, 16, 50304),
+        _Preset("pythia-2.8b", 32, 2560, 32, 50304),
+        _Preset("pythia-6.9b", 32, 4096, 32, 50432),
+        _Preset("pythia-12b", 36, 5120, 40, 50688),
     )
 }
 
 # gpt-neox's YAML: what each key is where the file is silent, and the values that give the function implemented here.
-ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+_ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "pos_emb": ("learned", ("rotary",)),
     "norm": ("layernorm", ("layernorm",)),
     "activation": ("gelu", ("gelu",)),
@@ -67,16 +79,16 @@ ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rope_scaling": (None, (None,)),
     "train_impl": ("normal", ("normal", "dpo", "kto", "reinforce")),
 }
-ATTENTION = ("global", "flash")
-DEEPEST = 4  # lists in one another in an `attention_config`
+_ATTENTION = ("global", "flash")
+_DEEPEST = 4  # lists in one another in an `attention_config`
 
 
-def attention_types(value: Any, depth: int = 0) -> set[str]:
+def _attention_types(value: Any, depth: int = 0) -> set[str]:
     """The names in an `attention_config`, such as [[["global"], 44]]; a YAML may nest it without end."""
     if isinstance(value, str):
         return {value}
-    inside = value if isinstance(value, list | tuple) and depth < DEEPEST else ()
-    return set().union(*(attention_types(item, depth + 1) for item in inside))
+    inside = value if isinstance(value, list | tuple) and depth < _DEEPEST else ()
+    return set().union(*(_attention_types(item, depth + 1) for item in inside))
 
 
 def refused(settings: Mapping[str, Any]) -> list[str]:
@@ -84,12 +96,12 @@ def refused(settings: Mapping[str, Any]) -> list[str]:
     found = [
         f"{key}: {settings.get(key, default)} is not supported, only {' or '.join(map(str, allowed))}"
         + ("" if key in settings else f" (gpt-neox takes {default} where its YAML does not say)")
-        for key, (default, allowed) in ALLOWED.items()
+        for key, (default, allowed) in _ALLOWED.items()
         if settings.get(key, default) not in allowed
     ]
     found += [
         f"attention_config: {kind} is not supported"
-        for kind in sorted(attention_types(settings.get("attention_config")) - set(ATTENTION))
+        for kind in sorted(_attention_types(settings.get("attention_config")) - set(_ATTENTION))
     ]
     heads = settings.get("num_attention_heads")
     if settings.get("num_kv_heads") not in (None, heads):
@@ -106,7 +118,7 @@ def refused(settings: Mapping[str, Any]) -> list[str]:
 def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
     """The hyperparameters from --preset, else the YAML, else a released model of the same shapes."""
     if preset or not index.settings:
-        return from_preset(index, measured, preset)
+        return _from_preset(index, measured, preset)
     settings, where = index.settings, ", ".join(map(str, index.configs))
     needed = ("num_layers", "hidden_size", "num_attention_heads")
     problems = [
@@ -131,7 +143,7 @@ def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
     return config, ()
 
 
-def from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
+def _from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
     """The named released model, or the only one whose shapes fit."""
     if preset:
         if preset not in PRESETS:
@@ -162,16 +174,16 @@ def from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[M
 
 
 # Hugging Face's hidden_act and the function it names.
-ACTIVATIONS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_fast"}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+_HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_fast"}
 
 
 def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
     """The hyperparameters of a config.json, in transformers 4's or 5's spelling."""
     settings = index.settings
     if preset or not settings:
-        return from_preset(index, measured, preset)
-    rope, scaling = (as_table(settings.get(key)) for key in ("rope_parameters", "rope_scaling"))
+        return _from_preset(index, measured, preset)
+    rope, scaling = (_as_table(settings.get(key)) for key in ("rope_parameters", "rope_scaling"))
     rope_type = next((t[key] for t in (scaling, rope) for key in ("rope_type", "type") if key in t), "default")
     activation = settings.get("hidden_act", "gelu")
     where = str(index.folder / "config.json")
@@ -179,10 +191,10 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
         f"{where}: {key} is {found!r:.80}, which is not supported; expected {expected}."
         for key, found, expected in (
             ("rope_type", rope_type, "default"),
-            ("hidden_act", activation, " or ".join(ACTIVATIONS)),
+            ("hidden_act", activation, " or ".join(_ACTIVATIONS)),
             ("attention_bias", settings.get("attention_bias", True), True),
         )
-        if found not in ((*ACTIVATIONS,) if key == "hidden_act" else (expected,))
+        if found not in ((*_ACTIVATIONS,) if key == "hidden_act" else (expected,))
     ]
     raise_all(CheckpointError, problems)
     read = Settings(where, settings)
@@ -197,13 +209,13 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
         rotary_base=read.number("rotary_emb_base", rope.get("rope_theta", 10000)),
         norm_eps=read.number("layer_norm_eps", 1e-5),
         parallel_residual=read.truth("use_parallel_residual", True),
-        activation=ACTIVATIONS[activation],
+        activation=_ACTIVATIONS[activation],
         tied=read.truth("tie_word_embeddings", False),
     )
     return config, ()
 
 
-def as_table(value: Any) -> Mapping[str, Any]:
+def _as_table(value: Any) -> Mapping[str, Any]:
     """A section of a configuration; nothing where it is none."""
     return value if isinstance(value, Mapping) else {}
 
@@ -217,7 +229,7 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": 0,
         "dtype": dtype,
         "eos_token_id": 0,
-        "hidden_act": HF_ACTIVATION[config.activation],
+        "hidden_act": _HF_ACTIVATION[config.activation],
         "hidden_dropout": 0.0,
         "hidden_size": config.hidden,
         "initializer_range": 0.02,
@@ -245,7 +257,7 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
     """The hyperparameters of a GGUF's `gptneox.` keys; the activation is the one that llama.cpp computes."""
     if preset:
-        return from_preset(index, measured, preset)
+        return _from_preset(index, measured, preset)
     keys = {key.removeprefix("gptneox."): value for key, value in index.settings.items()}
     read = Settings(", ".join(str(file.storage.path) for file in index.files[:1]), keys, "gptneox.")
     heads, hidden = read.count("attention.head_count"), read.count("embedding_length")

@@ -10,32 +10,14 @@ A merged model is a single rank. Nothing here joins weights, so it shows what a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from neoxconv.arch.forward import Rank, Streams
 from neoxconv.arch.gpt_neox.weights import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, QKV, UP, L
 from neoxconv.core.model import ModelConfig
-
-Streams = list[Tensor]
-
-
-class Rank(Protocol):
-    """One rank's tensors; `name` is unified and without .weight or .bias."""
-
-    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
-        """Rows of a weight, by their numbers."""
-
-    def vector(self, name: str) -> Tensor:
-        """A whole tensor of one dimension, by its full name."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight."""
-
-    def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """x [..., columns] times rows `start` to `stop` of a weight."""
 
 
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:
@@ -52,32 +34,18 @@ def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConf
     at = L.format(i=layer)
     norm1, norm2 = NORM1.format(i=layer), NORM2.format(i=layer)
     pairs = list(zip(ranks, streams * (len(ranks) // len(streams)), strict=True))
-    attended = [attention(rank, normalise(rank, x, norm1, config), at, config) for rank, x in pairs]
+    attended = [attention(rank, _normalise(rank, x, norm1, config), at, config) for rank, x in pairs]
     if config.parallel_residual:
-        mlps = [mlp(rank, normalise(rank, x, norm2, config), at, config) for rank, x in pairs]
+        mlps = [mlp(rank, _normalise(rank, x, norm2, config), at, config) for rank, x in pairs]
         biases = [rank.vector(at + name + "bias") for rank in ranks for name in (DENSE, DOWN)]
         return [streams[0] + sum((*attended, *mlps, *biases))]
     total = sum(attended)
     pairs = [(rank, x + total + rank.vector(at + DENSE + "bias")) for rank, x in pairs]
-    total = sum(mlp(rank, normalise(rank, x, norm2, config), at, config) for rank, x in pairs)
+    total = sum(mlp(rank, _normalise(rank, x, norm2, config), at, config) for rank, x in pairs)
     return [x + total + rank.vector(at + DOWN + "bias") for rank, x in pairs]
 
 
-def across_stages(streams: Streams) -> Streams:
-    """The streams after they were sent to the next pipeline stage.
-
-    DeepSpeed sends [time, batch, hidden] in equal parts, one from each rank: with streams of their own, the ranks then
-    go on with one that is put together of these parts. (Seen in logits recorded in training: without it ours are 1e-3
-    off, with it 1e-6.)
-    """
-    if len(streams) == 1:
-        return streams
-    flat = [x.transpose(0, 1).reshape(-1).chunk(len(streams))[rank] for rank, x in enumerate(streams)]
-    batch, time, hidden = streams[0].shape
-    return [torch.cat(flat).reshape(time, batch, hidden).transpose(0, 1)] * len(streams)
-
-
-def normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
+def _normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
     """A layer norm."""
     return functional.layer_norm(
         x, (config.hidden,), rank.vector(name + ".weight"), rank.vector(name + ".bias"), config.norm_eps
@@ -89,12 +57,12 @@ def attention(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
     name = at + QKV
     mixed = rank.linear(x, name[:-1]) + rank.vector(name + "bias")
     heads = mixed.reshape(*x.shape[:2], -1, 3, config.head_size).permute(3, 0, 2, 1, 4)  # qkv, batch, head, time, size
-    query, key = (rotate(part, config) for part in (heads[0], heads[1]))
+    query, key = (_rotate(part, config) for part in (heads[0], heads[1]))
     mixed = functional.scaled_dot_product_attention(query, key, heads[2], is_causal=True)
     return rank.linear(mixed.transpose(1, 2).flatten(2), (at + DENSE)[:-1])
 
 
-def rotate(x: Tensor, config: ModelConfig) -> Tensor:
+def _rotate(x: Tensor, config: ModelConfig) -> Tensor:
     """The first dimensions of every head [batch, head, time, size], turned by angles that grow with time."""
     dims = config.rotary_dims
     powers = torch.arange(0, dims, 2, device=x.device, dtype=torch.float32) / dims
@@ -116,7 +84,7 @@ def mlp(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
 def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
     """What each rank multiplies the head with."""
     pairs = zip(ranks, streams * (len(ranks) // len(streams)), strict=True)
-    return [normalise(rank, x, NORM, config) for rank, x in pairs]
+    return [_normalise(rank, x, NORM, config) for rank, x in pairs]
 
 
 def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.arch.gpt_neox.config import from_gguf, from_hf, from_neox, to_gguf, to_hf
+from neoxconv.arch.gpt_neox.config import PRESETS, from_gguf, from_hf, from_neox, to_gguf, to_hf
 from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
 from neoxconv.core.model import Architecture, Buffer, ModelConfig, Weight
 
 
-def qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
+def _qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
     """Rows of query, key and value per head (NeoX, Hugging Face) as all queries, all keys, all values (GGUF)."""
     rows = np.arange(3 * config.hidden).reshape(config.heads, 3, config.head_size)
     return rows.transpose(1, 0, 2).reshape(-1)
@@ -25,46 +25,48 @@ EMBEDDING, HEAD = "gpt_neox.embed_in", "embed_out"
 # fmt: off
 WEIGHTS = (
     #      stage    names in the layer file: legacy, since 2024-09, TransformerEngine        ranks join by
-    #               role, shape, unified name, GGUF name (GGUF's order of rows, the norm whose output it multiplies)
+    #               unified name, GGUF name, role, shape (GGUF's order of rows, the norm whose output it multiplies)
     Weight("embed", ("word_embeddings.weight",),                                             vocab_parallel,
-                    "embedding", ("rows", "hidden"), EMBEDDING + ".weight", "token_embd.weight"),
+                    EMBEDDING + ".weight", "token_embd.weight", role="embedding", shape=("rows", "hidden")),
     Weight("layer", ("input_layernorm.weight",),                                             norm_mean,
-                    "norm", ("hidden",), NORM1 + ".weight", B + "attn_norm.weight"),
+                    NORM1 + ".weight", B + "attn_norm.weight", role="norm", shape=("hidden",)),
     Weight("layer", ("input_layernorm.bias",),                                               norm_mean,
-                    "norm", ("hidden",), NORM1 + ".bias", B + "attn_norm.bias"),
+                    NORM1 + ".bias", B + "attn_norm.bias", role="norm", shape=("hidden",)),
     Weight("layer", (QKV + "weight", "attention.qkv.weight"),                                column_parallel,
-                    "qkv", ("qkv", "hidden"), L + QKV + "weight", B + "attn_qkv.weight", qkv_apart, NORM1),
+                    L + QKV + "weight", B + "attn_qkv.weight",
+                    role="qkv", shape=("qkv", "hidden"), gguf_order=_qkv_apart, norm=NORM1),
     Weight("layer", (QKV + "bias", "attention.qkv.bias"),                                    column_parallel,
-                    "bias", ("qkv",), L + QKV + "bias", B + "attn_qkv.bias", qkv_apart, NORM1),
+                    L + QKV + "bias", B + "attn_qkv.bias",
+                    role="bias", shape=("qkv",), gguf_order=_qkv_apart, norm=NORM1),
     Weight("layer", (DENSE + "weight", "attention.proj.weight"),                             row_parallel,
-                    "attn_out", ("hidden", "hidden"), L + DENSE + "weight", B + "attn_output.weight"),
+                    L + DENSE + "weight", B + "attn_output.weight", role="attn_out", shape=("hidden", "hidden")),
     Weight("layer", (DENSE + "bias", "attention.proj.bias"),                                 row_bias,
-                    "bias", ("hidden",), L + DENSE + "bias", B + "attn_output.bias"),
+                    L + DENSE + "bias", B + "attn_output.bias", role="bias", shape=("hidden",)),
     Weight("layer", ("post_attention_layernorm.weight", "mlp.layer_norm_weight"),            norm_mean,
-                    "norm", ("hidden",), NORM2 + ".weight", B + "ffn_norm.weight"),
+                    NORM2 + ".weight", B + "ffn_norm.weight", role="norm", shape=("hidden",)),
     Weight("layer", ("post_attention_layernorm.bias", "mlp.layer_norm_bias"),                norm_mean,
-                    "norm", ("hidden",), NORM2 + ".bias", B + "ffn_norm.bias"),
+                    NORM2 + ".bias", B + "ffn_norm.bias", role="norm", shape=("hidden",)),
     Weight("layer", (UP + "weight", "mlp.linear1.weight", "mlp.fc1_weight"),                 column_parallel,
-                    "mlp_in", ("ff", "hidden"), L + UP + "weight", B + "ffn_up.weight", None, NORM2),
+                    L + UP + "weight", B + "ffn_up.weight", role="mlp_in", shape=("ff", "hidden"), norm=NORM2),
     Weight("layer", (UP + "bias", "mlp.linear1.bias", "mlp.fc1_bias"),                       column_parallel,
-                    "bias", ("ff",), L + UP + "bias", B + "ffn_up.bias", None, NORM2),
+                    L + UP + "bias", B + "ffn_up.bias", role="bias", shape=("ff",), norm=NORM2),
     Weight("layer", (DOWN + "weight", "mlp.linear2.weight", "mlp.fc2_weight"),               row_parallel,
-                    "mlp_out", ("hidden", "ff"), L + DOWN + "weight", B + "ffn_down.weight"),
+                    L + DOWN + "weight", B + "ffn_down.weight", role="mlp_out", shape=("hidden", "ff")),
     Weight("layer", (DOWN + "bias", "mlp.linear2.bias", "mlp.fc2_bias"),                     row_bias,
-                    "bias", ("hidden",), L + DOWN + "bias", B + "ffn_down.bias"),
+                    L + DOWN + "bias", B + "ffn_down.bias", role="bias", shape=("hidden",)),
     Weight("norm",  ("norm.weight",),                                                        norm_mean,
-                    "norm", ("hidden",), NORM + ".weight", "output_norm.weight"),
+                    NORM + ".weight", "output_norm.weight", role="norm", shape=("hidden",)),
     Weight("norm",  ("norm.bias",),                                                          norm_mean,
-                    "norm", ("hidden",), NORM + ".bias", "output_norm.bias"),
+                    NORM + ".bias", "output_norm.bias", role="norm", shape=("hidden",)),
     Weight("head",  ("final_linear.weight",),                                                head_parallel,
-                    "head", ("rows", "hidden"), HEAD + ".weight", "output.weight", None, NORM),
+                    HEAD + ".weight", "output.weight", role="head", shape=("rows", "hidden"), norm=NORM),
 )
 # fmt: on
 
-BUFFERS = (Buffer("attention.rotary_emb.inv_freq", QKV + "bias", inverse_frequencies),)
+_BUFFERS = (Buffer("attention.rotary_emb.inv_freq", QKV + "bias", inverse_frequencies),)
 
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
-DROPPED = (
+_DROPPED = (
     "*attention.rotary_emb.inv_freq",
     "*attention.rotary_emb.*_cached",
     "*attention.masked_bias",
@@ -75,11 +77,15 @@ DROPPED = (
 
 GPT_NEOX = Architecture(
     name="gpt_neox",
+    gguf_name="gptneox",
+    title="GPT-NeoX",
     weights=WEIGHTS,
-    dropped=DROPPED,
-    config_of={"neox": from_neox, "hf": from_hf, "safetensors": from_hf, "gguf": from_gguf},
+    dropped=_DROPPED,
+    buffers=_BUFFERS,
+    presets={name: preset.config for name, preset in PRESETS.items()},
+    config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
     to_gguf=to_gguf,
     to_neox=to_neox,
-    buffers=BUFFERS,
+    forward="neoxconv.arch.gpt_neox.forward",
 )

@@ -1,1 +1,1 @@
-"""gpt-neox's folders: their files, numbers of layers, YAML, and optimizer files."""
+"""gpt-neox's folders: their files (`folder`), layers' `numbers`, `yaml_settings`, and optimizer files (`zero`)."""

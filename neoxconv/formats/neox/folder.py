@@ -6,7 +6,8 @@
     SAVE/global_stepN/*zero_pp_rank_3_mp_rank_05_optim_states.pt    optimizer states: see zero/
     SAVE/global_stepN/configs/*.yml                         the training configuration
 
-Which kind it is shows in the files, never in the YAML. Every weight is named `N.name`, N the layer index.
+Which kind it is shows in the files, never in the YAML. Every weight is named `N.name`, N the layer index (numbers.py).
+Source: DeepSpeed's deepspeed/runtime/engine.py and deepspeed/runtime/pipe/module.py.
 """
 
 from __future__ import annotations
@@ -22,88 +23,54 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
-from neoxconv.storage.files import is_folder, open_storage
-from neoxconv.storage.remote import Place, together
+from neoxconv.storage import Place, is_folder, open_storage, together
 
-LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+# The names of files; PARTS are those that stand for the whole folder when one of them is given.
+_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER = re.compile(r"(?P<prefix>.*)zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
-MAX_TAG = 4096  # bytes
-PARTS = (re.compile("latest"), LAYER, STATES, OPTIMIZER)
-MODULE, SEQUENTIAL = "module.", "sequential."
-
-
-def layer_file(layer: int, rank: int) -> str:
-    """The name of the file with one layer's weights on one rank."""
-    return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-
-
-def states_file(rank: int) -> str:
-    """The name of a rank's bookkeeping file."""
-    return f"mp_rank_{rank:02d}_model_states.pt"
-
-
-def home(index: Index, rank: int, name: str) -> Place:
-    """The file that holds (or should hold) a rank's tensor `N.name`."""
-    return index.folder / (states_file(rank) if index.sequential else layer_file(int(name.split(".")[0]), rank))
-
-
-def source_name(file: str, path: str) -> tuple[str, int | None]:
-    """The index's name for what a file holds under `path`, and its rank; None where it is no weight."""
-    if match := LAYER.fullmatch(file):
-        return f"{int(match[1])}.{path}", int(match[2])
-    match, name = STATES.fullmatch(file), path.removeprefix(MODULE)
-    if match and name != path:
-        return name.removeprefix(SEQUENTIAL), int(match[1])
-    return path, None
-
-
-def by_layer_file(ranks: Sequence[Mapping[str, Entry]], container: type[dict[Any, Any]]) -> dict[str, Any]:
-    """What each layer file of each rank holds: `N.name` of the ranks' entries under `name` in layer N's file."""
-    files: dict[str, Any] = {}
-    for number in dict.fromkeys(name.split(".")[0] for name in ranks[0]):
-        for rank, entries in enumerate(ranks):
-            inside = ((name.split(".", 1), entry) for name, entry in entries.items())
-            files[layer_file(int(number), rank)] = container((key, e) for (n, key), e in inside if n == number)
-    return files
-
-
-def is_checkpoint(folder: Place) -> bool:
-    """Whether `folder` itself (a `global_stepN`) holds files with weights of gpt-neox."""
-    return any(LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
+PARTS = (re.compile("latest"), _LAYER, STATES, OPTIMIZER)
+_MODULE, SEQUENTIAL = "module.", "sequential."  # what stands before a weight's name in an mp_rank file
+_MAX_TAG = 4096  # bytes
 
 
 def tag_folder(path: Place) -> Place | None:
-    """The `global_stepN` that `path` means: itself, the one named by `latest`, or the only one; else None."""
-    if is_checkpoint(path):
+    """The `global_stepN` that `path` means: itself, the one named by `latest`, or the only one; else None.
+
+    Raises CheckpointError where `latest` names no folder beside it, or there are several and no `latest`.
+    """
+    if _is_checkpoint(path):
         return path
     latest = path / "latest"
     if latest.is_file():
         file = open_storage(latest)
-        tag = file.text(0, min(file.size, MAX_TAG)).decode("utf-8", "replace").strip()
-        if not tag or "/" in tag or tag in (".", "..") or not is_folder(path / tag):
+        tag = file.text(0, min(file.size, _MAX_TAG)).decode("utf-8", "replace").strip()
+        is_name = bool(tag) and "/" not in tag and tag not in (".", "..")
+        if not is_name or not is_folder(path / tag):
             raise CheckpointError(
                 f"{latest}: names {tag!r:.80}, which is not a folder beside it; give the global_stepN folder itself."
             )
         return path / tag
-    steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and is_checkpoint(p))
+    steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and _is_checkpoint(p))
     if len(steps) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(p.name for p in steps)} and no `latest`; give one of them.")
     return steps[0] if steps else None
 
 
+def _is_checkpoint(folder: Place) -> bool:
+    """Whether `folder` itself (a `global_stepN`) holds files with weights of gpt-neox."""
+    return any(_LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
+
+
 def index(folder: Place, config: Sequence[Place] = ()) -> Index:
-    """Index the checkpoint in `folder` (a `global_stepN`), reading zip directories and pickles only."""
+    """Index the checkpoint in `folder` (a `global_stepN`), reading zip directories and pickles only.
+
+    `config` are YAML files instead of those beside the weights. Raises CheckpointError where files are missing, damaged
+    or there twice.
+    """
     names = sorted(p.name for p in folder.iterdir())
-    found = [((int(m[1]), int(m[2])), name) for name in names if (m := LAYER.fullmatch(name))]
-    states = dict(sorted((int(m[1]), name) for name in names if (m := STATES.fullmatch(name))))
-    layers = dict(sorted(found))
-    twice = (
-        f"{folder / name}: is layer {at[0]} of rank {at[1]}, as {layers[at]} is; remove one of them."
-        for at, name in found
-        if layers[at] != name
-    )
-    raise_all(CheckpointError, twice)
+    layers = {(layer, rank): name for (layer, rank), name in _by_numbers(folder, names, _LAYER).items()}
+    states = {rank: name for (rank,), name in _by_numbers(folder, names, STATES).items()}
     if not layers and not states:
         raise CheckpointError(
             f"{folder}: holds neither layer_NN-model_MM-model_states.pt nor mp_rank_MM_model_states.pt files; "
@@ -112,8 +79,8 @@ def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     wanted = [*layers.values(), *states.values()]
     storages = together(lambda name: open_storage(folder / name), wanted, folder)
     files = dict(zip(wanted, together(read_pt, storages, folder), strict=True))
-    configs = tuple(config) or find_configs(folder)
-    ranks = pipeline_ranks(folder, layers, files) if layers else sequential_ranks(folder, states, files)
+    configs = tuple(config) or _find_configs(folder)
+    ranks = _pipeline_ranks(folder, layers, files) if layers else _sequential_ranks(folder, states, files)
     return Index(
         format="neox",
         folder=folder,
@@ -128,45 +95,70 @@ def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     )
 
 
-def pipeline_ranks(
+def _by_numbers(folder: Place, names: Sequence[str], pattern: re.Pattern[str]) -> dict[tuple[int, ...], str]:
+    """The file names that match, by the numbers in them and in their order.
+
+    Raises CheckpointError where two have the same numbers: one of them spells them with more zeros.
+    """
+    found = sorted((tuple(map(int, m.groups())), name) for name in names if (m := pattern.fullmatch(name)))
+    files = dict(found)
+    twice = (
+        f"{folder / name}: has the same numbers as {files[numbers]}; remove one of them."
+        for numbers, name in found
+        if files[numbers] != name
+    )
+    raise_all(CheckpointError, twice)
+    return files
+
+
+def _pipeline_ranks(
     folder: Place, layers: dict[tuple[int, int], str], files: dict[str, Any]
 ) -> tuple[dict[str, LazyTensor], ...]:
-    """Each rank's tensors from its layer files, in the order of the layers."""
+    """Each rank's tensors from its layer files, in the order of the layers; `layers` are names by layer and rank.
+
+    Raises CheckpointError where a file is missing.
+    """
     numbers, degree = sorted({layer for layer, _ in layers}), 1 + max(rank for _, rank in layers)
     if degree > len(layers):
         raise CheckpointError(
             f"{folder}: holds files of rank {degree - 1} but only {len(layers)} files of layers; remove the strays."
         )
     missing = [(layer, rank) for layer in numbers for rank in range(degree) if (layer, rank) not in layers]
-    raise_all(CheckpointError, (f"{folder / layer_file(*at)}: is missing; download it again." for at in missing))
+    raise_all(CheckpointError, (f"{folder / _layer_file(*at)}: is missing; download it again." for at in missing))
     return tuple(
         {
             f"{layer}.{name}": tensor
             for layer in numbers
-            for name, tensor in tensors_of(folder / layers[layer, rank], files[layers[layer, rank]].value).items()
+            for name, tensor in _tensors_of(folder / layers[layer, rank], files[layers[layer, rank]].value).items()
         }
         for rank in range(degree)
     )
 
 
-def sequential_ranks(folder: Place, states: dict[int, str], files: dict[str, Any]) -> tuple[dict[str, LazyTensor], ...]:
-    """Each rank's tensors from `module` in its mp_rank file."""
+def _sequential_ranks(
+    folder: Place, states: dict[int, str], files: dict[str, Any]
+) -> tuple[dict[str, LazyTensor], ...]:
+    """Each rank's tensors from `module` in its mp_rank file; raises CheckpointError where one of the two is missing."""
     missing = sorted(set(range(max(states) + 1)) - set(states))
     raise_all(CheckpointError, (f"{folder / states_file(rank)}: is missing; download it again." for rank in missing))
     ranks = []
     for _, name in sorted(states.items()):
-        module = files[name].value.get("module") if isinstance(files[name].value, dict) else None
+        value = files[name].value
+        module = value.get("module") if isinstance(value, dict) else None
         if not module:
             raise CheckpointError(
                 f"{folder / name}: holds no weights (`module` is empty), and no layer_NN-model_MM files lie beside it. "
                 "Download the layer files too."
             )
-        ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in tensors_of(folder / name, module).items()})
+        ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in _tensors_of(folder / name, module).items()})
     return tuple(ranks)
 
 
-def tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
-    """A dictionary's tensors; TransformerEngine's extra states, which are not tensors, are left out."""
+def _tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
+    """A dictionary's tensors; TransformerEngine's extra states, which are not tensors, are left out.
+
+    Raises CheckpointError where it is no dictionary, or holds anything else.
+    """
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{path}: expected a dictionary of tensors, found {type(value).__name__}; download it again."
@@ -178,13 +170,13 @@ def tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
     return {name: t for name, t in value.items() if isinstance(t, LazyTensor)}
 
 
-def find_configs(folder: Place) -> tuple[Place, ...]:
+def _find_configs(folder: Place) -> tuple[Place, ...]:
     """The YAML files in `configs/`, else beside the weights, else in the folder that holds `latest`."""
-    places = [folder / "configs", folder]
+    folders = [folder / "configs", folder]
     if (folder.parent / "latest").is_file() or folder.name.startswith("global_step"):
-        places += [folder.parent / "configs", folder.parent]
-    for place in places:
-        found = sorted(p for pattern in ("*.yml", "*.yaml") for p in place.glob(pattern))
+        folders += [folder.parent / "configs", folder.parent]
+    for near in folders:
+        found = sorted(p for pattern in ("*.yml", "*.yaml") for p in near.glob(pattern))
         if found:
             return tuple(found)
     return ()
@@ -203,3 +195,39 @@ def stage_starts(index: Index) -> tuple[int, ...]:
         numbers = [int(match[0]) for name in names if (match := re.match(r"\d{1,9}(?=\.|$)", name))]
         starts |= {min(numbers)} if numbers else set()
     return tuple(sorted(starts))[1:]
+
+
+def _layer_file(layer: int, rank: int) -> str:
+    """The name of the file with one layer's weights on one rank."""
+    return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+
+
+def states_file(rank: int) -> str:
+    """The name of a rank's bookkeeping file."""
+    return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def home(index: Index, rank: int, name: str) -> Place:
+    """The file that holds (or should hold) a rank's tensor `N.name`."""
+    return index.folder / (states_file(rank) if index.sequential else _layer_file(int(name.split(".")[0]), rank))
+
+
+def source_name(file: str, path: str) -> tuple[str, int | None]:
+    """The index's name for what a file holds under `path`, and its rank; None where it is no weight."""
+    if match := _LAYER.fullmatch(file):
+        return f"{int(match[1])}.{path}", int(match[2])
+    match, name = STATES.fullmatch(file), path.removeprefix(_MODULE)
+    if match and name != path:
+        return name.removeprefix(SEQUENTIAL), int(match[1])
+    return path, None
+
+
+def by_layer_file(ranks: Sequence[Mapping[str, Entry]], container: type[dict[Any, Any]]) -> dict[str, Any]:
+    """What each layer file of each rank holds: `N.name` of the ranks' entries under `name` in layer N's file."""
+    numbers = dict.fromkeys(int(name.split(".")[0]) for name in ranks[0])
+    files = {_layer_file(number, rank): container() for number in numbers for rank in range(len(ranks))}
+    for rank, entries in enumerate(ranks):
+        for name, entry in entries.items():
+            number, key = name.split(".", 1)
+            files[_layer_file(int(number), rank)][key] = entry
+    return files

@@ -1,9 +1,13 @@
-"""Plain values and tensors as a pickle, opcode by opcode, with no object of torch's in sight."""
+"""Plain values and tensors as a pickle, opcode by opcode, with no object of torch's in sight.
+
+Opcodes have Python's names for them (module `pickle`); what each does is told in `pickletools`.
+"""
 
 from __future__ import annotations
 
 import math
 import pickle
+import pickle as op
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +16,8 @@ from typing import Any
 
 from neoxconv.errors import PlanError
 from neoxconv.formats.pt.unpickle import Size
+
+_PROTOCOL = 2
 
 
 @dataclass(frozen=True)
@@ -28,91 +34,109 @@ def dump_pickle(value: Any, refer: Callable[[Any], TensorRef | None], name: str)
 
     Raises PlanError, naming the path inside `value`, for a value of any other kind.
     """
-    return b"\x80\x02" + Emitter(refer).code(value, name) + b"."
+    return op.PROTO + bytes([_PROTOCOL]) + _Emitter(refer).code(value, name) + op.STOP
 
 
 @dataclass(frozen=True)
-class Emitter:
+class _Emitter:
     """Values as opcodes; names and strings that come again are fetched from the memo."""
 
     refer: Callable[[Any], TensorRef | None]
-    memo: dict[bytes, int] = field(default_factory=dict)
+    memo: dict[bytes, int] = field(default_factory=dict)  # opcodes of a name or string -> its number
 
     def code(self, value: Any, path: str) -> bytes:
-        """The opcodes that build `value`."""
+        """The opcodes that build `value`; raises PlanError where there are none."""
         if tensor := self.refer(value):
             return self.tensor(tensor)
-        if type(value) not in EMIT:
+        if type(value) not in _EMIT:
             raise PlanError(f"{path}: a {type(value).__name__} cannot be written into a checkpoint.")
-        return EMIT[type(value)](self, value, path)
+        return _EMIT[type(value)](self, value, path)
 
-    def once(self, code: bytes) -> bytes:
-        """`code` the first time, a reference to its result from then on."""
-        known = code in self.memo
-        number = self.memo.setdefault(code, len(self.memo))
-        short = number < 256
-        index = bytes([number]) if short else struct.pack("<I", number)
-        return (b"h" if short else b"j") + index if known else code + (b"q" if short else b"r") + index
+    def mapping(self, value: dict[Any, Any], path: str) -> bytes:
+        return op.EMPTY_DICT + self.pairs(value, path)
 
-    def name(self, module: str, name: str) -> bytes:
-        return self.once(f"c{module}\n{name}\n".encode())
+    def ordered(self, value: dict[Any, Any], path: str) -> bytes:
+        """`collections.OrderedDict()`, then its items."""
+        return self.name("collections", "OrderedDict") + op.EMPTY_TUPLE + op.REDUCE + self.pairs(value, path)
 
-    def text(self, text: str, path: str = "") -> bytes:
-        data = text.encode("utf-8", "surrogatepass")
-        return self.once(b"X" + struct.pack("<I", len(data)) + data)
+    def pairs(self, value: dict[Any, Any], path: str) -> bytes:
+        """The keys and items of a dictionary, set on what the opcodes before built."""
+        pairs = (self.code(key, path) + self.code(item, f"{path}[{key!r}]") for key, item in value.items())
+        return op.MARK + b"".join(pairs) + op.SETITEMS
 
-    def data(self, data: bytes, path: str) -> bytes:
-        return self.name("_codecs", "encode") + self.text(data.decode("latin1")) + self.text("latin1") + b"\x86R"
+    def list(self, value: Any, path: str) -> bytes:
+        return op.EMPTY_LIST + self.items(value, path) + op.APPENDS
+
+    def tuple(self, value: Any, path: str) -> bytes:
+        return self.items(value, path) + op.TUPLE
 
     def items(self, values: Any, path: str) -> bytes:
         """The values, one after the other, behind a mark."""
-        return b"(" + b"".join(self.code(value, f"{path}[{i}]") for i, value in enumerate(values))
-
-    def mapping(self, value: dict[Any, Any], path: str) -> bytes:
-        pairs = (self.code(key, path) + self.code(item, f"{path}[{key!r}]") for key, item in value.items())
-        return b"}(" + b"".join(pairs) + b"u"
-
-    def ordered(self, value: dict[Any, Any], path: str) -> bytes:
-        return self.name("collections", "OrderedDict") + b")R" + self.mapping(value, path)[1:]
-
-    def list(self, value: Any, path: str) -> bytes:
-        return b"]" + self.items(value, path) + b"e"
-
-    def tuple(self, value: Any, path: str) -> bytes:
-        return self.items(value, path) + b"t"
+        return op.MARK + b"".join(self.code(value, f"{path}[{i}]") for i, value in enumerate(values))
 
     def set(self, value: Any, path: str) -> bytes:
-        return self.name("__builtin__", "set") + self.list(sorted(value, key=repr), path) + b"\x85R"
+        """`set([...])`, in an order that does not depend on hashes."""
+        return self.name("__builtin__", "set") + self.list(sorted(value, key=repr), path) + op.TUPLE1 + op.REDUCE
 
     def size(self, value: Size, path: str) -> bytes:
-        return self.name("torch", "Size") + self.tuple(value, path) + b"\x85R"
+        """`torch.Size((...))`."""
+        return self.name("torch", "Size") + self.tuple(value, path) + op.TUPLE1 + op.REDUCE
+
+    def data(self, data: bytes, path: str) -> bytes:
+        """`_codecs.encode(text, "latin1")`: protocol 2 has no bytes."""
+        encode = self.name("_codecs", "encode")
+        return encode + self.text(data.decode("latin1")) + self.text("latin1") + op.TUPLE2 + op.REDUCE
+
+    def text(self, text: str, path: str = "") -> bytes:
+        data = text.encode("utf-8", "surrogatepass")
+        return self.once(op.BINUNICODE + struct.pack("<I", len(data)) + data)
+
+    def name(self, module: str, name: str) -> bytes:
+        """What Python calls `module.name`."""
+        return self.once(op.GLOBAL + f"{module}\n{name}\n".encode())
+
+    def once(self, code: bytes) -> bytes:
+        """`code` the first time, a reference to its result from then on."""
+        if code in self.memo:
+            return numbered(op.BINGET, op.LONG_BINGET, self.memo[code])
+        self.memo[code] = len(self.memo)
+        return code + numbered(op.BINPUT, op.LONG_BINPUT, self.memo[code])
 
     def tensor(self, tensor: TensorRef) -> bytes:
-        """`torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
+        """`torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`.
+
+        The storage is the persistent id `("storage", class, key, "cpu", count of numbers)`.
+        """
         shape = tensor.shape
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        pid = (
-            b"(", self.text("storage"), self.name("torch", tensor.storage), self.text(tensor.key), self.text("cpu"),
-            scalar(math.prod(shape)), b"tQ",
+        storage = (
+            op.MARK, self.text("storage"), self.name("torch", tensor.storage), self.text(tensor.key),
+            self.text("cpu"), _scalar(math.prod(shape)), op.TUPLE, op.BINPERSID,
         )  # fmt: skip
-        rebuild = self.name("torch._utils", "_rebuild_tensor_v2") + b"(" + b"".join(pid)
-        place = scalar(0) + self.tuple(shape, "") + self.tuple(strides, "")
-        return rebuild + place + b"\x89" + self.name("collections", "OrderedDict") + b")RtR"
+        rebuild = self.name("torch._utils", "_rebuild_tensor_v2") + op.MARK + b"".join(storage)
+        view = _scalar(0) + self.tuple(shape, "") + self.tuple(strides, "")
+        hooks = self.name("collections", "OrderedDict") + op.EMPTY_TUPLE + op.REDUCE
+        return rebuild + view + op.NEWFALSE + hooks + op.TUPLE + op.REDUCE
 
 
-def scalar(value: Any) -> bytes:
-    """The opcodes of a number, a truth value or None: a whole pickle without its frame."""
-    return pickle.dumps(value, 2)[2:-1]
+def numbered(short: bytes, long: bytes, number: int) -> bytes:
+    """An opcode on an entry of the memo: `short` with a number of one byte, `long` with one of four."""
+    return short + bytes([number]) if number < 256 else long + struct.pack("<I", number)
 
 
-EMIT: dict[type, Callable[[Emitter, Any, str], bytes]] = {
-    **dict.fromkeys((int, float, bool, type(None)), lambda emitter, value, path: scalar(value)),
-    str: Emitter.text,
-    bytes: Emitter.data,
-    dict: Emitter.mapping,
-    OrderedDict: Emitter.ordered,
-    list: Emitter.list,
-    tuple: Emitter.tuple,
-    set: Emitter.set,
-    Size: Emitter.size,
+def _scalar(value: Any) -> bytes:
+    """The opcodes of a number, a truth value or None: a whole pickle without its first two bytes and its last."""
+    return pickle.dumps(value, _PROTOCOL)[2:-1]
+
+
+_EMIT: dict[type, Callable[[_Emitter, Any, str], bytes]] = {
+    **dict.fromkeys((int, float, bool, type(None)), lambda emitter, value, path: _scalar(value)),
+    str: _Emitter.text,
+    bytes: _Emitter.data,
+    dict: _Emitter.mapping,
+    OrderedDict: _Emitter.ordered,
+    list: _Emitter.list,
+    tuple: _Emitter.tuple,
+    set: _Emitter.set,
+    Size: _Emitter.size,
 }

@@ -10,17 +10,16 @@ import numpy as np
 
 from neoxconv.core.tensor import LazyTensor, Read, stored
 from neoxconv.dtypes import Array
-from neoxconv.formats.pt.unpickle import StorageRef
-from neoxconv.storage.files import Storage
+from neoxconv.formats.pt.unpickle import MAX_AXES, StorageRef
+from neoxconv.storage import Storage
 
-MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
-MAX_AXES = 16
-NEAR = 64 << 10  # bytes that are read at once, wanted or not
+_MAX_REPEATED = 1 << 24  # numbers of a tensor that repeats its storage's
+_NEAR = 64 << 10  # bytes that are read at once, wanted or not
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a member of the zip has its bytes, and their CRC-32; 0 where the writer computed none."""
+    """Where a storage, or another member of the zip, has its bytes; a CRC-32 of 0 where the writer computed none."""
 
     offset: int
     size: int
@@ -37,8 +36,8 @@ class PtFile:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in a storage a tensor lies: `offset` and `stride` count numbers."""
+class View:
+    """What a tensor is of a storage: `offset` and `stride` count numbers."""
 
     ref: StorageRef
     offset: int
@@ -46,52 +45,57 @@ class Place:
     stride: tuple[int, ...]
 
 
-def tensor_in(file: Storage, record: Record, place: Place) -> LazyTensor:
-    """The tensor at a place in a storage; raises ValueError where it would reach beyond it."""
-    dtype, shape, stride = place.ref.dtype, place.shape, place.stride
+def tensor_in(file: Storage, record: Record, view: View) -> LazyTensor:
+    """The tensor that is a view of a storage; raises ValueError where it would reach beyond it."""
+    dtype, shape, stride = view.ref.dtype, view.shape, view.stride
     if len(shape) != len(stride):
         raise ValueError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")
-    first = place.ref.start + place.offset
+    first = view.ref.start + view.offset
     last = first + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
-    if 0 not in shape and (last >= place.ref.numel or (last + 1) * dtype.nbytes > record.size):
-        raise ValueError(f"a tensor of shape {list(shape)} reaches beyond its storage {place.ref.key}")
-    if math.prod(shape) > max(place.ref.numel, MAX_REPEATED) or len(shape) > MAX_AXES:
-        raise ValueError(f"a tensor of shape {list(shape)} is far larger than its storage {place.ref.key}")
-    tensor = stored(file, record.offset + first * dtype.nbytes, shape, dtype)
-    if 0 in shape or is_contiguous(shape, stride):
+    empty, beyond = 0 in shape, last >= view.ref.numel or (last + 1) * dtype.nbytes > record.size
+    if beyond and not empty:
+        raise ValueError(f"a tensor of shape {list(shape)} reaches beyond its storage {view.ref.key}")
+    if math.prod(shape) > max(view.ref.numel, _MAX_REPEATED) or len(shape) > MAX_AXES:
+        raise ValueError(f"a tensor of shape {list(shape)} is far larger than its storage {view.ref.key}")
+    base = record.offset + first * dtype.nbytes
+    tensor = stored(file, base, shape, dtype)
+    if empty or _is_contiguous(shape, stride):
         return tensor
-    return replace(tensor, read=strided(file, record.offset + first * dtype.nbytes, place))
+    return replace(tensor, read=_strided(file, base, view))
 
 
-def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether rows follow each other without gaps."""
     wanted = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return all(extent == 1 or step == want for extent, step, want in zip(shape, stride, wanted, strict=True))
 
 
-def strided(file: Storage, base: int, place: Place) -> Read:
+def _strided(file: Storage, base: int, view: View) -> Read:
     """Rows of a tensor whose first number is byte `base`, whatever its strides: transposed, cut, repeated."""
-    dtype = place.ref.dtype
-    steps = tuple(step * dtype.nbytes for step in place.stride)
+    dtype = view.ref.dtype
+    steps = tuple(step * dtype.nbytes for step in view.stride)
 
     def read(start: int, stop: int) -> Array:
-        rows = np.empty((stop - start, *place.shape[1:]), dtype.stored)
+        rows = np.empty((stop - start, *view.shape[1:]), dtype.numpy)
         if rows.size:
-            fill(rows, file, base + start * steps[0], steps)
+            _fill(rows, file, base + start * steps[0], steps)
         return rows
 
     return read
 
 
-def fill(out: Array, file: Storage, offset: int, steps: tuple[int, ...]) -> None:
-    """Copy numbers that lie `steps` bytes apart into `out`; where they lie far apart, one half after the other."""
+def _fill(out: Array, file: Storage, offset: int, steps: tuple[int, ...]) -> None:
+    """Copy the numbers from byte `offset` on, `steps` bytes apart along each axis, into `out`.
+
+    Where most bytes between them are not wanted, the longest axis is halved until the rest is near.
+    """
     reach = [(extent - 1) * step for extent, step in zip(out.shape, steps, strict=True)]
     span = sum(reach) + out.itemsize
-    if span <= max(NEAR, 2 * out.nbytes):
+    if span <= max(_NEAR, 2 * out.nbytes):
         out[...] = np.ndarray(out.shape, out.dtype, file.read(offset, span), 0, steps)
         return
     axis = reach.index(max(reach))
     middle = out.shape[axis] // 2
     first, second = np.split(out, [middle], axis)
-    fill(first, file, offset, steps)
-    fill(second, file, offset + middle * steps[axis], steps)
+    _fill(first, file, offset, steps)
+    _fill(second, file, offset + middle * steps[axis], steps)

@@ -32,15 +32,17 @@ STORAGES: dict[str, DType] = {
     "BoolStorage": BOOL,
     "UntypedStorage": U8,
 }
-TORCH_DTYPES: dict[str, DType] = {
+_TORCH_DTYPES: dict[str, DType] = {
     "float16": F16, "bfloat16": BF16, "float32": F32, "float64": F64,
     "int64": I64, "int32": I32, "int16": I16, "int8": I8, "uint8": U8, "bool": BOOL,
 }  # fmt: skip
-MAX_DEPTH = 64
-MAX_NODES = 2_000_000
-SET_STEPS, KEY_STEPS = 16, 1000
-KEYS = (str, int, float, bool, bytes, type(None))
-UNPICKLING_ERRORS = (
+_MAX_DEPTH = 64  # of containers in containers
+_MAX_NODES = 2_000_000  # values, every reference followed
+MAX_AXES = 16  # of a tensor
+_SET_STEPS, _KEY_STEPS = 16, 1000  # what an empty set, and a key of a huge number, cost of Bounded's steps
+_KEYS = (str, int, float, bool, bytes, type(None))  # what a dictionary's keys may be
+# What Python's unpickler, and calls with arguments from a file, raise for a malformed pickle.
+_UNPICKLING_ERRORS = (
     pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, LookupError, MemoryError,
     NameError, OverflowError, RecursionError, struct.error, TypeError, ValueError,
 )  # fmt: skip
@@ -85,18 +87,18 @@ class StorageRef(Placeholder):
     start: int = 0
 
 
-MakeTensor = Callable[[StorageRef, int, tuple[int, ...], tuple[int, ...]], Any]
+_MakeTensor = Callable[[StorageRef, int, tuple[int, ...], tuple[int, ...]], Any]
 
 
-def load_pickle(stream: Any, make_tensor: MakeTensor, name: str) -> Any:
+def load_pickle(stream: Any, make_tensor: _MakeTensor, name: str) -> Any:
     """The value of the pickle in `stream`, tensors made by `make_tensor(storage, offset, size, stride)`.
 
     Raises CheckpointError, naming the file `name`, for whatever is malformed.
     """
     try:
-        value = Unpickler(Bounded(stream), make_tensor).load()
-        check_tree(value)
-    except UNPICKLING_ERRORS as error:
+        value = _Unpickler(Bounded(stream), make_tensor).load()
+        _check_tree(value)
+    except _UNPICKLING_ERRORS as error:
         what = error if type(error) in (EOFError, TypeError, ValueError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{name}: its pickle is damaged ({what}); download it again.") from error
     return value
@@ -107,7 +109,7 @@ def refuse(unpickler: Any) -> NoReturn:
     raise ValueError("it uses an operation that no checkpoint needs")
 
 
-class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dict
+class _Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dict
     """Loads numbers, strings, containers and tensors; everything else becomes a placeholder."""
 
     stack: list[Any]
@@ -116,15 +118,16 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
     read: Callable[[int], bytes]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, stream: Bounded, make_tensor: MakeTensor) -> None:
+    def __init__(self, stream: Bounded, make_tensor: _MakeTensor) -> None:
         super().__init__(stream, encoding="utf-8", errors="replace")
         self.make_tensor, self.spend = make_tensor, stream.spend
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for `module.name`: a function of ours, or a placeholder. Nothing is imported."""
         where = f"{module}.{name}"
         admitted: dict[str, Any] = {
             "collections.OrderedDict": self.ordered,
-            "torch.Size": make_size,
+            "torch.Size": _make_size,
             "__builtin__.set": self.set_of,
             "builtins.set": self.set_of,
             "__builtin__.bytes": self.encoded,
@@ -133,24 +136,26 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
             "torch._utils._rebuild_tensor": self.tensor,
             "torch._utils._rebuild_tensor_v2": self.tensor,
             "torch._utils._rebuild_tensor_v3": self.typed_tensor,
-            "torch._utils._rebuild_parameter": first_of,
-            "torch._utils._rebuild_parameter_with_state": first_of,
+            "torch._utils._rebuild_parameter": _first_of,
+            "torch._utils._rebuild_parameter_with_state": _first_of,
         }
         return admitted.get(where) or Placeholder(where)
 
     def key(self, key: Any) -> Any:
         """A dictionary's key, if it can be hashed in no time. From 2^61 on integers may share a hash: a few only."""
-        if not isinstance(key, KEYS):
+        if not isinstance(key, _KEYS):
             raise TypeError(f"a dictionary has a key of type {type(key).__name__}")
         if isinstance(key, int) and key.bit_length() > 60:
-            self.spend(KEY_STEPS)
+            self.spend(_KEY_STEPS)
         return key
 
     def ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        """An OrderedDict of pairs."""
         self.spend(len(items))
         return OrderedDict((self.key(key), value) for key, value in items)
 
     def set_of(self, items: Any = ()) -> set[Any]:
+        """A set of items that can be hashed."""
         self.spend(len(items))
         return set(map(self.key, items))
 
@@ -162,15 +167,16 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         return text.encode("latin1")
 
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
+        """A tensor; `rest` is requires_grad, hooks and metadata, which says that numbers are to be negated."""
         lazy_negation = rest[2] if len(rest) > 2 else None
         if not isinstance(storage, StorageRef) or lazy_negation:
             return Placeholder("torch.Tensor")
-        return self.make_tensor(storage, natural(offset), naturals(size), naturals(stride))
+        return self.make_tensor(storage, _natural(offset), _naturals(size), _naturals(stride))
 
     def typed_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
         """A tensor on a storage of bytes, its type given after requires_grad and hooks."""
-        named = len(rest) > 2 and isinstance(rest[2], Placeholder)
-        dtype = TORCH_DTYPES.get(rest[2].name.removeprefix("torch.")) if named else None
+        has_dtype = len(rest) > 2 and isinstance(rest[2], Placeholder)
+        dtype = _TORCH_DTYPES.get(rest[2].name.removeprefix("torch.")) if has_dtype else None
         if dtype is None or not isinstance(storage, StorageRef):
             return Placeholder("torch.Tensor")
         typed = StorageRef(storage.name, storage.key, dtype, storage.numel // dtype.nbytes)
@@ -178,20 +184,20 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
 
     def persistent_load(self, pid: Any) -> Placeholder:
         """The storage that `('storage', class, key, location, numel)` names; a placeholder for types not known here."""
-        named = (
+        is_storage = (
             isinstance(pid, tuple)
             and len(pid) in (5, 6)
             and pid[0] == "storage"
             and isinstance(pid[1], Placeholder)
             and isinstance(pid[2], str)
         )
-        if not named:
+        if not is_storage:
             raise ValueError("it refers to something that is not a storage")
         kind = pid[1].name
         dtype = STORAGES.get(kind.removeprefix("torch.").removeprefix("storage."))
-        view = pid[5] if len(pid) == 6 else None  # files older than the zip: (key, first number, count)
-        start = natural(view[1]) if isinstance(view, tuple) and len(view) == 3 else 0
-        return StorageRef(kind, pid[2], dtype, natural(pid[4]), start) if dtype else Placeholder(kind)
+        part = pid[5] if len(pid) == 6 else None  # files older than the zip: (key, first number, count)
+        start = _natural(part[1]) if isinstance(part, tuple) and len(part) == 3 else 0
+        return StorageRef(kind, pid[2], dtype, _natural(pid[4]), start) if dtype else Placeholder(kind)
 
     def load_frame(self) -> None:
         """Pass over a frame's length: what it holds is read through `Bounded` like everything else."""
@@ -210,19 +216,22 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
         self.append(function(*args))
 
     def load_newobj_ex(self) -> None:
+        """Make a placeholder, whatever the arguments."""
         _, _, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
         self.stack.append(cls if isinstance(cls, Placeholder) else Placeholder("object"))
 
     def load_empty_set(self) -> None:
         """A set takes far more memory than the byte that asks for it."""
-        self.spend(SET_STEPS)
+        self.spend(_SET_STEPS)
         self.append(set())
 
     def load_frozenset(self) -> None:
+        """Make a placeholder; no checkpoint has one."""
         self.pop_mark()
         self.append(Placeholder("builtins.frozenset"))
 
     def load_additems(self) -> None:
+        """Add to a set; a placeholder takes nothing."""
         items = self.pop_mark()
         if isinstance(self.stack[-1], set):
             self.stack[-1].update(map(self.key, items))
@@ -230,65 +239,71 @@ class Unpickler(pickle._Unpickler):  # Python's own in Python: its memo is a dic
             raise TypeError(f"it adds to a {type(self.stack[-1]).__name__} as to a set")
 
     def load_setitem(self) -> None:
+        """Set one item of a dictionary, or of what stands for one."""
         value, key = self.stack.pop(), self.stack.pop()
         self.stack[-1][self.key(key)] = value
 
     def load_setitems(self) -> None:
+        """Set items of a dictionary, or of what stands for one."""
         items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack[-1][self.key(key)] = value
 
     def load_dict(self) -> None:
+        """Make a dictionary of keys and values in turns."""
         items = self.pop_mark()
         self.append({self.key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
 
 
+# What Python's unpickler does otherwise, or would do and is refused.
 for opcode, load in {
-    pickle.FRAME: Unpickler.load_frame,
-    pickle.BUILD: Unpickler.load_build,
-    **dict.fromkeys((pickle.REDUCE, pickle.NEWOBJ), Unpickler.load_reduce),
-    pickle.NEWOBJ_EX: Unpickler.load_newobj_ex,
-    pickle.EMPTY_SET: Unpickler.load_empty_set,
-    pickle.FROZENSET: Unpickler.load_frozenset,
-    pickle.ADDITEMS: Unpickler.load_additems,
-    pickle.SETITEM: Unpickler.load_setitem,
-    pickle.SETITEMS: Unpickler.load_setitems,
-    pickle.DICT: Unpickler.load_dict,
+    pickle.FRAME: _Unpickler.load_frame,
+    pickle.BUILD: _Unpickler.load_build,
+    **dict.fromkeys((pickle.REDUCE, pickle.NEWOBJ), _Unpickler.load_reduce),
+    pickle.NEWOBJ_EX: _Unpickler.load_newobj_ex,
+    pickle.EMPTY_SET: _Unpickler.load_empty_set,
+    pickle.FROZENSET: _Unpickler.load_frozenset,
+    pickle.ADDITEMS: _Unpickler.load_additems,
+    pickle.SETITEM: _Unpickler.load_setitem,
+    pickle.SETITEMS: _Unpickler.load_setitems,
+    pickle.DICT: _Unpickler.load_dict,
     **dict.fromkeys((pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2,
                      pickle.EXT4, pickle.PERSID, pickle.INST, pickle.OBJ), refuse),
 }.items():  # fmt: skip
-    Unpickler.dispatch[opcode[0]] = load
+    _Unpickler.dispatch[opcode[0]] = load
 
 
-def make_size(items: Any = ()) -> Size:
-    return Size(naturals(items))
+def _make_size(items: Any = ()) -> Size:
+    """A torch.Size; raises ValueError where the items are no shape."""
+    return Size(_naturals(items))
 
 
-def first_of(value: Any, *rest: Any) -> Any:
+def _first_of(value: Any, *rest: Any) -> Any:
+    """A parameter's tensor, without what torch adds to it."""
     return value
 
 
-def natural(value: Any) -> int:
-    """A count or a position."""
+def _natural(value: Any) -> int:
+    """A count or a position; raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
         raise ValueError(f"{reprlib.repr(value):.40} stands where a count is expected")
     return value
 
 
-def naturals(values: Any) -> tuple[int, ...]:
-    """A shape or strides."""
-    if not isinstance(values, tuple | list) or len(values) > 16:
+def _naturals(values: Any) -> tuple[int, ...]:
+    """A shape or strides; raises ValueError for anything else."""
+    if not isinstance(values, tuple | list) or len(values) > MAX_AXES:
         raise ValueError("a shape is not a short tuple")
-    return tuple(map(natural, values))
+    return tuple(map(_natural, values))
 
 
-def check_tree(value: Any) -> None:
+def _check_tree(value: Any) -> None:
     """Raise ValueError where a value is deeper or larger, every reference followed, than any checkpoint's."""
     level, nodes = [value], 0
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_DEPTH):
         containers = [node for node in level if isinstance(node, dict | list | tuple | set)]
         nodes += sum(map(len, containers))
-        if nodes > MAX_NODES:
+        if nodes > _MAX_NODES:
             raise ValueError("it holds more values than any checkpoint")
         level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
         if not level:

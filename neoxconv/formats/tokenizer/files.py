@@ -18,8 +18,7 @@ from typing import Any
 
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer.made import added_token, tokenizer_json
-from neoxconv.storage.files import is_file, open_storage
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place, is_file, open_storage
 
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"

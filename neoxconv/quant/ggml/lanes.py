@@ -7,6 +7,8 @@ A candidate scale gives every weight y = a * x + b, its code q (the nearest) and
 e, e * q and e * e, each weighted, hold all there is to know: the best line through these codes (least squares) and its
 error, without the cancellation that sums of x * x bring. They also give the error of any other scale and minimum with
 the same codes, which is how those are rounded to their few bits: not each to its nearest, but together.
+
+The searches import this file as `at`: s[at.SCALE, i] is the scale in lane i of their scratch s.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.ggml.searches import ABOVE
 from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, float_bits, half_bits, i32, kernel, u8
 
-Worth = tuple[
-    int, float, Floats, Floats
-]  # kind, share; importance [column blocks, n] and spread [blocks], or both empty
+# How much errors matter: kind, share; importance [column blocks, n] and spread [blocks], or both empty.
+Worth = tuple[int, float, Floats, Floats]
 
 LANES, MOST = 64, 32  # blocks side by side; weights in a block at most
 MAGIC = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer
@@ -27,9 +28,10 @@ TWO, INFINITY, TINY = f32(2), f32(np.inf), f32(1e-15)
 
 # Rows of the scratch, one number for each lane.
 A, B, Q, QQ, E, EQ, EE = range(7)  # the candidate, and its weighted sums
-BEST_A, BEST_B, BEST_Q, BEST_QQ, BEST_E, BEST_EQ, BEST_EE = range(7, 14)  # of the best one so far
+BEST_A, BEST_B, BEST_Q, BEST_QQ, BEST_E, BEST_EQ, BEST_EE = range(7, 14)  # of the best one so far, in the same order
+_CANDIDATE_ROWS = 7
 ERROR, SCALE, LEAST, LOW, SPAN, SUM, SIZE = range(14, 21)
-STEP, FLOOR, TRY_SCALE, TRY_LEAST, TRY_ERROR, TOTAL, BEST_TOTAL = range(21, 28)
+STEP, FLOOR, TRY_SCALE, TRY_LEAST, TRY_ERROR, _TOTAL, BEST_TOTAL = range(21, 28)
 PICK_SCALE, PICK_LEAST, PICK_STEP, PICK_FLOOR = range(28, 32)
 ROWS = 32
 
@@ -57,13 +59,13 @@ def load(weights: Floats, first: int, x: Floats) -> None:
 def weigh(x: Floats, w: Floats, s: Floats, n: int, first: int, worth: Worth) -> None:
     """How much the error of each weight matters; by the columns' importance where there is one."""
     if worth[2].size:
-        weigh_columns(x, w, first, worth)
+        _weigh_columns(x, w, first, worth)
     else:
-        weigh_alone(x, w, s, n, worth)
+        _weigh_alone(x, w, s, n, worth)
 
 
 @kernel
-def weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
+def _weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
     """ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block."""
     kind, share = worth[0], f32(worth[1])
     for i in range(LANES):
@@ -80,16 +82,16 @@ def weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
 
 
 @kernel
-def weigh_columns(x: Floats, w: Floats, first: int, worth: Worth) -> None:
+def _weigh_columns(x: Floats, w: Floats, first: int, worth: Worth) -> None:
     """importance * sqrt(x * x + spread), or importance alone without spreads."""
     importance, spread = worth[2], worth[3]
     for i in range(LANES):
         block = first + i
-        part = spread[block] if block < spread.size else ZERO
+        mean = spread[block] if block < spread.size else ZERO
         for j in range(importance.shape[1]):
             w[j, i] = importance[block % importance.shape[0], j]
             if spread.size:
-                w[j, i] *= np.sqrt(x[j, i] * x[j, i] + part)
+                w[j, i] *= np.sqrt(x[j, i] * x[j, i] + mean)
 
 
 @kernel
@@ -108,21 +110,17 @@ def mean_squares(weights: Floats, group: int, share: float, spread: Floats) -> N
 @kernel
 def keep(s: Floats, i: int, better: bool) -> None:
     """Where it is better, the candidate is the best."""
-    s[BEST_A, i] = s[A, i] if better else s[BEST_A, i]
-    s[BEST_B, i] = s[B, i] if better else s[BEST_B, i]
-    s[BEST_Q, i] = s[Q, i] if better else s[BEST_Q, i]
-    s[BEST_QQ, i] = s[QQ, i] if better else s[BEST_QQ, i]
-    s[BEST_E, i] = s[E, i] if better else s[BEST_E, i]
-    s[BEST_EQ, i] = s[EQ, i] if better else s[BEST_EQ, i]
-    s[BEST_EE, i] = s[EE, i] if better else s[BEST_EE, i]
+    for row in range(_CANDIDATE_ROWS):
+        s[BEST_A + row, i] = s[row, i] if better else s[BEST_A + row, i]
 
 
 @kernel
 def forget(s: Floats) -> None:
     """No candidate is the best yet."""
     for i in range(LANES):
-        s[ERROR, i], s[BEST_A, i], s[BEST_B, i], s[BEST_Q, i] = INFINITY, ZERO, ZERO, ZERO
-        s[BEST_QQ, i], s[BEST_E, i], s[BEST_EQ, i], s[BEST_EE, i] = ZERO, ZERO, ZERO, ZERO
+        s[ERROR, i] = INFINITY
+        for row in range(_CANDIDATE_ROWS):
+            s[BEST_A + row, i] = ZERO
 
 
 @kernel
@@ -133,10 +131,10 @@ def choose_total(s: Floats, subs: int, first: bool) -> None:
         for i in range(group, group + subs):
             total += s[TRY_ERROR, i]
         for i in range(group, group + subs):
-            s[TOTAL, i] = total
+            s[_TOTAL, i] = total
     for i in range(LANES):
-        better = (s[TOTAL, i] < s[BEST_TOTAL, i]) | first
-        s[BEST_TOTAL, i] = s[TOTAL, i] if better else s[BEST_TOTAL, i]
+        better = (s[_TOTAL, i] < s[BEST_TOTAL, i]) | first
+        s[BEST_TOTAL, i] = s[_TOTAL, i] if better else s[BEST_TOTAL, i]
         s[PICK_SCALE, i] = s[TRY_SCALE, i] if better else s[PICK_SCALE, i]
         s[PICK_LEAST, i] = s[TRY_LEAST, i] if better else s[PICK_LEAST, i]
         s[PICK_STEP, i] = s[STEP, i] if better else s[PICK_STEP, i]
@@ -170,8 +168,8 @@ def pack_plane(codes: Bytes, low: int, bits: int, shape: tuple[int, int, int], p
                 packed[b, o * inner + i] = u8(0)
             for k in range(count):
                 for i in range(inner):
-                    part = u8(u8(codes[b, (o * count + k) * inner + i] >> u8(low)) & mask)
-                    packed[b, o * inner + i] |= u8(part << u8(k * bits))
+                    field = u8(u8(codes[b, (o * count + k) * inner + i] >> u8(low)) & mask)
+                    packed[b, o * inner + i] |= u8(field << u8(k * bits))
 
 
 @kernel
@@ -183,5 +181,5 @@ def unpack_plane(packed: Bytes, low: int, bits: int, shape: tuple[int, int, int]
         for o in range(outer):
             for k in range(count):
                 for i in range(inner):
-                    part = u8(u8(packed[b, o * inner + i] >> u8(k * bits)) & mask)
-                    codes[b, (o * count + k) * inner + i] |= u8(part << u8(low))
+                    field = u8(u8(packed[b, o * inner + i] >> u8(k * bits)) & mask)
+                    codes[b, (o * count + k) * inner + i] |= u8(field << u8(low))

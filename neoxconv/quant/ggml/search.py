@@ -1,6 +1,6 @@
 """What is searched for in blocks of weights: codes, and the scale (and least weight) that they are read with.
 
-The kernels are in search_lines.py and search_scales.py; this file says what each type asks of them.
+The kernels are in fit_line.py and fit_scale.py; this file says what each type asks of them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]
     blocks = np.ascontiguousarray(rows, np.float32).reshape(rows.size // search.block, search.block)
     codes, numbers = np.empty(blocks.shape, np.uint8), np.empty((len(blocks), 4), np.float32)
     thorough = context.thorough or context.importance is not None
-    places = np.array(search.wide if thorough else search.grid, np.float32), search.trims(thorough)
-    worth = search.kind, search.share, *importance_of(search, blocks, rows.shape[1], context.importance)
+    candidates = np.array(search.wide if thorough else search.grid, np.float32), search.trims(thorough)
+    worth = search.kind, search.share, *_importance_of(search, blocks, rows.shape[1], context.importance)
     if search.least:
-        lines(blocks, worth, (search.subs, search.highest, search.levels), places, codes, numbers)
+        lines(blocks, worth, (search.subs, search.highest, search.levels), candidates, codes, numbers)
     else:
-        ends = (search.lowest, search.highest)
-        scales(blocks, worth, (search.subs, *ends, search.levels, search.curved), places, codes, numbers)
+        kind = (search.lowest, search.highest, search.curve)
+        scales(blocks, worth, (search.subs, search.levels, kind), candidates, codes, numbers)
     return codes, numbers
 
 
-def importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:
+def _importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:
     """What the kernels take for an importance of the columns: [column blocks, block], and for each block the spread."""
     from neoxconv.quant.ggml.lanes import mean_squares
 

@@ -10,18 +10,20 @@ import numpy as np
 from neoxconv.dtypes import Floats
 from neoxconv.errors import PlanError
 
-ABOVE, SQUARE = 0, 1  # lanes.weigh
+ABOVE, _SQUARE = 0, 1  # lanes.weigh
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Search:
-    """`block` weights share a scale, and `subs` blocks the step that their scales are integer multiples of.
+    """Which codes and integers a type has, and how those of a block are found.
 
-    The integers go from -levels to levels - 1, with a least weight (`lowest` is 0) from 0 to `levels`. `grid` is where
-    the search first puts a block's largest weight (with a least weight: over how many steps it lays the block's range);
-    `wide` is the same for a thorough search. `kind` and `share` say how much an error matters (lanes.weigh); with an
-    importance matrix it is importance * sqrt(w^2 + `spread` of the mean of w^2 over the super-block, or the row), as in
-    ggml's quantize_row_*_impl.
+    `block` weights share a scale, and `subs` blocks the step that their scales are integer multiples of. Codes go from
+    `lowest` to `highest`, or with `curve` stand for `CURVE`, whose ends these are. The integers go from -levels to
+    levels - 1, stored with `levels` added or, if `signed`, as they are; with a least weight (`lowest` is 0) from 0 to
+    `levels`. `grid` is where the search first puts a block's largest weight (with a least weight: over how many steps
+    it lays the block's range); `wide` is the same for a thorough search. `kind` and `share` say how much an error
+    matters (lanes.weigh); with an importance matrix it is importance * sqrt(w^2 + `spread` of the mean of w^2 over the
+    super-block, or the row), or importance alone where `spread` is 0.
     """
 
     block: int
@@ -35,15 +37,13 @@ class Search:
     share: float
     spread: float
     over_row: bool = False
+    curve: bool = False
+    signed: bool = False
 
     @property
     def least(self) -> bool:
+        """Weights are counted from a least one, which is stored too."""
         return self.lowest == 0
-
-    @property
-    def curved(self) -> bool:
-        """The codes stand for IQ4's sixteen values."""
-        return self.lowest == -127
 
     def trims(self, thorough: bool) -> Floats:
         """[n, 2] what the largest integers fall short of `levels`: a little larger steps may fit the others better."""
@@ -61,21 +61,58 @@ def steps(first: float, last: float, count: int) -> tuple[float, ...]:
     return tuple(np.linspace(first, last, count).tolist())
 
 
-CURVE = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)
+CURVE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml-common.h: kvalues_iq4nl
+_IQ4_GRID = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)  # the latter: the largest weight at the curve's other end
+
+# Blocks and levels are those of ggml-common.h; `spread` that of quantize_row_*_impl in ggml-quants.c (sigma2; llama.cpp
+# of llama-cpp-python 0.3.36), `kind` that of quantize_row_*_ref there. Grids and shares were chosen by hand:
+# `python -m benchmarks.encoders` measures the speed and the errors that they give.
 SEARCHES = {
-    #               blocks  codes  integers  places of the largest weight    what matters
-    "Q2_K": Search(16, 16, 0, 3, 15, steps(2.7, 3.6, 3), steps(2.1, 3.9, 13), ABOVE, 0.0, 1.0),
-    "Q3_K": Search(16, 16, -4, 3, 32, (-4.1, -3.4), steps(-6.5, -3.1, 13), SQUARE, 0.6, 2.0),
-    "Q4_K": Search(32, 8, 0, 15, 63, steps(14, 15.5, 5), steps(13, 16, 13), ABOVE, 1.0, 2.0),
-    "Q5_K": Search(32, 8, 0, 31, 63, steps(30.5, 32, 4), steps(29, 32, 10), ABOVE, 1.0, 2.0),
-    "Q6_K": Search(16, 16, -32, 31, 128, (-32.0, -31.05), steps(-36, -31, 8), SQUARE, 0.3, 0.0),
-    "IQ4_XS": Search(32, 8, -127, 113, 32, CURVE, CURVE, SQUARE, 0.6, 2.0),
-    "IQ4_NL": Search(32, 1, -127, 113, 2, CURVE, CURVE, SQUARE, 0.6, 2.0),
+    "Q2_K": Search(
+        block=16, subs=16, lowest=0, highest=3, levels=15,
+        grid=steps(2.7, 3.6, 3), wide=steps(2.1, 3.9, 13), kind=ABOVE, share=0.0, spread=1.0,
+    ),
+    "Q3_K": Search(
+        block=16, subs=16, lowest=-4, highest=3, levels=32,
+        grid=(-4.1, -3.4), wide=steps(-6.5, -3.1, 13), kind=_SQUARE, share=0.6, spread=2.0,
+    ),
+    "Q4_K": Search(
+        block=32, subs=8, lowest=0, highest=15, levels=63,
+        grid=steps(14, 15.5, 5), wide=steps(13, 16, 13), kind=ABOVE, share=1.0, spread=2.0,
+    ),
+    "Q5_K": Search(
+        block=32, subs=8, lowest=0, highest=31, levels=63,
+        grid=steps(30.5, 32, 4), wide=steps(29, 32, 10), kind=ABOVE, share=1.0, spread=2.0,
+    ),
+    "Q6_K": Search(
+        block=16, subs=16, lowest=-32, highest=31, levels=128, signed=True,
+        grid=(-32.0, -31.05), wide=steps(-36, -31, 8), kind=_SQUARE, share=0.3, spread=0.0,
+    ),
+    "IQ4_XS": Search(
+        block=32, subs=8, lowest=CURVE[0], highest=CURVE[-1], levels=32, curve=True,
+        grid=_IQ4_GRID, wide=_IQ4_GRID, kind=_SQUARE, share=0.6, spread=2.0,
+    ),
+    "IQ4_NL": Search(
+        block=32, subs=1, lowest=CURVE[0], highest=CURVE[-1], levels=2, curve=True,
+        grid=_IQ4_GRID, wide=_IQ4_GRID, kind=_SQUARE, share=0.6, spread=2.0,
+    ),
     # Types that need no search by themselves: quick is never asked for.
-    "Q4_0": Search(32, 1, -8, 7, 2, (), steps(-10, -7, 13), SQUARE, 0.6, 1.0, over_row=True),
-    "Q4_1": Search(32, 1, 0, 15, 1, (), steps(12, 16, 21), ABOVE, 1.0, 1.0, over_row=True),
-    "Q5_0": Search(32, 1, -16, 15, 2, (), steps(-18, -15, 13), SQUARE, 0.6, 1.0, over_row=True),
-    "Q5_1": Search(32, 1, 0, 31, 1, (), steps(28, 32, 13), ABOVE, 1.0, 1.0, over_row=True),
+    "Q4_0": Search(
+        block=32, subs=1, lowest=-8, highest=7, levels=2,
+        grid=(), wide=steps(-10, -7, 13), kind=_SQUARE, share=0.6, spread=1.0, over_row=True,
+    ),
+    "Q4_1": Search(
+        block=32, subs=1, lowest=0, highest=15, levels=1,
+        grid=(), wide=steps(12, 16, 21), kind=ABOVE, share=1.0, spread=1.0, over_row=True,
+    ),
+    "Q5_0": Search(
+        block=32, subs=1, lowest=-16, highest=15, levels=2,
+        grid=(), wide=steps(-18, -15, 13), kind=_SQUARE, share=0.6, spread=1.0, over_row=True,
+    ),
+    "Q5_1": Search(
+        block=32, subs=1, lowest=0, highest=31, levels=1,
+        grid=(), wide=steps(28, 32, 13), kind=ABOVE, share=1.0, spread=1.0, over_row=True,
+    ),
 }  # fmt: skip
 
 

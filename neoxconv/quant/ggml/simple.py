@@ -22,40 +22,45 @@ from neoxconv.errors import CheckpointError
 from neoxconv.quant.ggml.search import find
 from neoxconv.quant.ggml.searches import SEARCHES, check_columns
 
-BLOCK = 32
-ROUNDING = np.float32(1.01 / 2048)  # half a unit in the last place of a float16; 1 % for float32 arithmetic
-SMALLEST = np.float32(1.01 * 2.0**-25)  # the same for subnormals
+_BLOCK = 32
+_ROUNDING = np.float32(1.01 / 2048)  # half a unit in the last place of a float16; 1 % for float32 arithmetic
+_SMALLEST = np.float32(1.01 * 2.0**-25)  # the same for subnormals
 
-STEP, LEAST = ("step", "<f2"), ("least", "<f2")
-FIFTH, NIBBLES, CODES = ("fifth", "u1", 4), ("nibbles", "u1", 16), ("codes", "i1", 32)
+_STEP, _LEAST = ("step", "<f2"), ("least", "<f2")
+_FIFTH, _NIBBLES, _CODES = ("fifth", "u1", 4), ("nibbles", "u1", 16), ("codes", "i1", 32)
 
 
 @dataclass(frozen=True)
-class Form:
+class _BlockForm:
     """A block's bytes and what its codes mean.
 
     The step is the largest |w|, or with `least` the largest less the least w, over `levels`; codes go from `lowest` to
-    `highest`; `kernel` names the encoder in kernels.py.
+    `highest`.
     """
 
     name: str
     layout: np.dtype[Any]
-    kernel: str
     levels: int
     lowest: int
     highest: int
 
+    def has(self, field: str) -> bool:
+        """Whether a block has this field."""
+        return field in (self.layout.names or ())
+
     @property
     def fifth(self) -> bool:
-        return "fifth" in (self.layout.names or ())
+        """Codes have five bits."""
+        return self.has("fifth")
 
     @property
     def least(self) -> bool:
-        return "least" in (self.layout.names or ())
+        """Codes count from the least weight, which is stored."""
+        return self.has("least")
 
 
 @dataclass(frozen=True)
-class Parts:
+class _Blocks:
     """Blocks taken apart: step and least [n], codes [n, 32], all float32."""
 
     step: Floats
@@ -63,21 +68,26 @@ class Parts:
     codes: Floats
 
 
-def encode(form: Form, rows: Floats) -> Bytes:
+def encode(form: _BlockForm, rows: Floats) -> Bytes:
     """Rows [n, columns] as blocks [n, bytes]. Raises PlanError where 32 does not divide the columns."""
     from neoxconv.quant.ggml import simple_kernels
 
-    check_columns(form.name, BLOCK, rows)
+    check_columns(form.name, _BLOCK, rows)
     count, columns = rows.shape
-    weights = np.ascontiguousarray(rows, np.float32).reshape(count * columns // BLOCK, BLOCK)
+    weights = np.ascontiguousarray(rows, np.float32).reshape(count * columns // _BLOCK, _BLOCK)
     blocks = np.empty((len(weights), form.layout.itemsize), np.uint8)
-    getattr(simple_kernels, form.kernel)(weights, form.levels, blocks)
-    return blocks.reshape(count, columns // BLOCK * form.layout.itemsize)
+    if form.has("codes"):
+        simple_kernels.balanced(weights, form.levels, blocks)
+    elif form.least:
+        simple_kernels.ranged(weights, form.levels, form.fifth, blocks)
+    else:
+        simple_kernels.signed(weights, form.levels, form.fifth, blocks)
+    return blocks.reshape(count, columns // _BLOCK * form.layout.itemsize)
 
 
-def search(form: Form, rows: Floats, context: Context) -> Bytes:
+def search(form: _BlockForm, rows: Floats, context: Context) -> Bytes:
     """The same with the scales that err least, found as a super-block's are. Raises PlanError as `encode` does."""
-    check_columns(form.name, BLOCK, rows)
+    check_columns(form.name, _BLOCK, rows)
     codes, numbers = find(SEARCHES[form.name], rows, context)
     blocks = np.zeros(len(codes), form.layout)
     blocks["step"] = numbers[:, 0] * numbers[:, 2]
@@ -86,21 +96,21 @@ def search(form: Form, rows: Floats, context: Context) -> Bytes:
     blocks["nibbles"] = codes[:, :16] & 15 | codes[:, 16:] << 4
     if form.fifth:
         blocks["fifth"] = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return blocks.view(np.uint8).reshape(len(rows), rows.shape[1] // BLOCK * form.layout.itemsize)
+    return blocks.view(np.uint8).reshape(len(rows), rows.shape[1] // _BLOCK * form.layout.itemsize)
 
 
-def decode(form: Form, stored: Bytes) -> Floats:
+def decode(form: _BlockForm, stored: Bytes) -> Floats:
     """Blocks [n, bytes] as the float32 numbers [n, columns] that ggml reads."""
-    parts = take_apart(form, stored)
-    values = parts.codes
+    taken = _take_apart(form, stored)
+    values = taken.codes
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
-        values *= parts.step[:, None]
+        values *= taken.step[:, None]
         if form.least:
-            values += parts.least[:, None]
-    return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * BLOCK)
+            values += taken.least[:, None]
+    return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * _BLOCK)
 
 
-def wrong(form: Form, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
+def wrong(form: _BlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
     """True where a weight is further from its stored value than rounding to the nearest code and to float16 explain.
 
     The bound is step / 2 + (|code| + 1) * (rounding of the step) + (rounding of the least weight), but a code at
@@ -111,23 +121,23 @@ def wrong(form: Form, rows: Floats, stored: Bytes, weighted: bool = False) -> np
     """
     from neoxconv.quant.ggml import simple_kernels
 
-    weights = np.ascontiguousarray(rows, np.float32).reshape(-1, BLOCK)
-    parts = take_apart(form, stored)
+    weights = np.ascontiguousarray(rows, np.float32).reshape(-1, _BLOCK)
+    taken = _take_apart(form, stored)
     with np.errstate(invalid="ignore", over="ignore"):
         step, least = needed(form, simple_kernels.spans(weights))
         finite = np.isfinite(step)
         if weighted:
-            step, least = np.abs(parts.step), parts.least
-        slope, slack = half_ulp(step), half_ulp(least)
-        fits = finite & (np.abs(np.abs(parts.step) - step) <= slope) & (np.abs(parts.least - least) <= slack)
-        free = 2 * step + form.levels * SMALLEST if weighted else step / 2
-        limits = np.stack([parts.step, parts.least, slope, free + slope + slack], axis=1)
-    result = simple_kernels.outside(weights, parts.codes, limits, (form.lowest, form.highest))
+            step, least = np.abs(taken.step), taken.least
+        slope, slack = _half_ulp(step), _half_ulp(least)
+        fits = finite & (np.abs(np.abs(taken.step) - step) <= slope) & (np.abs(taken.least - least) <= slack)
+        free = 2 * step + form.levels * _SMALLEST if weighted else step / 2
+        limits = np.stack([taken.step, taken.least, slope, free + slope + slack], axis=1)
+    result = simple_kernels.outside(weights, taken.codes, limits, (form.lowest, form.highest))
     result |= ~fits[:, None]
     return result.reshape(rows.shape)
 
 
-def needed(form: Form, spans: Floats) -> tuple[Floats, Floats]:
+def needed(form: _BlockForm, spans: Floats) -> tuple[Floats, Floats]:
     """The size of the step, and the least weight, that blocks need whose smallest and largest weights are `spans`."""
     low, high = spans[:, 0], spans[:, 1]
     if form.least:
@@ -135,12 +145,12 @@ def needed(form: Form, spans: Floats) -> tuple[Floats, Floats]:
     return np.divide(np.maximum(-low, high), form.levels, dtype=np.float32), np.zeros_like(low)
 
 
-def half_ulp(values: Floats) -> Floats:
+def _half_ulp(values: Floats) -> Floats:
     """How far rounding to float16 may move values."""
-    return np.maximum(np.abs(values) * ROUNDING, SMALLEST)
+    return np.maximum(np.abs(values) * _ROUNDING, _SMALLEST)
 
 
-def take_apart(form: Form, stored: Bytes) -> Parts:
+def _take_apart(form: _BlockForm, stored: Bytes) -> _Blocks:
     """The numbers in blocks [n, bytes]. Raises CheckpointError where the bytes are no whole number of blocks."""
     from neoxconv.quant.ggml import simple_kernels
 
@@ -154,16 +164,23 @@ def take_apart(form: Form, stored: Bytes) -> Parts:
     blocks = raw.view(form.layout)[:, 0]
     step = blocks["step"].astype(np.float32)
     least = blocks["least"].astype(np.float32) if form.least else np.zeros_like(step)
-    if form.layout.names and "codes" in form.layout.names:
-        return Parts(step, least, blocks["codes"].astype(np.float32))
-    return Parts(step, least, simple_kernels.unpack(raw, -form.lowest, form.fifth))
+    if form.has("codes"):
+        return _Blocks(step, least, blocks["codes"].astype(np.float32))
+    return _Blocks(step, least, simple_kernels.unpack(raw, -form.lowest, form.fifth))
 
 
-def encoding(form: Form) -> Encoding:
+def encoding(form: _BlockForm) -> Encoding:
     """The row of the table of encodings for `form`."""
-    dtype = DType(form.name, BLOCK, form.layout.itemsize, np.dtype(np.uint8))
+    dtype = DType(form.name, _BLOCK, form.layout.itemsize, np.dtype(np.uint8))
     searched = partial(search, form) if form.name in SEARCHES else None
-    return Encoding(form.name, dtype, partial(encode, form), partial(decode, form), partial(wrong, form), searched)
+    return Encoding(
+        name=form.name,
+        dtype=dtype,
+        encode=partial(encode, form),
+        decode=partial(decode, form),
+        wrong=partial(wrong, form),
+        search=searched,
+    )
 
 
 def layout(*fields: Any) -> np.dtype[Any]:
@@ -174,11 +191,10 @@ def layout(*fields: Any) -> np.dtype[Any]:
 Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 = map(
     encoding,
     (
-        #    name    bytes                                kernel      levels  codes
-        Form("Q8_0", layout(STEP, CODES),                 "balanced", 127, -127, 127),
-        Form("Q4_0", layout(STEP, NIBBLES),               "signed",     8,   -8,   7),
-        Form("Q4_1", layout(STEP, LEAST, NIBBLES),        "ranged",    15,    0,  15),
-        Form("Q5_0", layout(STEP, FIFTH, NIBBLES),        "signed",    16,  -16,  15),
-        Form("Q5_1", layout(STEP, LEAST, FIFTH, NIBBLES), "ranged",    31,    0,  31),
+        _BlockForm("Q8_0", layout(_STEP, _CODES), levels=127, lowest=-127, highest=127),
+        _BlockForm("Q4_0", layout(_STEP, _NIBBLES), levels=8, lowest=-8, highest=7),
+        _BlockForm("Q4_1", layout(_STEP, _LEAST, _NIBBLES), levels=15, lowest=0, highest=15),
+        _BlockForm("Q5_0", layout(_STEP, _FIFTH, _NIBBLES), levels=16, lowest=-16, highest=15),
+        _BlockForm("Q5_1", layout(_STEP, _LEAST, _FIFTH, _NIBBLES), levels=31, lowest=0, highest=31),
     ),
-)  # fmt: skip
+)

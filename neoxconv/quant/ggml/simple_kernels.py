@@ -24,11 +24,11 @@ from neoxconv.quant.kernels import (
     u32,
 )
 
-Ruler = tuple[np.float32, np.float32, np.float32, np.int32]  # low, scale, offset, top
+_Ruler = tuple[np.float32, np.float32, np.float32, np.int32]  # low, scale, offset, top
 
 
 @kernel
-def inverse(step: np.float32) -> np.float32:
+def _inverse(step: np.float32) -> np.float32:
     """1 / step; 0 for 0. NaN where it overflows: ggml's codes are all 0 then, on x86, and so are those of a NaN."""
     if step == ZERO:
         return ZERO
@@ -39,19 +39,19 @@ def inverse(step: np.float32) -> np.float32:
 
 
 @kernel
-def ordered(bits: np.int32) -> np.int32:
+def _ordered(bits: np.int32) -> np.int32:
     """An integer that sorts as the float32 with these bits does; its own inverse."""
     return i32(bits ^ i32(i32(bits >> i32(31)) & i32(0x7FFFFFFF)))
 
 
 @kernel
-def extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
+def _extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
     """The smallest and the largest of 32 weights, given as bits; at least one is NaN where a weight is."""
     low, high = i32(0x7FFFFFFF), i32(-0x80000000)
     for j in range(bits.size):
-        value = ordered(bits[j])
+        value = _ordered(bits[j])
         low, high = i32(min(low, value)), i32(max(high, value))
-    return as_float(ordered(low)), as_float(ordered(high))
+    return as_float(_ordered(low)), as_float(_ordered(high))
 
 
 @kernel
@@ -64,7 +64,7 @@ def first(weights: Floats, size: np.float32) -> np.float32:
 
 
 @kernel
-def put_half(block: Bytes, at: int, value: np.float32) -> None:
+def _put_half(block: Bytes, at: int, value: np.float32) -> None:
     """Store `value` as float16 at byte `at`."""
     bits = half_bits(as_bits(value))
     block[at] = u8(bits & u16(255))
@@ -72,28 +72,28 @@ def put_half(block: Bytes, at: int, value: np.float32) -> None:
 
 
 @kernel
-def code(weight: np.float32, ruler: Ruler) -> np.int32:
+def code(weight: np.float32, ruler: _Ruler) -> np.int32:
     """(weight - low) * scale + offset, cut to an integer of at most `top`; 0 for NaN."""
     low, scale, offset, top = ruler
     return i32(min(i32((weight - low) * scale + offset), top) & i32(31))
 
 
 @kernel
-def put_codes(block: Bytes, weights: Floats, ruler: Ruler) -> None:
+def _put_codes(block: Bytes, weights: Floats, ruler: _Ruler, fifth: bool) -> None:
     """Store the codes of 32 weights at the end of `block`: nibbles j | (j + 16) << 4, before them any fifth bits."""
     at = block.size - 16
     for j in range(16):
         block[at + j] = u8((code(weights[j], ruler) & i32(15)) | (code(weights[j + 16], ruler) & i32(15)) << i32(4))
-    if ruler[3] == 31:
-        fifth = u32(0)
+    if fifth:
+        bits = u32(0)
         for j in range(weights.size):
-            fifth |= u32(u32(code(weights[j], ruler) >> i32(4)) << u32(j))
+            bits |= u32(u32(code(weights[j], ruler) >> i32(4)) << u32(j))
         for j in range(4):
-            block[at - 4 + j] = u8((fifth >> u32(8 * j)) & u32(255))
+            block[at - 4 + j] = u8((bits >> u32(8 * j)) & u32(255))
 
 
 @kernel
-def largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
+def _largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
     """The largest absolute value of 32 weights, given as bits; NaN where one is."""
     size = i32(0)
     for j in range(bits.size):
@@ -106,42 +106,42 @@ def balanced(weights: Floats, levels: int, blocks: Bytes) -> None:
     """Q8_0: step = largest |w| / levels, codes = w / step, halves away from zero."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        step = f32(largest_size(bits[b]) / f32(levels))
-        put_half(blocks[b], 0, step)
-        scale = inverse(step)
+        step = f32(_largest_size(bits[b]) / f32(levels))
+        _put_half(blocks[b], 0, step)
+        scale = _inverse(step)
         for j in range(weights.shape[1]):
             value = weights[b, j] * scale
             blocks[b, 2 + j] = u8(i32(value + (BELOW_HALF if value >= ZERO else -BELOW_HALF)) & i32(255))
 
 
 @kernel
-def signed(weights: Floats, levels: int, blocks: Bytes) -> None:
+def signed(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
     """Q4_0, Q5_0: the weight of largest size takes the code -levels, which is stored as 0."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        low, high = extremes(bits[b])
+        low, high = _extremes(bits[b])
         largest = high if high > -low else low
         if high == -low:
             largest = first(weights[b], high) + ZERO  # never -0
         if high != high or low != low:
             largest = NAN
         step = f32(largest / f32(-levels))
-        put_half(blocks[b], 0, step)
-        put_codes(blocks[b], weights[b], (ZERO, inverse(step), f32(levels) + HALF, i32(2 * levels - 1)))
+        _put_half(blocks[b], 0, step)
+        _put_codes(blocks[b], weights[b], (ZERO, _inverse(step), f32(levels) + HALF, i32(2 * levels - 1)), fifth)
 
 
 @kernel
-def ranged(weights: Floats, levels: int, blocks: Bytes) -> None:
+def ranged(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
     """Q4_1, Q5_1: codes 0 to levels from the smallest weight, which is stored, to the largest."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        low, high = extremes(bits[b])
+        low, high = _extremes(bits[b])
         if low == ZERO:
             low = first(weights[b], ZERO)
         step = f32((high - low) / f32(levels))
-        put_half(blocks[b], 0, step)
-        put_half(blocks[b], 2, low)
-        put_codes(blocks[b], weights[b], (low, inverse(step), HALF, i32(levels)))
+        _put_half(blocks[b], 0, step)
+        _put_half(blocks[b], 2, low)
+        _put_codes(blocks[b], weights[b], (low, _inverse(step), HALF, i32(levels)), fifth)
 
 
 @kernel
@@ -149,7 +149,7 @@ def spans(weights: Floats) -> Floats:
     """The smallest and the largest weight of each block: [n, 32] -> [n, 2]."""
     bits, result = weights.view(np.int32), np.empty((weights.shape[0], 2), np.float32)
     for b in range(weights.shape[0]):
-        result[b, 0], result[b, 1] = extremes(bits[b])
+        result[b, 0], result[b, 1] = _extremes(bits[b])
     return result
 
 

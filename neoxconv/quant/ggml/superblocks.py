@@ -2,10 +2,10 @@
 
     w ~ step * scale * code - floor * least    Q2_K, Q4_K, Q5_K: codes from zero on
     w ~ step * scale * code                    Q3_K, Q6_K: codes around zero
-    w ~ step * scale * VALUES[code]            IQ4_XS; IQ4_NL without a scale: sixteen values, close together near zero
+    w ~ step * scale * CURVE[code]             IQ4_XS; IQ4_NL without a scale: sixteen values, close together near zero
 
 Codes and integers lie in planes: a field holds some bits of each, and one of its bytes those of several that are
-equally far apart. The searches are in search_lines.py and search_scales.py; the bytes are ggml's (ggml-common.h).
+equally far apart. The searches are in fit_line.py and fit_scale.py; the bytes are ggml's (ggml-common.h).
 """
 
 from __future__ import annotations
@@ -22,20 +22,31 @@ from neoxconv.dtypes import Bytes, DType, Floats
 from neoxconv.errors import CheckpointError
 from neoxconv.quant.ggml.planes import Plane, pack, pack_sixes, unpack, unpack_sixes
 from neoxconv.quant.ggml.search import find
-from neoxconv.quant.ggml.searches import SEARCHES, Search, check_columns
+from neoxconv.quant.ggml.searches import CURVE, SEARCHES, Search, check_columns
 
-NOTHING = Context()
-VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+_NOTHING = Context()
+
+# How far `fits` lets a block's scale and least weight be from those that its weights need. Chosen by hand, so wide that
+# neither our bytes nor ggml's are called wrong (tests/quant/test_superblocks.py tries both on three kinds of weights).
+_MOVED = 0.3  # of the block's range, by a search
+_MOVED_BY_CODES = 0.9  # of the distance between two codes, by a search: the more the fewer codes there are
+_STEPS_LOST = 1.5  # of the super-block's step, by rounding to integers
+_HALF_SUBNORMAL = 2.0**-25  # half the smallest float16 above 0: how far a subnormal step is rounded
+
+_VALUES = np.array(CURVE, np.float32)
 
 
 @dataclass(frozen=True)
-class Form:
-    """The bytes of a super-block: fields, and where in them codes and integer scales lie."""
+class _SuperBlockForm:
+    """The bytes of a super-block: fields, and where in them codes and integer scales lie.
+
+    Without `scales` there are none, or with least weights both as `pack_sixes` has them.
+    """
 
     name: str
     layout: np.dtype[Any]
     codes: tuple[Plane, ...]
-    scales: tuple[Plane, ...]
+    scales: tuple[Plane, ...] = ()
 
     @property
     def search(self) -> Search:
@@ -48,17 +59,17 @@ class Form:
         return self.search.block * self.search.subs
 
 
-def encode(form: Form, rows: Floats, context: Context = NOTHING) -> Bytes:
+def encode(form: _SuperBlockForm, rows: Floats, context: Context = _NOTHING) -> Bytes:
     """Rows [n, columns] as super-blocks [n, bytes]. Raises PlanError where they do not divide the columns."""
     check_columns(form.name, form.weights, rows)
     count, columns = rows.shape
     codes, numbers = find(form.search, rows, context)
     supers = count * columns // form.weights
-    stored = put_together(form, codes.reshape(supers, form.weights), numbers.reshape(supers, form.search.subs, 4))
+    stored = _put_together(form, codes.reshape(supers, form.weights), numbers.reshape(supers, form.search.subs, 4))
     return stored.reshape(count, columns // form.weights * form.layout.itemsize)
 
 
-def put_together(form: Form, codes: Bytes, numbers: Floats) -> Bytes:
+def _put_together(form: _SuperBlockForm, codes: Bytes, numbers: Floats) -> Bytes:
     """Super-blocks [n, bytes] of codes [n, weights] and [n, blocks, 4] integers and steps of scale and least weight."""
     stored = np.zeros(len(codes), form.layout)
     stored["step"] = numbers[:, 0, 2]
@@ -74,13 +85,13 @@ def put_together(form: Form, codes: Bytes, numbers: Floats) -> Bytes:
     return stored.view(np.uint8).reshape(len(codes), form.layout.itemsize)
 
 
-def offset(form: Form) -> int:
-    """What is added to an integer scale where it is stored; those of 8 bits have a sign."""
-    return 0 if form.search.least or form.search.levels == 128 else form.search.levels
+def offset(form: _SuperBlockForm) -> int:
+    """What is added to an integer scale where it is stored."""
+    return 0 if form.search.least or form.search.signed or not form.scales else form.search.levels
 
 
 @dataclass(frozen=True)
-class Parts:
+class _SuperBlocks:
     """Super-blocks taken apart: codes [n, blocks, block] uint8 and, [n, blocks, 1] in float32, scale and least weight;
     [n, 1, 1] the steps that these are multiples of.
     """
@@ -92,7 +103,7 @@ class Parts:
     floor: Floats
 
 
-def take_apart(form: Form, stored: Bytes) -> Parts:
+def _take_apart(form: _SuperBlockForm, stored: Bytes) -> _SuperBlocks:
     """The numbers in super-blocks [n, bytes]. Raises CheckpointError where the bytes are no whole number of them."""
     if stored.shape[1] % form.layout.itemsize:
         raise CheckpointError(
@@ -108,102 +119,108 @@ def take_apart(form: Form, stored: Bytes) -> Parts:
         integers = unpack(supers, form.scales)
     else:
         integers = unpack_sixes(supers["scales"]) if how.least else np.ones((len(supers), 1), np.uint8)
-    if how.levels == 128:
-        signed = integers.view(np.int8).astype(np.float32)
-    else:
-        signed = integers.astype(np.float32) - np.float32(offset(form) * bool(form.scales))
-    numbers = signed.reshape(len(supers), 1 + how.least, how.subs, 1)
+    if how.signed:
+        integers = integers.view(np.int8)
+    numbers = (integers.astype(np.float32) - np.float32(offset(form))).reshape(len(supers), 1 + how.least, how.subs, 1)
     codes = unpack(supers, form.codes).reshape(len(supers), how.subs, how.block)
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
         least = floor * numbers[:, 1] if how.least else np.zeros_like(step)
-        return Parts(codes, step * numbers[:, 0], least, step, floor)
+        return _SuperBlocks(codes, step * numbers[:, 0], least, step, floor)
 
 
-def values_of(form: Form, codes: Bytes) -> Floats:
+def _values_of(form: _SuperBlockForm, codes: Bytes) -> Floats:
     """What codes stand for."""
-    return VALUES[codes] if form.search.curved else codes.astype(np.float32) + np.float32(form.search.lowest)
+    return _VALUES[codes] if form.search.curve else codes.astype(np.float32) + np.float32(form.search.lowest)
 
 
-def decode(form: Form, stored: Bytes) -> Floats:
+def decode(form: _SuperBlockForm, stored: Bytes) -> Floats:
     """Super-blocks [n, bytes] as the float32 numbers [n, columns] that ggml reads."""
-    parts = take_apart(form, stored)
+    taken = _take_apart(form, stored)
     with np.errstate(invalid="ignore"):
-        values = values_of(form, parts.codes) * parts.scale
+        values = _values_of(form, taken.codes) * taken.scale
         if form.search.least:
-            values -= parts.least
+            values -= taken.least
     return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * form.weights)
 
 
-def wrong(form: Form, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
+def wrong(form: _SuperBlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
     """True where a weight is further from its stored value than rounding to the nearest code explains.
 
     A code at the end of its range may be any distance short of its weight, and a scale of 0 leaves no choice. Where a
     block's range is not about the one that its weights need, it is wrong whole; with an importance matrix (`weighted`)
     it may be any that suits the few weights that matter.
     """
-    parts = take_apart(form, stored)
-    weights = np.asarray(rows, np.float32).reshape(parts.codes.shape)
+    taken = _take_apart(form, stored)
+    weights = np.asarray(rows, np.float32).reshape(taken.codes.shape)
     with np.errstate(invalid="ignore", over="ignore"):
-        value, size = values_of(form, parts.codes), np.abs(parts.scale)
-        error = (weights - (value * parts.scale - parts.least)) * np.copysign(np.float32(1), parts.scale)
+        value, size = _values_of(form, taken.codes), np.abs(taken.scale)
+        error = (weights - (value * taken.scale - taken.least)) * np.copysign(np.float32(1), taken.scale)
         above, below = gaps(form)
-        slack = (np.abs(weights) + parts.least) * blur(parts.step) + parts.least * blur(parts.floor) + TINY * size
-        bad = ~((error <= above[parts.codes] * size + slack) & (error >= -below[parts.codes] * size - slack))
+        slack = (np.abs(weights) + taken.least) * _blur(taken.step) + taken.least * _blur(taken.floor) + _TINY * size
+        bad = ~((error <= above[taken.codes] * size + slack) & (error >= -below[taken.codes] * size - slack))
         if weighted:
-            bad = np.where(size != 0, bad, np.abs(weights + parts.least) > too_coarse(form, parts))
+            bad = np.where(size != 0, bad, np.abs(weights + taken.least) > _too_coarse(form, taken))
         else:
             bad &= size != 0
-            bad |= ~fits(form, weights, parts)
+            bad |= ~fits(form, weights, taken)
         bad |= ~np.isfinite(weights)
         return np.asarray(bad.reshape(rows.shape))
 
 
-def too_coarse(form: Form, parts: Parts) -> Floats:
+def _too_coarse(form: _SuperBlockForm, taken: _SuperBlocks) -> Floats:
     """How far from its least weight a block may reach whose scale is 0, as its super-block's steps are too coarse."""
     how = form.search
     reach = np.float32(max(-how.lowest, how.highest))
-    tiny = np.float32(2.0**-25 * how.levels) * (reach + 1)
-    return np.asarray(np.float32(1.5) * (np.abs(parts.step) * reach + np.abs(parts.floor)) + tiny)
+    tiny = np.float32(_HALF_SUBNORMAL * how.levels) * (reach + 1)
+    return np.asarray(np.float32(_STEPS_LOST) * (np.abs(taken.step) * reach + np.abs(taken.floor)) + tiny)
 
 
-def blur(step: Floats) -> Floats:
+def _blur(step: Floats) -> Floats:
     """By what share rounding to float16 may have moved a step, twice over: encoders use it before as well as after."""
     return np.maximum(np.float32(1 / 1024), np.float32(2.0**-24) / np.maximum(np.abs(step), np.float32(2.0**-24)))
 
 
-def gaps(form: Form) -> tuple[Floats, Floats]:
+def gaps(form: _SuperBlockForm) -> tuple[Floats, Floats]:
     """How far above and below its value, in scales, a weight may lie that has a code."""
-    values = VALUES if form.search.curved else np.arange(form.search.lowest, form.search.highest + 1, dtype=np.float32)
+    values = _VALUES if form.search.curve else np.arange(form.search.lowest, form.search.highest + 1, dtype=np.float32)
     half = np.diff(values) / 2
     return np.append(half, np.float32(np.inf)), np.insert(half, 0, np.float32(np.inf))
 
 
-def fits(form: Form, weights: Floats, parts: Parts) -> npt.NDArray[np.bool_]:
+def fits(form: _SuperBlockForm, weights: Floats, taken: _SuperBlocks) -> npt.NDArray[np.bool_]:
     """Whether each block's scale and least weight [n, blocks, 1] are about those that its weights need.
 
-    A search moves them by a part of the range, the more the fewer codes there are; rounding to integers by up to a step
-    and a half.
+    A search moves them by a share of the block's range, the more the fewer codes there are, and rounding to integers by
+    some steps: see MOVED, MOVED_BY_CODES and STEPS_LOST.
     """
     how = form.search
     low, high = weights.min(axis=2, keepdims=True), weights.max(axis=2, keepdims=True)
-    tiny = np.float32(2.0**-25 * how.levels)  # what rounding a subnormal step comes to in all
-    moves, rounding = np.float32(0.3 + 0.9 / (how.highest - how.lowest)), np.float32(1.5 * (how.subs > 1))
+    tiny = np.float32(_HALF_SUBNORMAL * how.levels)  # what rounding a subnormal step comes to in all
+    moves = np.float32(_MOVED + _MOVED_BY_CODES / (how.highest - how.lowest))
+    rounding = np.float32(_STEPS_LOST if how.subs > 1 else 0)
     if how.least:
         low = np.minimum(low, np.float32(0))
         span, reach = high - low, np.float32(how.highest)
-        result = np.abs(parts.least + low) <= span * moves + parts.floor * rounding + tiny
+        result = np.abs(taken.least + low) <= span * moves + taken.floor * rounding + tiny
     else:
         span, reach = np.maximum(-low, high), np.float32(-how.lowest)
-        result = np.isfinite(parts.scale)
-    slack = span * moves + np.abs(parts.step) * (reach * rounding + np.float32(1 / 1024)) + tiny * reach
-    return np.asarray(result & (np.abs(np.abs(parts.scale) * reach - span) <= slack))
+        result = np.isfinite(taken.scale)
+    slack = span * moves + np.abs(taken.step) * (reach * rounding + np.float32(1 / 1024)) + tiny * reach
+    return np.asarray(result & (np.abs(np.abs(taken.scale) * reach - span) <= slack))
 
 
-def encoding(form: Form) -> Encoding:
+def encoding(form: _SuperBlockForm) -> Encoding:
     """The row of the table of encodings for `form`."""
     dtype = DType(form.name, form.weights, form.layout.itemsize, np.dtype(np.uint8))
     encoder = partial(encode, form)
-    return Encoding(form.name, dtype, encoder, partial(decode, form), partial(wrong, form), encoder)
+    return Encoding(
+        name=form.name,
+        dtype=dtype,
+        encode=encoder,
+        decode=partial(decode, form),
+        wrong=partial(wrong, form),
+        search=encoder,
+    )
 
 
 def layout(*fields: tuple[Any, ...]) -> np.dtype[Any]:
@@ -211,28 +228,52 @@ def layout(*fields: tuple[Any, ...]) -> np.dtype[Any]:
     return np.dtype(list(fields))
 
 
-TINY = np.float32(1e-6)  # of float32 arithmetic
+_TINY = np.float32(1e-6)  # of float32 arithmetic
 
-STEP, FLOOR = ("step", "<f2"), ("floor", "<f2")
-HALVES, BITS, NIBBLES = (2, 4, 32), (1, 8, 32), (4, 2, 32)
+_STEP, _FLOOR = ("step", "<f2"), ("floor", "<f2")
+_HALVES, _BITS, _NIBBLES = (2, 4, 32), (1, 8, 32), (4, 2, 32)
 
 Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL = map(
     encoding,
     (
-        Form("Q2_K", layout(("scales", "u1", 16), ("qs", "u1", 64), STEP, FLOOR),
-             (Plane("qs", 0, 2, HALVES),), (Plane("scales", 0, 4, (1, 2, 16)),)),
-        Form("Q3_K", layout(("hmask", "u1", 32), ("qs", "u1", 64), ("nibbles", "u1", 8), ("upper", "u1", 4), STEP),
-             (Plane("qs", 0, 2, HALVES), Plane("hmask", 2, 1, BITS)),
-             (Plane("nibbles", 0, 4, (1, 2, 8)), Plane("upper", 4, 2, (1, 4, 4)))),
-        Form("Q4_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qs", "u1", 128)),
-             (Plane("qs", 0, 4, NIBBLES),), ()),
-        Form("Q5_K", layout(STEP, FLOOR, ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)),
-             (Plane("qs", 0, 4, NIBBLES), Plane("qh", 4, 1, BITS)), ()),
-        Form("Q6_K", layout(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "u1", 16), STEP),
-             (Plane("ql", 0, 4, (2, 2, 64)), Plane("qh", 4, 2, HALVES)), (Plane("scales", 0, 8, (1, 1, 16)),)),
-        Form("IQ4_XS", layout(STEP, ("upper", "u1", 2), ("nibbles", "u1", 4), ("qs", "u1", 128)),
-             (Plane("qs", 0, 4, (8, 2, 16)),), (Plane("nibbles", 0, 4, (4, 2, 1)), Plane("upper", 4, 2, (2, 4, 1)))),
-        Form("IQ4_NL", layout(STEP, ("qs", "u1", 16)),
-             (Plane("qs", 0, 4, (1, 2, 16)),), ()),
+        _SuperBlockForm(
+            name="Q2_K",
+            layout=layout(("scales", "u1", 16), ("qs", "u1", 64), _STEP, _FLOOR),
+            codes=(Plane("qs", 0, 2, _HALVES),),
+            scales=(Plane("scales", 0, 4, (1, 2, 16)),),
+        ),
+        _SuperBlockForm(
+            name="Q3_K",
+            layout=layout(("hmask", "u1", 32), ("qs", "u1", 64), ("nibbles", "u1", 8), ("upper", "u1", 4), _STEP),
+            codes=(Plane("qs", 0, 2, _HALVES), Plane("hmask", 2, 1, _BITS)),
+            scales=(Plane("nibbles", 0, 4, (1, 2, 8)), Plane("upper", 4, 2, (1, 4, 4))),
+        ),
+        _SuperBlockForm(
+            name="Q4_K",
+            layout=layout(_STEP, _FLOOR, ("scales", "u1", 12), ("qs", "u1", 128)),
+            codes=(Plane("qs", 0, 4, _NIBBLES),),
+        ),
+        _SuperBlockForm(
+            name="Q5_K",
+            layout=layout(_STEP, _FLOOR, ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)),
+            codes=(Plane("qs", 0, 4, _NIBBLES), Plane("qh", 4, 1, _BITS)),
+        ),
+        _SuperBlockForm(
+            name="Q6_K",
+            layout=layout(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "u1", 16), _STEP),
+            codes=(Plane("ql", 0, 4, (2, 2, 64)), Plane("qh", 4, 2, _HALVES)),
+            scales=(Plane("scales", 0, 8, (1, 1, 16)),),
+        ),
+        _SuperBlockForm(
+            name="IQ4_XS",
+            layout=layout(_STEP, ("upper", "u1", 2), ("nibbles", "u1", 4), ("qs", "u1", 128)),
+            codes=(Plane("qs", 0, 4, (8, 2, 16)),),
+            scales=(Plane("nibbles", 0, 4, (4, 2, 1)), Plane("upper", 4, 2, (2, 4, 1))),
+        ),
+        _SuperBlockForm(
+            name="IQ4_NL",
+            layout=layout(_STEP, ("qs", "u1", 16)),
+            codes=(Plane("qs", 0, 4, (1, 2, 16)),),
+        ),
     ),
-)  # fmt: skip
+)

@@ -21,19 +21,19 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv import dtypes
-from neoxconv.core.encoding import Bound, Encoding, Part, Scaled, Settled
+from neoxconv.core.encoding import Bound, Encoding, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F32, Array, Bytes, DType, Floats
-from neoxconv.quant.scaled.groups import ROWS, TENSOR
+from neoxconv.quant.scaled.groups import RowGroups, TensorGroup
 
 if TYPE_CHECKING:
     from neoxconv.quant.scaled.float8_kernels import Limits
 
-SMALLEST = -24  # the power of two that is float16's smallest number
+_SMALLEST = -24  # the power of two that is float16's smallest number
 
 
 @dataclass(frozen=True)
-class Form:
+class Float8Form:
     """A form of float8: sign, exponent and mantissa, in this order; subnormals as IEEE 754 has them."""
 
     dtype: DType
@@ -59,7 +59,7 @@ class Form:
     @property
     def scaled_bound(self) -> Bound:
         """The same of what is scaled, by twice the largest weight over the largest number at most."""
-        return Bound(self.bound.part, "weight", f"{self.smallest / self.largest:.2g} of the largest")
+        return Bound(self.bound.share, "weight", f"{self.smallest / self.largest:.2g} of the largest")
 
     @property
     def smallest(self) -> float:
@@ -68,7 +68,7 @@ class Form:
 
 
 @cache
-def table(form: Form) -> Floats:
+def table(form: Float8Form) -> Floats:
     """The values of the 256 codes; above the largest come infinity, where the mantissa is 0, and NaN."""
     code = np.arange(128)
     exponent, mantissa = code >> form.mantissa, code & ((1 << form.mantissa) - 1)
@@ -79,21 +79,23 @@ def table(form: Form) -> Floats:
 
 
 @cache
-def limits(form: Form) -> Limits:
-    """What the kernels know about `form`.
+def limits(form: Float8Form) -> Limits:
+    """What the kernels know about `form`."""
+    from neoxconv.quant.scaled.float8_kernels import Limits
 
-    unit: codes in a power of two; lift: how far above a number lies the power of two whose float32 steps are its steps
-    here; back: the code that float32's exponents are ahead by; normal, over: the bits of the smallest normal number and
-    of the power of two above the largest number; top: the code of the largest.
-    """
-    unit, lift, first = 1 << form.mantissa, 23 - form.mantissa, 128 - form.bias  # first: normal exponent, in float32
+    unit, first = 1 << form.mantissa, 128 - form.bias  # first: the smallest normal number's exponent, in float32
     over = 127 + math.frexp(form.largest)[1]
-    numbers = (unit, lift, first * unit, first << 23, over << 23, form.largest_code)
-    a, b, c, d, e, f = map(np.uint32, numbers)
-    return a, b, c, d, e, f
+    return Limits(
+        unit=np.uint32(unit),
+        lift=np.uint32(23 - form.mantissa),
+        exponent_gap=np.uint32(first * unit),
+        normal=np.uint32(first << 23),
+        over=np.uint32(over << 23),
+        top=np.uint32(form.largest_code),
+    )
 
 
-def encode(form: Form, rows: Floats) -> Bytes:
+def encode(form: Float8Form, rows: Floats) -> Bytes:
     """The codes of float32 numbers; a NaN becomes 0x7F or 0xFF."""
     from neoxconv.quant.scaled.float8_kernels import narrow
 
@@ -102,41 +104,41 @@ def encode(form: Form, rows: Floats) -> Bytes:
     return codes.reshape(rows.shape)
 
 
-def decode(form: Form, codes: Bytes) -> Floats:
+def decode(form: Float8Form, codes: Bytes) -> Floats:
     """The values of codes in float32, exact."""
     return table(form)[codes]
 
 
-def wrong(form: Form, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]:
+def wrong(form: Float8Form, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]:
     """True where the stored code is not that of the correctly rounded number; any NaN stands for any other."""
     differs = np.asarray(encode(form, rows) != stored)
     return differs & ~(np.isnan(rows) & np.isnan(decode(form, stored)))
 
 
-def scales(form: Form, sizes: Floats) -> Floats:
+def weight_scales(form: Float8Form, sizes: Floats) -> Floats:
     """The scales of groups by their largest weights; 1 for groups of zeros, and none that float16 does not have."""
     fraction, power = np.frexp(sizes.astype(np.float64) / form.largest)
     power = np.where(fraction == 0.5, power - 1, power)  # already a power of two
-    return np.where(sizes > 0, np.ldexp(np.float32(1), np.maximum(power, SMALLEST)), np.float32(1)).astype(np.float32)
+    return np.where(sizes > 0, np.ldexp(np.float32(1), np.maximum(power, _SMALLEST)), np.float32(1)).astype(np.float32)
 
 
-def settle(form: Form, sizes: Floats) -> Settled:
-    """What the largest number of the form stands for in each group."""
-    tops = scales(form, sizes) * np.float32(form.largest)
-    return Settled(tops, tops, np.zeros_like(tops))
+def scales(form: Float8Form, sizes: Floats) -> Scales:
+    """What the largest number of the form stands for in each group [groups]: 1 is that number here."""
+    tops = weight_scales(form, sizes) * np.float32(form.largest)
+    return Scales(tops, tops, np.zeros_like(tops))
 
 
-def encode_scaled(form: Form, rows: Floats, sizes: Floats) -> Bytes:
+def _encode_scaled(form: Float8Form, rows: Floats, sizes: Floats) -> Bytes:
     """Rows [n, columns] as codes: sizes [n] or [1]."""
     from neoxconv.quant.scaled.float8_kernels import divide
 
     codes = np.empty(rows.shape, np.uint8)
-    divisors = np.ascontiguousarray(np.broadcast_to(scales(form, sizes), len(rows)))
+    divisors = np.ascontiguousarray(np.broadcast_to(weight_scales(form, sizes), len(rows)))
     divide(np.ascontiguousarray(rows, np.float32), divisors, limits(form), codes)
     return codes
 
 
-def parts(form: Form, by_row: bool, tensor: LazyTensor) -> tuple[Part, ...]:
+def parts(form: Float8Form, by_row: bool, tensor: LazyTensor) -> tuple[Part, ...]:
     """The stored tensors of a weight."""
     return (
         Part("weight", form.dtype, tensor.shape),
@@ -144,12 +146,12 @@ def parts(form: Form, by_row: bool, tensor: LazyTensor) -> tuple[Part, ...]:
     )
 
 
-def finish(form: Form, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
+def finish(form: Float8Form, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
     """The bytes of the scales."""
-    return (scales(form, sizes).tobytes(),)
+    return (weight_scales(form, sizes).tobytes(),)
 
 
-def decode_scaled(form: Form, by_row: bool, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
+def _decode_scaled(form: Float8Form, by_row: bool, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows."""
     scale = stored["weight_scale"]
 
@@ -160,43 +162,42 @@ def decode_scaled(form: Form, by_row: bool, stored: Mapping[str, LazyTensor], sh
     return read
 
 
-def nearest(form: Form, parts: Floats) -> Floats:
-    """The nearest numbers, as parts of the largest."""
-    return decode(form, encode(form, parts * np.float32(form.largest))) / np.float32(form.largest)
+def _nearest(form: Float8Form, shares: Floats) -> Floats:
+    """The nearest numbers, as shares of the largest."""
+    return decode(form, encode(form, shares * np.float32(form.largest))) / np.float32(form.largest)
 
 
-def encoding(form: Form) -> Encoding:
+def encoding(form: Float8Form) -> Encoding:
     """The row of the table of encodings for numbers on their own."""
     return Encoding(
-        form.dtype.name,
-        form.dtype,
-        partial(encode, form),
-        partial(decode, form),
-        partial(wrong, form),
+        name=form.dtype.name,
+        dtype=form.dtype,
+        encode=partial(encode, form),
+        decode=partial(decode, form),
+        wrong=partial(wrong, form),
         limit=form.limit,
         bound=form.bound,
     )
 
 
-def scaled(form: Form, name: str, by_row: bool) -> Scaled:
+def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
     """The row for numbers with scales."""
     return Scaled(
-        name,
-        DType(name, 1, 1, np.dtype("<f4")),
-        ROWS if by_row else TENSOR,
-        partial(parts, form, by_row),
-        partial(encode_scaled, form),
-        partial(finish, form),
-        partial(decode_scaled, form, by_row),
-        partial(nearest, form),
-        partial(settle, form),
-        form.scaled_bound,
-        whole=not by_row,
+        name=name,
+        dtype=DType(name, 1, 1, np.dtype("<f4")),
+        groups=RowGroups() if by_row else TensorGroup(),
+        parts=partial(parts, form, by_row),
+        encode=partial(_encode_scaled, form),
+        finish=partial(finish, form),
+        decode=partial(_decode_scaled, form, by_row),
+        nearest=partial(_nearest, form),
+        scales=partial(scales, form),
+        bound=form.scaled_bound,
     )
 
 
-FORM_E4M3 = Form(dtypes.F8_E4M3, 3, 7, 448.0)
-FORM_E5M2 = Form(dtypes.F8_E5M2, 2, 15, 57344.0)
+FORM_E4M3 = Float8Form(dtypes.F8_E4M3, mantissa=3, bias=7, largest=448.0)
+FORM_E5M2 = Float8Form(dtypes.F8_E5M2, mantissa=2, bias=15, largest=57344.0)
 E4M3, E5M2 = encoding(FORM_E4M3), encoding(FORM_E5M2)
 E4M3_CHANNEL, E4M3_TENSOR = (scaled(FORM_E4M3, f"E4M3_{by}", by == "CHANNEL") for by in ("CHANNEL", "TENSOR"))
 E5M2_CHANNEL, E5M2_TENSOR = (scaled(FORM_E5M2, f"E5M2_{by}", by == "CHANNEL") for by in ("CHANNEL", "TENSOR"))

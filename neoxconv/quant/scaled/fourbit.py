@@ -22,21 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv.core.encoding import Bound, Part, Scaled, Settled
+from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F32, TORCH_NAMES, U8, Array, Bytes, DType, Floats
-from neoxconv.quant.scaled import groups
+from neoxconv.quant.scaled.groups import BlockGroups, largest, whole_blocks
 
 BLOCK, NESTED = 64, 256
+_GROUPS = BlockGroups(BLOCK)
 STATE = "weight.quant_state.bitsandbytes__"  # and the kind
-LONGEST = 24  # characters of a float32 in JSON
-CHUNK = 4096 * NESTED  # scales that are nested at a time
-STEPS = 65536  # bitsandbytes looks the nearest number of a nested table up on a grid of so many points
+_LONGEST = 24  # characters of a float32 in JSON
+_CHUNK = 4096 * NESTED  # scales that are nested at a time
+_STEPS = 65536  # bitsandbytes looks the nearest number of a nested table up on a grid of so many points
 WIDEST = 0.0142  # the largest distance of two neighbours in the nested table: a step that rounding may decide
 
 
 @dataclass(frozen=True)
-class Form:
+class _FourBitForm:
     """A table of 16 numbers from -1 to 1, with or without double quantization of the blocks' scales."""
 
     kind: str
@@ -45,7 +46,7 @@ class Form:
 
     @property
     def name(self) -> str:
-        return self.kind.upper() + "_DQ" * self.double
+        return f"{self.kind.upper()}_DQ" if self.double else self.kind.upper()
 
     @property
     def values(self) -> Floats:
@@ -61,6 +62,12 @@ class Form:
         """The numbers halfway between neighbours."""
         rising = self.values[self.order]
         return (rising[:-1] + rising[1:]) / np.float32(2)
+
+    @property
+    def bound(self) -> Bound:
+        """Half the widest gap in the table; double quantization rounds the block's largest, too."""
+        widest = float(np.diff(self.values[self.order]).max())
+        return Bound(widest / 2, "block's largest", "more where that is rounded" if self.double else "")
 
     @property
     def state(self) -> str:
@@ -90,17 +97,17 @@ def linspace(start: float, stop: float, count: int) -> Floats:
 
 
 @cache
-def nested_codes() -> Bytes:
+def _nested_codes() -> Bytes:
     """The code of the table's number that is nearest to each point of the grid; the lower where two are as near."""
     table = nested_table()
-    points = np.arange(STEPS, dtype=np.float32) * np.float32(2) / np.float32(STEPS - 1) - np.float32(1)
+    points = np.arange(_STEPS, dtype=np.float32) * np.float32(2) / np.float32(_STEPS - 1) - np.float32(1)
     above = np.clip(np.searchsorted(table, points), 1, len(table) - 1)
     nearer = np.abs(table[above] - points) < np.abs(points - table[above - 1])
     return np.where(nearer, above, above - 1).astype(np.uint8)
 
 
 @dataclass(frozen=True)
-class Nested:
+class _Nested:
     """Scales quantized: codes [n], the largest of every 256 after the mean is taken away, and the mean."""
 
     codes: Bytes
@@ -110,38 +117,38 @@ class Nested:
     @property
     def scales(self) -> Floats:
         """The scales [n] as they are read back."""
-        return unnest(self.codes, nested_table(), np.repeat(self.sizes, NESTED)[: len(self.codes)], self.mean)
+        return _unnest(self.codes, nested_table(), np.repeat(self.sizes, NESTED)[: len(self.codes)], self.mean)
 
 
-def nest(scales: Floats) -> Nested:
+def _nest(scales: Floats) -> _Nested:
     """The scales of a tensor's blocks, quantized to 8 bits."""
     from neoxconv.quant.scaled.kernels import mean
 
     codes, sizes = np.empty(len(scales), np.uint8), np.empty(-(-len(scales) // NESTED), np.float32)
     with np.errstate(all="ignore"):  # what is not finite is refused when all is written, unless it is wanted
         middle = np.float32(mean(scales))
-        for start in range(0, len(scales), CHUNK):
-            nested = groups.whole_blocks(scales[start : start + CHUNK] - middle, NESTED)
-            found = groups.sizes(nested)
+        for start in range(0, len(scales), _CHUNK):
+            nested = whole_blocks(scales[start : start + _CHUNK] - middle, NESTED)
+            found = largest(nested)
             inverse = np.divide(np.float32(1), found, out=np.zeros_like(found), where=found > 0)
             points = np.nan_to_num(np.clip(nested * inverse[:, None], -1, 1)) + np.float32(1)
-            nearest = nested_codes()[(points * np.float32((STEPS - 1) / 2) + np.float32(0.5)).astype(np.int32)]
+            nearest = _nested_codes()[(points * np.float32((_STEPS - 1) / 2) + np.float32(0.5)).astype(np.int32)]
             nearest[found == 0] = 0
-            codes[start : start + CHUNK] = nearest.reshape(-1)[: len(scales) - start]
+            codes[start : start + _CHUNK] = nearest.reshape(-1)[: len(scales) - start]
             sizes[start // NESTED : start // NESTED + len(found)] = found
-    return Nested(codes, sizes, middle)
+    return _Nested(codes, sizes, middle)
 
 
-def unnest(codes: Bytes, table: Floats, sizes: Floats, mean: np.float32) -> Floats:
+def _unnest(codes: Bytes, table: Floats, sizes: Floats, mean: np.float32) -> Floats:
     """Scales [n] of codes [n] of a table [256] with the size of each one's group [n]."""
     return np.asarray(table[codes] * sizes + mean, np.float32)
 
 
-def encode(form: Form, rows: Floats, sizes: Floats) -> Bytes:
+def encode(form: _FourBitForm, rows: Floats, sizes: Floats) -> Bytes:
     """Rows [n, columns] as bytes of two codes, flat; sizes [blocks] are the largest |w| of each block."""
     from neoxconv.quant.scaled.kernels import nearest_codes
 
-    blocks = groups.whole_blocks(rows, BLOCK)
+    blocks = whole_blocks(rows, BLOCK)
     packed = np.empty((len(blocks), BLOCK // 2), np.uint8)
     nearest_codes(blocks, sizes, form.middles, form.order, packed)
     if left := rows.size % BLOCK:  # bitsandbytes divides a last, shorter block, and multiplies the others
@@ -151,11 +158,11 @@ def encode(form: Form, rows: Floats, sizes: Floats) -> Bytes:
     return packed.reshape(-1)
 
 
-def parts(form: Form, tensor: LazyTensor) -> tuple[Part, ...]:
+def parts(form: _FourBitForm, tensor: LazyTensor) -> tuple[Part, ...]:
     """The stored tensors of a weight."""
     count = math.prod(tensor.shape)
     blocks = -(-count // BLOCK)
-    text = len(state(form, tensor, 0.0)) + LONGEST * form.double
+    text = len(state(form, tensor, 0.0)) + (_LONGEST if form.double else 0)
     nested = (
         Part("weight.nested_absmax", F32, (-(-blocks // NESTED),)),
         Part("weight.nested_quant_map", F32, (len(nested_table()),)),
@@ -169,7 +176,7 @@ def parts(form: Form, tensor: LazyTensor) -> tuple[Part, ...]:
     )
 
 
-def state(form: Form, tensor: LazyTensor, mean: float) -> bytes:
+def state(form: _FourBitForm, tensor: LazyTensor, mean: float) -> bytes:
     """What bitsandbytes keeps besides the tensors, as it spells it."""
     facts: dict[str, Any] = {
         "quant_type": form.kind,
@@ -182,37 +189,37 @@ def state(form: Form, tensor: LazyTensor, mean: float) -> bytes:
     return json.dumps(facts).encode()
 
 
-def finish(form: Form, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
+def finish(form: _FourBitForm, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
     """The bytes of all parts but the codes."""
     if math.prod(tensor.shape) % BLOCK:
         sizes = np.concatenate([sizes[:-1], np.maximum(sizes[-1:], np.float32(1e-38))])
     table = form.values.tobytes()
     if not form.double:
         return sizes.tobytes(), table, state(form, tensor, 0.0)
-    found = nest(sizes)
+    found = _nest(sizes)
     last = state(form, tensor, float(found.mean))
     return found.codes.tobytes(), table, found.sizes.tobytes(), nested_table().tobytes(), last
 
 
-def decode(form: Form, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
+def decode(form: _FourBitForm, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows; bitsandbytes rounds them to the state's dtype when it is done."""
     columns, count = math.prod(shape[1:]), math.prod(shape)
-    scales = scales_of(form, stored)
+    absmax = _absmax_of(form, stored)
 
     def read(start: int, stop: int) -> Array:
-        span = groups.blocks(BLOCK).span(start, stop, columns)
-        first, last = span.start * BLOCK, min(span.stop * BLOCK, count)
+        touched = _GROUPS.groups_of(start, stop, columns)
+        first, last = touched.start * BLOCK, min(touched.stop * BLOCK, count)
         table = stored["weight.quant_map"].floats(0, 16)
         pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # of each byte
         codes = stored["weight"].read(first // 2, -(-last // 2)).reshape(-1)
-        values = groups.whole_blocks(pairs[codes].reshape(-1)[: last - first], BLOCK)
-        values = (values * scales(span.start, span.stop)[:, None]).reshape(-1)
+        values = whole_blocks(pairs[codes].reshape(-1)[: last - first], BLOCK)
+        values = (values * absmax(touched.start, touched.stop)[:, None]).reshape(-1)
         return values[start * columns - first : stop * columns - first].reshape(stop - start, *shape[1:])
 
     return read
 
 
-def scales_of(form: Form, stored: Mapping[str, LazyTensor]) -> Read:
+def _absmax_of(form: _FourBitForm, stored: Mapping[str, LazyTensor]) -> Read:
     """A reader of the blocks' scales, float32."""
     absmax = stored["weight.absmax"]
     if not form.double:
@@ -223,7 +230,7 @@ def scales_of(form: Form, stored: Mapping[str, LazyTensor]) -> Read:
         nested = stored["weight.nested_absmax"].floats(start // NESTED, -(-stop // NESTED))
         skipped = start % NESTED
         sizes = np.repeat(nested, NESTED)[skipped : skipped + stop - start]
-        return unnest(absmax.read(start, stop), stored["weight.nested_quant_map"].floats(0, 256), sizes, mean)
+        return _unnest(absmax.read(start, stop), stored["weight.nested_quant_map"].floats(0, 256), sizes, mean)
 
     return read
 
@@ -233,38 +240,34 @@ def read_state(part: LazyTensor) -> Any:
     return json.loads(part.read(0, part.rows).tobytes().decode())
 
 
-def settle(form: Form, sizes: Floats) -> Settled:
+def scales(form: _FourBitForm, sizes: Floats) -> Scales:
     """The sizes before and after double quantization, which may be off by a step of the nested table: a mean that is
     summed in another order decides."""
     if not form.double:
-        return Settled(sizes, sizes, np.zeros_like(sizes))
-    found = nest(sizes)
-    return Settled(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
+        return Scales(sizes, sizes, np.zeros_like(sizes))
+    found = _nest(sizes)
+    return Scales(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
 
 
-def nearest(form: Form, parts: Floats) -> Floats:
+def _nearest(form: _FourBitForm, shares: Floats) -> Floats:
     """The numbers of the table that are nearest."""
-    return form.values[form.order][np.searchsorted(form.middles, parts)]
+    return form.values[form.order][np.searchsorted(form.middles, shares)]
 
 
-def scaled(form: Form) -> Scaled:
+def scaled(form: _FourBitForm) -> Scaled:
     """The row of the table of encodings for `form`."""
     return Scaled(
-        form.name,
-        DType(form.name, BLOCK, 33 if form.double else 36, np.dtype("<f4")),
-        groups.blocks(BLOCK),
-        partial(parts, form),
-        partial(encode, form),
-        partial(finish, form),
-        partial(decode, form),
-        partial(nearest, form),
-        partial(settle, form),
-        Bound(
-            float(np.diff(form.values[form.order]).max() / 2),
-            "block's largest",
-            "more where that is rounded" * form.double,
-        ),
-        lambda native: native,
+        name=form.name,
+        dtype=DType(form.name, BLOCK, 33 if form.double else 36, np.dtype("<f4")),
+        groups=_GROUPS,
+        parts=partial(parts, form),
+        encode=partial(encode, form),
+        finish=partial(finish, form),
+        decode=partial(decode, form),
+        nearest=partial(_nearest, form),
+        scales=partial(scales, form),
+        bound=form.bound,
+        rounded=lambda native: native,
     )
 
 
@@ -276,7 +279,7 @@ NF4_TABLE = (
 FP4_TABLE = tuple(sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 
 NF4, NF4_DQ, FP4, FP4_DQ = (
-    scaled(Form(kind, table, double))
+    scaled(_FourBitForm(kind, table, double))
     for kind, table in (("nf4", NF4_TABLE), ("fp4", FP4_TABLE))
     for double in (False, True)
 )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from neoxconv.core.encoding import Grain
 from neoxconv.dtypes import Floats
 
 
-def sizes(groups: Floats) -> Floats:
+def largest(groups: Floats) -> Floats:
     """The largest magnitude of every row of [n, k]; a NaN is larger than anything."""
-    from neoxconv.quant.scaled.kernels import largest
+    from neoxconv.quant.scaled import kernels
 
     found = np.empty(len(groups), np.float32)
-    largest(np.ascontiguousarray(groups, np.float32).view(np.uint32), found.view(np.uint32))
+    kernels.largest(np.ascontiguousarray(groups, np.float32).view(np.uint32), found.view(np.uint32))
     return found
 
 
@@ -27,22 +27,59 @@ def whole_blocks(values: Floats, block: int) -> Floats:
     return flat.reshape(-1, block)
 
 
-def blocks(block: int) -> Grain:
+@dataclass(frozen=True)
+class BlockGroups:
     """Every `block` numbers of the tensor in their order, whatever its rows; the last may have less."""
-    return Grain(
-        lambda columns: block // math.gcd(block, columns),
-        lambda rows: sizes(whole_blocks(rows, block)),
-        lambda start, stop, columns: slice(start * columns // block, -(-stop * columns // block)),
-        lambda groups, shape: np.repeat(groups, block)[: math.prod(shape)].reshape(shape),
-    )
+
+    block: int
+    whole: bool = False
+
+    def rows_per_whole_group(self, columns: int) -> int:
+        return self.block // math.gcd(self.block, columns)
+
+    def largest(self, rows: Floats) -> Floats:
+        return largest(whole_blocks(rows, self.block))
+
+    def groups_of(self, start: int, stop: int, columns: int) -> slice:
+        return slice(start * columns // self.block, -(-stop * columns // self.block))
+
+    def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
+        return np.repeat(values, self.block)[: math.prod(shape)].reshape(shape)
 
 
-def by_row(groups: Floats, shape: tuple[int, ...]) -> Floats:
-    """A number for each row, or one for all."""
-    return np.broadcast_to(groups[:, None], shape)
+@dataclass(frozen=True)
+class RowGroups:
+    """Each row."""
+
+    whole: bool = False
+
+    def rows_per_whole_group(self, columns: int) -> int:
+        return 1
+
+    def largest(self, rows: Floats) -> Floats:
+        return largest(rows)
+
+    def groups_of(self, start: int, stop: int, columns: int) -> slice:
+        return slice(start, stop)
+
+    def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
+        return np.broadcast_to(values[:, None], shape)
 
 
-ROWS = Grain(lambda columns: 1, sizes, lambda start, stop, columns: slice(start, stop), by_row)
-TENSOR = Grain(
-    lambda columns: 1, lambda rows: sizes(rows.reshape(1, -1)), lambda start, stop, columns: slice(None), by_row
-)
+@dataclass(frozen=True)
+class TensorGroup:
+    """All rows. `largest` is that of the rows given, and the tensor's is the largest of all of these."""
+
+    whole: bool = True
+
+    def rows_per_whole_group(self, columns: int) -> int:
+        return 1
+
+    def largest(self, rows: Floats) -> Floats:
+        return largest(rows.reshape(1, -1))
+
+    def groups_of(self, start: int, stop: int, columns: int) -> slice:
+        return slice(0, 1)
+
+    def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
+        return np.broadcast_to(values[:, None], shape)

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from neoxconv.core.encoding import Bound, Part, Scaled, Settled
+from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F16, F32, I8, U8, Array, DType, Floats
-from neoxconv.quant.scaled.groups import ROWS
+from neoxconv.quant.scaled.groups import RowGroups
 
-LEVELS = 127
+_LEVELS = 127
 FORMAT = "weight_format"
 
 
@@ -47,22 +47,32 @@ def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows. The product is rounded once, so that a code of 127 gives the row's largest weight."""
 
     def read(start: int, stop: int) -> Array:
-        scales = stored["SCB"].floats(start, stop).astype(np.float64) / LEVELS
-        return (stored["weight"].read(start, stop) * scales[:, None]).astype(np.float32)
+        steps = stored["SCB"].floats(start, stop).astype(np.float64) / _LEVELS
+        return (stored["weight"].read(start, stop) * steps[:, None]).astype(np.float32)
 
     return read
 
 
-def nearest(parts: Floats) -> Floats:
+def _nearest(shares: Floats) -> Floats:
     """The nearest multiples of a 127th."""
-    return np.asarray(np.rint(parts * np.float32(LEVELS)) / np.float32(LEVELS), np.float32)
+    return np.asarray(np.rint(shares * np.float32(_LEVELS)) / np.float32(_LEVELS), np.float32)
 
 
-def settle(sizes: Floats) -> Settled:
+def scales(sizes: Floats) -> Scales:
     """A code of 127 stands for the largest weight."""
-    return Settled(sizes, sizes, np.zeros_like(sizes))
+    return Scales(sizes, sizes, np.zeros_like(sizes))
 
 
-DTYPE = DType("INT8", 1, 1, np.dtype("<f4"))
-BOUND = Bound(0.5 / LEVELS, "row's largest")
-INT8 = Scaled("INT8", DTYPE, ROWS, parts, encode, finish, decode, nearest, settle, BOUND, lambda native: F16)
+INT8 = Scaled(
+    name="INT8",
+    dtype=DType("INT8", 1, 1, np.dtype("<f4")),
+    groups=RowGroups(),
+    parts=parts,
+    encode=encode,
+    finish=finish,
+    decode=decode,
+    nearest=_nearest,
+    scales=scales,
+    bound=Bound(0.5 / _LEVELS, "row's largest"),
+    rounded=lambda native: F16,
+)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.kernels import ONE, ZERO, f32, i32, kernel, u8, u32
 
 SIZE = u32(0x7FFFFFFF)  # the bits of a float32 without its sign
-ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
-TINY = f32(1e-38)  # what bitsandbytes takes for the largest weight of a block of zeros
-LANES = 8  # float32 in a register: how torch adds up on every x86 CPU
+_ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
+_TINY = f32(1e-38)  # what bitsandbytes takes for the largest weight of a block of zeros
+_LANES = 8  # float32 in a register: how torch adds up on every x86 CPU
 
 
 @kernel
@@ -35,7 +34,7 @@ def nearest_codes(blocks: Floats, sizes: Floats, middles: Floats, order: Bytes, 
     count, width = blocks.shape
     ranks = np.empty(width, np.int32)
     for b in range(count):
-        inverse = ONE / max(sizes[b], TINY)
+        inverse = ONE / max(sizes[b], _TINY)
         row, out = blocks[b], packed[b]
         for i in range(row.size):
             scaled = row[i] * inverse
@@ -54,12 +53,12 @@ def whole_steps(rows: Floats, sizes: Floats, codes: npt.NDArray[np.int8]) -> Non
         inverse = f32(ONE / sizes[r]) * f32(127) if sizes[r] > ZERO else ZERO  # torch: 127 / x is (1 / x) * 127
         row, out = rows[r], codes[r]
         for i in range(row.size):
-            out[i] = np.int8(i32(f32(f32(row[i] * inverse) + ROUNDER) - ROUNDER))
+            out[i] = np.int8(i32(f32(f32(row[i] * inverse) + _ROUNDER) - _ROUNDER))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def lane_sums(values: Floats) -> Floats:
-    """The sums of every column of [n, k], in the order in which torch's cascade_sum adds rows.
+@kernel
+def _lane_sums(values: Floats) -> Floats:
+    """The sums of every column of [n, k], in the order in which torch's `multi_row_sum` (SumKernel.cpp) adds rows.
 
     Rows are added to one accumulator; when it has `step` of them it is added to the next of four, and so on.
     """
@@ -80,8 +79,8 @@ def lane_sums(values: Floats) -> Floats:
             for k in range(width):
                 levels[level, k] += levels[level - 1, k]
                 levels[level - 1, k] = ZERO
-            if i & ((step - 1) << (level * power)):
-                break
+            if i % (step ** (level + 1)):
+                break  # this accumulator does not have `step` of the one before it yet
     while i < count:
         for k in range(width):
             levels[0, k] += values[i, k]
@@ -93,33 +92,34 @@ def lane_sums(values: Floats) -> Floats:
     return totals
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel
 def mean(values: Floats) -> np.float32:
-    """The mean of float32 numbers as torch gives it on one thread of an x86 CPU, bit for bit (SumKernel.cpp).
+    """The mean of float32 numbers as torch gives it on one thread of an x86 CPU, bit for bit.
 
+    As `vectorized_inner_sum` and, below a register, `scalar_inner_sum` do (aten/src/ATen/native/cpu/SumKernel.cpp).
     Four registers of eight lanes are summed side by side, then the registers, the rest of them, the rest, the lanes;
     of less than one register four numbers side by side, then the rest.
     """
-    if values.size < LANES:
+    if values.size < _LANES:
         total = values[0]
         for i in range(4, values.size):
             total += values[i]
         for i in range(1, min(4, values.size)):
             total += values[i]
         return f32(total / f32(values.size))
-    registers = values.size // LANES
+    registers = values.size // _LANES
     quads = registers // 4
-    sums = lane_sums(values[: quads * 4 * LANES].reshape(quads, 4 * LANES))
-    lanes = sums[:LANES].copy()
+    sums = _lane_sums(values[: quads * 4 * _LANES].reshape(quads, 4 * _LANES))
+    lanes = sums[:_LANES].copy()
     for register in range(quads * 4, registers):
-        for k in range(LANES):
-            lanes[k] += values[register * LANES + k]
+        for k in range(_LANES):
+            lanes[k] += values[register * _LANES + k]
     for quarter in range(1, 4):
-        for k in range(LANES):
-            lanes[k] += sums[quarter * LANES + k]
+        for k in range(_LANES):
+            lanes[k] += sums[quarter * _LANES + k]
     total = ZERO
-    for i in range(registers * LANES, values.size):
+    for i in range(registers * _LANES, values.size):
         total += values[i]
-    for k in range(LANES):
+    for k in range(_LANES):
         total += lanes[k]
     return f32(total / f32(values.size))

@@ -16,21 +16,23 @@ from torch import Tensor
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Doubles, Numbers
 from neoxconv.errors import VerifyError
-from neoxconv.verify.logits.metrics import Comparison, Figures, Running, figures
+from neoxconv.verify.logits.metrics import Comparison, Figures, Softmax, figures
 from neoxconv.verify.logits.stream import Side, running, side
 
-WORDS = 1024  # logits compared at a time
-SIZES = ("layers", "hidden", "heads", "ff", "rows")
-WORST = 10
-# A layer breaks whose own error is this many times the usual one before it (of the first layer: after it), is large in
-# itself, and near the largest.
-OWN, FIRST, CLEAR, SHARE = 8.0, 3.0, 1e-4, 0.3
+_WORDS = 1024  # logits compared at a time
+_SIZES = ("layers", "hidden", "heads", "ff", "rows")
+_WORST = 10
+# When a layer's own error stands out. Where these numbers are from: docs/verification.md, "Thresholds".
+_OVER_EARLIER = 8.0  # times the median own error of all before it
+_OVER_LATER = 3.0  # of layer 0, which has only the embedding before it: times that of the layers after it
+_LEAST = 1e-4  # the error is large in itself,
+_NEAR_LARGEST = 0.3  # and not less than this share of the largest
 
 Logits = Callable[[int, int], Tensor]  # for words from start to stop, [batch, time, words]
 
 
 @dataclass(frozen=True)
-class LayerError:
+class _LayerError:
     """How far the residual stream is from the reference's after a layer (-1: the embedding)."""
 
     layer: int
@@ -55,7 +57,7 @@ class Predictions:
 
     engine: str
     tokens: Numbers
-    layers: tuple[LayerError, ...]
+    layers: tuple[_LayerError, ...]
     figures: Figures
     divergences: Doubles
     worst: tuple[Position, ...]
@@ -63,20 +65,8 @@ class Predictions:
     @property
     def broken(self) -> int | None:
         """The first layer whose own error stands out, else the embedding (-1) if its does; None where none does."""
-        errors = np.array([layer.error for layer in self.layers])
-        if not np.isfinite(errors).all():
-            return self.layers[int(np.argmin(np.isfinite(errors)))].layer
-        squares = errors**2
-        own = np.sqrt(np.maximum(np.diff(squares, prepend=0), 0))
-        if not own.size:
-            return None
-        large = np.maximum(SHARE * own.max(), CLEAR)
-        later = float(np.median(own[2:])) if len(own) > 2 else 0.0
-        usual = [FIRST / OWN * later, *(float(np.median(own[:at])) for at in range(2, len(own)))]
-        for at, expected in enumerate(usual, 1):
-            if own[at] > max(OWN * expected, large):
-                return self.layers[at].layer
-        return -1 if own[0] > max(OWN * float(np.median(own[1:])), large) else None
+        place = first_broken(np.array([layer.error for layer in self.layers]))
+        return None if place is None else self.layers[place].layer
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -88,6 +78,32 @@ class Predictions:
             "layers": [asdict(layer) for layer in self.layers],
             **asdict(self.figures),
         }
+
+
+def first_broken(errors: Doubles) -> int | None:
+    """Which of the errors [embedding, layers ...] is the first whose own part stands out, the embedding's the last.
+
+    None where none does, and where there are no errors; an error that is not finite stands out always.
+    """
+    if not errors.size:
+        return None
+    if not np.isfinite(errors).all():
+        return int(np.argmin(np.isfinite(errors)))
+    own = _own_errors(errors)
+    found = own > np.maximum(_most_expected(own), max(_LEAST, _NEAR_LARGEST * own.max()))
+    return next((place for place in (*range(1, len(own)), 0) if found[place]), None)
+
+
+def _own_errors(errors: Doubles) -> Doubles:
+    """What each layer adds to the stream's errors [embedding, layers ...], whose squares add up as if independent."""
+    return np.sqrt(np.maximum(np.diff(errors**2, prepend=0), 0))
+
+
+def _most_expected(own: Doubles) -> Doubles:
+    """The own error [embedding, layers ...] up to which each is like the others."""
+    embedding = _OVER_EARLIER * np.median(own[1:])
+    first = _OVER_LATER * np.median(own[2:]) if len(own) > 2 else 0.0
+    return np.array([embedding, first, *(_OVER_EARLIER * np.median(own[:at]) for at in range(2, len(own)))])
 
 
 def compare_predictions(
@@ -107,7 +123,9 @@ def compare_predictions(
     """
     following = np.full(tokens.shape, -1)
     following[:, :-1] = tokens[:, 1:]
-    layers, comparison = run_both(reference, candidate, (tokens, following), device, progress, logits)
+    layers, comparison = run_both(
+        reference, candidate, tokens, following, device=device, progress=progress, logits=logits
+    )
     found = figures(comparison)
     return Predictions(engine, tokens, layers, found, comparison.divergence, worst(comparison, tokens))
 
@@ -115,14 +133,20 @@ def compare_predictions(
 def run_both(
     reference: Checkpoint,
     candidate: Checkpoint,
-    text: tuple[Numbers, Numbers],
-    device: str,
-    progress: Callable[[int], None],
-    logits: Logits | None,
-) -> tuple[tuple[LayerError, ...], Comparison]:
-    """How far the streams are apart after every layer, and the predictions; `text`: tokens, what follows (-1: none)."""
+    tokens: Numbers,
+    following: Numbers,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+    logits: Logits | None = None,
+) -> tuple[tuple[_LayerError, ...], Comparison]:
+    """How far the streams are apart after every layer, and the predictions.
+
+    `tokens` and `following`, what comes after each (-1: nothing), are [batch, time]; the rest as for
+    `compare_predictions`, which says what is raised.
+    """
     check_sizes(reference, candidate)
-    with running(text[0], device) as (pool, ids):
+    with running(tokens, device) as (pool, ids):
         models = [reference] if logits else [reference, candidate]
         sides = [side(model, pool, device=device) for model in models]
         streams = [each.embed(ids) for each in sides]
@@ -134,14 +158,14 @@ def run_both(
             if not logits:
                 layers.append(layer_error(number, *streams))
         heads = [head(each, stream) for each, stream in zip(sides, streams, strict=True)]
-        comparison = compare_heads(text[1], reference.config.rows, heads[0], logits or heads[1], device)
+        comparison = _compare_heads(following, reference.config.rows, heads[0], logits or heads[1], device=device)
     progress(len(sides))
     return tuple(layers), comparison
 
 
 def check_sizes(reference: Checkpoint, candidate: Checkpoint) -> None:
     """Raise VerifyError where the models have other sizes."""
-    for size in SIZES:
+    for size in _SIZES:
         ours, theirs = getattr(reference.config, size), getattr(candidate.config, size)
         if ours != theirs:
             raise VerifyError(
@@ -150,12 +174,12 @@ def check_sizes(reference: Checkpoint, candidate: Checkpoint) -> None:
             )
 
 
-def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> LayerError:
+def layer_error(number: int, reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> _LayerError:
     """How far the streams are apart; of ranks with streams of their own, their means."""
     r, c = (sum(streams[1:], streams[0]) / len(streams) for streams in (reference, candidate))
     r, c = r.double(), c.double()
     cosine = (r * c).sum(-1) / (r.norm(dim=-1) * c.norm(dim=-1)).clamp_min(1e-300)
-    return LayerError(number, float((r - c).norm() / r.norm().clamp_min(1e-300)), float(cosine.mean()))
+    return _LayerError(number, float((r - c).norm() / r.norm().clamp_min(1e-300)), float(cosine.mean()))
 
 
 def head(model: Side, streams: list[Tensor]) -> Logits:
@@ -164,11 +188,11 @@ def head(model: Side, streams: list[Tensor]) -> Logits:
     return lambda start, stop: model.logits(normed, start, stop)
 
 
-def compare_heads(following: Numbers, rows: int, reference: Logits, candidate: Logits, device: str) -> Comparison:
-    """Both sides' logits, band by band; `following` [batch, time] are the right words."""
+def _compare_heads(following: Numbers, rows: int, reference: Logits, candidate: Logits, *, device: str) -> Comparison:
+    """Both sides' logits of `rows` words, band by band; `following` [batch, time] are the right ones."""
     comparison = Comparison(following.reshape(-1), device)
-    for start in range(0, rows, WORDS):
-        stop = min(start + WORDS, rows)
+    for start in range(0, rows, _WORDS):
+        stop = min(start + _WORDS, rows)
         bands = [logits(start, stop).reshape(-1, stop - start) for logits in (reference, candidate)]
         comparison.add(start, *bands)
     return comparison
@@ -185,11 +209,11 @@ def worst(comparison: Comparison, tokens: Numbers) -> tuple[Position, ...]:
             expected(comparison.reference, at),
             expected(comparison.candidate, at),
         )
-        for at in np.argsort(-divergence, kind="stable")[:WORST].tolist()
+        for at in np.argsort(-divergence, kind="stable")[:_WORST].tolist()
     )
 
 
-def expected(side: Running, at: int) -> tuple[tuple[int, float], ...]:
+def expected(side: Softmax, at: int) -> tuple[tuple[int, float], ...]:
     """The likeliest words at a position, with their probabilities."""
     shares = (side.values[at] - side.normaliser[at]).exp()
     return tuple(zip(side.words[at].tolist(), shares.tolist(), strict=True))

@@ -2,64 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import whole
-from neoxconv.storage.remote import Place
+from neoxconv.storage import Place
 from neoxconv.verify.logits.bisect import bisect
-from neoxconv.verify.logits.compare import Position, Predictions, check_sizes, compare_predictions
-from neoxconv.verify.logits.engines import ENGINES
-from neoxconv.verify.logits.limits import Limit, check, type_of
-from neoxconv.verify.logits.tokens import LENGTH, speller, tokens_for
+from neoxconv.verify.logits.child import program
+from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
+from neoxconv.verify.logits.limits import Limit, judged, type_of
+from neoxconv.verify.logits.tokens import speller, tokens_for
+from neoxconv.verify.logits.trial import Trial
 from neoxconv.verify.page.page import page
 from neoxconv.verify.report import Finding, Report, verdicts
 from neoxconv.verify.tasks.exam import examine
 from neoxconv.words import table
 
-LAYERS_SHOWN = 12
-CONTEXT = 40  # tokens shown before a position
+_LAYERS_SHOWN = 12
+_CONTEXT = 40  # tokens shown before a position
 
 
-def compare(
+def verify_logits(
     source: Checkpoint,
     candidate: Checkpoint,
+    trial: Trial,
+    *,
     target: Place,
-    before: Sequence[Report],
-    given: Mapping[str, Any],
-    progress: Callable[[int], None],
+    before: Sequence[Report] = (),
+    progress: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """The report of the third level; `before` are those of the others, `given` the options."""
-    tokens, text = tokens_for(source, given["text"], given["tokens"], given["length"] or LENGTH, given["sequences"])
+    """The report of the third level on `candidate`, which lies at `target`; `before` are those of the other levels.
+
+    `progress` is told of every layer of a side, and of the heads. Raises VerifyError where the two cannot be compared
+    or the engine dies, PlanError or CheckpointError where the trial cannot be done.
+    """
+    tokens, text = tokens_for(source, trial.sample)
     check_sizes(source, candidate)
-    engine, device = given["engine"], given["device"] or "cpu"
-    logits = ENGINES[engine](target, candidate, tokens) if engine != "native" else None
+    engine, device = trial.engine, trial.device
+    logits = _logits_of(engine, target, candidate, tokens)
     predictions = compare_predictions(
         source, candidate, tokens, device=device, progress=progress, engine=engine, logits=logits
     )
-    limits = check(predictions, source, candidate, given)
-    findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
-    if findings and predictions.broken is not None:
-        where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
-        findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
-    if given["bisect"] and findings and engine == "native":
-        suspect = bisect(source, candidate, predictions.broken, tokens, device)
+    limits = judged(predictions, source, candidate, trial.limits)
+    findings = _found_wrong(predictions, limits, target)
+    if trial.bisect and findings and engine == "native":
+        suspect = bisect(source, candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
     told = lines(predictions, limits)
-    if given["task"]:
-        exam = examine(source, candidate, target, given)
+    if trial.task:
+        exam = examine(source, candidate, trial.task, target=target, engine=engine, device=device)
         facts["task"] = asdict(exam)
         told.append(table("<<<", [(f"task on {exam.data}", "reference", "target"), *exam.rows]))
     checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine}"
     report = Report("logits", checked, tuple(findings), lines=tuple(told), facts=facts)
-    if given["html"]:
-        facts = page_facts(source, target, predictions, limits, (*before, report))
-        with whole(given["html"]) as partial:
-            partial.write_text(page({"text": text} | facts), "utf-8")
+    if trial.html:
+        shown = _page_facts(source, predictions, limits, target=target, reports=(*before, report))
+        with whole(trial.html) as partial:
+            partial.write_text(page({"text": text} | shown), "utf-8")
     return report
+
+
+def _logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:
+    """Another engine's logits of the target; None for the native engine, which makes them layer by layer."""
+    if engine == "native":
+        return None
+    with program(engine, target, candidate) as ask:
+        return ask(tokens)
+
+
+def _found_wrong(predictions: Predictions, limits: Sequence[Limit], target: Place) -> list[Finding]:
+    """The limits that do not hold; if any, also where it begins, as far as that stands out."""
+    findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
+    if findings and predictions.broken is not None:
+        where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
+        findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
+    return findings
 
 
 def lines(predictions: Predictions, limits: Sequence[Limit]) -> list[str]:
@@ -76,23 +97,28 @@ def lines(predictions: Predictions, limits: Sequence[Limit]) -> list[str]:
     ]
     result = [table("<<", rows)]
     if predictions.layers:
-        result.append(table("<>>", [("after", "relative error", "cosine"), *layer_rows(predictions)]))
+        result.append(table("<>>", [("after", "relative error", "cosine"), *_layer_rows(predictions)]))
     return result
 
 
-def layer_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
+def _layer_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
     """The layers' errors; of many layers some, the broken one and the last included."""
     layers = predictions.layers
-    step = max(1, len(layers) // LAYERS_SHOWN)
+    step = max(1, len(layers) // _LAYERS_SHOWN)
     shown = [x for i, x in enumerate(layers) if i % step == 0 or x is layers[-1] or x.layer == predictions.broken]
     names = {-1: "embedding"}
     return [(names.get(x.layer, f"layer {x.layer}"), f"{x.error:.3g}", f"{x.cosine:.9f}") for x in shown]
 
 
-def page_facts(
-    source: Checkpoint, target: Place, predictions: Predictions, limits: Sequence[Limit], reports: Sequence[Report]
+def _page_facts(
+    source: Checkpoint,
+    predictions: Predictions,
+    limits: Sequence[Limit],
+    *,
+    target: Place,
+    reports: Sequence[Report],
 ) -> dict[str, Any]:
-    """What the page shows, as plain values."""
+    """What the page shows, as plain values; `reports` are those of all levels."""
     f, spell = predictions.figures, speller(source)
     findings = [f"{report.level}: {finding}" for report in reports for finding in report.findings]
     return predictions.facts | {
@@ -107,20 +133,20 @@ def page_facts(
             for report in reports
             for tensor in report.tensors
         ],
-        "worst": [position_facts(position, predictions, spell) for position in predictions.worst],
+        "worst": [_position_facts(position, predictions, spell) for position in predictions.worst],
         "limits": [asdict(limit) | {"passed": limit.passed} for limit in limits],
         "findings": findings,
     }
 
 
-def position_facts(at: Position, predictions: Predictions, spell: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+def _position_facts(at: Position, predictions: Predictions, spell: Callable[[Sequence[int]], str]) -> dict[str, Any]:
     """A position in context: what comes before it, what follows, what each side expected."""
     row = predictions.tokens[at.sequence].tolist()
     return {
         "kl": at.divergence,
         "sequence": at.sequence,
         "position": at.position,
-        "before": spell(row[max(0, at.position - CONTEXT) : at.position + 1]),
+        "before": spell(row[max(0, at.position - _CONTEXT) : at.position + 1]),
         "token": spell(row[at.position + 1 : at.position + 2]),
         "reference": [[spell([word]), share] for word, share in at.reference],
         "candidate": [[spell([word]), share] for word, share in at.candidate],

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from neoxconv.dtypes import Doubles, Numbers
 
-TOP = 5
+_TOP = 5
 
 
-class Running:
-    """One side's logits over the words seen so far, for each position: all that a softmax needs, in float64.
+class Softmax:
+    """One side's logits over the words seen so far, for each position: all that their softmax needs, in float64.
 
     `right` [positions] is the next token, -1 for none.
     """
@@ -28,19 +28,19 @@ class Running:
         self.peak = torch.full_like(right, -torch.inf, dtype=torch.float64)
         self.total = torch.zeros_like(self.peak)
         self.chosen = torch.full_like(self.peak, torch.nan)  # the logit of the right word
-        self.values = self.peak[:, None].repeat(1, TOP)  # the largest logits, and their words
+        self.values = self.peak[:, None].repeat(1, _TOP)  # the largest logits, and their words
         self.words = torch.full_like(self.values, -1, dtype=torch.int64)
 
     def add(self, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Take words from `start` on; returns the factor by which earlier sums shrink, and exp(logits - peak)."""
-        best = logits.topk(min(TOP, logits.shape[1]))
+        best = logits.topk(min(_TOP, logits.shape[1]))
         peak = torch.maximum(self.peak, best.values[:, 0])
         shrink, powers = torch.exp(self.peak - peak), torch.exp(logits - peak[:, None])
         self.total, self.peak = self.total * shrink + powers.sum(1), peak
-        place = self.right - start
-        inside = (place >= 0) & (place < logits.shape[1])
-        self.chosen[inside] = logits[inside, place[inside]]
-        top = torch.cat([self.values, best.values], 1).topk(TOP)
+        column = self.right - start
+        inside = (column >= 0) & (column < logits.shape[1])
+        self.chosen[inside] = logits[inside, column[inside]]
+        top = torch.cat([self.values, best.values], 1).topk(_TOP)
         self.values = top.values
         self.words = torch.cat([self.words, best.indices + start], 1).gather(1, top.indices)
         return shrink, powers
@@ -61,7 +61,7 @@ class Comparison:
 
     def __init__(self, right: Numbers, device: str = "cpu") -> None:
         following = torch.from_numpy(right).to(device)
-        self.reference, self.candidate = Running(following), Running(following)
+        self.reference, self.candidate = Softmax(following), Softmax(following)
         self.difference = torch.zeros_like(self.reference.peak)  # sum of exp(r) * (r - c)
         self.largest = 0.0
 
@@ -87,7 +87,7 @@ def as_array(values: Tensor) -> Doubles:
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class _Perplexity:
     """exp of the mean negative log-probability of the right words, of both; their ratio and its standard error."""
 
     reference: float
@@ -108,7 +108,7 @@ class Figures:
     top1: float
     top5: float
     largest_difference: float
-    perplexity: Perplexity
+    perplexity: _Perplexity
     rms_probability: float
 
 
@@ -133,11 +133,11 @@ def figures(comparison: Comparison) -> Figures:
     )
 
 
-def perplexity(reference: Doubles, candidate: Doubles) -> Perplexity:
+def perplexity(reference: Doubles, candidate: Doubles) -> _Perplexity:
     """From the log-probabilities of the right words; the error is that of a mean of paired differences."""
     if not reference.size:
-        return Perplexity(1.0, 1.0, 1.0, 0.0)
+        return _Perplexity(1.0, 1.0, 1.0, 0.0)
     change = reference - candidate
     ratio = float(np.exp(change.mean()))
     error = float(change.std() / np.sqrt(max(1, change.size - 1)))
-    return Perplexity(float(np.exp(-reference.mean())), float(np.exp(-candidate.mean())), ratio, ratio * error)
+    return _Perplexity(float(np.exp(-reference.mean())), float(np.exp(-candidate.mean())), ratio, ratio * error)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neoxconv.arch.gpt_neox import forward
+from neoxconv.arch.forward import Forward, across_stages, forward_of
 from neoxconv.core.model import Checkpoint, ModelConfig
 from neoxconv.core.tensor import LazyTensor, band
 from neoxconv.dtypes import Floats, Numbers
@@ -24,24 +24,23 @@ from neoxconv.errors import PlanError
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import FIRST_LAYER
 from neoxconv.quant import floats
-from neoxconv.sources.naming import name_tensors
 
 SLAB = 16 << 20  # bytes of float32
-AHEAD = 2  # slabs
-READERS = 2  # threads
+_AHEAD = 2  # slabs
+_READERS = 2  # threads
 INSIDE = 256 << 20  # bytes that the inside of an MLP may take; 2730 tokens of the 20B model
-Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
+_Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
 
 
 @dataclass(frozen=True)
-class StreamedRank:
+class _StreamedRank:
     """One rank's tensors by unified name, read when they are asked for."""
 
     tensors: dict[str, LazyTensor]
     device: str
     pool: ThreadPoolExecutor
     progress: Callable[[int], None]
-    watch: Watch | None = None
+    watch: _Watch | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name + ".weight"].shape
@@ -73,7 +72,7 @@ class StreamedRank:
         starts = iter(range(0, tensor.rows, step))
         for start in starts:
             waiting.append(self.pool.submit(read, tensor, start, min(start + step, tensor.rows)))
-            if len(waiting) > AHEAD:
+            if len(waiting) > _AHEAD:
                 yield self.on_device(waiting.popleft().result())
         while waiting:
             yield self.on_device(waiting.popleft().result())
@@ -93,39 +92,38 @@ class Side:
     """A model that can be run: its ranks as they were trained, or one merged rank."""
 
     config: ModelConfig
-    ranks: list[StreamedRank] = field(repr=False)
+    forward: Forward  # the architecture's forward pass
+    ranks: list[_StreamedRank] = field(repr=False)
     stages: tuple[int, ...] = ()  # the layers that a pipeline stage after the first begins with
 
     def embed(self, tokens: Tensor) -> list[Tensor]:
         """The streams before the first layer, for tokens [batch, time]."""
-        return forward.embed(self.ranks, tokens, self.config)
+        return self.forward.embed(self.ranks, tokens, self.config)
 
     def layer(self, number: int, streams: list[Tensor]) -> list[Tensor]:
         """The streams after a layer; the sequences pass in groups, and the weights once for each group."""
         if number in self.stages:
-            streams = forward.across_stages(streams)
+            streams = across_stages(streams)
         batch, time, _ = streams[0].shape
         group = max(1, INSIDE // (4 * self.config.ff * time))
         parts = [
-            forward.block(self.ranks, number, [x[start : start + group] for x in streams], self.config)
+            self.forward.block(self.ranks, number, [x[start : start + group] for x in streams], self.config)
             for start in range(0, batch, group)
         ]
         return [torch.cat(found) for found in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
     def final(self, streams: list[Tensor]) -> list[Tensor]:
         """The normalised streams before the head."""
-        return forward.final(self.ranks, streams, self.config)
+        return self.forward.final(self.ranks, streams, self.config)
 
     def logits(self, normed: list[Tensor], start: int, stop: int) -> Tensor:
         """The logits [batch, time, stop - start] of the words from `start` to `stop`."""
-        return forward.logits(self.ranks, normed, start, stop, self.config)
+        return self.forward.logits(self.ranks, normed, start, stop, self.config)
 
 
-def as_trained(checkpoint: Checkpoint) -> list[dict[str, LazyTensor]]:
-    """Each rank's own tensors by unified name; of a source without ranks its one."""
-    if len(checkpoint.index.ranks) == 1:
-        return [checkpoint.tensors]
-    return name_tensors(checkpoint.index, checkpoint.architecture)[0]
+def _as_trained(checkpoint: Checkpoint) -> list[dict[str, LazyTensor]]:
+    """Each rank's own tensors by unified name; of a source without ranks the model's."""
+    return checkpoint.ranks if len(checkpoint.ranks) > 1 else [checkpoint.tensors]
 
 
 def side(
@@ -135,12 +133,13 @@ def side(
     merged: bool = False,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
-    watch: Watch | None = None,
+    watch: _Watch | None = None,
 ) -> Side:
     """The model of a checkpoint, rank by rank as it was trained unless `merged`."""
-    tensors = [checkpoint.tensors] if merged else as_trained(checkpoint)
+    tensors = [checkpoint.tensors] if merged else _as_trained(checkpoint)
     stages = tuple(start - FIRST_LAYER for start in neox.stage_starts(checkpoint.index))
-    return Side(checkpoint.config, [StreamedRank(rank, device, pool, progress, watch) for rank in tensors], stages)
+    ranks = [_StreamedRank(rank, device, pool, progress, watch) for rank in tensors]
+    return Side(checkpoint.config, forward_of(checkpoint.architecture), ranks, stages)
 
 
 @contextmanager
@@ -149,12 +148,12 @@ def running(tokens: Numbers, device: str) -> Iterator[tuple[ThreadPoolExecutor, 
 
     Raises PlanError where torch cannot compute on the device.
     """
-    check_device(device)
-    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+    _check_device(device)
+    with torch.inference_mode(), ThreadPoolExecutor(_READERS) as pool:
         yield pool, torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
 
 
-def check_device(device: str) -> None:
+def _check_device(device: str) -> None:
     """Raise PlanError where torch cannot compute on it."""
     name, _, number = device.partition(":")
     number = number or "0"

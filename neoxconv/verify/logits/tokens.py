@@ -14,12 +14,13 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_of
+from neoxconv.verify.logits.trial import Sample
 
-LENGTH, SEQUENCES = 256, 2
-STEP, OFFSET = 1_103_515_245, 12_345  # a linear congruence: the ids where there is no tokenizer
+_SEQUENCES = 2  # of our own text
+_STEP, _OFFSET = 1_103_515_245, 12_345  # a linear congruence: the ids where there is no tokenizer
 
 # Prose, a table, code and figures, so that many kinds of tokens come up.
-TEXT = """\
+_TEXT = """\
 The ship had been at anchor for nine days when the wind turned at last. Nobody on deck said a word; they had learned
 that hope, spoken aloud, brought only more calm. The cook went on peeling potatoes, the mate wound his watch, and the
 boy at the masthead, who could see the line of darker water moving in from the west, counted slowly to a hundred before
@@ -49,29 +50,28 @@ Der Wind kam aus Westen. Le vent tourna enfin. El barco se movió despacio, como
 """
 
 
-def tokens_for(
-    checkpoint: Checkpoint, text: Path | None, ids: Path | None, length: int, sequences: int | None
-) -> tuple[Numbers, str]:
+def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
     """Tokens [sequences, length] and where they are from; sequences are cut to what there is and the model's context.
 
     Raises PlanError or CheckpointError where there is no tokenizer, or the ids are not the model's.
     """
-    length = min(length, checkpoint.config.context)
-    if ids:
-        return from_file(checkpoint, ids, sequences)
+    text, sequences = sample.text, sample.sequences
+    length = min(sample.length, checkpoint.config.context)
+    if sample.tokens:
+        return _from_file(checkpoint, sample.tokens, sequences)
     words = tokenizer_of(checkpoint)
     if text is None and words is None:
-        count = (sequences or SEQUENCES) * length
-        return invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
+        count = (sequences or _SEQUENCES) * length
+        return _invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
     if words is None:
         raise PlanError(f"{checkpoint.index.folder}: has no tokenizer; give token ids with --tokens FILE.npy.")
-    found = encode(words, read_text(text) if text else TEXT)
+    found = encode(words, _read_text(text) if text else _TEXT)
     if found.max(initial=0) >= checkpoint.config.rows:
         raise CheckpointError(
             f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
             "it is another model's."
         )
-    wanted = sequences or (len(found) if text else SEQUENCES)
+    wanted = sequences or (len(found) if text else _SEQUENCES)
     if text is None:
         found = np.tile(found, -(-length * wanted // len(found)))
     rows = min(len(found) // length, wanted)
@@ -94,7 +94,7 @@ def encode(words: Tokenizer, text: str) -> Numbers:
     return np.array(library(words).encode(text).ids, np.int64)
 
 
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The file's text. Raises CheckpointError where it is none."""
     try:
         return path.read_text("utf-8")
@@ -104,7 +104,7 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:
+def _from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:
     """Ids [batch, time] or [time] that numpy saved."""
     no_ids = "is no .npy file of token ids; make one with numpy.save."
     try:
@@ -127,11 +127,11 @@ def from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tupl
     return ids[:sequences].astype(np.int64), path.name
 
 
-def invented(rows: int, count: int) -> Numbers:
+def _invented(rows: int, count: int) -> Numbers:
     """`count` ids that look random and are always the same."""
-    state, found = OFFSET, []
+    state, found = _OFFSET, []
     for _ in range(count):
-        state = (state * STEP + OFFSET) % (1 << 31)
+        state = (state * _STEP + _OFFSET) % (1 << 31)
         found.append((state >> 8) % rows)
     return np.array(found, np.int64)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from neoxconv.words import plural
 
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 480, 286, 58, 460, 240  # of a chart, and of what is plotted in it
-SLOT, GAP = 28.0, 28.0  # the width of a bar that lies outside the logarithmic scale, and how far outside
-TINY = 1e-10  # a smaller KL divergence is rounding
-SIGNS = {"\n": "↵", "\t": "⇥"}
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 480, 286, 58, 460, 240  # of a chart, and of what is plotted in it
+_SLOT, _GAP = 28.0, 28.0  # the width of a bar that lies outside the logarithmic scale, and how far outside
+_TINY = 1e-10  # a smaller KL divergence is rounding
+_SIGNS = {"\n": "↵", "\t": "⇥"}
 LAYERED = re.compile(r"(|.*?\.)(\d+)\.(.+)")
 
 
@@ -41,7 +41,7 @@ def percent(share: float) -> str:
 
 def shown(text: object) -> str:
     """Text for HTML in which every character can be seen: a return arrow for a newline, codes for the invisible."""
-    seen = (SIGNS.get(sign) or (sign if sign.isprintable() else f"\\u{ord(sign):04x}") for sign in str(text))
+    seen = (_SIGNS.get(sign) or (sign if sign.isprintable() else f"\\u{ord(sign):04x}") for sign in str(text))
     return html.escape("".join(seen))
 
 
@@ -59,7 +59,7 @@ def steps(first: int, last: int, most: int) -> range:
 
 
 @dataclass(frozen=True)
-class LogAxis:
+class _LogAxis:
     """A logarithmic axis from 10**low to 10**high, drawn from one place to another."""
 
     low: int
@@ -68,7 +68,7 @@ class LogAxis:
     end: float
 
     @classmethod
-    def over(cls, values: Iterable[float], start: float, end: float) -> LogAxis:
+    def over(cls, values: Iterable[float], start: float, end: float) -> _LogAxis:
         """The axis of whole decades that holds all positive finite values."""
         powers = [math.log10(value) for value in values if 0 < value < math.inf] or [-6.0, 0.0]
         low = max(math.floor(min(powers)), -300)  # floats end soon after 1e-300 and 1e300
@@ -88,7 +88,7 @@ class LogAxis:
 
 def svg(label: str, parts: Iterable[str]) -> str:
     """A chart, with what it shows in words."""
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{shown(label)}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{shown(label)}">{"".join(parts)}</svg>'
 
 
 def text(x: float, y: float, label: str, anchor: str = "middle") -> str:
@@ -97,11 +97,11 @@ def text(x: float, y: float, label: str, anchor: str = "middle") -> str:
 
 def line(y: float, label: str) -> str:
     """A line across the plot with its label at the left."""
-    return f'<path class="rule" d="M{LEFT},{y:.1f}H{RIGHT}"/>' + text(LEFT - 8, y + 4.5, label, "end")
+    return f'<path class="rule" d="M{_LEFT},{y:.1f}H{_RIGHT}"/>' + text(_LEFT - 8, y + 4.5, label, "end")
 
 
-def axis_name(label: str) -> str:
-    return text((LEFT + RIGHT) / 2, HEIGHT - 5, label)
+def _axis_name(label: str) -> str:
+    return text((_LEFT + _RIGHT) / 2, _HEIGHT - 5, label)
 
 
 def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -110,25 +110,26 @@ def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     first, last = int(found[0]["layer"]), int(found[-1]["layer"])
     errors = [float(layer["error"]) for layer in found]
     zeros = any(error <= 0 for error in errors)
-    axis = LogAxis.over(errors, BOTTOM - 26 * zeros, 28)
-    wide = (RIGHT - LEFT) / (last - first + 1)
-    places = [LEFT + wide * (int(layer["layer"]) - first + 0.5) for layer in found]
-    points = [(x, height(error, axis)) for x, error in zip(places, errors, strict=True)]
-    parts = [line(axis.at(tick), number(tick)) for tick in axis.ticks()] + [line(BOTTOM, "0")] * zeros
-    parts += [text(LEFT + wide * (layer - first + 0.5), BOTTOM + 20, str(layer)) for layer in steps(first, last, 9)]
-    parts += [joined(errors, points), *(spot(*pair, wide) for pair in zip(found, points, strict=True))]
+    axis = _LogAxis.over(errors, _BOTTOM - 26 if zeros else _BOTTOM, 28)
+    wide = (_RIGHT - _LEFT) / (last - first + 1)
+    places = [_LEFT + wide * (int(layer["layer"]) - first + 0.5) for layer in found]
+    points = [(x, _height(error, axis)) for x, error in zip(places, errors, strict=True)]
+    parts = [line(axis.at(tick), number(tick)) for tick in axis.ticks()]
+    parts += [line(_BOTTOM, "0")] if zeros else []
+    parts += [text(_LEFT + wide * (layer - first + 0.5), _BOTTOM + 20, str(layer)) for layer in steps(first, last, 9)]
+    parts += [_joined(errors, points), *(_spot(*pair, wide) for pair in zip(found, points, strict=True))]
     label = f"Relative error after layers {first} to {last}, the largest {number(largest(errors))}"
-    return svg(label, [*parts, axis_name("layer")])
+    return svg(label, [*parts, _axis_name("layer")])
 
 
-def height(error: float, axis: LogAxis) -> float:
+def _height(error: float, axis: _LogAxis) -> float:
     """Where an error is drawn: on the scale, below it for zero, above it for what is no finite number."""
     if not math.isfinite(error):
         return 12
-    return axis.at(error) if error > 0 else BOTTOM
+    return axis.at(error) if error > 0 else _BOTTOM
 
 
-def joined(errors: Sequence[float], points: Sequence[tuple[float, float]]) -> str:
+def _joined(errors: Sequence[float], points: Sequence[tuple[float, float]]) -> str:
     """The line between neighbours that both lie on the scale."""
     pairs = pairwise(zip(errors, points, strict=True))
     lines = (
@@ -139,7 +140,7 @@ def joined(errors: Sequence[float], points: Sequence[tuple[float, float]]) -> st
     return f'<path class="line" d="{"".join(lines)}"/>'
 
 
-def spot(layer: Mapping[str, Any], point: tuple[float, float], wide: float) -> str:
+def _spot(layer: Mapping[str, Any], point: tuple[float, float], wide: float) -> str:
     """A layer's point, hollow for zero and a cross for no finite number, and the column that shows its values."""
     (x, y), error, cosine = point, float(layer["error"]), float(layer["cosine"])
     values = f"layer {layer['layer']}: error {number(error)}, cosine distance {number(max(1 - cosine, 0.0))}"
@@ -147,72 +148,83 @@ def spot(layer: Mapping[str, Any], point: tuple[float, float], wide: float) -> s
     sign = f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
     if not math.isfinite(error):
         sign = f'<path class="odd" d="M{x - 4:.1f},{y - 4}l8,8m0,-8l-8,8"/>'
-    column = f'<rect class="hit" x="{x - wide / 2:.1f}" y="0" width="{wide:.1f}" height="{BOTTOM + 6}"/>'
+    column = f'<rect class="hit" x="{x - wide / 2:.1f}" y="0" width="{wide:.1f}" height="{_BOTTOM + 6}"/>'
     return f"<g><title>{shown(values)}</title>{column}{sign}</g>"
 
 
 def kl_chart(values: Sequence[float], marks: Mapping[str, float]) -> str:
     """How many positions have which KL divergence; tiny and not finite values have bars of their own at the sides."""
     odd = sum(not math.isfinite(value) for value in values)
-    scaled = [value for value in values if TINY <= value < math.inf]
-    axis = LogAxis.over(scaled, LEFT + SLOT + GAP, RIGHT - (SLOT + GAP) * bool(odd))
-    bars = [("below 1e-10", LEFT, SLOT, len(values) - len(scaled) - odd), *binned(scaled, axis)]
-    bars += [("not finite", RIGHT - SLOT, SLOT, odd)] * bool(odd)
+    scaled = [value for value in values if _TINY <= value < math.inf]
+    axis = _LogAxis.over(scaled, _LEFT + _SLOT + _GAP, _RIGHT - _SLOT - _GAP if odd else _RIGHT)
+    bars = [_Bar("below 1e-10", _LEFT, _SLOT, len(values) - len(scaled) - odd), *_binned(scaled, axis)]
+    bars += [_Bar("not finite", _RIGHT - _SLOT, _SLOT, odd)] if odd else []
     words = ", ".join(f"{name} {number(value)}" for name, value in marks.items())
     label = f"KL divergence of {plural(len(values), 'position')}: {words}"
-    return svg(label, [*plotted(bars), *kl_labels(axis, bool(odd)), *drawn(marks, axis)])
+    return svg(label, [*_plotted(bars), *_kl_labels(axis, bool(odd)), *drawn(marks, axis)])
 
 
-def plotted(bars: Sequence[tuple[str, float, float, int]]) -> list[str]:
+@dataclass(frozen=True)
+class _Bar:
+    """The values from where to where, as text, its place and width, and how many values there are."""
+
+    label: str
+    x: float
+    wide: float
+    count: int
+
+
+def _plotted(bars: Sequence[_Bar]) -> list[str]:
     """The bars over the lines of their counts."""
-    most = max(count for *_, count in bars)
-    lines = [line(raised(count, most), f"{count:,}") for count in steps(0, most, 6)]
-    return lines + [bar(*entry, most) for entry in bars]
+    most = max(each.count for each in bars)
+    lines = [line(_raised(count, most), f"{count:,}") for count in steps(0, most, 6)]
+    return lines + [_drawn_bar(each, most) for each in bars]
 
 
-def kl_labels(axis: LogAxis, odd: bool) -> list[str]:
+def _kl_labels(axis: _LogAxis, odd: bool) -> list[str]:
     """What is written below the bars."""
-    ticks = [(LEFT + SLOT / 2, "≈ 0"), *((axis.at(tick), number(tick)) for tick in axis.ticks())]
-    ticks += [(RIGHT - SLOT / 2, "NaN")] * odd
-    return [*(text(x, BOTTOM + 20, label) for x, label in ticks), axis_name("KL divergence of a position")]
+    ticks = [(_LEFT + _SLOT / 2, "≈ 0"), *((axis.at(tick), number(tick)) for tick in axis.ticks())]
+    ticks += [(_RIGHT - _SLOT / 2, "NaN")] if odd else []
+    return [*(text(x, _BOTTOM + 20, label) for x, label in ticks), _axis_name("KL divergence of a position")]
 
 
-def binned(values: Sequence[float], axis: LogAxis) -> Iterable[tuple[str, float, float, int]]:
-    """The bins of the scale that have values: their range, place, width and count."""
+def _binned(values: Sequence[float], axis: _LogAxis) -> Iterable[_Bar]:
+    """The bins of the scale that have values."""
     each = max(4, 16 // (axis.high - axis.low))  # of a decade
     last = each * (axis.high - axis.low) - 1
     counts = Counter(min(max(int((math.log10(value) - axis.low) * each), 0), last) for value in values)
     wide = (axis.end - axis.start) / (last + 1)
     for index, count in sorted(counts.items()):
         ends = " to ".join(number(10.0 ** (axis.low + step / each)) for step in (index, index + 1))
-        yield ends, axis.start + index * wide, wide, count
+        yield _Bar(ends, axis.start + index * wide, wide, count)
 
 
-def raised(count: int, most: int) -> float:
+def _raised(count: int, most: int) -> float:
     """Where a bar of `count` ends; even one position can be seen."""
-    return BOTTOM - max((BOTTOM - 66) * count / max(most, 1), 2 * (count > 0))
+    return _BOTTOM - max((_BOTTOM - 66) * count / most, 2) if count else _BOTTOM
 
 
-def bar(label: str, x: float, wide: float, count: int, most: int) -> str:
-    y = raised(count, most)
-    place = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(wide - 1, 0.5):.1f}" height="{BOTTOM - y:.1f}"'
-    return f'<g><title>{shown(label)}: {plural(count, "position")}</title><rect class="bar" {place}/></g>'
+def _drawn_bar(bar: _Bar, most: int) -> str:
+    """A bar, the highest being of `most` values, that says what it stands for."""
+    y = _raised(bar.count, most)
+    place = f'x="{bar.x + 0.5:.1f}" y="{y:.1f}" width="{max(bar.wide - 1, 0.5):.1f}" height="{_BOTTOM - y:.1f}"'
+    return f'<g><title>{shown(bar.label)}: {plural(bar.count, "position")}</title><rect class="bar" {place}/></g>'
 
 
-def drawn(marks: Mapping[str, float], axis: LogAxis) -> Iterable[str]:
+def drawn(marks: Mapping[str, float], axis: _LogAxis) -> Iterable[str]:
     """The marks from right to left, each labelled at its left in a row of its own, so that no line crosses a label."""
-    places = {name: reached(value, axis) for name, value in marks.items()}
+    places = {name: _reached(value, axis) for name, value in marks.items()}
     for row, name in enumerate(sorted(places, key=lambda name: -places[name])):
-        x, y, near = places[name], 14 + 17 * row, places[name] < LEFT + 90
+        x, y, near = places[name], 14 + 17 * row, places[name] < _LEFT + 90
         label = text(x + (5 if near else -5), y, f"{name} {number(marks[name])}", "start" if near else "end")
-        yield f'<path class="mark m{list(marks).index(name)}" d="M{x:.1f},{y - 11}V{BOTTOM}"/>{label}'
+        yield f'<path class="mark m{list(marks).index(name)}" d="M{x:.1f},{y - 11}V{_BOTTOM}"/>{label}'
 
 
-def reached(value: float, axis: LogAxis) -> float:
+def _reached(value: float, axis: _LogAxis) -> float:
     """Where a value is on the scale or beside it."""
     if not math.isfinite(value):
-        return RIGHT - SLOT / 2
-    return axis.at(value) if value >= TINY else LEFT + SLOT / 2
+        return _RIGHT - _SLOT / 2
+    return axis.at(value) if value >= _TINY else _LEFT + _SLOT / 2
 
 
 def heat_map(tensors: Sequence[Mapping[str, Any]]) -> str:
@@ -228,32 +240,32 @@ def heat_map(tensors: Sequence[Mapping[str, Any]]) -> str:
     powers = [min(math.log10(error), 300.0) for error in errors if 0 < error < math.inf]
     high = max(powers, default=0.0)
     ends = min([*powers, high - 0.6]), high  # errors that hardly differ look alike
-    strips = "".join(strip(kind, row, layers, ends) for (_, kind), row in rows.items())
-    legend = (ramp(*ends) if powers else "") + signs()
-    return f'<div class="heat">{strips}{layer_scale(layers)}</div><p class="legend">{legend}</p>'
+    strips = "".join(_strip(kind, row, layers, ends) for (_, kind), row in rows.items())
+    legend = (_ramp(*ends) if powers else "") + signs()
+    return f'<div class="heat">{strips}{_layer_scale(layers)}</div><p class="legend">{legend}</p>'
 
 
-def strip(kind: str, row: Mapping[int, Mapping[str, Any]], layers: Sequence[int], ends: tuple[float, float]) -> str:
+def _strip(kind: str, row: Mapping[int, Mapping[str, Any]], layers: Sequence[int], ends: tuple[float, float]) -> str:
     """One kind's row: its name, its cells, its largest error."""
     name = shown(kind.removesuffix(".weight"))
     most = number(largest(float(tensor["relative"]) for tensor in row.values()))
-    cells = "".join(named_cell(row[layer], place, ends) for place, layer in enumerate(layers) if layer in row)
-    return f"<span>{name}</span>{cell_row(len(layers), cells, f'{name}: largest error {most}')}<b>{most}</b>"
+    cells = "".join(_named_cell(row[layer], place, ends) for place, layer in enumerate(layers) if layer in row)
+    return f"<span>{name}</span>{_cell_row(len(layers), cells, f'{name}: largest error {most}')}<b>{most}</b>"
 
 
-def named_cell(tensor: Mapping[str, Any], place: int, ends: tuple[float, float]) -> str:
+def _named_cell(tensor: Mapping[str, Any], place: int, ends: tuple[float, float]) -> str:
     """A tensor's cell, which says what it stands for."""
     error = float(tensor["relative"])
     title = f"{shown(tensor['name'])} ({shown(tensor['encoding'])}): {number(error)}"
-    return f"<g><title>{title}</title>{cell(place, error, ends)}</g>"
+    return f"<g><title>{title}</title>{_cell(place, error, ends)}</g>"
 
 
-def cell_row(count: int, cells: str, label: str) -> str:
+def _cell_row(count: int, cells: str, label: str) -> str:
     """Cells side by side, stretched to the width there is."""
     return f'<svg viewBox="0 0 {count} 1" preserveAspectRatio="none" role="img" aria-label="{label}">{cells}</svg>'
 
 
-def cell(place: int, error: float, ends: tuple[float, float]) -> str:
+def _cell(place: int, error: float, ends: tuple[float, float]) -> str:
     """A cell, in full colour where the error's logarithm is at the upper end; a dash for zero."""
     whole = f'x="{place + 0.05:.2f}" y="0" width=".9" height="1"'
     if not math.isfinite(error):
@@ -264,7 +276,7 @@ def cell(place: int, error: float, ends: tuple[float, float]) -> str:
     return f'<rect class="bar" fill-opacity="{0.12 + 0.88 * share:.2f}" {whole}/>'
 
 
-def layer_scale(layers: Sequence[int]) -> str:
+def _layer_scale(layers: Sequence[int]) -> str:
     """The numbers of the layers below the strips."""
     wanted = set(steps(layers[0], layers[-1], 9))
     places = ((100 * (place + 0.5) / len(layers), layer) for place, layer in enumerate(layers) if layer in wanted)
@@ -272,14 +284,14 @@ def layer_scale(layers: Sequence[int]) -> str:
     return f'<span>layer</span><div class="scale" aria-hidden="true">{numbers}</div><b>largest</b>'
 
 
-def ramp(low: float, high: float) -> str:
+def _ramp(low: float, high: float) -> str:
     """The colours of the errors between two powers of ten."""
-    cells = "".join(cell(place, 10.0 ** (low + (high - low) * place / 8), (low, high)) for place in range(9))
+    cells = "".join(_cell(place, 10.0 ** (low + (high - low) * place / 8), (low, high)) for place in range(9))
     first, last = number(10.0**low), number(10.0**high)
-    return f"<span>{first} {cell_row(9, cells, f'logarithmic scale of colours from {first} to {last}')} {last}</span>"
+    return f"<span>{first} {_cell_row(9, cells, f'logarithmic scale of colours from {first} to {last}')} {last}</span>"
 
 
 def signs() -> str:
     """The cells that lie outside the colours."""
     keys = (("exactly zero", 0.0), ("not finite", math.nan))
-    return "".join(f"<span>{cell_row(1, cell(0, error, (0.0, 1.0)), name)} {name}</span>" for name, error in keys)
+    return "".join(f"<span>{_cell_row(1, _cell(0, error, (0.0, 1.0)), name)} {name}</span>" for name, error in keys)

@@ -5,99 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 from neoxconv.verify.page.charts import LAYERED, heat_map, kl_chart, largest, layer_chart, number, percent, shown
 from neoxconv.words import plural
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --ink: #1d2125; --soft: #59616a; --rule: #dde0e4;
-  --accent: #2b5ea8; --mark: #dce7f6; --pass: #1b7341; --fail: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e4e7ea; --soft: #a3abb4;
-  --rule: #353b42; --accent: #86aff0; --mark: #2c4468; --pass: #71c793; --fail: #f2938b; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 56px; }
-section, header, footer { margin-bottom: 48px; }
-h1 { font-size: 26px; line-height: 1.3; margin: 12px 0 24px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 0 0 4px; }
-h3, h4 { font-size: 14px; font-weight: 600; margin: 0 0 8px; color: var(--soft); }
-.card + h3 { margin-top: 24px; }
-h2 + .cards { margin-top: 16px; }
-ul { margin: 8px 0 24px; padding-left: 20px; }
-p { margin: 0 0 16px; max-width: 80ch; overflow-wrap: anywhere; }
-code, .context { font: .87em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.soft, dt, footer { color: var(--soft); }
-.badge { display: inline-block; border: 2px solid; border-radius: 6px; padding: 2px 14px; font-weight: 700; }
-.pass { color: var(--pass); } .fail { color: var(--fail); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 12px; }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 16px; min-width: 0;
-  break-inside: avoid; }
-.cards .card { font-size: 13px; line-height: 1.45; color: var(--soft); }
-.cards strong { display: block; font-size: 23px; line-height: 1.5; font-weight: 600; color: var(--ink);
-  white-space: nowrap; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 24px; }
-.pair section { display: flex; flex-direction: column; }
-.pair .card { flex: 1; }
-.card > svg { display: block; overflow: visible; width: 100%; max-width: 600px; margin: 0 auto; }
-svg text { font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-.rule { stroke: var(--rule); fill: none; }
-.line { stroke: var(--accent); stroke-width: 2; stroke-linecap: round; fill: none; }
-.dot, .bar { fill: var(--accent); }
-.zero { fill: var(--card); stroke: var(--accent); stroke-width: 1.5; }
-.odd { stroke: var(--fail); stroke-width: 2; fill: none; }
-.hit { fill: transparent; } g:hover > .hit { fill: var(--accent); fill-opacity: .12; }
-svg .mark + text { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
-.mark { stroke: var(--ink); stroke-width: 1.3; fill: none; }
-.m1 { stroke-dasharray: 6 3; } .m2 { stroke-dasharray: 1.5 3; }
-.bad { fill: var(--fail); } .none { fill: var(--soft); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 7px 0 7px 20px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-tr > :first-child { text-align: left; padding-left: 0; white-space: normal; overflow-wrap: anywhere; font-weight: 500; }
-thead th { color: var(--soft); font-weight: 500; }
-tbody tr:last-child > * { border-bottom: 0; }
-summary { color: var(--soft); font-size: 13px; cursor: pointer; }
-details { margin-top: 8px; } details[open] .wide { max-height: 320px; overflow: auto; }
-.heat { display: grid; grid-template-columns: fit-content(40%) 1fr max-content; gap: 5px 14px; align-items: center;
-  font-size: 13px; }
-.heat span { overflow-wrap: anywhere; }
-.heat svg { display: block; width: 100%; height: 20px; }
-.heat b { font-weight: 400; text-align: right; font-variant-numeric: tabular-nums; }
-.scale { position: relative; height: 20px; }
-.scale i { position: absolute; transform: translateX(-50%); font-style: normal; }
-.heat span:nth-last-of-type(1), .scale, .heat b:last-child { color: var(--soft); }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 24px; font-size: 13px; color: var(--soft); margin: 16px 0 0; }
-.legend svg { width: 20px; height: 14px; vertical-align: -2px; } .legend svg[viewBox^="0 0 9"] { width: 150px; }
-.worst { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
-.context { margin: 0 0 16px; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; }
-mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 2px 3px;
-  box-decoration-break: clone; -webkit-box-decoration-break: clone; border-bottom: 2px solid var(--accent); }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px 24px; }
-ol { list-style: none; margin: 0; padding: 0; font-size: 13px; }
-li { overflow-wrap: anywhere; }
-ol li { display: grid; grid-template-columns: minmax(0, 5fr) 4fr 68px; gap: 8px; align-items: center; padding: 2px 0; }
-ol code { font-size: 13px; }
-ol li > :last-child { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.right { font-weight: 700; }
-.meter { background: var(--rule); height: 8px; border-radius: 2px; overflow: hidden; }
-.meter i { display: block; height: 100%; background: var(--accent); }
-.meter, .meter i, mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-@media (max-width: 560px) {
-  main { padding: 24px 16px 32px; } section, header, footer { margin-bottom: 36px; } h1 { font-size: 22px; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; }
-  .card { padding: 14px 12px; } svg text { font-size: 16px; } th, td { padding-left: 12px; }
-  .heat { grid-template-columns: 1fr max-content; gap: 2px 10px; } .heat span { grid-column: 1 / -1; margin-top: 6px; }
-}
-@media print { details { display: none; }
-  body { background: none; font-size: 11pt; } main { max-width: none; padding: 0; }
-  .pair { grid-template-columns: 1fr 1fr; } .cards { grid-template-columns: repeat(3, 1fr); }
-  h2, h2 + p, h3 { break-after: avoid; }
-  section, header, footer { margin-bottom: 28px; } }
-"""
-EXPLANATION = (
+_EXPLANATION = (
     "Both models read the same tokens, and every position compares what they predict for the next one.",
     "The KL divergence, in nats, is zero where both give the same probabilities; its mean says how far the models are "
     "apart as a whole, its p99 and its largest value how bad the worst positions are.",
@@ -110,13 +24,14 @@ EXPLANATION = (
 def page(facts: Mapping[str, Any]) -> str:
     """The report as one HTML page."""
     charts = f'<div class="pair">{layers(facts["layers"])}{divergence(facts)}</div>'
-    parts = (header(facts), cards(facts), limits(facts["limits"]), charts, tensors(facts.get("tensors") or ()))
-    body = "".join([*parts, worst(facts["worst"]), footer()])
+    parts = (header(facts), _cards(facts), limits(facts["limits"]), charts, tensors(facts.get("tensors") or ()))
+    body = "".join([*parts, worst(facts["worst"]), _footer()])
+    style = files(__package__).joinpath("style.css").read_text("utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{'PASS' if facts['passed'] else 'FAIL'}: {shown(facts['target'])}</title>\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
+        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
     )
 
 
@@ -142,14 +57,14 @@ def section(title: str, about: str, content: str) -> str:
     return f'<section><h2>{title}</h2><p class="soft">{about}</p>{content}</section>\n'
 
 
-def cards(facts: Mapping[str, Any]) -> str:
+def _cards(facts: Mapping[str, Any]) -> str:
     """The headline figures."""
     kl, perplexity = facts["kl"], facts["perplexity"]
     figures = (
         ("Mean KL", number(kl["mean"]), f"median {number(kl['median'])}<br>largest {number(kl['max'])}"),
         ("99th percentile KL", number(kl["p99"]), f"of {plural(len(facts['kl_values']), 'position')}"),
         ("Top-1 agreement", percent(facts["top1"]), f"top-5: {percent(facts['top5'])}"),
-        ("Perplexity ratio", ratio(perplexity["ratio"], perplexity["ratio_error"]), perplexities(perplexity)),
+        ("Perplexity ratio", ratio(perplexity["ratio"], perplexity["ratio_error"]), _perplexities(perplexity)),
         ("Probability change", percent(facts["rms_probability"]), "root mean square,<br>of the right token"),
         ("Largest difference", number(facts["largest_difference"]), "of any logit"),
     )
@@ -165,7 +80,7 @@ def ratio(value: float, error: float) -> str:
     return f"{value:.{min(max(digits, 3), 6)}f}"
 
 
-def perplexities(found: Mapping[str, float]) -> str:
+def _perplexities(found: Mapping[str, float]) -> str:
     return f"± {number(found['ratio_error'])}<br>{number(found['reference'])} → {number(found['candidate'])}"
 
 
@@ -238,7 +153,7 @@ def position(item: Mapping[str, Any]) -> str:
     where = f"KL {number(item['kl'])}, sequence {item['sequence']}, position {item['position']}"
     lines = re.sub("(↵+)", r"\1\n", shown(before))
     text = f'<p class="context"><bdi>{lines}</bdi><mark>{token(item["token"])}</mark></p>'
-    sides = "".join(side(name, item[name.lower()], item["token"]) for name in ("Reference", "Candidate"))
+    sides = "".join(_side(name, item[name.lower()], item["token"]) for name in ("Reference", "Candidate"))
     return f'<article class="card"><h3>{where}</h3>{text}<div class="sides">{sides}</div></article>'
 
 
@@ -251,19 +166,19 @@ def token(text: str) -> str:
     return f"<bdi>{shown(spaced) or '(empty)'}</bdi>"
 
 
-def side(name: str, likely: Iterable[Sequence[Any]], right: str) -> str:
+def _side(name: str, likely: Iterable[Sequence[Any]], right: str) -> str:
     """One model's likeliest tokens as bars, the right one with a sign."""
-    bars = "".join(chance(text, float(share), text == right) for text, share in likely)
+    bars = "".join(_chance(text, float(share), text == right) for text, share in likely)
     return f"<div><h4>{name}</h4><ol>{bars}</ol></div>"
 
 
-def chance(text: str, share: float, right: bool) -> str:
+def _chance(text: str, share: float, right: bool) -> str:
     wide = 100 * min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
     label = f'<code class="right">{token(text)} ✓</code>' if right else f"<code>{token(text)}</code>"
     meter = f'<span class="meter"><i style="width:{wide:.1f}%"></i></span>'
     return f"<li>{label}{meter}<span>{percent(share)}</span></li>"
 
 
-def footer() -> str:
+def _footer() -> str:
     """How to read the page."""
-    return f"<footer><h2>How to read this</h2>{''.join(f'<p>{sentence}</p>' for sentence in EXPLANATION)}</footer>\n"
+    return f"<footer><h2>How to read this</h2>{''.join(f'<p>{sentence}</p>' for sentence in _EXPLANATION)}</footer>\n"

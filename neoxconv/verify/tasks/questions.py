@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,21 +26,28 @@ import numpy.typing as npt
 from neoxconv.dtypes import Doubles
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import END, SURROGATE
-from neoxconv.storage.files import open_storage
+from neoxconv.storage import open_storage
 
-Ids = tuple[int, ...]
-Form = tuple[str, dict[str, str], int]  # the context, the choices by their fields' names, the right one's number
+_Ids = tuple[int, ...]
 Marks = npt.NDArray[np.bool_]
 
 
+class _Exercise(NamedTuple):
+    """A question in text: what comes before, the continuations by their fields' names, and the right one's number."""
+
+    context: str
+    choices: dict[str, str]
+    answer: int
+
+
 @dataclass(frozen=True)
-class Question:
+class _Question:
     """A (context, continuation) for each choice, the choices' lengths in characters, and the number of the right one.
 
     The contexts are cut from the left, so that all tokens but the last fit the model.
     """
 
-    pairs: tuple[tuple[Ids, Ids], ...]
+    pairs: tuple[tuple[_Ids, _Ids], ...]
     lengths: tuple[int, ...]
     answer: int
 
@@ -58,7 +65,7 @@ class Requests:
 
 
 @dataclass(frozen=True)
-class Line:
+class _Line:
     """The fields of a line, and the file and number that messages name it by."""
 
     where: str
@@ -74,14 +81,14 @@ class Line:
     def text(self, field: str, *, empty: bool = False) -> str:
         """A text. Raises CheckpointError where the field is none, or empty unless it may be."""
         value = self.fields.get(field)
-        if not is_text(value) or not (value or empty):
+        if not _is_text(value) or not (value or empty):
             raise self.wrong(field, "text" if empty else "text, not empty")
         return str(value)
 
     def texts(self, field: str) -> list[str]:
         """Two or more texts, none of them empty. Raises CheckpointError where the field is no list of such."""
         value = self.fields.get(field)
-        if not isinstance(value, list) or len(value) < 2 or not all(is_text(text) and text for text in value):
+        if not isinstance(value, list) or len(value) < 2 or not all(_is_text(text) and text for text in value):
             raise self.wrong(field, "a list of two or more texts, none empty")
         return value
 
@@ -93,66 +100,66 @@ class Line:
         raise self.wrong("label", f"a number from 0 to {choices - 1}")
 
 
-def is_text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     """Whether this is a string that UTF-8 can spell."""
     return isinstance(value, str) and not SURROGATE.search(value)
 
 
-def lambada(line: Line) -> Form:
+def lambada(line: _Line) -> _Exercise:
     """All before the last space, and the word after it."""
     context, _, word = line.text("text").rpartition(" ")
     if not word:
         raise line.wrong("text", "a word", "has nothing after its last space")
-    return context, {"text": word}, 0
+    return _Exercise(context, {"text": word}, 0)
 
 
-def piqa(line: Line) -> Form:
+def piqa(line: _Line) -> _Exercise:
     """The goal as a question, and two solutions."""
     choices = {field: line.text(field) for field in ("sol1", "sol2")}
-    return f"Question: {line.text('goal', empty=True)}\nAnswer:", choices, line.label(2)
+    return _Exercise(f"Question: {line.text('goal', empty=True)}\nAnswer:", choices, line.label(2))
 
 
-def hellaswag(line: Line) -> Form:
+def hellaswag(line: _Line) -> _Exercise:
     """The activity and what has happened so far, and the endings. `ctx_b` gets one capital, the first, and no other."""
     activity, before, after = (line.text(field, empty=True) for field in ("activity_label", "ctx_a", "ctx_b"))
     endings = line.texts("endings")
-    choices = {f"endings[{number}]": cleaned(ending) for number, ending in enumerate(endings)}
-    return cleaned(f"{activity}: {before} {after.capitalize()}"), choices, line.label(len(endings))
+    choices = {f"endings[{number}]": _cleaned(ending) for number, ending in enumerate(endings)}
+    return _Exercise(_cleaned(f"{activity}: {before} {after.capitalize()}"), choices, line.label(len(endings)))
 
 
-def cleaned(text: str) -> str:
+def _cleaned(text: str) -> str:
     """The text without WikiHow's marks in brackets, of which a title ends a sentence."""
     unmarked = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return unmarked.replace("  ", " ")
 
 
-TASKS: dict[str, Callable[[Line], Form]] = {"lambada": lambada, "piqa": piqa, "hellaswag": hellaswag}
+_TASKS: dict[str, Callable[[_Line], _Exercise]] = {"lambada": lambada, "piqa": piqa, "hellaswag": hellaswag}
 
 
-def read_task(name: str, data: Path, tokenizer: Any, context: int, limit: int | None = None) -> list[Question]:
+def read_task(name: str, data: Path, tokenizer: Any, *, context: int, limit: int | None = None) -> list[_Question]:
     """The questions of a .jsonl file, or the first `limit`, for a model of `context` positions.
 
     `tokenizer` is a tokenizers.Tokenizer that neither pads nor truncates. Raises PlanError for an unknown task or an
     impossible limit, and CheckpointError where a line is not as the task has them.
     """
-    if name not in TASKS:
-        raise PlanError(f"{name!r:.40} is no task; choose one of {', '.join(TASKS)}.")
+    if name not in _TASKS:
+        raise PlanError(f"{name!r:.40} is no task; choose one of {', '.join(_TASKS)}.")
     if limit is not None and limit < 1:
         raise PlanError(f"a limit of {limit} leaves no questions; give 1 or more, or no limit.")
-    found = [question(line, TASKS[name](line), tokenizer, context) for line in islice(lines(data), limit)]
+    found = [_question(line, _TASKS[name](line), tokenizer, context) for line in islice(lines(data), limit)]
     if not found:
         raise CheckpointError(f"{data}: holds no lines, expected questions of {name}; give another file.")
     return found
 
 
-def lines(data: Path) -> Iterator[Line]:
+def lines(data: Path) -> Iterator[_Line]:
     """The lines of a .jsonl file that are not blank. Raises CheckpointError at one that is no JSON object."""
     for number, text in enumerate(open_storage(data).text().split(b"\n"), 1):
         if text.strip():
-            yield Line(where := f"{data}: line {number}", parsed(where, text))
+            yield _Line(where := f"{data}: line {number}", _parsed(where, text))
 
 
-def parsed(where: str, text: bytes) -> dict[str, Any]:
+def _parsed(where: str, text: bytes) -> dict[str, Any]:
     """The fields that a line holds. Raises CheckpointError where it is no JSON object."""
     advice = "expected a JSON object in UTF-8; correct the line, or give another file."
     try:
@@ -164,18 +171,18 @@ def parsed(where: str, text: bytes) -> dict[str, Any]:
     return fields
 
 
-def question(line: Line, form: Form, tokenizer: Any, context: int) -> Question:
-    """A form in tokens. Raises CheckpointError where a choice has none, or more than the model has positions."""
-    (text, choices, answer), pairs = form, []
-    for field, choice in choices.items():
-        before, after = encoded(tokenizer, text, " " + choice)
+def _question(line: _Line, exercise: _Exercise, tokenizer: Any, context: int) -> _Question:
+    """An exercise in tokens. Raises CheckpointError where a choice has none, or more than the model has positions."""
+    pairs = []
+    for field, choice in exercise.choices.items():
+        before, after = encoded(tokenizer, exercise.context, " " + choice)
         if not 0 < len(after) <= context:
             raise line.wrong(field, f"1 to {context}", f"ends in a choice of {len(after)} tokens")
         pairs.append((before[len(after) - context - 1 :], after))
-    return Question(tuple(pairs), tuple(len(choice) for choice in choices.values()), answer)
+    return _Question(tuple(pairs), tuple(map(len, exercise.choices.values())), exercise.answer)
 
 
-def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[Ids, Ids]:
+def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[_Ids, _Ids]:
     """The ids of both; white space that ends the context belongs to the continuation, an empty context is one END.
 
     The continuation's ids are those of the whole text after as many as the context alone has.
@@ -184,12 +191,12 @@ def encoded(tokenizer: Any, context: str, continuation: str) -> tuple[Ids, Ids]:
     return before or (tokenizer.token_to_id(END),), whole[len(before) :]
 
 
-def ids(tokenizer: Any, text: str) -> Ids:
+def ids(tokenizer: Any, text: str) -> _Ids:
     """The ids of a text, and no others around them."""
     return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def requests(questions: Sequence[Question]) -> Requests:
+def requests(questions: Sequence[_Question]) -> Requests:
     """The rows to compute for these questions."""
     pairs = [pair for question in questions for pair in question.pairs]
     shape = len(pairs), max(len(before) + len(after) for before, after in pairs) - 1
@@ -202,7 +209,7 @@ def requests(questions: Sequence[Question]) -> Requests:
 
 
 def score(
-    name: str, questions: Sequence[Question], requests: Requests, logprob: Doubles, greedy: Marks
+    name: str, questions: Sequence[_Question], requests: Requests, *, logprob: Doubles, greedy: Marks
 ) -> dict[str, float]:
     """The task's metrics, from the log-probability of each `requests.next` and whether it is the likeliest token.
 
@@ -223,7 +230,7 @@ def score(
     return {**found, **share("accuracy", plain), **share("accuracy_norm", norm)}
 
 
-def chosen(questions: Sequence[Question], values: Doubles) -> Marks:
+def chosen(questions: Sequence[_Question], values: Doubles) -> Marks:
     """For each question whether the right choice has the highest value; of equal ones the first counts."""
     rows = np.split(values, np.cumsum([len(question.pairs) for question in questions])[:-1])
     return np.array([row.argmax() == question.answer for row, question in zip(rows, questions, strict=True)])

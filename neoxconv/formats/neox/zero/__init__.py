@@ -9,6 +9,10 @@ A group is its parameters one after the other in the order of param_shapes, cut 
 partition for every data-parallel rank. What is left over at the end is padding, which most writers cut off:
 
     | interval 0: rank 0 | rank 1 | rank 2 | interval 1: rank 0 | rank 1 | rank 2 ... padding |
+
+`files` reads each optimizer file, `flat` knows rows of numbers and ranges of them, `masters` puts parameters together.
+Sources: DeeperSpeed's deepspeed/runtime/zero/stage1.py (0.3.15), DeepSpeed's zero/stage_1_and_2.py and
+bf16_optimizer.py.
 """
 
 from neoxconv.formats.neox.zero.masters import Difference, difference, with_masters

@@ -1,4 +1,4 @@
-"""Partitions put together again: each parameter a range of its group, held against what the layer files have."""
+"""Partitions put together again: each parameter a range of its group, compared with what the layer files have."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import FLOATS, narrow, widen
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.formats.neox.folder import SEQUENTIAL, home, states_file
-from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, extent, find_files, naturals, read_shard
-from neoxconv.formats.neox.zero.flat import Master, joined, misfit
+from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, counts_in, extent, find_files, read_shard
+from neoxconv.formats.neox.zero.flat import Master, Padding, joined, misfit
+from neoxconv.storage import Place
 
-BUFFERS = "inv_freq"  # the ending of names that no optimizer has
+_BUFFERS = "inv_freq"  # the ending of names that no optimizer has
 
-Shapes = Mapping[str, tuple[int, ...]]
+_Shapes = Mapping[str, tuple[int, ...]]
 Masters = Mapping[str, Master]  # by `N.name`
 
 
@@ -27,36 +28,39 @@ def with_masters(index: Index) -> Index:
     """The index with every parameter made of the optimizer files' fp32 masters; `stored` has what they replace.
 
     Buffers stay as they are stored. Of every parameter the first rows, the last ones and those where partitions meet
-    were compared: rounded, they are what is stored. Raises CheckpointError; PlanError where there are no such files.
+    were compared: rounded, they are what is stored. Raises CheckpointError where files or numbers are missing, or are
+    not of these weights; PlanError where there are no optimizer files.
     """
     paths = find_files(index)
     shards = collected(lambda at: read_shard(paths[at]), paths)
-    ranks, ways = extent(index, shards)
-    found = collected(lambda mp: masters_of(index, mp, [shards[mp, dp] for dp in range(ways)]), range(ranks))
-    degree = len(index.ranks)
-    masters = [across_stages([found[mp] for mp in range(rank, ranks, degree)]) for rank in range(degree)]
-    raise_all(CheckpointError, (problem for rank in range(degree) for problem in unpaired(index, rank, masters[rank])))
-    prove(index, masters)
+    model_ranks, data_ranks = extent(index, shards)
+    found = collected(
+        lambda mp: _masters_of(index, mp, [shards[mp, dp] for dp in range(data_ranks)]), range(model_ranks)
+    )
+    degree = len(index.ranks)  # model-parallel rank = stage * degree + tensor-parallel rank
+    masters = [_across_stages([found[mp] for mp in range(rank, model_ranks, degree)]) for rank in range(degree)]
+    raise_all(CheckpointError, (problem for rank in range(degree) for problem in _unpaired(index, rank, masters[rank])))
+    _prove(index, masters)
     made = [
         {name: masters[rank][name].tensor if name in masters[rank] else tensor for name, tensor in stored.items()}
         for rank, stored in enumerate(index.ranks)
     ]
     files = index.files + tuple(shard.source for shard in shards.values())
-    return replace(index, files=files, ranks=tuple(made), stored=index.ranks, set_aside=())
+    return replace(index, files=files, ranks=tuple(made), replaced=index.ranks, set_aside=())
 
 
-def masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str, Master]]:
+def _masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str, Master]]:
     """The masters of a model-parallel rank; raises CheckpointError unless its partitions hold what is asked for."""
     first = shards[0]
     for what, value in (("groups of intervals", "intervals"), ("param_shapes", "shapes")):
         odd = (shard for shard in shards if getattr(shard, value) != getattr(first, value))
         raise_all(CheckpointError, (f"{s.path}: its {what} are not those of {first.path.name}; {ADVICE}." for s in odd))
     masters = []
-    for number, group in enumerate(grouped(index, mp, first)):
+    for number, group in enumerate(_grouped(index, mp, first)):
         pieces = [(shard.path, shard.groups[number][i]) for i in range(first.intervals[number]) for shard in shards]
         total = sum(map(math.prod, group.values()))
-        padding = admitted(number, shards, pieces[0][1].rows)
-        problem = misfit([piece.rows for _, piece in pieces], total, padding, first.cut)
+        admitted = _admitted_padding(number, shards, pieces[0][1].rows)
+        problem = misfit([piece.rows for _, piece in pieces], total, first.padding, admitted)
         if problem:
             raise CheckpointError(f"{pieces[problem.piece][0]}: group {number}: {problem.what}; {ADVICE}.")
         flat, start = joined(pieces), 0
@@ -66,53 +70,69 @@ def masters_of(index: Index, mp: int, shards: Sequence[Shard]) -> list[tuple[str
     return masters
 
 
-def admitted(number: int, shards: Sequence[Shard], full: int) -> range:
-    """How much padding a group may have, the first of its partitions having `full` numbers.
+def _admitted_padding(number: int, shards: Sequence[Shard], full: int) -> range:
+    """How many numbers of padding a group may have, the first of its partitions having `full` numbers.
 
-    DeeperSpeed's last interval may be nearly all padding; DeepSpeed's partitions are multiples of two numbers.
+    Raises CheckpointError where another data-parallel rank than the last says that it has some.
     """
     *others, last = shards
-    if wrong := next((shard for shard in others if shard.paddings and shard.paddings[number]), None):
+    if wrong := next((shard for shard in others if shard.padded and shard.padded[number]), None):
         raise CheckpointError(f"{wrong.path}: group {number} has padding, which only the last rank has; {ADVICE}.")
-    if last.paddings:
-        return range(last.paddings[number], last.paddings[number] + 1)
-    return range((2 if last.cut is None else full) * len(shards))
+    if last.padded:
+        return range(last.padded[number], last.padded[number] + 1)
+    if last.padding is Padding.UNKNOWN:  # DeepSpeed's: each partition is a multiple of two numbers
+        return range(2 * len(shards))
+    return range(full * len(shards))  # DeeperSpeed's: the last interval may be nearly all padding
 
 
-def grouped(index: Index, mp: int, shard: Shard) -> list[Shapes]:
-    """The parameters of each of a file's groups, in their order.
+def _grouped(index: Index, mp: int, shard: Shard) -> list[_Shapes]:
+    """The parameters of each of a file's groups, in their order; raises CheckpointError where no list says them.
 
     Where one list has those of two groups, the first are those with weight decay, the others norms and biases.
     """
-    path, shapes = shard.path, shard.shapes
-    if shapes is None:
-        state = index.states.get(mp)
-        path, shapes = index.folder / states_file(mp), state.get("param_shapes") if isinstance(state, dict) else None
-    groups = shapes if isinstance(shapes, list) else [shapes]
-    if not groups or not all(isinstance(group, dict) and all(map(is_shape, group.items())) for group in groups):
-        raise CheckpointError(f"{path}: has no param_shapes, which say what the masters are; {ADVICE}.")
+    path, groups = param_shapes(index, mp, shard)
     if len(groups) == 1 and len(shard.groups) == 2:
-        decayed = {name: shape for name, shape in groups[0].items() if not spared(name)}
-        groups = [decayed, {name: shape for name, shape in groups[0].items() if name not in decayed}]
+        decayed = {name: shape for name, shape in groups[0].items() if not _spared(name)}
+        others = {name: shape for name, shape in groups[0].items() if _spared(name)}
+        groups = [decayed, others]
     if len(groups) != len(shard.groups):
         found = f"{len(shard.groups)} groups, param_shapes in {path.name} has {len(groups)}"
         raise CheckpointError(f"{shard.path}: has {found}; {ADVICE}.")
     return groups
 
 
-def is_shape(item: tuple[Any, Any]) -> bool:
+def param_shapes(index: Index, mp: int, shard: Shard) -> tuple[Place, list[_Shapes]]:
+    """The lists of parameters in an optimizer file, or else in the mp_rank file, and the path of that file.
+
+    Raises CheckpointError where there are none, or something else stands there.
+    """
+    path, shapes = shard.path, shard.shapes
+    if shapes is None:
+        state = index.states.get(mp)
+        path = index.folder / states_file(mp)
+        shapes = state.get("param_shapes") if isinstance(state, dict) else None
+    groups = shapes if isinstance(shapes, list) else [shapes]
+    if not groups or not all(isinstance(group, dict) and all(map(_is_shape, group.items())) for group in groups):
+        raise CheckpointError(f"{path}: has no param_shapes, which say what the masters are; {ADVICE}.")
+    return path, groups
+
+
+def _is_shape(item: tuple[Any, Any]) -> bool:
     """Whether a name and the shape of a tensor."""
     name, shape = item
-    return isinstance(name, str) and isinstance(shape, tuple) and len(naturals(shape)) == len(shape) and 0 not in shape
+    return isinstance(name, str) and isinstance(shape, tuple) and len(counts_in(shape)) == len(shape) and 0 not in shape
 
 
-def spared(name: str) -> bool:
-    """Whether gpt-neox lets a parameter's weight not decay: biases, and all of a norm's."""
+def _spared(name: str) -> bool:
+    """Whether gpt-neox gives a parameter no weight decay: biases, and all of a norm's.
+
+    Source: gpt-neox's megatron/model/utils.py, get_params_for_weight_decay_optimization.
+    """
     *modules, last = name.split(".")
     return last == "bias" or bool(modules and "norm" in modules[-1])
 
 
-def across_stages(stages: Sequence[list[tuple[str, Master]]]) -> Masters:
+def _across_stages(stages: Sequence[list[tuple[str, Master]]]) -> Masters:
     """The masters of one tensor-parallel rank; raises CheckpointError where two are of one parameter."""
     masters: dict[str, Master] = {}
     twice = []
@@ -123,7 +143,7 @@ def across_stages(stages: Sequence[list[tuple[str, Master]]]) -> Masters:
     return masters
 
 
-def unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
+def _unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
     """Parameters of a rank without a master, masters of none, and those that differ in shape."""
     stored = index.ranks[rank]
     for name, master in masters.items():
@@ -136,7 +156,7 @@ def unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
                 f"in {home(index, rank, name).name} it is {found}; {ADVICE}."
             )
     for name in stored:
-        if name not in masters and not name.endswith(BUFFERS):
+        if name not in masters and not name.endswith(_BUFFERS):
             yield (
                 f"{home(index, rank, name)}: {name} has no master in any optimizer file (was it frozen in training?); "
                 "leave --weights master out."
@@ -145,20 +165,24 @@ def unpaired(index: Index, rank: int, masters: Masters) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How many numbers of a tensor are not their masters rounded, how far they are off at most, and the first one."""
+    """What of a tensor is not its master rounded."""
 
-    count: int = 0
-    largest: float = 0.0
-    first: int = 0
+    count: int = 0  # numbers
+    largest: float = 0.0  # how far one is off at most; infinite where one of the two is no finite number
+    first: int = 0  # the position of the first, row by row
 
 
 def difference(master: LazyTensor, stored: LazyTensor, bands: Iterable[tuple[int, int]]) -> Difference:
-    """What differs in some bands of rows; bands that overlap count twice."""
+    """What differs in some bands of rows, rows that are in two of them counted twice.
+
+    Raises CheckpointError where a file cannot be read.
+    """
     found = Difference()
     for start, stop in bands:
         rounded = widen(narrow(master.floats(start, stop), stored.dtype), stored.dtype)
         held = stored.floats(start, stop)
-        wrong = (rounded != held) & ~(np.isnan(rounded) & np.isnan(held))
+        both_nan = np.isnan(rounded) & np.isnan(held)
+        wrong = (rounded != held) & ~both_nan
         if not wrong.any():
             continue
         with np.errstate(invalid="ignore", over="ignore"):
@@ -168,7 +192,7 @@ def difference(master: LazyTensor, stored: LazyTensor, bands: Iterable[tuple[int
     return found
 
 
-def prove(index: Index, masters: Sequence[Masters]) -> None:
+def _prove(index: Index, masters: Sequence[Masters]) -> None:
     """Raise CheckpointError, with a list of the tensors, where a master is not what is stored, only more precise."""
     problems, largest = [], 0.0
     for rank, of_rank in enumerate(masters):

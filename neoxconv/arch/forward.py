@@ -1,0 +1,65 @@
+"""What the forward pass of every architecture is given and gives. Shapes are [batch, time, hidden], all in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from neoxconv.core.model import Architecture, ModelConfig
+
+Streams = list[Tensor]  # one that all ranks share, or one for each rank
+
+
+class Rank(Protocol):
+    """One rank's tensors; `name` is unified and without .weight or .bias."""
+
+    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """Rows of a weight, by their numbers."""
+
+    def vector(self, name: str) -> Tensor:
+        """A whole tensor of one dimension, by its full name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight."""
+
+    def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """x [..., columns] times rows `start` to `stop` of a weight."""
+
+
+class Forward(Protocol):
+    """An architecture's module with its forward pass, in four steps. A merged model is a single rank."""
+
+    def embed(self, ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:
+        """The streams before the first layer, of tokens [batch, time]."""
+
+    def block(self, ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConfig) -> Streams:
+        """The streams after a layer."""
+
+    def final(self, ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
+        """What each rank multiplies the head with."""
+
+    def logits(self, ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:
+        """The logits [batch, time, stop - start] of the vocabulary's rows `start` to `stop`."""
+
+
+def forward_of(architecture: Architecture) -> Forward:
+    """The module with an architecture's forward pass, imported here because it needs torch."""
+    return cast(Forward, import_module(architecture.forward))
+
+
+def across_stages(streams: Streams) -> Streams:
+    """The streams after they were sent to the next pipeline stage.
+
+    DeepSpeed sends [time, batch, hidden] in equal parts, one from each rank: with streams of their own, the ranks then
+    go on with one that is put together of these parts. (Seen in logits recorded in training: without it ours are 1e-3
+    off, with it 1e-6.)
+    """
+    if len(streams) == 1:
+        return streams
+    flat = [x.transpose(0, 1).reshape(-1).chunk(len(streams))[rank] for rank, x in enumerate(streams)]
+    batch, time, hidden = streams[0].shape
+    return [torch.cat(flat).reshape(time, batch, hidden).transpose(0, 1)] * len(streams)

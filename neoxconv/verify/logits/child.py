@@ -1,0 +1,119 @@
+"""A program of somebody else's in a process of its own, so that its death is a message here and nothing more.
+
+Tokens go to it and logits come back as .npy files in a private folder. What it prints is kept, and its last line shown
+if it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Numbers
+from neoxconv.errors import NeoxconvError, PlanError, VerifyError
+from neoxconv.storage import Place
+from neoxconv.verify.logits.compare import Logits
+from neoxconv.verify.logits.programs import LOGITS, PROGRAMS, TOKENS
+
+_Ask = Callable[[Numbers], Logits]  # the logits of tokens [batch, time]
+# The child looks for modules where this process does, and not in the folder that it happens to be started in.
+_BEGIN = """
+import sys
+at = sys.argv.index("--")
+sys.path[:] = sys.argv[1:at]
+from neoxconv.verify.logits.programs import main
+main(*sys.argv[at + 1 :])
+"""
+_SAID = "said.txt"  # what the program printed
+_TAIL = 4096  # bytes of it that are read
+_KINDS: dict[str, type[NeoxconvError]] = {"PlanError": PlanError, "VerifyError": VerifyError}
+_REASONS: dict[int, str] = {
+    signal.SIGILL: "its build may be for another processor: install one for this",
+    signal.SIGKILL: "memory may have run out: it holds the whole model",
+}
+
+
+@contextmanager
+def program(name: str, target: Place, candidate: Checkpoint) -> Iterator[_Ask]:
+    """A program with the target's model, loaded once for all that it is asked; it ends with this block.
+
+    Raises PlanError where it is not installed or is for other targets; asking raises VerifyError where it dies.
+    """
+    path = _model_for(name, target, candidate)
+    with TemporaryDirectory(prefix="neoxconv-") as folder, open(Path(folder, _SAID), "wb") as said:
+        command = [sys.executable, "-c", _BEGIN, *sys.path, "--", name, str(path), folder]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=said) as process:
+            try:
+                yield _Child(name, target, process, Path(folder)).logits
+            finally:
+                process.kill()
+
+
+def _model_for(name: str, target: Place, candidate: Checkpoint) -> Path:
+    """What the program is to open. Raises PlanError where it runs no such targets, or the target is at a URL."""
+    index, wanted = candidate.index, PROGRAMS[name]
+    if index.format != wanted.format:
+        raise PlanError(f"{target}: --engine {name} runs {wanted.runs}, not {index.format}; leave it out.")
+    path = index.files[0].storage.path if index.format == "gguf" else index.folder
+    if not isinstance(path, Path):
+        raise PlanError(f"{target}: other engines read local files only; download it, or leave --engine out.")
+    return path
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A running child process, and the folder that it shares with this one."""
+
+    name: str
+    target: Place
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def logits(self, tokens: Numbers) -> Logits:
+        """The logits of tokens [batch, time], which stay on disk. Raises what went wrong in the child, or its death."""
+        np.save(self.folder / TOKENS, tokens)
+        assert self.process.stdin and self.process.stdout
+        with contextlib.suppress(BrokenPipeError):  # its answer says why it does not listen
+            self.process.stdin.write(b"?")
+        line = self.process.stdout.readline()
+        if not line:
+            raise VerifyError(f"{self.target}: {self.name} {self.death()}. Leave --engine out to do without it.")
+        answer = json.loads(line)
+        if answer:
+            raise _KINDS.get(answer["kind"], NeoxconvError)(*answer["problems"])
+        mapped = np.load(self.folder / LOGITS, mmap_mode="r")
+        (self.folder / LOGITS).unlink()  # the mapping keeps the bytes for as long as they are used
+        return lambda start, stop: torch.from_numpy(np.array(mapped[..., start:stop]))
+
+    def death(self) -> str:
+        """How the process ended, what that usually means, and the last that it said."""
+        code = self.process.wait()
+        how = f"died of {_signal_name(-code)}" if code < 0 else f"ended by itself with exit code {code}"
+        last = self.last_line()
+        parts = (how, _REASONS.get(-code), f"it said last: {last:.200}" if last else None)
+        return "; ".join(part for part in parts if part)
+
+    def last_line(self) -> str:
+        """The last line that the program printed, of which more than TAIL bytes are not read."""
+        with open(self.folder / _SAID, "rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - _TAIL))
+            lines = stream.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _signal_name(number: int) -> str:
+    """A signal as people know it: SIGILL."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

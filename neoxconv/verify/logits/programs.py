@@ -1,0 +1,188 @@
+"""The programs that will run a target, where they are installed: what each runs, and how it gives logits.
+
+They are somebody else's code, which may die and take its process along. So `child` starts a process of its own for
+them, which begins with `main` here; only numpy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neoxconv.dtypes import Numbers
+from neoxconv.errors import NeoxconvError, PlanError, VerifyError
+
+TOKENS, LOGITS = "tokens.npy", "logits.npy"  # files in the folder that both processes know
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a share of it, or what one file may hold
+_Words = npt.NDArray[np.float32]  # the logits of one sequence, [time, words]
+Run = Callable[[Numbers], _Words]  # what a loaded model makes of one sequence of token ids [time]
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A program by the format that it runs: as `Index.format` and in words; `load` opens a model in this process.
+
+    `load` raises PlanError where the program is not installed or cannot load such a model, VerifyError where it fails.
+    """
+
+    format: str
+    runs: str
+    load: Callable[[Path], Run]
+
+
+def needed(module: str, package: str) -> ModuleType:
+    """An optional package's module. Raises PlanError that says how to get it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise PlanError(f"{package} is not installed; pip install {package}, or leave --engine out.") from error
+
+
+def transformers(folder: Path) -> Run:
+    """A Hugging Face folder in float32; one of bitsandbytes' weights in the type that the folder says.
+
+    Told another, transformers 5 leaves embeddings and norms of such a folder as they are, and fails.
+    """
+    library, torch = needed("transformers", "transformers"), needed("torch", "torch")
+    library.utils.logging.disable_progress_bar()
+    settings = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
+    packed = isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
+    try:
+        model = library.AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if packed else torch.float32).eval()
+    except ImportError as error:
+        raise PlanError(
+            f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]:.200}); leave --engine out."
+        ) from error
+
+    def run(tokens: Numbers) -> _Words:
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(tokens[None]), use_cache=False).logits[0]
+        return np.asarray(logits.float().numpy())
+
+    return run
+
+
+def llama_cpp(path: Path) -> Run:
+    """A GGUF file, or the first of several, on the CPU."""
+    llama = needed("llama_cpp", "llama-cpp-python")
+    model = llama_model(llama, path)
+    return lambda tokens: one_sequence(llama, model, tokens)
+
+
+def llama_model(llama: ModuleType, path: Path) -> Any:
+    """llama.cpp's own handle of the model. Raises VerifyError where it does not load it."""
+    settings = llama.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    model = llama.llama_model_load_from_file(os.fsencode(path), settings)
+    if not model:
+        raise VerifyError(f"{path}: llama.cpp cannot load it; see why with llama.cpp's own tools.")
+    return model
+
+
+def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> _Words:
+    """The logits [time, words] of one sequence in a context of its own. Raises VerifyError where there is no room."""
+    size = llama.llama_context_default_params()
+    size.n_ctx = size.n_batch = size.n_ubatch = len(tokens)
+    size.n_threads = size.n_threads_batch = os.cpu_count() or 1
+    context = llama.llama_init_from_model(model, size)
+    batch = llama.llama_batch_init(len(tokens), 0, 1)
+    try:
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens.tolist()):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
+        if llama.llama_decode(context, batch):
+            raise VerifyError("llama.cpp cannot run the model on these tokens; give fewer with --length.")
+        words = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+        return np.ctypeslib.as_array(llama.llama_get_logits(context), (len(tokens), words)).copy()
+    finally:
+        llama.llama_batch_free(batch)
+        llama.llama_free(context)
+
+
+PROGRAMS = {
+    "transformers": _Program("hf", "Hugging Face folders", transformers),
+    "llama.cpp": _Program("gguf", "GGUF files", llama_cpp),
+}
+
+
+# --- the child process ------------------------------------------------------------------------------------------------
+
+
+def main(name: str, path: str, folder: str) -> None:
+    """Load the model at `path`; then, for every byte on stdin, run the tokens in `folder` and answer on stdout.
+
+    An answer is a line of JSON: nothing where LOGITS is written, or the kind of an error and its problems, which is
+    the last. Whatever a program prints goes to stderr.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
+    asked = questions()
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for answer in _answered(name, Path(path), Path(folder), asked):
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answered(name: str, path: Path, folder: Path, asked: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """An answer to each byte of `asked`, up to the first error."""
+    try:
+        run = PROGRAMS[name].load(path)
+        for _ in asked:
+            run_all(run, np.load(folder / TOKENS), folder / LOGITS)
+            yield {}
+    except NeoxconvError as error:
+        yield {"kind": type(error).__name__, "problems": [*map(str, error.args)]}
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        yield {"kind": "VerifyError", "problems": [f"{path}: {name} cannot run it ({what:.300}); leave --engine out."]}
+
+
+def run_all(run: Run, tokens: Numbers, file: Path) -> None:
+    """Write the logits [batch, time, words] of tokens [batch, time] as a .npy file, each sequence when it is ready.
+
+    Raises VerifyError where the disk is full.
+    """
+    try:
+        with open(file, "wb") as stream:
+            for number, row in enumerate(tokens):
+                logits = np.ascontiguousarray(run(row), "<f4")
+                if number == 0:
+                    shape = (len(tokens), *logits.shape)
+                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(logits.data)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise VerifyError(
+            f"{file}: has no room for {len(tokens)} x {tokens.shape[1]} tokens' logits ({error.strerror}); "
+            "name a folder on another disk in TMPDIR, or give fewer tokens."
+        ) from error
+
+
+def questions() -> Iterator[bytes]:
+    """The bytes of stdin. When it ends, as the parent closed it or is dead, this process ends, whatever it is doing."""
+    read: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    stdin = sys.stdin.fileno()
+
+    def listen() -> None:
+        while byte := os.read(stdin, 1):  # sys.stdin would be locked when Python ends, which then aborts
+            read.put(byte)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return iter(read.get, b"")  # for ever, as no byte is none

@@ -1,0 +1,48 @@
+"""What the third level of verification is asked to do, as values; nothing heavy is imported for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where tokens are taken from: a text, or a .npy file of ids [batch, time]; with neither, our own text."""
+
+    text: Path | None = None
+    tokens: Path | None = None
+    length: int = 256  # tokens in a sequence of text
+    sequences: int | None = None  # at most; by default all of a file, two of our own text
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits that were asked for. With None the mean KL has one by the target's type, the others have none."""
+
+    max_kl: float | None = None  # nats, the mean
+    max_kl_p99: float | None = None  # nats, the 99th percentile
+    min_top1: float | None = None  # a share
+    max_ppl_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions that both sides answer: the task's name, the .jsonl file, and how many are asked at most."""
+
+    name: str
+    data: Path
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What both sides are put to, what may come of it, and what is made of it."""
+
+    sample: Sample = Sample()
+    limits: Limits = Limits()
+    engine: str = "native"  # or the program that runs the target: a key of PROGRAMS
+    device: str = "cpu"  # of the native engine
+    bisect: bool = False  # look for the tensor that breaks a layer
+    task: Task | None = None
+    html: Path | None = None  # a page to write

@@ -1,0 +1,48 @@
+"""What many tests need: the command line, digests of what was written, a checkpoint to damage, a power cut."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from neoxconv.cli.main import main
+from tests.fixtures import fixture
+
+
+class PowerCut(BaseException):
+    """Stands for whatever ends a process in the middle."""
+
+
+def digests(target: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder by its path there, or of one file by "."."""
+    files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
+    return {str(p.relative_to(target)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def cut_after(count: int) -> Callable[[int], None]:
+    """A callback for a run's progress that cuts the power at the call after `count`."""
+    calls = []
+
+    def progress(_: int) -> None:
+        calls.append(1)
+        if len(calls) > count:
+            raise PowerCut
+
+    return progress
+
+
+def writable_copy(folder: Path) -> Path:
+    """A copy of a real checkpoint in `folder`, without optimizer states, its tokenizer beside it."""
+    copy = folder / "checkpoints"
+    shutil.copytree(fixture("neox_2022_tp2_pp4/checkpoints"), copy, ignore=shutil.ignore_patterns("*optim_states*"))
+    shutil.copy(fixture("neox_2022_tp2_pp4/tiny_tokenizer.json"), folder)
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return copy
+
+
+def cli(*words: object) -> int:
+    """Run the command line in this process; return its exit code."""
+    return main([str(word) for word in words])

@@ -1,0 +1,101 @@
+"""The bnb and float8 targets of a small model, for tests: made, edited, compared."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
+from neoxconv.quant import floats
+from neoxconv.verify.report import Report
+from tests.toy import toy
+
+Tensors = dict[str, torch.Tensor]
+Change = Callable[[Tensors], Any]
+BNB = {
+    name: Recipe("bnb", type=name.split()[0], double_quant="double" in name)
+    for name in ("INT8", "NF4", "NF4 double", "FP4", "FP4 double")
+}
+FLOAT8 = {
+    f"{kind} {scale}": Recipe("float8", type=kind, scale=scale)
+    for kind in ("E4M3", "E5M2")
+    for scale in ("channel", "tensor", "none")
+}
+ALL = BNB | FLOAT8
+SCALE = {"INT8": "SCB", "NF4": "weight.absmax", "FP4": "weight.absmax"} | {
+    name: "weight.nested_absmax" if name in BNB else "weight_scale" for name in ALL if name[5:] not in ("", "none")
+}
+L0, L1 = (f"gpt_neox.layers.{i}.attention.dense." for i in (0, 1))
+UP = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+FILE, CONFIG = "model.safetensors", "config.json"
+every = pytest.mark.parametrize("name", ALL)
+
+
+def small(folder: Path, **changes: Any) -> Path:
+    return toy(folder, rows=288, **changes)
+
+
+def made(source: Path, target: Path, recipe: Recipe, norms: str = "mean", **options: Any) -> Path:
+    return run(make_plan(open_checkpoint(source, norms=norms), recipe), target, **options)
+
+
+def compared(source: Path, target: Path, norms: str = "mean") -> Report:
+    return verify_weights(open_checkpoint(source, norms=norms), open_checkpoint(target))
+
+
+def edited(target: Path, folder: Path, change: Change) -> Path:
+    """A copy of a target with other tensors and without manifest."""
+    shutil.copytree(target, folder, ignore=shutil.ignore_patterns("manifest.json"), dirs_exist_ok=True)
+    tensors = load_file(target / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE, {"format": "pt"})
+    return folder
+
+
+def planted(source: Path, weight: str, values: Any) -> Path:
+    """The source with other first numbers in a weight of the first layer of rank 0."""
+    for file in source.glob("*/layer_02-model_00*"):
+        state = torch.load(file, weights_only=True)
+        numbers = state[weight].view(-1)
+        numbers[: len(values)] = torch.as_tensor(values)[: len(numbers)]
+        torch.save(state, file)
+    return source
+
+
+def weights(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The values of a model's quantized weights."""
+    opened = open_checkpoint(path).tensors
+    return {name: floats(t.read(0, t.rows), t.dtype) for name, t in opened.items() if t.dtype.quantized}
+
+
+def assert_same(ours: Tensors, theirs: Tensors) -> None:
+    """Equal names, types, shapes and bytes."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        other = theirs[name]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
+        assert tensor.reshape(-1).view(torch.uint8).equal(other.reshape(-1).view(torch.uint8)), name
+
+
+def put(part: str, make: Callable[[torch.Tensor], torch.Tensor], module: str = L0) -> Change:
+    return lambda tensors: tensors.update({module + part: make(tensors[L0 + part].clone())})
+
+
+def with_state(change: Callable[[str], str]) -> Change:
+    """Another text as the quantization's state."""
+
+    def put_state(tensors: Tensors) -> None:
+        text = change(bytes(tensors[L0 + STATE].tolist()).decode())
+        tensors[L0 + STATE] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    return put_state
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
