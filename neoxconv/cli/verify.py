@@ -21,6 +21,7 @@ from neoxconv.sources.checkpoint import open_checkpoint, read_index
 from neoxconv.sources.coverage import is_partial
 from neoxconv.storage import Place
 from neoxconv.verify import verify_bytes, verify_weights
+from neoxconv.verify.beside import verify_beside
 from neoxconv.verify.bytes import sha256sums
 from neoxconv.verify.logits.trial import Limits, Sample, Task, Trial
 from neoxconv.verify.report import Finding, Report, TensorError, verdicts
@@ -176,6 +177,8 @@ def audit(asked: _Audit) -> _Outcome:
     try:
         made = open_target(target, asked.reading.preset)
         reports = (*reports, _check_weights(source, made, asked))
+        beside = verify_beside(source, made)
+        reports += (beside,) if beside else ()
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise

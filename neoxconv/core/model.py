@@ -136,6 +136,7 @@ class Index:
     ordered: bool = False  # gpt-neox: layer files hold an OrderedDict, as today's DeepSpeed writes them
     configs: tuple[Place, ...] = ()  # gpt-neox: the YAML files
     set_aside: tuple[str, ...] = ()  # files that hold no weights (optimizer states), named and not opened
+    typed: Mapping[str, bytes] = field(default_factory=dict)  # GGUF: the settings' values as the file's bytes
     single: bool = False  # the source is its files alone, not all of the folder
     replaced: tuple[dict[str, LazyTensor], ...] = ()  # gpt-neox: the files' own, where fp32 masters stand in `ranks`
 

@@ -25,7 +25,6 @@ from neoxconv.engine.target_file import begin_file, finish_file
 from neoxconv.engine.workers import Submit
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.sources.checkpoint import reopen
-from neoxconv.sources.tokenizer import tokenizer_path
 from neoxconv.storage import Remote, anew, is_here
 from neoxconv.targets.recipe import Recipe
 
@@ -117,7 +116,7 @@ def origin_of(plan: Plan) -> _Origin:
     opening, recipe = plan.checkpoint.opening, plan.recipe
     config = tuple(path.absolute() for path in opening.config)
     opening = replace(opening, path=opening.path.absolute(), config=config)
-    found = {"tokenizer": tokenizer_path(plan.checkpoint, recipe.tokenizer), "imatrix": recipe.imatrix}
+    found = {"tokenizer": recipe.tokenizer, "imatrix": recipe.imatrix}
     files: Any = {name: path.absolute() for name, path in found.items() if is_here(path)}
     return _Origin(opening, replace(recipe, **files), plan.fingerprint, _versions_of(plan))
 

@@ -97,9 +97,3 @@ def _only(candidates: Sequence[Place]) -> Place | None:
         if read_bytes(candidates[0]) != read_bytes(other):
             raise CheckpointError(f"{candidates[0]} and {other} differ. Say with --tokenizer which one is the model's.")
     return candidates[0] if candidates else None
-
-
-def tokenizer_path(checkpoint: Checkpoint, explicit: Path | None = None) -> Place | None:
-    """Where the vocabulary of a checkpoint's tokenizer lies; None where no file holds it."""
-    found = tokenizer_of(checkpoint, explicit)
-    return found.path if found else None

@@ -1,19 +1,9 @@
-"""What a target says of the model beside its weights: names, sizes, provenance, the tokenizer and its tokens."""
+"""What a target says of the model beside its weights: names, sizes, provenance."""
 
 from __future__ import annotations
 
 from neoxconv.core.model import Checkpoint
-from neoxconv.formats.tokenizer import END, Tokenizer, check_rows
 from neoxconv.version import __version__
-
-
-def token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, int]:
-    """The tokens at which text begins and ends: as the source says, else the tokenizer's, else 0."""
-    end = check_rows(tokenizer, checkpoint.config.rows)[END] if tokenizer else 0
-    settings = checkpoint.index.settings
-    names = ("bos_token_id", "eos_token_id")
-    found = {name: settings.get(name, settings.get(f"tokenizer.ggml.{name}")) for name in names}
-    return {name: value if type(value) is int else end for name, value in found.items()}
 
 
 def title(checkpoint: Checkpoint) -> str:

@@ -37,12 +37,11 @@ class Carried:
     generation: bytes | None
     notes: tuple[str, ...]
 
-    @property
-    def settings(self) -> list[str]:
-        """The files that a target without a place for transformers' settings leaves out."""
+    def left_out(self, kept: Iterable[str]) -> list[str]:
+        """A note on the files that a target has no place for; those of the names `kept` it has."""
         beside = self.tokenizer.beside if self.tokenizer else {}
-        vocabulary = {"vocab.json", "merges.txt", "vocab.txt", *(name for name in beside if name.endswith(".model"))}
-        return [*(name for name in beside if name not in vocabulary), *([GENERATION] if self.generation else [])]
+        lost = [name for name in [*beside, *([GENERATION] if self.generation else [])] if name not in kept]
+        return [f"the target has no place for {', '.join(lost)}: left out"] if lost else []
 
 
 def carried(checkpoint: Checkpoint, explicit: Path | None = None) -> Carried:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from neoxconv.core.encoding import Context
 from neoxconv.core.layout import Content, Entry
@@ -15,9 +16,10 @@ from neoxconv.formats import imatrix
 from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
 from neoxconv.formats.tokenizer import gguf_keys
+from neoxconv.formats.tokenizer.gguf import Keys
 from neoxconv.quant import ENCODINGS
-from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.targets.about import size_label, title, token_ids
+from neoxconv.targets.about import size_label, title
+from neoxconv.targets.carried import GENERATION, Carried, carried
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, choose, wanted
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural
@@ -26,6 +28,9 @@ from neoxconv.words import plural
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
+_TOKENS = "tokenizer.ggml.tokens"
+_THE_SOURCES = ("general.type", "general.name")  # keys that we make only where the source has none
+_OF_ONE_FILE = ("split.", "quantize.", "neoxconv.", "general.alignment")  # keys of a file, not of its model
 RECIPES = tuple(Recipe("gguf", type=mix) for mix in MIXES)  # all that `formats` lists
 OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")  # what changes the mix
 
@@ -33,12 +38,8 @@ OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatr
 def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A GGUF file (or several, with --split-size), with the tokenizer that llama.cpp needs."""
     choice = _choice_of(checkpoint, recipe)
-    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
-    if tokenizer is None:
-        raise PlanError(
-            f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
-            "give its tokenizer.json with --tokenizer FILE."
-        )
+    kept = _kept_keys(checkpoint, recipe)
+    beside = None if _TOKENS in kept else carried(checkpoint, recipe.tokenizer)
     matrix = imatrix.read(recipe.imatrix) if recipe.imatrix else None
     entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, recipe.effort == "high")
     searched = any(entry.context for entry in entries)
@@ -50,13 +51,39 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **checkpoint.architecture.to_gguf(checkpoint.config),
         "general.file_type": MIXES[choice.mix].file_type,
         "general.quantization_version": 2,
-        **gguf_keys(tokenizer, checkpoint.config.rows),
-        **{f"tokenizer.ggml.{name}": value for name, value in token_ids(checkpoint, tokenizer).items()},
+        **(_tokenizer_keys(checkpoint, beside) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
     }
-    notes = (*_gguf_notes(checkpoint, choice, entries), *(_matrix_notes(matrix, entries) if matrix else ()))
+    keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
+    notes = (
+        *_gguf_notes(checkpoint, choice, entries),
+        *(_matrix_notes(matrix, entries) if matrix else ()),
+        *(_notes_beside(beside) if beside else Keys(checkpoint.index.settings, str(checkpoint.index.where)).unsaid),
+    )
     return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes)
+
+
+def _kept_keys(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
+    """The keys of a GGUF source that no conversion decides, as it has them; with --tokenizer not its tokenizer's."""
+    replaced = ("tokenizer.",) if recipe.tokenizer else ()
+    others = (*_OF_ONE_FILE, *replaced)
+    return {key: value for key, value in checkpoint.index.typed.items() if not key.startswith(others)}
+
+
+def _tokenizer_keys(checkpoint: Checkpoint, beside: Carried) -> dict[str, Any]:
+    """The tokenizer's keys; raises PlanError where there is none."""
+    if beside.tokenizer is None:
+        raise PlanError(
+            f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
+            "give its tokenizer.json with --tokenizer FILE."
+        )
+    return gguf_keys(beside.tokenizer, checkpoint.config.rows, beside.ids)
+
+
+def _notes_beside(beside: Carried) -> list[str]:
+    """Notes on the tokenizer, and on the settings that GGUF has no place for."""
+    return [*beside.notes, *([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])]
 
 
 def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:

@@ -19,13 +19,16 @@ from neoxconv.formats.tokenizer import hf_files
 from neoxconv.names import DTYPES
 from neoxconv.quant import ENCODINGS
 from neoxconv.sources.coverage import PARTIAL
-from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.targets.about import provenance, title, token_ids
+from neoxconv.targets.about import provenance, title
+from neoxconv.targets.carried import GENERATION, Carried, carried
 from neoxconv.targets.recipe import Recipe
 
 # All that `formats` lists.
 RECIPES = tuple(Recipe("hf", dtype=dtype) for dtype in DTYPES)
 SAFETENSORS_RECIPES = tuple(Recipe("safetensors", dtype=dtype) for dtype in DTYPES)
+
+# Fields of config.json for which we have defaults only: training and use, not the function.
+UNDECIDED = ("attention_dropout", "hidden_dropout", "initializer_range", "use_cache")
 
 
 def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:
@@ -64,23 +67,29 @@ def hf_folder(
 ) -> Content:
     """A folder with sharded safetensors, configuration (with `settings` added), tokenizer, model card."""
     files = hf.layout(entries, recipe.shard_size)
-    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
-    config = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries)) | token_ids(checkpoint, tokenizer)
+    beside = carried(checkpoint, recipe.tokenizer)
+    tokenizer = beside.tokenizer
+    config = _configuration(checkpoint, beside, main_dtype(entries))
     config |= {**(settings or {}), **({PARTIAL: list(recipe.only)} if recipe.only else {})}
     part = _partly(checkpoint, recipe, entries)
     facts = [*provenance(checkpoint), ("Tensors", held(entries)), *(("Note", note) for note in part)]
     sidecars = {
         "config.json": _as_json(config),
-        "generation_config.json": hf.generation_config(config),
+        GENERATION: beside.generation or hf.generation_config(config),
         "README.md": hf.model_card(title(checkpoint), checkpoint.architecture.name, facts),
         **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
         **(hf_files(tokenizer, checkpoint.config.context) if tokenizer else {}),
     }
-    return Content(
-        files,
-        sidecars,
-        (*part, *(() if tokenizer else ("no tokenizer found; give one with --tokenizer to have it included",))),
-    )
+    none = () if tokenizer else ("no tokenizer found; give one with --tokenizer to have it included",)
+    return Content(files, sidecars, (*part, *beside.notes, *none))
+
+
+def _configuration(checkpoint: Checkpoint, beside: Carried, dtype: str) -> dict[str, Any]:
+    """config.json: what is decided here, and of the source's own what is not."""
+    made = checkpoint.architecture.to_hf(checkpoint.config, dtype)
+    silent = {name for name in ("bos_token_id", "eos_token_id") if name not in beside.ids}
+    further = {name: value for name, value in beside.config.items() if name not in made or name in UNDECIDED}
+    return {**{name: value for name, value in made.items() if name not in silent}, **further, **beside.ids}
 
 
 def held(entries: Sequence[Entry]) -> str:
@@ -91,11 +100,12 @@ def held(entries: Sequence[Entry]) -> str:
 def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """One .safetensors file, which holds the configuration in its metadata."""
     entries = unified_entries(checkpoint, recipe)
-    facts = checkpoint.architecture.to_hf(checkpoint.config, main_dtype(entries))
-    facts |= token_ids(checkpoint, None) | ({PARTIAL: list(recipe.only)} if recipe.only else {})
+    beside = carried(checkpoint, recipe.tokenizer)
+    facts = _configuration(checkpoint, beside, main_dtype(entries))
+    facts |= {PARTIAL: list(recipe.only)} if recipe.only else {}
     metadata = {"format": "pt", "config": json.dumps(facts, separators=(",", ":"))}
     files = (safetensors.layout("model.safetensors", entries, metadata),)
-    return Content(files, {}, _partly(checkpoint, recipe, entries))
+    return Content(files, {}, (*_partly(checkpoint, recipe, entries), *beside.notes, *beside.left_out(())))
 
 
 def main_dtype(entries: Sequence[Entry]) -> str:

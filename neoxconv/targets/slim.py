@@ -22,11 +22,10 @@ from neoxconv.dtypes import FLOATS, DType
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
-from neoxconv.formats.tokenizer import check_rows
 from neoxconv.quant import ENCODINGS, floats
 from neoxconv.sources import SOURCES
-from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
+from neoxconv.targets.carried import carried
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.training import Degrees, States
 
@@ -75,16 +74,15 @@ def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     before = Degrees(1, 1)
     after = training.degrees_for(recipe, before, checkpoint.config)
     dtype, notes = _number_type(checkpoint, recipe)
-    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
-    config = training.new_config(checkpoint, after, dtype, tokenizer)
+    beside = carried(checkpoint, recipe.tokenizer)
+    words = training.tokenizer_files(beside)
+    config = training.new_config(checkpoint, after, dtype, words)
     ranks = _split_anew(_named_as_in_2022(checkpoint), after.tp, checkpoint.config, dtype)
     states = training.bookkeeping(checkpoint, before, after)
     sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
-    if tokenizer:
-        check_rows(tokenizer, checkpoint.config.rows)
-        sidecars[training.TOKENIZER] = tokenizer.data
-    else:
-        notes = (*notes, "no tokenizer found; give one with --tokenizer to have it included")
+    none = () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
+    sidecars |= words
+    notes = (*notes, *none, *beside.notes, *beside.left_out(words))
     return Content(
         tuple(layout_pt(f"global_step0/{name}", value) for name, value in files(ranks, states, after, False).items()),
         sidecars,

@@ -6,7 +6,7 @@ gpt-neox compares every one of an mp_rank file's `args` with its own settings, s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.pt.unpickle import Placeholder
-from neoxconv.formats.tokenizer import Tokenizer
-from neoxconv.sources.tokenizer import tokenizer_path
+from neoxconv.formats.tokenizer.files import MERGES, SENTENCEPIECE, VOCAB
+from neoxconv.sources.tokenizer import tokenizer_of
+from neoxconv.targets.carried import Carried
 from neoxconv.targets.recipe import Recipe
 
 RANDOM_STATES = ("random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states")
@@ -163,7 +164,17 @@ def configs(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> dict[str
     return result
 
 
-def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, tokenizer: Tokenizer | None) -> bytes:
+def tokenizer_files(beside: Carried) -> dict[str, bytes]:
+    """The files of a tokenizer that gpt-neox reads: a tokenizer.json, or GPT-2's two, or sentencepiece's one."""
+    tokenizer = beside.tokenizer
+    if tokenizer is None:
+        return {}
+    if tokenizer.data and not tokenizer.built:
+        return {TOKENIZER: tokenizer.data}
+    return {name: data for name, data in tokenizer.beside.items() if name in (VOCAB, MERGES, *SENTENCEPIECE)}
+
+
+def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, words: Collection[str]) -> bytes:
     """A YAML for a model that gpt-neox did not write: all that decides its function."""
     config = checkpoint.config
     settings = {
@@ -171,9 +182,18 @@ def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, tokenizer: To
         **vocabulary(config, after.tp),
         **checkpoint.architecture.to_neox(config),
         **PRECISION[dtype],
-        **({"tokenizer_type": "HFTokenizer", "vocab_file": f"./{TOKENIZER}"} if tokenizer else {}),
+        **_tokenizer_settings(words),
     }
     return as_yaml(settings)
+
+
+def _tokenizer_settings(words: Collection[str]) -> dict[str, str]:
+    """How a YAML names the files of a tokenizer that lie beside `latest`."""
+    if TOKENIZER in words:
+        return {"tokenizer_type": "HFTokenizer", "vocab_file": f"./{TOKENIZER}"}
+    if VOCAB in words:
+        return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": f"./{VOCAB}", "merge_file": f"./{MERGES}"}
+    return {"tokenizer_type": "SPMTokenizer", "vocab_file": f"./{next(iter(words))}"} if words else {}
 
 
 def as_yaml(settings: Mapping[str, Any]) -> bytes:
@@ -184,6 +204,9 @@ def as_yaml(settings: Mapping[str, Any]) -> bytes:
 
 
 def own_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
-    """The tokenizer file of a gpt-neox checkpoint, under its own name."""
-    path = tokenizer_path(checkpoint, recipe.tokenizer)
-    return {path.name: path.read_bytes()} if path else {}
+    """The tokenizer's files of a gpt-neox checkpoint, under their own names."""
+    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
+    if tokenizer is None or tokenizer.path is None:
+        return {}
+    own = {tokenizer.path.name: tokenizer.data} if tokenizer.data and not tokenizer.built else {}
+    return {**own, **tokenizer.beside}

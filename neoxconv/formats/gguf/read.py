@@ -69,6 +69,7 @@ class _Header:
 
     file: Storage
     keys: dict[str, Any]
+    typed: dict[str, bytes]  # the keys' values as the file has them, each behind its type
     tensors: dict[str, LazyTensor]
     checksum: str
 
@@ -88,6 +89,7 @@ def index(path: Place) -> Index:
         ranks=(_with_native_types(tensors),),
         settings={key: value for key, value in headers[0].keys.items() if not key.startswith("split.")},
         single=True,
+        typed=headers[0].typed,
     )
 
 
@@ -112,15 +114,18 @@ def read_header(file: Storage) -> _Header:
     _check_version(file, cursor.number("I"))
     tensor_count, key_count = cursor.count(_MAX_COUNT, _LEAST_TENSOR), cursor.count(_MAX_COUNT, _LEAST_KEY)
     keys: dict[str, Any] = {}
+    typed: dict[str, bytes] = {}
     for _ in range(key_count):
         name = cursor.name("key", keys)
+        start = cursor.position
         keys[name] = cursor.value(cursor.kind())
+        typed[name] = bytes(cursor.buffer[start : cursor.position])
     infos = _read_tensor_infos(cursor, tensor_count)
     alignment = _read_alignment(file, keys)
     base = -(-cursor.position // alignment) * alignment
     _check_apart(file, infos, base, alignment)
     tensors = {name: stored(file, base + info.offset, info.shape, info.dtype) for name, info in infos.items()}
-    return _Header(file, keys, tensors, hashlib.sha256(cursor.buffer[: cursor.position]).hexdigest())
+    return _Header(file, keys, typed, tensors, hashlib.sha256(cursor.buffer[: cursor.position]).hexdigest())
 
 
 def _check_version(file: Storage, version: int) -> None:

@@ -103,7 +103,9 @@ def _string(key: str, text: str) -> bytes:
 
 
 def _typed(key: str, value: Any) -> bytes:
-    """A value behind its type."""
+    """A value behind its type; bytes are one already, as another file has it."""
+    if isinstance(value, bytes):
+        return value
     kind = _kind_of(key, [value], _SINGLE)
     return struct.pack("<I", kind) + _packed(key, kind, [value])
 
