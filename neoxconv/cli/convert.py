@@ -22,6 +22,7 @@ from neoxconv.sources import SOURCES, integrity
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.storage import Place, holds
 from neoxconv.targets import TAKEN_BY, TARGETS
+from neoxconv.targets.carried import tokenizer_line
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural, size, table
 
@@ -108,6 +109,7 @@ class _Request:
             "files": [{"name": name, "bytes": count} for name, count in self.sizes.items()],
             "peak_memory": self.conversion.budget.peak,
             "disk_free": self.free,
+            "tokenizer": dict(self.plan.tokenizer) or None,
             "notes": list(self.notes),
         }
 
@@ -121,6 +123,7 @@ class _Request:
             *([("weights", "master: the optimizer's fp32")] if index.replaced else []),
             ("target", f"{plan.recipe.format} {self.target}"),
             ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
+            ("tokenizer", tokenizer_line(plan.tokenizer)),
             ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
             ("memory", f"{size(budget.peak)} at most with {plural(budget.jobs, 'thread')}{self.elsewhere}"),
         ]

@@ -14,11 +14,14 @@ from typing import Any
 from neoxconv.core.model import Checkpoint, Index
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.engine.manifest import MANIFEST
+from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
 from neoxconv.sources import SOURCES
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.sources.integrity import Integrity
+from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.storage import Place, size_of, together
+from neoxconv.targets.carried import tokenizer_facts, tokenizer_line
 from neoxconv.words import first_of, plural, size, table
 
 _GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
@@ -36,6 +39,7 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
     facts = {
         "source": source(checkpoint),
         "config": checkpoint.config.facts,
+        "tokenizer": _tokenizer(checkpoint),
         "parameters": checkpoint.parameters,
         "groups": groups(checkpoint),
         "tensors": [
@@ -48,6 +52,14 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
         "notes": list(checkpoint.notes),
     }
     return facts | ({"check": check.facts} if check else {})
+
+
+def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The tokenizer that would be taken; None where there is none, `problem` where it cannot be."""
+    try:
+        return tokenizer_facts(checkpoint, tokenizer_of(checkpoint)) or None
+    except CheckpointError as error:
+        return {"problem": str(error)}
 
 
 def _norms_apart(checkpoint: Checkpoint, check: Integrity | None) -> float | None:
@@ -167,6 +179,8 @@ def _what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if found["tensor_parallel"] > 1:
         apart = facts["rank_difference"]
         rows.append(("ranks' norms", "not compared" if apart is None else f"differ by {apart:.3g} at most"))
+    words = facts["tokenizer"] or {}
+    rows.append(("tokenizer", words["problem"] if "problem" in words else tokenizer_line(words)))
     return [*rows, ("parameters", f"{facts['parameters']:,}"), ("dropped", dropped(facts["dropped"]))]
 
 

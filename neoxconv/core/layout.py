@@ -7,9 +7,10 @@ An Entry is a tensor under the target's name. Its encoding stores it as one Part
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from neoxconv.core.encoding import Context, Encoding, Part, Scaled
 from neoxconv.core.tensor import LazyTensor
@@ -126,8 +127,12 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class Content:
-    """What a target will hold: files of weights, small files as they are, and what is worth telling."""
+    """What a target will hold: files of weights, small files as they are, and what is worth telling.
+
+    `tokenizer` says which one was chosen: its `file`, its `tokens` and the model's `rows`; empty where there is none.
+    """
 
     files: tuple[FileLayout, ...]
     sidecars: dict[str, bytes]
     notes: tuple[str, ...] = ()
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)

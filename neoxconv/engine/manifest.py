@@ -53,11 +53,17 @@ def manifest(plan: Plan, described: Sequence[Described]) -> bytes:
         **plan.checkpoint.unusual,
         "config": plan.checkpoint.config.facts,
         "notes": list(plan.notes),
+        "tokenizer": {**plan.tokenizer, "file": name} if (name := _file_name(plan)) else None,
         "sources": plan.sources,
         "dropped": list(plan.checkpoint.dropped),
         "files": [*described, *(_describe_sidecar(name, data) for name, data in plan.sidecars.items())],
     }
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _file_name(plan: Plan) -> str:
+    """The name of the tokenizer's file, without its folder; empty where there is no tokenizer."""
+    return str(plan.tokenizer.get("file", "")).rpartition("/")[2]
 
 
 def describe_file(file: FileLayout, folder: Path, digests: Mapping[str, Digest]) -> Described:

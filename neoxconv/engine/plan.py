@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,7 @@ class Plan:
     files: tuple[FileLayout, ...]
     sidecars: dict[str, bytes]
     notes: tuple[str, ...]
+    tokenizer: Mapping[str, Any]  # the one that was chosen, as the content says
     single: bool
 
     @cached_property
@@ -164,6 +165,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         files=content.files,
         sidecars=content.sidecars,
         notes=(*checkpoint.notes, *content.notes, *_lossy_notes(checkpoint, entries)),
+        tokenizer=content.tokenizer,
         single=target.single and len(content.files) == 1 and not recipe.split_size,
     )
 

@@ -25,7 +25,7 @@ def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokeni
     folder = explicit or (index.folder if index.format == "hf" else None)
     if folder and folder.is_dir() and (found := load_folder(folder)):
         return found
-    if "tokenizer.ggml.model" in index.settings and not explicit:
+    if "tokenizer.ggml.tokens" in index.settings and not explicit:
         return from_gguf(index.settings, str(index.where))
     path = find(explicit, index.folder, index.settings, [path.parent for path in index.configs])
     return load_with_settings(path, index.settings) if path else None

@@ -44,13 +44,31 @@ class Carried:
         return [f"the target has no place for {', '.join(lost)}: left out"] if lost else []
 
 
+def tokenizer_facts(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Which tokenizer was chosen: its file, its number of tokens where the files tell, and the model's rows."""
+    if tokenizer is None:
+        return {}
+    where = tokenizer.path or checkpoint.index.where
+    return {"file": str(where), "tokens": tokenizer.count, "rows": checkpoint.config.rows}
+
+
+def tokenizer_line(facts: Mapping[str, Any]) -> str:
+    """The same for people."""
+    if not facts:
+        return "none"
+    count = "tokens not counted" if facts["tokens"] is None else f"{facts['tokens']} tokens"
+    return f"{facts['file']}: {count} for {facts['rows']} rows"
+
+
 def carried(checkpoint: Checkpoint, explicit: Path | None = None) -> Carried:
     """What the source has; `explicit` is a tokenizer to take instead of its own.
 
     Raises CheckpointError where a file cannot be read.
     """
-    tokenizer = tokenizer_of(checkpoint, explicit)
+    tokenizer, unread = _tokenizer(checkpoint, explicit)
     ids, notes = token_ids(checkpoint, tokenizer)
+    rows, count = checkpoint.config.rows, (tokenizer.count if tokenizer else None) or 0
+    notes += [f"the tokenizer has {count} tokens, the model {rows} rows"] if count > rows else []
     if explicit and tokenizer:
         notes += other_size(checkpoint, tokenizer)
     return Carried(
@@ -58,8 +76,18 @@ def carried(checkpoint: Checkpoint, explicit: Path | None = None) -> Carried:
         ids,
         further_fields(checkpoint),
         generation(checkpoint, ids),
-        (*notes, *beyond_rows(checkpoint, ids)),
+        (*unread, *notes, *beyond_rows(checkpoint, ids)),
     )
+
+
+def _tokenizer(checkpoint: Checkpoint, explicit: Path | None) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer; none, and a note, where a GGUF source has one that no files can be made of."""
+    try:
+        return tokenizer_of(checkpoint, explicit), []
+    except CheckpointError as error:
+        if explicit or not checkpoint.index.typed:
+            raise
+        return None, [f"the tokenizer is left out: {error}"]
 
 
 def is_hugging_face(checkpoint: Checkpoint) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from neoxconv.formats.tokenizer import gguf_keys
 from neoxconv.formats.tokenizer.gguf import Keys
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
-from neoxconv.targets.carried import GENERATION, Carried, carried
+from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, choose, wanted
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural
@@ -28,7 +28,10 @@ from neoxconv.words import plural
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
-_TOKENS = "tokenizer.ggml.tokens"
+_PREFIX, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
+_NAMES = {"pad_token_id": "padding_token_id"}  # GGUF's names of config.json's tokens, where they differ
+_COMPOSED = ("olmo", "mpt")  # names in `pre` of tokenizers that compose characters first
+_NFC = "llama.cpp composes no characters (NFC): decomposed accents and jamo give it other ids than transformers"
 _THE_SOURCES = ("general.type", "general.name")  # keys that we make only where the source has none
 _OF_ONE_FILE = ("split.", "quantize.", "neoxconv.", "general.alignment")  # keys of a file, not of its model
 RECIPES = tuple(Recipe("gguf", type=mix) for mix in MIXES)  # all that `formats` lists
@@ -59,9 +62,10 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     notes = (
         *_gguf_notes(checkpoint, choice, entries),
         *(_matrix_notes(matrix, entries) if matrix else ()),
-        *(_notes_beside(beside) if beside else Keys(checkpoint.index.settings, str(checkpoint.index.where)).unsaid),
+        *(_notes_beside(beside, keys) if beside else _unsaid(checkpoint)),
     )
-    return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes)
+    chosen = tokenizer_facts(checkpoint, beside.tokenizer) if beside else _kept_tokenizer(checkpoint)
+    return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes, chosen)
 
 
 def _kept_keys(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
@@ -81,9 +85,27 @@ def _tokenizer_keys(checkpoint: Checkpoint, beside: Carried) -> dict[str, Any]:
     return gguf_keys(beside.tokenizer, checkpoint.config.rows, beside.ids)
 
 
-def _notes_beside(beside: Carried) -> list[str]:
-    """Notes on the tokenizer, and on the settings that GGUF has no place for."""
-    return [*beside.notes, *([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])]
+def _unsaid(checkpoint: Checkpoint) -> list[str]:
+    """Notes on what an old GGUF source does not say of its tokenizer."""
+    return Keys(checkpoint.index.settings, str(checkpoint.index.where)).unsaid
+
+
+def _kept_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which tokenizer a GGUF source has, whose keys are kept as they are."""
+    index, rows = checkpoint.index, checkpoint.config.rows
+    return {"file": str(index.where), "tokens": len(index.settings[_TOKENS]), "rows": rows}
+
+
+def _notes_beside(beside: Carried, keys: Mapping[str, Any]) -> list[str]:
+    """Notes on the tokenizer, on ends that contradict each other, and on what GGUF has no place for."""
+    notes = [*beside.notes]
+    for name, said in beside.ids.items():
+        written = keys.get(_PREFIX + _NAMES.get(name, name))
+        if type(said) is int and written not in (None, said):
+            notes.append(f"{name} is {said} in the source, {written} by the tokenizer's settings, which GGUF takes")
+    if keys.get(_PREFIX + "pre") in _COMPOSED:
+        notes.append(_NFC)
+    return notes + ([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])
 
 
 def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:

@@ -20,7 +20,7 @@ from neoxconv.names import DTYPES
 from neoxconv.quant import ENCODINGS
 from neoxconv.sources.coverage import PARTIAL
 from neoxconv.targets.about import provenance, title
-from neoxconv.targets.carried import GENERATION, Carried, carried
+from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
 from neoxconv.targets.recipe import Recipe
 
 # All that `formats` lists.
@@ -81,7 +81,8 @@ def hf_folder(
         **(hf_files(tokenizer, checkpoint.config.context) if tokenizer else {}),
     }
     none = () if tokenizer else ("no tokenizer found; give one with --tokenizer to have it included",)
-    return Content(files, sidecars, (*part, *beside.notes, *none))
+    chosen = tokenizer_facts(checkpoint, tokenizer)
+    return Content(files, sidecars, (*part, *beside.notes, *none), chosen)
 
 
 def _configuration(checkpoint: Checkpoint, beside: Carried, dtype: str) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
 from neoxconv.quant import ENCODINGS, floats
 from neoxconv.sources import SOURCES
+from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
-from neoxconv.targets.carried import carried
+from neoxconv.targets.carried import carried, tokenizer_facts
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.training import Degrees, States
 
@@ -66,6 +67,7 @@ def _from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
             **training.own_tokenizer(checkpoint, recipe),
         },
         () if index.states else ("the source has no mp_rank files; minimal ones are written",),
+        tokenizer_facts(checkpoint, tokenizer_of(checkpoint, recipe.tokenizer)),
     )
 
 
@@ -87,6 +89,7 @@ def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         tuple(layout_pt(f"global_step0/{name}", value) for name, value in files(ranks, states, after, False).items()),
         sidecars,
         notes,
+        tokenizer_facts(checkpoint, beside.tokenizer),
     )
 
 

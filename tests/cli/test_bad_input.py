@@ -171,6 +171,8 @@ def test_the_ends_of_text_survive(source: Path) -> None:
     assert cli("convert", source, folder, "--to", "hf", "--quiet") == 0
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 5, "eos_token_id": 77}))
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert cli("convert", folder, file, "--to", "gguf", "--quiet") == 0
     assert cli("convert", file, again, "--to", "hf", "--quiet") == 0
     for name in ("config.json", "generation_config.json"):
@@ -232,13 +234,24 @@ def test_a_file_that_is_no_model_never_stands_for_its_neighbour(
     assert cli("verify", source, stranger) != 0
 
 
-def test_a_tokenizer_of_a_larger_vocabulary_is_refused_by_every_target(
+def test_ends_that_contradict_each_other_are_both_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = source.parent / "hf"
+    assert cli("convert", source, folder, "--to", "hf", "--quiet") == 0
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 77}))
+    assert cli("convert", folder, source.parent / "x.gguf", "--to", "gguf") == 0
+    assert "eos_token_id is 77 in the source, 0 by the tokenizer's settings" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_told_and_by_gguf_refused(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = fixture("trained_tp2_pp4/tokenizer.json")
-    for target in ("hf", "gguf"):
-        assert cli("convert", source, source.parent / "out", "--to", target, "--tokenizer", other) == 1
-        assert "the embedding has 512 rows" in capsys.readouterr().err
+    assert cli("convert", source, source.parent / "out", "--to", "hf", "--tokenizer", other) == 0
+    told = capsys.readouterr().err
+    assert "the tokenizer has 8190 tokens, the model 512 rows" in told and "the source's own" in told
+    assert cli("convert", source, source.parent / "out.gguf", "--to", "gguf", "--tokenizer", other) == 1
+    assert "the embedding has 512 rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["file/out", "/proc/out"])

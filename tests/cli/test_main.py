@@ -112,7 +112,7 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
     before, target = digests(source.parent), source.parent / "out"
     assert cli("convert", source, target, "--to", format, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
-    assert list(plan) == ["bytes_total", "files", "peak_memory", "disk_free", "notes"]
+    assert list(plan) == ["bytes_total", "files", "peak_memory", "disk_free", "tokenizer", "notes"]
     assert plan["bytes_total"] == sum(file["bytes"] for file in plan["files"])
     assert cli("convert", source, target, "--to", format, "--dry-run") == 0
     shown = capsys.readouterr().out
@@ -192,7 +192,10 @@ def test_verify_says_which_levels_passed(format: str, source: Path, capsys: pyte
     assert capsys.readouterr().out.splitlines()[-1] == "PASS: bytes ok"
     assert cli("verify", source, target) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "PASS: bytes ok, weights ok" and any("fold (from the manifest)" in line for line in lines)
+    beside = "" if format == "safetensors" else ", tokenizer ok"
+    assert lines[-1] == f"PASS: bytes ok, weights ok{beside}" and any(
+        "fold (from the manifest)" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])
@@ -207,10 +210,10 @@ def test_verify_finds_a_flipped_byte(format: str, source: Path, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1] == "FAIL: bytes differ"
     assert cli("verify", source, target, "--json") == 3
     outcome = json.loads(capsys.readouterr().out)
-    assert [level["passed"] for level in outcome["levels"]] == [False, False] and not outcome["passed"]
+    assert [level["passed"] for level in outcome["levels"]] == [False, False, True] and not outcome["passed"]
     next(target.parent.rglob("*manifest.json")).unlink()
     assert cli("verify", source, target) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == "FAIL: weights differ"
+    assert capsys.readouterr().out.splitlines()[-1] == "FAIL: weights differ, tokenizer ok"
 
 
 def test_verify_reads_the_targets_headers_and_manifest_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -112,16 +111,14 @@ def test_a_worker_that_does_not_see_the_target_says_so(cluster: Cluster, source:
         run_errand(errand)
 
 
-def test_a_tokenizer_found_in_our_working_folder_is_found_by_workers(
+def test_a_tokenizer_of_a_relative_path_is_found_by_workers(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = toy(tmp_path)
     (tmp_path / "here").mkdir()
     (source / "tokenizer.json").rename(tmp_path / "here" / "words.json")
-    settings = next(source.rglob("*.yml"))
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"vocab-file": "./words.json"}))
     monkeypatch.chdir(tmp_path / "here")
-    plan = make_plan(open_checkpoint(source), Recipe("gguf", type="F16"))
+    plan = make_plan(open_checkpoint(source), Recipe("gguf", type="F16", tokenizer=Path("words.json")))
     run(plan, tmp_path / "there.gguf", executor=f"dask://{cluster.address}")
     assert digests(tmp_path / "there.gguf") == digests(run(plan, tmp_path / "here.gguf"))
 

@@ -66,6 +66,7 @@ def server(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 def facts(source: str | Path) -> Any:
     """What inspect says, apart from where things are."""
     found = inspect.inspect(open_checkpoint(source))
+    found["tokenizer"] = found["tokenizer"] and {**found["tokenizer"], "file": ""}
     found["source"] = {k: v for k, v in found["source"].items() if k not in ("path", "configs")}
     return found
 

@@ -89,7 +89,7 @@ def test_its_death_is_a_line_and_the_other_verdicts_stand(
     assert main(command(*files, "--engine", "llama.cpp")) == 3
     told = capfd.readouterr()
     assert f"{files[1]}: {DEEDS[deed]}" in told.out
-    assert told.out.splitlines()[-1] == "FAIL: bytes ok, weights ok, logits not checked"
+    assert told.out.splitlines()[-1] == "FAIL: bytes ok, weights ok, tokenizer ok, logits not checked"
     assert "noise" not in told.out and not told.err
     assert not list((tmp_path / "temporary").iterdir())
 
