@@ -110,10 +110,11 @@ def token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[dict
             notes.append(
                 f"{name} is {said} in config.json, which is transformers' default; the tokenizer's is {own[kind]}"
             )
-        value = own[kind] if said is None or unset else said
+        silent = is_hugging_face(checkpoint) and name in settings  # it says that there is none
+        value = own[kind] if unset or (said is None and not silent) else said
         if value is None and kind != "pad" and tokenizer is None and not is_hugging_face(checkpoint):
             value = 0
-        if value is not None or (is_hugging_face(checkpoint) and name in settings):
+        if value is not None or silent:
             found[name] = value
     return found, notes
 
