@@ -12,8 +12,8 @@ from neoxconv.formats.tokenizer import Tokenizer, from_gguf, load, load_folder
 from neoxconv.formats.tokenizer.files import JSON, MERGES, SENTENCEPIECE, SETTINGS, VOCAB, read_bytes
 from neoxconv.storage import Place, is_file, without_dots
 
-USUAL = (JSON, "20B_tokenizer.json")
-KINDS = ("HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer")  # gpt-neox's tokenizer_type, of those whose files we know
+_USUAL = (JSON, "20B_tokenizer.json")
+_KINDS = ("HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer")  # gpt-neox's tokenizer_type, of those whose files we know
 
 
 def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokenizer | None:
@@ -28,10 +28,10 @@ def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokeni
     if "tokenizer.ggml.tokens" in index.settings and not explicit:
         return from_gguf(index.settings, str(index.where))
     path = find(explicit, index.folder, index.settings, [path.parent for path in index.configs])
-    return load_with_settings(path, index.settings) if path else None
+    return _load_with_settings(path, index.settings) if path else None
 
 
-def load_with_settings(path: Place, configs: Mapping[str, Any]) -> Tokenizer:
+def _load_with_settings(path: Place, configs: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer in a file, with the merges that the YAML names, or the settings beside a tokenizer.json."""
     folder = load_folder(path.parent) if path.name == JSON and is_file(path.with_name(SETTINGS)) else None
     if folder:
@@ -71,7 +71,7 @@ def _setting(configs: Mapping[str, Any], name: str) -> str | None:
 def _named(configs: Mapping[str, Any]) -> str | None:
     """The vocabulary file that the YAML names, where that is of a kind that we read."""
     kind = _setting(configs, "tokenizer_type") or "HFTokenizer"
-    return _setting(configs, "vocab_file") if kind in KINDS else None
+    return _setting(configs, "vocab_file") if kind in _KINDS else None
 
 
 def _places(folder: Place) -> list[Place]:
@@ -84,7 +84,7 @@ def _places(folder: Place) -> list[Place]:
 def _inside(folder: Place, named: str | None) -> list[Place]:
     """The candidates in one folder: the named file, else those of usual names, else every tokenizer-like one."""
     first = [folder / Path(named).name] if named else []
-    usual = [folder / name for name in USUAL]
+    usual = [folder / name for name in _USUAL]
     others = sorted(path for path in folder.glob("*tokenizer*.json") if path.name != SETTINGS)
     gpt_2 = [folder / VOCAB] if is_file(folder / MERGES) else []
     tiers = (first, usual, others, gpt_2, [folder / name for name in sorted(SENTENCEPIECE)])

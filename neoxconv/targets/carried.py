@@ -20,11 +20,11 @@ from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.storage import is_file, open_storage
 
 GENERATION = "generation_config.json"
-LARGEST = 1 << 20  # bytes of a generation_config.json
-KINDS = ("bos", "eos", "pad")  # of the tokens that config.json names
-UNSET_END = 2  # eos_token_id of transformers' GPTNeoXConfig where nobody set it
+_LARGEST = 1 << 20  # bytes of a generation_config.json
+_KINDS = ("bos", "eos", "pad")  # of the tokens that config.json names
+_UNSET_END = 2  # eos_token_id of transformers' GPTNeoXConfig where nobody set it
 # Fields of config.json that are decided here: by the target's types, or not at all, since they would be untrue.
-DECIDED = ("quantization_config", "rope_scaling", "transformers_version")
+_DECIDED = ("quantization_config", "rope_scaling", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ def carried(checkpoint: Checkpoint, explicit: Path | None = None) -> Carried:
     Raises CheckpointError where a file cannot be read.
     """
     tokenizer, unread = _tokenizer(checkpoint, explicit)
-    ids, notes = token_ids(checkpoint, tokenizer)
+    ids, notes = _token_ids(checkpoint, tokenizer)
     rows, count = checkpoint.config.rows, (tokenizer.count if tokenizer else None) or 0
     notes += [f"the tokenizer has {count} tokens, the model {rows} rows"] if count > rows else []
     if explicit and tokenizer:
-        notes += other_size(checkpoint, tokenizer)
+        notes += _other_size(checkpoint, tokenizer)
     return Carried(
         tokenizer,
         ids,
-        further_fields(checkpoint),
+        _further_fields(checkpoint),
         generation(checkpoint, ids),
-        (*unread, *notes, *beyond_rows(checkpoint, ids)),
+        (*unread, *notes, *_beyond_rows(checkpoint, ids)),
     )
 
 
@@ -90,41 +90,39 @@ def _tokenizer(checkpoint: Checkpoint, explicit: Path | None) -> tuple[Tokenizer
         return None, [f"the tokenizer is left out: {error}"]
 
 
-def is_hugging_face(checkpoint: Checkpoint) -> bool:
+def _is_hugging_face(checkpoint: Checkpoint) -> bool:
     """Whether the settings are those of a config.json."""
     return "model_type" in checkpoint.index.settings
 
 
-def token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[dict[str, Any], list[str]]:
+def _token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[dict[str, Any], list[str]]:
     """The tokens at which text begins and ends, and that fill it: as the source says, else the tokenizer's; notes.
 
     gpt-neox says nothing of them; without a tokenizer they are 0 then, as for the 20B model.
     """
     settings, found, notes = checkpoint.index.settings, {}, []
-    own = {kind: tokenizer.special(kind) if tokenizer else None for kind in KINDS}
-    for kind in KINDS:
+    own = {kind: tokenizer.special(kind) if tokenizer else None for kind in _KINDS}
+    for kind in _KINDS:
         name = f"{kind}_token_id"
         said = settings.get(PREFIX + KEYS[kind], settings.get(name))
-        unset = kind == "eos" and said == UNSET_END and own[kind] not in (None, UNSET_END)
+        unset = kind == "eos" and said == _UNSET_END and own[kind] not in (None, _UNSET_END)
         if unset:
-            notes.append(
-                f"{name} is {said} in config.json, which is transformers' default; the tokenizer's is {own[kind]}"
-            )
-        silent = is_hugging_face(checkpoint) and name in settings  # it says that there is none
+            notes.append(f"{name} is {said}, transformers' default; the tokenizer's own, {own[kind]}, is taken")
+        silent = _is_hugging_face(checkpoint) and name in settings  # it says that there is none
         value = own[kind] if unset or (said is None and not silent) else said
-        if value is None and kind != "pad" and tokenizer is None and not is_hugging_face(checkpoint):
+        if value is None and kind != "pad" and tokenizer is None and not _is_hugging_face(checkpoint):
             value = 0
         if value is not None or silent:
             found[name] = value
     return found, notes
 
 
-def further_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+def _further_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields of the source's config.json that no conversion decides; of other sources none."""
-    if not is_hugging_face(checkpoint):
+    if not _is_hugging_face(checkpoint):
         return {}
-    ids = {f"{kind}_token_id" for kind in KINDS}
-    return {name: value for name, value in checkpoint.index.settings.items() if name not in {*DECIDED, *ids}}
+    ids = {f"{kind}_token_id" for kind in _KINDS}
+    return {name: value for name, value in checkpoint.index.settings.items() if name not in {*_DECIDED, *ids}}
 
 
 def generation(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> bytes | None:
@@ -133,18 +131,18 @@ def generation(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> bytes | None:
     if checkpoint.index.format != "hf" or not is_file(path):
         return None
     file = open_storage(path)
-    if file.size > LARGEST:
-        raise CheckpointError(f"{path}: has {file.size} bytes, at most {LARGEST} are expected; give another file.")
+    if file.size > _LARGEST:
+        raise CheckpointError(f"{path}: has {file.size} bytes, at most {_LARGEST} are expected; give another file.")
     data = file.text()
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return data
-    repeats = isinstance(value, dict) and value.get("_from_model_config") and value.get("eos_token_id") == UNSET_END
-    return None if repeats and ids.get("eos_token_id") != UNSET_END else data
+    repeats = isinstance(value, dict) and value.get("_from_model_config") and value.get("eos_token_id") == _UNSET_END
+    return None if repeats and ids.get("eos_token_id") != _UNSET_END else data
 
 
-def other_size(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+def _other_size(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
     """A note where the tokenizer that was given has not as many tokens as the source's own."""
     try:
         own = tokenizer_of(checkpoint)
@@ -158,7 +156,7 @@ def other_size(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def beyond_rows(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> Iterable[str]:
+def _beyond_rows(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> Iterable[str]:
     """A note for each token that the model does not have."""
     rows = checkpoint.config.rows
     for name, value in ids.items():

@@ -28,7 +28,7 @@ RECIPES = tuple(Recipe("hf", dtype=dtype) for dtype in DTYPES)
 SAFETENSORS_RECIPES = tuple(Recipe("safetensors", dtype=dtype) for dtype in DTYPES)
 
 # Fields of config.json for which we have defaults only: training and use, not the function.
-UNDECIDED = ("attention_dropout", "hidden_dropout", "initializer_range", "use_cache")
+_UNDECIDED = ("attention_dropout", "hidden_dropout", "initializer_range", "use_cache")
 
 
 def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:
@@ -89,7 +89,7 @@ def _configuration(checkpoint: Checkpoint, beside: Carried, dtype: str) -> dict[
     """config.json: what is decided here, and of the source's own what is not."""
     made = checkpoint.architecture.to_hf(checkpoint.config, dtype)
     silent = {name for name in ("bos_token_id", "eos_token_id") if name not in beside.ids}
-    further = {name: value for name, value in beside.config.items() if name not in made or name in UNDECIDED}
+    further = {name: value for name, value in beside.config.items() if name not in made or name in _UNDECIDED}
     return {**{name: value for name, value in made.items() if name not in silent}, **further, **beside.ids}
 
 

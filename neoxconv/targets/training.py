@@ -23,7 +23,7 @@ from neoxconv.targets.recipe import Recipe
 RANDOM_STATES = ("random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states")
 _LOCAL_SHAPES = ("param_shapes", "param_slice_mappings")  # true of the source's degrees only
 PRECISION: dict[str, dict[str, Any]] = {"F16": {"fp16": {"enabled": True}}, "BF16": {"precision": "bfloat16"}}
-TOKENIZER = "tokenizer.json"
+_TOKENIZER = "tokenizer.json"
 
 States = dict[str, dict[str, Any]]  # by file name
 
@@ -170,7 +170,7 @@ def tokenizer_files(beside: Carried) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     if tokenizer.data and not tokenizer.built:
-        return {TOKENIZER: tokenizer.data}
+        return {_TOKENIZER: tokenizer.data}
     return {name: data for name, data in tokenizer.beside.items() if name in (VOCAB, MERGES, *SENTENCEPIECE)}
 
 
@@ -189,8 +189,8 @@ def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, words: Collec
 
 def _tokenizer_settings(words: Collection[str]) -> dict[str, str]:
     """How a YAML names the files of a tokenizer that lie beside `latest`."""
-    if TOKENIZER in words:
-        return {"tokenizer_type": "HFTokenizer", "vocab_file": f"./{TOKENIZER}"}
+    if _TOKENIZER in words:
+        return {"tokenizer_type": "HFTokenizer", "vocab_file": f"./{_TOKENIZER}"}
     if VOCAB in words:
         return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": f"./{VOCAB}", "merge_file": f"./{MERGES}"}
     return {"tokenizer_type": "SPMTokenizer", "vocab_file": f"./{next(iter(words))}"} if words else {}

@@ -19,16 +19,16 @@ from neoxconv.formats.tokenizer.gguf import PREFIX
 from neoxconv.targets.carried import GENERATION, Carried, carried
 from neoxconv.verify.report import Finding, Report
 
-Facts = Mapping[str, Any]
-STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-MOST = 80  # characters of a value in a message
-TOKENS, PRE = PREFIX + "tokens", PREFIX + "pre"
-ALIKE = {
+_Facts = Mapping[str, Any]
+_STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_MOST = 80  # characters of a value in a message
+_TOKENS, _PRE = PREFIX + "tokens", PREFIX + "pre"
+_ALIKE = {
     "olmo",
     "mpt",
 }  # names in `pre` that llama.cpp takes for one: the 20B tokenizer had the second before the first
-NEVER_UNLESS_SAID = {PREFIX + f"add_{kind}_token" for kind in KINDS}
-BY_THE_WAY = ("_from_model_config", "transformers_version")  # fields of generation_config.json without an effect
+_NEVER_UNLESS_SAID = {PREFIX + f"add_{kind}_token" for kind in KINDS}
+_BY_THE_WAY = ("_from_model_config", "transformers_version")  # fields of generation_config.json without an effect
 
 
 def verify_beside(source: Checkpoint, target: Checkpoint) -> Report | None:
@@ -37,18 +37,18 @@ def verify_beside(source: Checkpoint, target: Checkpoint) -> Report | None:
         return None
     ours = carried(source)
     if target.index.format == "gguf":
-        wanted, found = gguf_facts(source, ours), target.index.settings
+        wanted, found = _gguf_facts(source, ours), target.index.settings
     else:
         theirs = carried(target)
         if ours.tokenizer and not theirs.tokenizer:
             missing = Finding(str(target.index.where), "the tokenizer is missing, and the source has one")
             return Report("tokenizer", "no tokenizer", (missing,))
-        wanted, found = folder_facts(ours, target), folder_facts(theirs, target)
-    findings = tuple(Finding(str(target.index.where), what) for what in differences(wanted, found))
+        wanted, found = _folder_facts(ours, target), _folder_facts(theirs, target)
+    findings = tuple(Finding(str(target.index.where), what) for what in _differences(wanted, found))
     return Report("tokenizer", f"{len(wanted)} facts of tokenizer and settings", findings) if wanted else None
 
 
-def differences(wanted: Facts, found: Facts) -> Iterator[str]:
+def _differences(wanted: _Facts, found: _Facts) -> Iterator[str]:
     """What of the source's facts the target says otherwise."""
     for name, value in wanted.items():
         if not same(name, value, found.get(name)):
@@ -57,31 +57,31 @@ def differences(wanted: Facts, found: Facts) -> Iterator[str]:
 
 def same(name: str, wanted: Any, found: Any) -> bool:
     """Whether a fact is the same; what is never added may be left unsaid."""
-    if name in NEVER_UNLESS_SAID:
+    if name in _NEVER_UNLESS_SAID:
         return bool(wanted) == bool(found)
-    return bool(wanted == found) or (name == PRE and {wanted, found} == ALIKE)
+    return bool(wanted == found) or (name == _PRE and {wanted, found} == _ALIKE)
 
 
 def difference(name: str, wanted: Any, found: Any) -> str:
     """What differs in a fact; of a list the first item."""
     if found is None:
-        return f"{name} is missing; the source's is {shown(wanted)}"
+        return f"{name} is missing; the source's is {_shown(wanted)}"
     if isinstance(wanted, list) and isinstance(found, list):
         pairs = zip(wanted, found, strict=False)
         number = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(wanted), len(found)))
-        there, here = (shown(items[number]) if number < len(items) else "missing" for items in (found, wanted))
+        there, here = (_shown(items[number]) if number < len(items) else "missing" for items in (found, wanted))
         counts = f" ({len(found)} items, the source's {len(wanted)})" if len(found) != len(wanted) else ""
         return f"{name}: item {number} is {there}, the source's {here}{counts}"
-    return f"{name} is {shown(found)}, the source's {shown(wanted)}"
+    return f"{name} is {_shown(found)}, the source's {_shown(wanted)}"
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value for a message."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MOST else text[:MOST] + "..."
+    return text if len(text) <= _MOST else text[:_MOST] + "..."
 
 
-def gguf_facts(source: Checkpoint, ours: Carried) -> Facts:
+def _gguf_facts(source: Checkpoint, ours: Carried) -> _Facts:
     """The keys of a GGUF file of the source; of a tokenizer that we have no words for, its tokens alone."""
     if source.index.format == "gguf":
         return {name: value for name, value in source.index.settings.items() if name.startswith("tokenizer.")}
@@ -90,26 +90,26 @@ def gguf_facts(source: Checkpoint, ours: Carried) -> Facts:
     try:
         return gguf_keys(ours.tokenizer, source.config.rows, ours.ids)
     except CheckpointError:
-        return {TOKENS: by_id(ours.tokenizer)}
+        return {_TOKENS: _by_id(ours.tokenizer)}
 
 
-def by_id(tokenizer: Tokenizer) -> list[str]:
+def _by_id(tokenizer: Tokenizer) -> list[str]:
     """The texts in the order of their ids."""
     return [text for text, _ in sorted(tokenizer.ids.items(), key=lambda item: item[1])]
 
 
-def folder_facts(side: Carried, target: Checkpoint) -> dict[str, Any]:
+def _folder_facts(side: Carried, target: Checkpoint) -> dict[str, Any]:
     """What a side says, as far as a folder of the target's format has a place for it."""
-    facts = tokenizer_facts(side.tokenizer) if side.tokenizer else {}
+    facts = _tokenizer_facts(side.tokenizer) if side.tokenizer else {}
     if target.index.format != "hf":
         return facts
     facts |= {f"config.json's {name}": value for name, value in side.ids.items()}
-    facts |= settings_facts(side.tokenizer) if side.tokenizer and SETTINGS in side.tokenizer.beside else {}
+    facts |= _settings_facts(side.tokenizer) if side.tokenizer and SETTINGS in side.tokenizer.beside else {}
     generation = table(side.generation) if side.generation else {}
-    return facts | {f"{GENERATION}'s {name}": value for name, value in generation.items() if name not in BY_THE_WAY}
+    return facts | {f"{GENERATION}'s {name}": value for name, value in generation.items() if name not in _BY_THE_WAY}
 
 
-def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     """Model, tokens, merges, stages and special tokens; of sentencepiece's files the bytes."""
     name = "the tokenizer's"
     if not tokenizer.data:
@@ -120,14 +120,14 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
         return {f"{name} tokenizer.json": tokenizer.data.decode(errors="replace")}
     return {
         f"{name} model": parsed["model"].get("type"),
-        f"{name} tokens": [*zip(by_id(tokenizer), sorted(tokenizer.ids.values()), strict=True)],
+        f"{name} tokens": [*zip(_by_id(tokenizer), sorted(tokenizer.ids.values()), strict=True)],
         f"{name} merges": [merge(pair) for pair in parsed["model"].get("merges") or []],
-        **{f"{name} {stage}": parsed.get(stage) or {} for stage in STAGES},
+        **{f"{name} {stage}": parsed.get(stage) or {} for stage in _STAGES},
         f"{name} special tokens": sorted(str(t.get("content")) for t in parsed["added_tokens"] if t.get("special")),
     }
 
 
-def settings_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+def _settings_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     """What tokenizer_config.json says of special tokens, of what is added by itself, and of the template."""
     settings, file = tokenizer.settings, tokenizer.beside.get(TEMPLATE)
     special = {f"{kind}_token": tokenizer.special(kind) for kind in KINDS}
@@ -137,7 +137,7 @@ def settings_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {f"{SETTINGS}'s {name}": value for name, value in facts.items()}
 
 
-def table(data: bytes) -> Facts:
+def table(data: bytes) -> _Facts:
     """A JSON object; empty where the bytes are none."""
     try:
         value = json.loads(data)

@@ -1,4 +1,4 @@
-"""`verify` compares what lies beside the weights by meaning: every planted fault is named, other words for it are not."""
+"""`verify` compares what lies beside the weights by meaning: planted faults are named, other words for it are not."""
 
 from __future__ import annotations
 

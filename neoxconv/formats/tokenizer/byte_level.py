@@ -14,7 +14,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer.files import END, JSON, PADDING, SETTINGS, SPECIAL, Tokenizer
 from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, as_json
 
-OTHER = "It belongs to another model; name the right one with --tokenizer."
+_OTHER = "It belongs to another model; name the right one with --tokenizer."
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, no other format can
 NFC = {"type": "NFC"}
 
@@ -62,7 +62,7 @@ def check_rows(tokenizer: Tokenizer, rows: int) -> dict[str, int]:
     ids = numbered(tokenizer, byte_level(tokenizer))
     last = max(ids.values(), default=0)
     if last >= rows:
-        raise CheckpointError(f"{tokenizer.name}: its last id is {last} but the embedding has {rows} rows. {OTHER}")
+        raise CheckpointError(f"{tokenizer.name}: its last id is {last} but the embedding has {rows} rows. {_OTHER}")
     return ids
 
 
@@ -93,20 +93,20 @@ def hf_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
         return files
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END) if END in tokenizer.ids else {}
     exact = {"add_prefix_space": False, "clean_up_tokenization_spaces": False} if special else {}
-    settings = {**exact, **special, "model_max_length": context, "tokenizer_class": class_of(tokenizer)}
+    settings = {**exact, **special, "model_max_length": context, "tokenizer_class": _class_of(tokenizer)}
     made = {SETTINGS: as_json(settings), **({SPECIAL: as_json(special)} if special else {})}
     return files | {name: data for name, data in made.items() if name not in files}
 
 
-def class_of(tokenizer: Tokenizer) -> str:
+def _class_of(tokenizer: Tokenizer) -> str:
     """The class that changes no id: transformers 5 builds GPTNeoXTokenizerFast anew, always with NFC and padding."""
     parsed = tokenizer.parsed
     plain = parsed.get("normalizer") == NFC and same_splitter(parsed.get("pre_tokenizer"), BYTE_LEVEL)
-    like_20b = plain and not _misfit(parsed) and {END, PADDING} <= tokenizer.ids.keys() and not strange(parsed)
+    like_20b = plain and not _misfit(parsed) and {END, PADDING} <= tokenizer.ids.keys() and not _strange(parsed)
     return "GPTNeoXTokenizerFast" if like_20b else "PreTrainedTokenizerFast"
 
 
-def strange(parsed: Mapping[str, Any]) -> bool:
+def _strange(parsed: Mapping[str, Any]) -> bool:
     """Whether the tokenizer does more than GPT-NeoX's: BPE with options, tokens around a text, greedy added tokens."""
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     after = parsed.get("post_processor")

@@ -23,15 +23,15 @@ from neoxconv.storage import Place, is_file, open_storage
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
 SENTENCEPIECE = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
-TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-CARRIED = (
+TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_CARRIED = (
     JSON, SETTINGS, SPECIAL, "added_tokens.json", TEMPLATE, "chat_template.json", VOCAB, MERGES, "vocab.txt",
     *sorted(SENTENCEPIECE),
 )  # fmt: skip
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these texts
-MAX_BYTES = 1 << 28
-POINTER = b"version https://git-lfs"
+_MAX_BYTES = 1 << 28
+_POINTER = b"version https://git-lfs"
 KINDS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # of special tokens, as settings name them
 
 
@@ -131,21 +131,21 @@ def load_folder(folder: Place) -> Tokenizer | None:
 def _load_all(folder: Place, main: Place) -> Tokenizer:
     """The tokenizer whose vocabulary is in `main`, with everything of it in the folder."""
     loaded = load(main, folder / MERGES if is_file(folder / MERGES) else None)
-    names = [name for name in CARRIED if name != main.name and is_file(folder / name)]
+    names = [name for name in _CARRIED if name != main.name and is_file(folder / name)]
     beside = {name: read_bytes(folder / name) for name in names}
-    if (folder / TEMPLATES).is_dir():
-        paths: list[Place] = sorted((folder / TEMPLATES).glob("*.jinja"), key=str)
-        beside |= {f"{TEMPLATES}/{path.name}": read_bytes(path) for path in paths}
+    if (folder / _TEMPLATES).is_dir():
+        paths: list[Place] = sorted((folder / _TEMPLATES).glob("*.jinja"), key=str)
+        beside |= {f"{_TEMPLATES}/{path.name}": read_bytes(path) for path in paths}
     return Tokenizer(loaded.data, main, {**loaded.beside, **beside}, loaded.built)
 
 
 def read_bytes(path: Place) -> bytes:
     """The bytes of a tokenizer's file. Raises CheckpointError for one that is far too large, or a git-lfs pointer."""
     file = open_storage(path)
-    if file.size > MAX_BYTES:
-        raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {MAX_BYTES}; give another file.")
+    if file.size > _MAX_BYTES:
+        raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {_MAX_BYTES}; give another file.")
     data = file.text()
-    if data.startswith(POINTER):
+    if data.startswith(_POINTER):
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
     return data
 

@@ -22,27 +22,27 @@ from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, TEMPLATE, Tok
 from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, added_token, as_json, tokenizer_json
 
 PREFIX = "tokenizer.ggml."
-TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokens
-WANTED = "Give the tokenizer.json of the model with --tokenizer."
+_TYPES = _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # of tokens
+_WANTED = "Give the tokenizer.json of the model with --tokenizer."
 # How settings call a special token, and how GGUF does (gguf.Keys.Tokenizer; `seperator` is its spelling).
 KEYS = {kind: f"{kind}_token_id" for kind in KINDS} | {
     "unk": "unknown_token_id", "pad": "padding_token_id", "sep": "seperator_token_id",
 }  # fmt: skip
 
 # The split of GPT-4 and Llama 3, which takes up to three digits at a time; Qwen 2's takes one.
-LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT_4, QWEN_2 = (rf"{LETTERS}|\p{{N}}{count}|{SIGNS}" for count in ("{1,3}", ""))
-CUT = {**BYTE_LEVEL, "use_regex": False}
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT_4, QWEN_2 = (rf"{_LETTERS}|\p{{N}}{count}|{_SIGNS}" for count in ("{1,3}", ""))
+_CUT = {**BYTE_LEVEL, "use_regex": False}
 
 
-def split_by(pattern: str) -> list[dict[str, Any]]:
+def _split_by(pattern: str) -> list[dict[str, Any]]:
     """A splitter that cuts by a regular expression before it turns bytes into characters."""
-    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, CUT]
+    return [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, _CUT]
 
 
 @dataclass(frozen=True)
-class Splitter:
+class _Splitter:
     """A name in `pre`: the steps of tokenizers' pre-tokenizer, and the option of BPE, that do the same."""
 
     pre: str
@@ -51,18 +51,18 @@ class Splitter:
     whole_words: bool = False  # a word that is a token is not merged from its parts (`ignore_merges`)
 
 
-DIGITS = {"type": "Digits", "individual_digits": True}
-SPLITTERS = (
-    Splitter("olmo", [BYTE_LEVEL], NFC),
-    Splitter("gpt-2", [BYTE_LEVEL]),
-    Splitter("mpt", [BYTE_LEVEL], NFC),
-    Splitter("starcoder", [DIGITS, BYTE_LEVEL]),
-    Splitter("llama-bpe", split_by(GPT_4), whole_words=True),
-    Splitter("dbrx", split_by(GPT_4)),
-    Splitter("qwen2", split_by(QWEN_2)),
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_SPLITTERS = (
+    _Splitter("olmo", [BYTE_LEVEL], NFC),
+    _Splitter("gpt-2", [BYTE_LEVEL]),
+    _Splitter("mpt", [BYTE_LEVEL], NFC),
+    _Splitter("starcoder", [_DIGITS, BYTE_LEVEL]),
+    _Splitter("llama-bpe", _split_by(GPT_4), whole_words=True),
+    _Splitter("dbrx", _split_by(GPT_4)),
+    _Splitter("qwen2", _split_by(QWEN_2)),
 )
-BY_NAME = {splitter.pre: splitter for splitter in SPLITTERS} | {"default": SPLITTERS[1]}
-UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
+_BY_NAME = {splitter.pre: splitter for splitter in _SPLITTERS} | {"default": _SPLITTERS[1]}
+_UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
 
 
 def gguf_keys(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def gguf_keys(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any] | None 
     add_* bool. Raises CheckpointError where the tokenizer does what GGUF cannot say, has an id beyond `rows`, or where
     nothing tells which token ends a text.
     """
-    vocabulary = vocabulary_keys(tokenizer, rows)
-    special = special_keys(tokenizer, {**hf_files(tokenizer, 0), "config.json": as_json(config or {})}, rows)
+    vocabulary = _vocabulary_keys(tokenizer, rows)
+    special = _special_keys(tokenizer, {**hf_files(tokenizer, 0), "config.json": as_json(config or {})}, rows)
     ids = {key: value for key, value in special.items() if key.endswith("_token_id")}
     if PREFIX + "eos_token_id" not in ids:
         what = f"nothing says which token ends a text, and there is no {END}"
@@ -82,32 +82,32 @@ def gguf_keys(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any] | None 
     return {**vocabulary, **ids, **silent, **special}
 
 
-def vocabulary_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+def _vocabulary_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The keys of the tokens, their types and merges, and of how text is split."""
     parsed = byte_level(tokenizer)
     raise_all(CheckpointError, (f"{tokenizer.name}: {problem}" for problem in _beyond_gguf(tokenizer, parsed)))
     ids = check_rows(tokenizer, rows)
     texts = {index: text for text, index in ids.items()}
-    types = dict.fromkeys(texts, NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
+    types = dict.fromkeys(texts, _NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
     splitter = _splitter(parsed)
     assert splitter is not None
     keys = {
         "model": "gpt2",
         "pre": splitter.pre,
         "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
-        "token_type": [types.get(i, UNUSED) for i in range(rows)],
+        "token_type": [types.get(i, _UNUSED) for i in range(rows)],
         "merges": [merge(pair) for pair in parsed["model"]["merges"]],
     }
     return {PREFIX + key: value for key, value in keys.items()}
 
 
-def special_keys(tokenizer: Tokenizer, files: Mapping[str, bytes], rows: int) -> dict[str, Any]:
+def _special_keys(tokenizer: Tokenizer, files: Mapping[str, bytes], rows: int) -> dict[str, Any]:
     """What begins, ends and fills a text, what is added by itself, and the template, as gguf reads them from `files`.
 
     `files` are those of a Hugging Face folder. Raises CheckpointError where gguf cannot read them, or an id is beyond
     `rows`.
     """
-    found = read_special(tokenizer, files)
+    found = _read_special(tokenizer, files)
     raise_all(CheckpointError, (
         f"{tokenizer.name}: the settings call token {number} {kind}, but the model has {rows} rows; correct them."
         for kind, number in found.special_token_ids.items() if number >= rows
@@ -119,7 +119,7 @@ def special_keys(tokenizer: Tokenizer, files: Mapping[str, bytes], rows: int) ->
     return {key: value.value for key, value in writer.kv_data[0].items() if key.startswith("tokenizer.")}
 
 
-def read_special(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> Any:
+def _read_special(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> Any:
     """gguf's SpecialVocab of the files of a folder."""
     from gguf import SpecialVocab
 
@@ -149,10 +149,10 @@ def _steps(parsed: Mapping[str, Any]) -> list[Any]:
     return [found]
 
 
-def _splitter(parsed: Mapping[str, Any]) -> Splitter | None:
+def _splitter(parsed: Mapping[str, Any]) -> _Splitter | None:
     """The name in `pre` that cuts text as this tokenizer does."""
     steps, whole_words = _steps(parsed), bool(parsed["model"].get("ignore_merges"))
-    for splitter in SPLITTERS:
+    for splitter in _SPLITTERS:
         fits = len(steps) == len(splitter.steps) and all(map(_same_step, steps, splitter.steps))
         single = len(splitter.steps) == 1
         if fits and whole_words == splitter.whole_words and (not single or _normalizer(parsed) == splitter.normalizer):
@@ -175,7 +175,7 @@ def _normalizer(parsed: Mapping[str, Any]) -> Any:
 
 def _beyond_gguf(tokenizer: Tokenizer, parsed: Mapping[str, Any]) -> list[str]:
     """What this tokenizer does that llama.cpp, with the keys we write, would not do."""
-    options = [key for key in UNSAID if parsed["model"].get(key)]
+    options = [key for key in _UNSAID if parsed["model"].get(key)]
     greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
     normalizer, splitter = _normalizer(parsed), parsed.get("pre_tokenizer")
     whole_words = " with ignore_merges" if parsed["model"].get("ignore_merges") else ""
@@ -217,7 +217,7 @@ def _framing(after: Any) -> set[str]:
 def _type(token: Mapping[str, Any]) -> int:
     """llama.cpp's converter also takes a token that merely looks special (`<|...|>`) for one."""
     text = token["content"]
-    return CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED
+    return _CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else _USER_DEFINED
 
 
 @dataclass(frozen=True)
@@ -254,21 +254,21 @@ def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
     """
     keys = Keys(values, where)
     model, pre = keys.get("model"), keys.get("pre")
-    splitter = BY_NAME.get("default" if pre is None else pre) if isinstance(pre, str | None) else None
+    splitter = _BY_NAME.get("default" if pre is None else pre) if isinstance(pre, str | None) else None
     if model != "gpt2" or splitter is None:
-        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*BY_NAME]}. {WANTED}")
+        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*_BY_NAME]}. {_WANTED}")
     tokens, types, merges = (keys.texts(name) for name in ("tokens", "token_type", "merges"))
     if all(isinstance(text, str) for text in tokens) and not types:
         types = [_guessed(text) for text in tokens]
-    if not all(isinstance(text, str) for text in tokens) or len(tokens) != len(types) or not {*types} <= {*TYPES}:
-        found_types = f"{len(tokens)} tokens need as many types of {TYPES}, {len(types)} found"
-        raise CheckpointError(f"{where}: {found_types}. {WANTED}")
-    kept = [(i, text, kind) for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED]
+    if not all(isinstance(text, str) for text in tokens) or len(tokens) != len(types) or not {*types} <= {*_TYPES}:
+        found_types = f"{len(tokens)} tokens need as many types of {_TYPES}, {len(types)} found"
+        raise CheckpointError(f"{where}: {found_types}. {_WANTED}")
+    kept = [(i, text, kind) for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED]
     # Added tokens stand in the vocabulary too: outside it the tokenizers library would number them anew.
     vocab = {text: i for i, text, _ in kept}
     if len(vocab) < len(kept):
-        raise CheckpointError(f"{where}: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {WANTED}")
-    added = [added_token(i, text, special=kind == CONTROL) for i, text, kind in kept if kind != NORMAL]
+        raise CheckpointError(f"{where}: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {_WANTED}")
+    added = [added_token(i, text, special=kind == _CONTROL) for i, text, kind in kept if kind != _NORMAL]
     steps = list(splitter.steps)
     cut = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
     options = {"ignore_merges": True} if splitter.whole_words else {}
@@ -281,7 +281,7 @@ def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
 def _guessed(text: str) -> int:
     """The type of a token of a file that does not say it."""
     padding = text.startswith("[PAD") and text.endswith("]")
-    return UNUSED if padding else CONTROL if text.startswith("<|") and text.endswith("|>") else NORMAL
+    return _UNUSED if padding else _CONTROL if text.startswith("<|") and text.endswith("|>") else _NORMAL
 
 
 def _settings(keys: Keys, tokens: Sequence[str]) -> dict[str, bytes]:
