@@ -68,6 +68,8 @@ def carried(checkpoint: Checkpoint, explicit: Path | None = None) -> Carried:
     tokenizer, unread = _tokenizer(checkpoint, explicit)
     ids, notes = _token_ids(checkpoint, tokenizer)
     rows, count = checkpoint.config.rows, (tokenizer.count if tokenizer else None) or 0
+    if tokenizer and tokenizer.data and not tokenizer.ids:
+        notes.append(f"{tokenizer.name}: is no tokenizer.json that can be looked into; it is carried as it is")
     notes += [f"the tokenizer has {count} tokens, the model {rows} rows"] if count > rows else []
     if explicit and tokenizer:
         notes += _other_size(checkpoint, tokenizer)

@@ -188,7 +188,7 @@ def test_the_real_tokenizer_loads_in_little_memory_and_without_libraries() -> No
 @pytest.mark.parametrize(
     "data, found",
     [
-        (b"", "not JSON"),
+        (b"", "is empty"),
         (b"\xff\xfe\xfd", "not JSON"),
         (b"[" * 100000, "not JSON"),
         (b"[]", "no section `model`"),

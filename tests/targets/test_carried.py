@@ -154,6 +154,12 @@ def test_a_git_lfs_pointer_is_no_tokenizer(folder: Path) -> None:
             content(folder, recipe)
 
 
+def test_an_empty_file_is_no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is empty"):
+        content(folder, Recipe("hf"))
+
+
 def test_an_explicit_folder_brings_all_its_files(folder: Path, tmp_path: Path) -> None:
     source = toy(tmp_path / "other")
     made = content(source, Recipe("hf", tokenizer=folder)).sidecars
@@ -167,3 +173,21 @@ def test_the_choice_is_told(folder: Path) -> None:
         "tokens": 276,
         "rows": open_checkpoint(folder).config.rows,
     }
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"{", b"[1]", b'{"model": {"vocab": [[[1], 2], 3]}, "added_tokens": 7}', b'{"model": {"vocab": {"a": []}}}',
+     b'{"model": {"type": "WordPiece"}, "added_tokens": [{"content": [], "id": {}}, 5]}', b"\xff\xfe", b"[" * 99999],
+)  # fmt: skip
+@pytest.mark.parametrize("settings", [True, False])
+def test_whatever_a_tokenizer_holds_folders_take_it_and_gguf_refuses_it(
+    data: bytes, settings: bool, folder: Path
+) -> None:
+    (folder / "tokenizer.json").write_bytes(data)
+    if not settings:
+        (folder / "tokenizer_config.json").unlink()
+    for recipe in (Recipe("hf"), Recipe("slim"), Recipe("bnb", type="NF4"), Recipe("float8")):
+        assert content(folder, recipe).sidecars["tokenizer.json"] == data
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        content(folder, Recipe("gguf", type="F16"))

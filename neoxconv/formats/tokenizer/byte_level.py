@@ -100,6 +100,8 @@ def hf_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
 
 def _class_of(tokenizer: Tokenizer) -> str:
     """The class that changes no id: transformers 5 builds GPTNeoXTokenizerFast anew, always with NFC and padding."""
+    if not tokenizer.ids:  # what cannot be looked into is carried all the same
+        return "PreTrainedTokenizerFast"
     parsed = tokenizer.parsed
     plain = parsed.get("normalizer") == NFC and same_splitter(parsed.get("pre_tokenizer"), BYTE_LEVEL)
     like_20b = plain and not _misfit(parsed) and {END, PADDING} <= tokenizer.ids.keys() and not _strange(parsed)

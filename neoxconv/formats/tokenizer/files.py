@@ -81,16 +81,16 @@ class Tokenizer:
     @cached_property
     def ids(self) -> dict[str, int]:
         """The id of every text, as far as the files tell without the library that reads them; empty for others."""
-        if not self.data:
+        try:
+            vocab, added = self.parsed["model"].get("vocab"), self.parsed["added_tokens"]
+        except CheckpointError:
             return {}
-        vocab = self.parsed["model"].get("vocab")
+        pairs = [*vocab.items()] if isinstance(vocab, dict) else []
         if isinstance(vocab, list):  # Unigram: texts with their scores
-            found = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
-        else:
-            found = dict(vocab) if isinstance(vocab, dict) else {}
-        added = [token for token in self.parsed["added_tokens"] if isinstance(token, dict)]
-        found |= {token["content"]: token["id"] for token in added if {"content", "id"} <= token.keys()}
-        return {text: i for text, i in found.items() if isinstance(text, str) and type(i) is int}
+            pairs = [(entry[0], i) for i, entry in enumerate(vocab) if isinstance(entry, list) and entry]
+        if isinstance(added, list):
+            pairs += [(token.get("content"), token.get("id")) for token in added if isinstance(token, dict)]
+        return {text: i for text, i in pairs if isinstance(text, str) and type(i) is int}
 
     @property
     def count(self) -> int | None:
@@ -145,6 +145,8 @@ def read_bytes(path: Place) -> bytes:
     if file.size > _MAX_BYTES:
         raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {_MAX_BYTES}; give another file.")
     data = file.text()
+    if not data:
+        raise CheckpointError(f"{path}: is empty; download it again.")
     if data.startswith(_POINTER):
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
     return data
