@@ -22,7 +22,7 @@ from neoxconv.storage.protocols import LARGEST
 from neoxconv.storage.remote import Remote
 from neoxconv.storage.requests import FILE, Facts
 
-# What git-lfs leaves in place of a file that it has not fetched, and what no such file reaches. Source: its docs/spec.md.
+# What git-lfs leaves in place of a file that it has not fetched, and what no such file reaches (its docs/spec.md).
 _POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024  # bytes
 
 
@@ -81,7 +81,7 @@ class Storage:
     def text(self, offset: int = 0, length: int | None = None) -> bytes:
         """The same bytes as an immutable string, for headers; the whole file by default.
 
-        Raises CheckpointError, too, where git-lfs has left a pointer in place of the file: whatever is read begins here.
+        Raises CheckpointError where git-lfs has left a pointer in place of the file: all that is read begins here.
         """
         data = self.read(offset, self.size - offset if length is None else length).tobytes()
         if offset == 0 and self.size < _LARGEST_POINTER and _POINTER.startswith(data[: len(_POINTER)]):
