@@ -60,15 +60,21 @@ def deepspeed_folder(path: Place) -> Place | None:
     return tag if tag is not None and deepspeed.has_weights(tag) else None
 
 
-def part_of(folder_of: Callable[[Place], Place | None]) -> Callable[[Place, bytes], Place | None]:
-    """What finds the `global_stepN` that a file of DeepSpeed's belongs to, where `folder_of` takes that."""
+def part_of_neox(path: Place, start: bytes) -> Place | None:
+    """The `global_stepN` that a file of gpt-neox belongs to."""
+    if not is_part(path):
+        return None
+    return neox_folder(path.parent) or (None if deepspeed_folder(path.parent) else path.parent)
 
-    def of_file(path: Place, start: bytes) -> Place | None:
-        if not any(part.fullmatch(path.name) for part in neox.PARTS):
-            return None
-        return folder_of(path.parent)
 
-    return of_file
+def part_of_deepspeed(path: Place, start: bytes) -> Place | None:
+    """The `global_stepN` that a file of another model's training belongs to."""
+    return deepspeed_folder(path.parent) if is_part(path) else None
+
+
+def is_part(path: Place) -> bool:
+    """Whether a file is named as DeepSpeed names those of a checkpoint."""
+    return any(part.fullmatch(path.name) for part in neox.PARTS)
 
 
 def part_of_hf(path: Place, start: bytes) -> Place | None:
@@ -108,7 +114,7 @@ SOURCES: dict[str, Source] = {
             title="gpt-neox checkpoint",
             naming="neox",
             family=None,
-            of_file=part_of(lambda path: neox_folder(path) or (None if deepspeed_folder(path) else path)),
+            of_file=part_of_neox,
             of_folder=neox_folder,
             read=neox.index,
         ),
@@ -126,7 +132,7 @@ SOURCES: dict[str, Source] = {
             title="DeepSpeed checkpoint",
             naming="unified",
             family="model_type",
-            of_file=part_of(deepspeed_folder),
+            of_file=part_of_deepspeed,
             of_folder=deepspeed_folder,
             read=lambda path, config: deepspeed.index(path),
         ),
