@@ -38,20 +38,17 @@ class Source:
 
 
 def neox_folder(path: Place) -> Place | None:
-    """The `global_stepN` that a folder means, where weights in it have gpt-neox's names, or nothing else is there.
+    """The `global_stepN` that a folder means, where weights in it have gpt-neox's names.
 
     A `latest` alone tells nothing: Hugging Face's Trainer has one too, and what it names may have been left behind.
     """
     try:
         tag = neox.tag_folder(path)
-        if tag is None or neox.is_ours(tag):
-            return tag
-        others = deepspeed.has_weights(tag)
+        return tag if tag is not None and neox.is_ours(tag) else None
     except CheckpointError:
         if hf.has_weights(path):
             return None
         raise
-    return None if others or hf.has_weights(path) or not neox.is_checkpoint(tag) else tag
 
 
 def deepspeed_folder(path: Place) -> Place | None:

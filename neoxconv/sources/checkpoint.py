@@ -20,11 +20,12 @@ from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, Openi
 from neoxconv.core.tensor import LazyTensor, reordered
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats import hf
+from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox import zero
 from neoxconv.names import WEIGHTS
 from neoxconv.sources import SOURCES
 from neoxconv.sources.assemble import assembled
-from neoxconv.sources.coverage import check, is_partial
+from neoxconv.sources.coverage import check, check_known, is_partial
 from neoxconv.sources.foreign import check_no_adapter, snapshot_of, told_of_file, told_of_folder
 from neoxconv.sources.naming import count_named, name_tensors
 from neoxconv.sources.tied import stored_head
@@ -61,6 +62,7 @@ def reopen(opening: Opening) -> Checkpoint:
         raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
     architecture = _find_architecture(index)
     named, left = name_tensors(index, architecture)
+    check_known(index, named, left, architecture)
     measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening.preset)
     again = stored_head(index, named, architecture, config)
@@ -123,8 +125,10 @@ def _read_folder(path: Place, config: Sequence[Path]) -> Index:
         return _read_folder(snapshot, config)
     if told := told_of_folder(path):
         raise CheckpointError(told)
+    if tag := neox.tag_folder(path):
+        return neox.index(tag)  # which says what is missing, as does the next
     if any(hf.PART.fullmatch(file.name) for file in path.iterdir()):
-        return hf.index(path)  # which says what is missing
+        return hf.index(path)
     raise CheckpointError(
         f"{path}: holds no model. Expected gpt-neox's layer_NN-model_MM-model_states.pt or mp_rank_MM_model_states.pt "
         "files (or a folder with `latest`), Hugging Face's config.json, or a .gguf or .safetensors file."

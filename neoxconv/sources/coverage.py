@@ -50,6 +50,12 @@ def check(
     raise_all(CheckpointError, _check_shapes(index, named, architecture, config))
 
 
+def check_known(index: Index, named: RankTensors, left: list[list[str]], architecture: Architecture) -> None:
+    """Raise CheckpointError where no tensor at all is one of the architecture's: of another model, or an adapter."""
+    if not any(named):
+        raise_all(CheckpointError, _check_strangers(index, left, architecture))
+
+
 def _check_strangers(index: Index, left: list[list[str]], architecture: Architecture) -> list[str]:
     """Tensors, as the files name them, that the table does not know and that are not dropped."""
     return [

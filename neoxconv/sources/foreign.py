@@ -64,9 +64,9 @@ FOREIGN = (  # in the order in which they are looked for, in a folder and in the
 
 def check_no_adapter(path: Place) -> None:
     """Raise CheckpointError where a file is an adapter's, or a folder holds one: transformers would add it."""
-    for name in _ADAPTER.names:
-        if path.name == name or (name.endswith("_config.json") and (path / name).is_file()):
-            raise CheckpointError(_told(path, _ADAPTER))
+    config, *_ = _ADAPTER.names
+    if path.name in _ADAPTER.names or (path.is_dir() and (path / config).is_file()):
+        raise CheckpointError(_told(path, _ADAPTER))
 
 
 def told_of_file(path: Place) -> str | None:

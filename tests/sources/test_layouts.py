@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError
+from tests.helpers import cli
 from tests.toy import toy
 
 Tensors = dict[str, torch.Tensor]
@@ -409,3 +411,49 @@ def test_an_adapter_beside_its_model_is_not_passed_over(model: Path, weights: Te
 def test_zero_3_beside_the_gathered_model_is_left_alone(model: Path, weights: Tensors, tmp_path: Path) -> None:
     source = trained(saved(tmp_path, model, weights), {}, "zero_pp_rank_0_mp_rank_00_model_states.pt")
     assert_read(source, weights)
+
+
+def test_an_adapter_under_another_name_is_told_by_its_tensors(tmp_path: Path) -> None:
+    name = "base_model.model.gpt_neox.layers.0.attention.dense.lora_A.weight"
+    save_file({name: torch.ones(2, 2)}, tmp_path / "mine.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} is not a tensor of gpt_neox"):
+        open_checkpoint(tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize("given", [".", "global_step10_universal"])
+def test_a_universal_checkpoint_of_gpt_neox_is_told(given: str, tmp_path: Path) -> None:
+    """ds_to_universal.py copies the mp_rank files, which hold no weights, and leaves the layer files behind."""
+    source = toy(tmp_path)
+    step = (source / "global_step10").rename(source / "global_step10_universal")
+    for path in step.glob("layer_*"):
+        path.unlink()
+    (step / "zero" / "2.attention.dense.weight").mkdir(parents=True)
+    (source / "latest").rename(source / "latest_universal")
+    with pytest.raises(CheckpointError, match=r"is a universal checkpoint of DeepSpeed"):
+        open_checkpoint(source / given)
+
+
+def test_gpt_neox_without_its_layer_files_says_so(tmp_path: Path) -> None:
+    source = toy(tmp_path)
+    for path in (source / "global_step10").glob("layer_*"):
+        path.unlink()
+    for given in (source, source / "global_step10", source / "global_step10" / "mp_rank_00_model_states.pt"):
+        with pytest.raises(CheckpointError, match=r"holds no weights \(`module` is empty\), and no layer_NN"):
+            open_checkpoint(given)
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["lm_head", "DistributedDataParallel"])
+def test_the_commands_take_deepspeeds_part(
+    spelling: str, model: Path, weights: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = trained(tmp_path / "checkpoint-500", renamed(weights, SPELLINGS[spelling]))
+    shutil.copy(model / "config.json", source)
+    assert cli("inspect", source, "--check") == 0
+    told = capsys.readouterr().out
+    assert "DeepSpeed checkpoint" in told and re.search(r"weights +1\b", told) and "every checksum fits" in told
+    assert cli("convert", source, tmp_path / "made", "--to", "hf", "--quiet") == 0
+    assert cli("verify", source, tmp_path / "made", "--level", "weights", "--quiet") == 0
+    assert load_file(tmp_path / "made" / "model.safetensors").keys() == weights.keys()

@@ -39,7 +39,7 @@ def tag_folder(path: Place) -> Place | None:
 
     Raises CheckpointError where `latest` names no folder beside it, or there are several and no `latest`.
     """
-    if is_checkpoint(path):
+    if _is_checkpoint(path):
         return path
     latest = path / "latest"
     if latest.is_file():
@@ -51,13 +51,13 @@ def tag_folder(path: Place) -> Place | None:
                 f"{latest}: names {tag!r:.80}, which is not a folder beside it; give the global_stepN folder itself."
             )
         return path / tag
-    steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and is_checkpoint(p))
+    steps = sorted(p for p in path.glob("global_step*") if p.is_dir() and _is_checkpoint(p))
     if len(steps) > 1:
         raise CheckpointError(f"{path}: holds {', '.join(p.name for p in steps)} and no `latest`; give one of them.")
     return steps[0] if steps else None
 
 
-def is_checkpoint(folder: Place) -> bool:
+def _is_checkpoint(folder: Place) -> bool:
     """Whether `folder` itself (a `global_stepN`) holds files with weights of gpt-neox."""
     return any(_LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
 
