@@ -30,7 +30,7 @@ class _Pattern:
 # other trainers. Those of torch itself may stand before a layer's names too: torch.compile, FSDP, checkpoint_wrapper.
 _TORCH = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _WRAPPERS = ("module.", "model.", "_forward_module.", *_TORCH)
-_WRAPPED = re.compile(f"(?:{'|'.join(map(re.escape, _WRAPPERS))})*")
+_WRAPPED = re.compile(f"(?:{'|'.join(map(re.escape, _WRAPPERS))}){{0,8}}")  # more than anyone has
 _INSIDE = f"(?:{'|'.join(map(re.escape, _TORCH))})*"
 
 
