@@ -127,7 +127,7 @@ class Index:
     For gpt-neox the names are `N.name` with the layer index N, for pipeline and sequential files alike.
     """
 
-    format: str  # neox, hf, safetensors, gguf
+    format: str  # neox, hf, deepspeed, gguf, safetensors
     folder: Place
     files: tuple[SourceFile, ...]
     ranks: tuple[dict[str, LazyTensor], ...]

@@ -32,10 +32,11 @@ from neoxconv.storage import Place, Storage, open_storage, together
 _FILES = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ("pytorch_model_fsdp.bin", "pytorch_model_fsdp.bin.index.json"),  # accelerate's, of the whole model
 )
 _MOST_SHARDS = 1000  # expected for each one found, beyond which the expectation is wrong
 # What stands for the whole folder when it is given.
-PART = re.compile(r"config\.json|(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+PART = re.compile(r"config\.json|(pytorch_)?model(_fsdp)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _SHARD = re.compile(
     r"(?P<before>(?:pytorch_)?model-)(?P<number>\d{5})-of-(?P<count>\d{5})(?P<kind>\.safetensors|\.bin)"
 )

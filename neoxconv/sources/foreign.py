@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from neoxconv.errors import CheckpointError
+from neoxconv.formats import hf
 from neoxconv.storage import Place, is_folder, open_storage
 
 _MAX_REVISION = 1024  # bytes of refs/main
@@ -65,8 +66,14 @@ FOREIGN = (  # in the order in which they are looked for, in a folder and in the
 def check_no_adapter(path: Place) -> None:
     """Raise CheckpointError where a file is an adapter's, or a folder holds one: transformers would add it."""
     config, *_ = _ADAPTER.names
-    if path.name in _ADAPTER.names or (path.is_dir() and (path / config).is_file()):
-        raise CheckpointError(_told(path, _ADAPTER))
+    if path.name not in _ADAPTER.names and not (path.is_dir() and (path / config).is_file()):
+        return
+    if hf.has_weights(path):
+        raise CheckpointError(
+            f"{path / config}: makes of this model another one, as peft and transformers read it; {_ADAPTER.mend}, "
+            "or move it away to read the model without it."
+        )
+    raise CheckpointError(_told(path, _ADAPTER))
 
 
 def told_of_file(path: Place) -> str | None:
