@@ -144,7 +144,8 @@ def _kind_of(path: Place, index: Index) -> str:
     """What a file is for, by its name and by what was read from it."""
     if path.name in index.set_aside or neox.OPTIMIZER.fullmatch(path.name):
         return "optimizer states"
-    if path.name in _BOOKKEEPING or (neox.STATES.fullmatch(path.name) and not index.sequential):
+    with_weights = index.sequential or index.format == "deepspeed"
+    if path.name in _BOOKKEEPING or (neox.STATES.fullmatch(path.name) and not with_weights):
         return "bookkeeping"
     if path.name in {file.storage.name for file in index.files}:
         return "weights"

@@ -84,6 +84,7 @@ class Weight:
     shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
     gguf_order: _Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
+    also: tuple[str, ...] = ()  # its other names in Hugging Face's files
 
     @property
     def linear(self) -> bool:
@@ -126,7 +127,7 @@ class Index:
     For gpt-neox the names are `N.name` with the layer index N, for pipeline and sequential files alike.
     """
 
-    format: str  # neox, hf, safetensors, gguf
+    format: str  # neox, hf, deepspeed, gguf, safetensors
     folder: Place
     files: tuple[SourceFile, ...]
     ranks: tuple[dict[str, LazyTensor], ...]
@@ -181,6 +182,7 @@ class Architecture:
     gguf_name: str  # as GGUF's general.architecture
     title: str  # for people
     weights: tuple[Weight, ...]
+    base: str  # what its unified names begin with but for the head's: a model saved without one has names without it
     dropped: tuple[str, ...]  # patterns of buffers that are recomputed, by any format's name
     buffers: tuple[Buffer, ...] = ()
     presets: Mapping[str, ModelConfig]  # the released models

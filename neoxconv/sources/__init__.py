@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from neoxconv.arch import ARCHITECTURES
 from neoxconv.core.model import Index
 from neoxconv.errors import CheckpointError
-from neoxconv.formats import hf, safetensors
+from neoxconv.formats import deepspeed, hf, safetensors
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.neox import folder as neox
 from neoxconv.storage import Place
 
 Read = Callable[[Place, Sequence[Path]], Index]  # of the place that was found, and the YAML files that were given
+_DROPPED = tuple(pattern for architecture in ARCHITECTURES for pattern in architecture.dropped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,41 @@ class Source:
     read: Read
 
 
+def neox_folder(path: Place) -> Place | None:
+    """The `global_stepN` that a folder means, where weights in it have gpt-neox's names.
+
+    A `latest` alone tells nothing: Hugging Face's Trainer has one too, and what it names may have been left behind.
+    """
+    try:
+        tag = neox.tag_folder(path)
+        return tag if tag is not None and neox.is_ours(tag) else None
+    except CheckpointError:
+        if hf.has_weights(path):
+            return None
+        raise
+
+
+def deepspeed_folder(path: Place) -> Place | None:
+    """The `global_stepN` that a folder means, where it holds a state dict under other names than gpt-neox's."""
+    tag = neox.tag_folder(path)
+    return tag if tag is not None and deepspeed.has_weights(tag) else None
+
+
 def part_of_neox(path: Place, start: bytes) -> Place | None:
     """The `global_stepN` that a file of gpt-neox belongs to."""
-    if not any(part.fullmatch(path.name) for part in neox.PARTS):
+    if not is_part(path):
         return None
-    return neox.tag_folder(path.parent) or path.parent
+    return neox_folder(path.parent) or (None if deepspeed_folder(path.parent) else path.parent)
+
+
+def part_of_deepspeed(path: Place, start: bytes) -> Place | None:
+    """The `global_stepN` that a file of another model's training belongs to."""
+    return deepspeed_folder(path.parent) if is_part(path) else None
+
+
+def is_part(path: Place) -> bool:
+    """Whether a file is named as DeepSpeed names those of a checkpoint."""
+    return any(part.fullmatch(path.name) for part in neox.PARTS)
 
 
 def part_of_hf(path: Place, start: bytes) -> Place | None:
@@ -48,8 +80,8 @@ def part_of_hf(path: Place, start: bytes) -> Place | None:
 
 
 def hf_folder(path: Place) -> Place | None:
-    """The folder, where it has a configuration of Hugging Face's."""
-    return path if (path / "config.json").is_file() else None
+    """The folder, where it has a configuration of Hugging Face's and weights."""
+    return path if hf.has_weights(path) else None
 
 
 def gguf_file(folder: Place) -> Place | None:
@@ -60,8 +92,8 @@ def gguf_file(folder: Place) -> Place | None:
 
 
 def safetensors_file(folder: Place) -> Place | None:
-    """The only .safetensors file of a folder."""
-    return only(folder, sorted(folder.glob("*.safetensors"), key=str))
+    """The only .safetensors file of a folder; shards are none."""
+    return only(folder, sorted((path for path in folder.glob("*.safetensors") if not hf.is_shard(path)), key=str))
 
 
 def only(folder: Place, files: Sequence[Place]) -> Place | None:
@@ -80,7 +112,7 @@ SOURCES: dict[str, Source] = {
             naming="neox",
             family=None,
             of_file=part_of_neox,
-            of_folder=neox.tag_folder,
+            of_folder=neox_folder,
             read=neox.index,
         ),
         Source(
@@ -90,7 +122,16 @@ SOURCES: dict[str, Source] = {
             family="model_type",
             of_file=part_of_hf,
             of_folder=hf_folder,
-            read=lambda path, config: hf.index(path),
+            read=lambda path, config: hf.index(path, _DROPPED),
+        ),
+        Source(
+            name="deepspeed",
+            title="DeepSpeed checkpoint",
+            naming="unified",
+            family="model_type",
+            of_file=part_of_deepspeed,
+            of_folder=deepspeed_folder,
+            read=lambda path, config: deepspeed.index(path),
         ),
         Source(
             name="gguf",

@@ -19,13 +19,17 @@ from neoxconv.arch.joins import NORMS, join
 from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, Opening, RankTensors
 from neoxconv.core.tensor import LazyTensor, reordered
 from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.formats import hf
+from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox import zero
 from neoxconv.names import WEIGHTS
 from neoxconv.sources import SOURCES
 from neoxconv.sources.assemble import assembled
-from neoxconv.sources.coverage import check, is_partial
+from neoxconv.sources.coverage import check, check_known, is_partial
+from neoxconv.sources.foreign import check_no_adapter, snapshot_of, told_of_file, told_of_folder
 from neoxconv.sources.naming import count_named, name_tensors
-from neoxconv.storage import Place, open_storage, place, together
+from neoxconv.sources.tied import stored_head
+from neoxconv.storage import Place, is_here, open_storage, place, together
 
 
 def open_checkpoint(
@@ -58,10 +62,15 @@ def reopen(opening: Opening) -> Checkpoint:
         raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
     architecture = _find_architecture(index)
     named, left = name_tensors(index, architecture)
+    check_known(index, named, left, architecture)
     measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening.preset)
+    again = stored_head(index, named, architecture, config)
+    if again:
+        named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]
+        notes += (f"{again} is the embedding once more, as tie_word_embeddings says, and is left out",)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
-    dropped = tuple(dict.fromkeys(name for names in left for name in names))
+    dropped = tuple(dict.fromkeys([*(name for names in left for name in names), *filter(None, [again])]))
     checkpoint = Checkpoint(
         opening=opening,
         index=index,
@@ -76,12 +85,20 @@ def reopen(opening: Opening) -> Checkpoint:
 
 
 def read_index(path: Place, config: Sequence[Path]) -> Index:
-    """Index whatever is at `path`: files are told by their first bytes, folders by the names in them."""
+    """Index whatever is at `path`: files are told by their first bytes, folders by what is in them."""
     if not path.exists():
-        raise CheckpointError(f"{path}: does not exist.")
+        raise CheckpointError(f"{path}: does not exist.{_hint(path)}")
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: is neither a file nor a folder; give a checkpoint.")
+    check_no_adapter(path)
     return assembled(_read_file(path, config) if path.is_file() else _read_folder(path, config))
+
+
+def _hint(path: Place) -> str:
+    """What may be meant by a place where nothing is: ORG/NAME, as the Hugging Face hub calls its models."""
+    if not is_here(path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        return ""
+    return f" If it is a model of the Hugging Face hub, download it (hf download {path}), or give hf://{path}."
 
 
 def _read_file(path: Place, config: Sequence[Path]) -> Index:
@@ -93,7 +110,8 @@ def _read_file(path: Place, config: Sequence[Path]) -> Index:
         if whole := source.of_file(path, start):
             return source.read(whole, config)
     raise CheckpointError(
-        f"{path}: is no model; it begins with {start[:8]!r}. Expected a .gguf or .safetensors file, "
+        told_of_file(path)
+        or f"{path}: is no model; it begins with {start[:8]!r}. Expected a .gguf or .safetensors file, "
         "or a file of a gpt-neox checkpoint or of a Hugging Face folder."
     )
 
@@ -103,6 +121,14 @@ def _read_folder(path: Place, config: Sequence[Path]) -> Index:
     for source in SOURCES.values():
         if whole := source.of_folder(path):
             return source.read(whole, config)
+    if snapshot := snapshot_of(path):
+        return _read_folder(snapshot, config)
+    if told := told_of_folder(path):
+        raise CheckpointError(told)
+    if tag := neox.tag_folder(path):
+        return neox.index(tag)  # which says what is missing, as does the next
+    if any(hf.PART.fullmatch(file.name) for file in path.iterdir()):
+        return hf.index(path)
     raise CheckpointError(
         f"{path}: holds no model. Expected gpt-neox's layer_NN-model_MM-model_states.pt or mp_rank_MM_model_states.pt "
         "files (or a folder with `latest`), Hugging Face's config.json, or a .gguf or .safetensors file."

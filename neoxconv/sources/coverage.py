@@ -14,6 +14,11 @@ from neoxconv.formats.neox.numbers import number_name
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 
+_WITHOUT_HEAD = (
+    "the model was saved without its head, as transformers' base models are. Save it with its head (ForCausalLM), or "
+    "say tie_word_embeddings in config.json if its head is its embedding"
+)
+_EMPTY = "is empty, as ZeRO stage 3 leaves it; make the model whole with DeepSpeed's zero_to_fp32.py, and give that"
 PARTIAL = "neoxconv_only"  # the setting of a target that holds a part of its model: the patterns asked for
 
 
@@ -22,11 +27,12 @@ def check(
 ) -> None:
     """Raise CheckpointError unless every unified tensor can be made once, in its shape, and nothing is left over."""
     whole = not is_partial(index)
+    strangers = _check_strangers(index, left, architecture)
     layers = _check_layers(index, named, architecture, config) if whole else []
     if config.layers > 2 * len(named[0]):
         # Not even one tensor for every two layers: another model's configuration, of which to list what is missing
         # would take long and tell nothing.
-        raise_all(CheckpointError, layers)
+        raise_all(CheckpointError, layers and [*layers, *strangers])
     problems = [
         *_check_degree(index),
         *layers,
@@ -34,20 +40,31 @@ def check(
     ]
     names = {weight.unified for _, weight in architecture.names(config)}
     kind = f"{config.layers} layers{' whose head is its embedding (tied)' if config.tied else ''}"
-    for rank, (known, unknown) in enumerate(zip(named, left, strict=True)):
+    for known in named:
         problems += [
             f"{index.where}: {name} does not belong to a model of {kind}; download it again with its configuration."
             for name in known
             if name not in names
         ]
-        problems += [
-            f"{home(index, rank, name)}: {name} is not a tensor of {architecture.name}; "
-            "a model of another kind (a reward head, other norms) is not supported."
-            for name in unknown
-            if not any(fnmatchcase(name, pattern) for pattern in architecture.dropped)
-        ]
-    raise_all(CheckpointError, dict.fromkeys(problems))
+    raise_all(CheckpointError, dict.fromkeys([*problems, *strangers]))
     raise_all(CheckpointError, _check_shapes(index, named, architecture, config))
+
+
+def check_known(index: Index, named: RankTensors, left: list[list[str]], architecture: Architecture) -> None:
+    """Raise CheckpointError where no tensor at all is one of the architecture's: of another model, or an adapter."""
+    if not any(named):
+        raise_all(CheckpointError, _check_strangers(index, left, architecture))
+
+
+def _check_strangers(index: Index, left: list[list[str]], architecture: Architecture) -> list[str]:
+    """Tensors, as the files name them, that the table does not know and that are not dropped."""
+    return [
+        f"{home(index, rank, name)}: {name} is not a tensor of {architecture.name}; "
+        "a model of another kind (a reward head, other norms) is not supported."
+        for rank, unknown in enumerate(left)
+        for name in unknown
+        if not any(fnmatchcase(name, pattern) for pattern in architecture.dropped)
+    ]
 
 
 def is_partial(index: Index) -> bool:
@@ -101,7 +118,8 @@ def _check_missing(index: Index, named: RankTensors, architecture: Architecture,
                 continue
             if naming != "neox" or index.sequential:
                 name = f"{weight.gguf} ({unified})" if naming == "gguf" else unified
-                problems.append(f"{home(index, rank, '')}: {name} is missing; download it again.")
+                mend = _WITHOUT_HEAD if naming == "unified" and weight.role == "head" else "download it again"
+                problems.append(f"{home(index, rank, '')}: {name} is missing; {mend}.")
                 continue
             file = home(index, rank, number_name(weight, layer, config.layers))
             problem = f"lacks {weight.source[0]} ({unified})" if file.exists() else "is missing"
@@ -130,6 +148,9 @@ def _check_shapes(index: Index, named: RankTensors, architecture: Architecture, 
                     f"{home(index, rank, source)}: {unified} is {list(shapes[rank])} on rank {rank} "
                     f"but {list(shapes[0])} on rank 0. The shards come from different runs; download them again."
                 )
+        if 0 in shapes[0]:
+            problems.append(f"{home(index, 0, source)}: {unified} {_EMPTY}.")
+            continue
         expected = tuple(config.sizes[size] for size in weight.shape)
         if len(set(shapes)) == 1 and (found := _joined_shape(weight, parts, config)) != expected:
             problems.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,22 +26,74 @@ class _Pattern:
     shift: int
 
 
-@lru_cache(maxsize=16)
-def _patterns(weights: tuple[Weight, ...], naming: str) -> tuple[_Pattern, ...]:
-    """How a format spells each weight of an architecture's table."""
+# What libraries put before the names of a model that they hold: DistributedDataParallel and DeepSpeed, Lightning and
+# other trainers. Those of torch itself may stand before a layer's names too: torch.compile, FSDP, checkpoint_wrapper.
+_TORCH = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("module.", "model.", "_forward_module.", *_TORCH)
+_WRAPPED = re.compile(f"(?:{'|'.join(map(re.escape, _WRAPPERS))}){{0,8}}")  # more than anyone has
+_INSIDE = f"(?:{'|'.join(map(re.escape, _TORCH))})*"
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a whole source spells names: what stands before all of them, and what stands for an architecture's base.
+
+    Of gpt-neox's and GGUF's names nothing is changed.
+    """
+
+    naming: str
+    outer: str = ""
+    base: str | None = None  # None: the architecture's own
+
+    def regex(self, name: str, base: str) -> str:
+        """A name of the table, with `{i}` for the layer, as this source has it."""
+        if self.naming == "neox":
+            return r"(\d+)\." + _with_number(re.escape(name))
+        if self.naming == "gguf":
+            return _with_number(re.escape(name))
+        if self.base is not None and name.startswith(base):
+            name = self.base + name.removeprefix(base)
+        return re.escape(self.outer) + _with_number(re.escape(name)).replace(r"(\d{1,9})\.", rf"(\d{{1,9}})\.{_INSIDE}")
+
+
+def _with_number(name: str) -> str:
+    """An escaped name of the table as a regular expression that finds the layer's number."""
+    return name.replace(re.escape("{i}"), r"(\d{1,9})")
+
+
+@lru_cache(maxsize=64)
+def _patterns(weights: tuple[Weight, ...], base: str, spelling: _Spelling) -> tuple[_Pattern, ...]:
+    """How a source spells each weight of an architecture's table, whose names begin with `base`."""
     found = []
-    prefix, shift = (r"(\d+)\.", FIRST_LAYER) if naming == "neox" else ("", 0)
+    shift = FIRST_LAYER if spelling.naming == "neox" else 0
     for weight in weights:
-        names = {"neox": weight.source, "unified": (weight.unified,), "gguf": (weight.gguf,)}[naming]
-        for name in names:
-            text = re.escape(name).replace(re.escape("{i}"), r"(\d{1,9})")
-            found.append(_Pattern(re.compile(prefix + text), weight, shift))
+        names = {"neox": weight.source, "unified": (weight.unified, *weight.also), "gguf": (weight.gguf,)}
+        for name in names[spelling.naming]:
+            found.append(_Pattern(re.compile(spelling.regex(name, base)), weight, shift))
     return tuple(found)
 
 
 def spellings_of(index: Index, architecture: Architecture) -> tuple[_Pattern, ...]:
-    """How a source spells the weights of an architecture."""
-    return _patterns(architecture.weights, SOURCES[index.format].naming)
+    """How a source spells the weights of an architecture: all of them in one way, the one that fits most of its names.
+
+    A name that is spelled otherwise than most is unknown.
+    """
+    naming = SOURCES[index.format].naming
+    if naming != "unified":
+        return _patterns(architecture.weights, architecture.base, _Spelling(naming))
+    names = list(index.ranks[0])
+    ways = [_patterns(architecture.weights, architecture.base, spelling) for spelling in _ways(names)]
+    return max(ways, key=lambda way: sum(unified_name(name, way) is not None for name in names))
+
+
+def _ways(names: Sequence[str]) -> list[_Spelling]:
+    """The spellings that names of Hugging Face's may have, the likeliest first."""
+    runs = Counter(match[0] for match in map(_WRAPPED.match, names) if match)
+    outer = runs.most_common(1)[0][0] if runs else ""
+    found = [_Spelling("unified", outer), _Spelling("unified", outer, "")]
+    if outer.endswith("model."):  # model.layers.0 beside lm_head: `model.` is the base
+        found.append(_Spelling("unified", outer.removesuffix("model."), "model."))
+    return found
 
 
 def count_named(index: Index, architecture: Architecture) -> int:

@@ -22,6 +22,9 @@ from neoxconv.storage.protocols import LARGEST
 from neoxconv.storage.remote import Remote
 from neoxconv.storage.requests import FILE, Facts
 
+# What git-lfs leaves in place of a file that it has not fetched, and what no such file reaches (its docs/spec.md).
+_POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024  # bytes
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -76,8 +79,19 @@ class Storage:
         return isinstance(self.path, Remote) and self.path.changed(self.facts)
 
     def text(self, offset: int = 0, length: int | None = None) -> bytes:
-        """The same bytes as an immutable string, for headers; the whole file by default."""
-        return self.read(offset, self.size - offset if length is None else length).tobytes()
+        """The same bytes as an immutable string, for headers; the whole file by default.
+
+        Raises CheckpointError where git-lfs has left a pointer in place of the file: all that is read begins here.
+        """
+        data = self.read(offset, self.size - offset if length is None else length).tobytes()
+        if offset == 0 and self.size < _LARGEST_POINTER and _POINTER.startswith(data[: len(_POINTER)]):
+            self._check_no_pointer()
+        return data
+
+    def _check_no_pointer(self) -> None:
+        """Raise CheckpointError where a small file is a pointer of git-lfs."""
+        if self.read(0, min(len(_POINTER), self.size)).tobytes() == _POINTER:
+            raise CheckpointError(f"{self.path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
 
 
 def open_storage(path: Place) -> Storage:

@@ -254,6 +254,107 @@ def test_missing_shards_are_named_at_once_up_to_ten(tmp_path: Path) -> None:
     assert lines[-1] == "... and 2 more"
 
 
+# --- shards without an index, and an index that is wrong about what nobody needs --------------------------------------
+
+
+def shards(folder: Path, *names: str) -> Path:
+    """Files of these names, each with a tensor of its own."""
+    configured(folder)
+    for number, name in enumerate(names, 1):
+        tensors = {f"t{number}": torch.tensor([float(number)])}
+        if name.endswith(".bin"):
+            torch.save(tensors, folder / name)
+        else:
+            save_file(tensors, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["model-{}-of-00003.safetensors", "pytorch_model-{}-of-00003.bin"])
+def test_shards_whose_names_make_a_series_need_no_index(form: str, tmp_path: Path) -> None:
+    names = [form.format(f"{number:05d}") for number in (1, 2, 3)]
+    index = hf.index(shards(tmp_path, *names))
+    assert [file.storage.path.name for file in index.files] == names
+    assert {name: tensor.read(0, 1).tolist() for name, tensor in index.ranks[0].items()} == {
+        "t1": [1.0],
+        "t2": [2.0],
+        "t3": [3.0],
+    }
+
+
+ONE, TWO, THREE = (f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3))
+SERIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "the last is missing": ((ONE, TWO), f"{THREE}: is missing, and so is the index of the shards"),
+    "the first is missing": ((TWO, THREE), f"{ONE}: is missing"),
+    "two series": (
+        (ONE, "model-00002-of-00002.safetensors"),
+        "holds model-*-of-00002.safetensors and model-*-of-00003",
+    ),
+    "a stray": ((ONE, TWO, THREE, "model-00004-of-00003.safetensors"), "model-00004-of-00003.safetensors: is no shard"),
+    "the zeroth": (
+        (ONE, TWO, THREE, "model-00000-of-00003.safetensors"),
+        "model-00000-of-00003.safetensors: is no shard",
+    ),
+    "of none": (("model-00001-of-00000.safetensors",), "model-00001-of-00000.safetensors: is no shard of 0"),
+    "far too many": (("model-00001-of-99999.safetensors",), "holds 1 of 99999 shards; download the others"),
+}
+
+
+@pytest.mark.parametrize("case", SERIES)
+def test_shards_that_make_no_series_are_named(case: str, tmp_path: Path) -> None:
+    names, expected = SERIES[case]
+    with pytest.raises(CheckpointError) as caught:
+        hf.index(shards(tmp_path, *names))
+    assert expected in str(caught.value)
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
+    shards(tmp_path, ONE, TWO, THREE)
+    shutil.copy(tmp_path / ONE, tmp_path / THREE)
+    with pytest.raises(CheckpointError, match=rf"{THREE}: holds t1, which {ONE} holds too"):
+        hf.index(tmp_path)
+    assert list(hf.index(tmp_path, ("t1",)).ranks[0]) == ["t1", "t2"]
+
+
+def test_safetensors_shards_are_preferred_but_a_single_file_or_an_index_is_surer(tmp_path: Path) -> None:
+    shards(tmp_path, ONE, TWO, THREE, "pytorch_model-00001-of-00001.bin")
+    assert list(hf.index(tmp_path).ranks[0]) == ["t1", "t2", "t3"]
+    write_index(tmp_path / INDEX, {"t2": TWO})
+    assert list(hf.index(tmp_path).ranks[0]) == ["t2"]
+    (tmp_path / INDEX).unlink()
+    torch.save({"whole": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert list(hf.index(tmp_path).ranks[0]) == ["whole"]
+
+
+@pytest.mark.parametrize("names", [["t1", "t2"], ["t1", "t2", "t3", "x.inv_freq"], ["t1", "t2", "t3", "gone.inv_freq"]])
+def test_an_index_may_lack_or_name_too_many_of_what_is_dropped(names: list[str], tmp_path: Path) -> None:
+    """t3 is one of the dropped too; `gone` lies in a file that is not there."""
+    shards(tmp_path, ONE, TWO, THREE)
+    save_file({"t2": torch.ones(1), "t3": torch.ones(1)}, tmp_path / TWO)
+    files = {"t1": ONE, "t2": TWO, "t3": TWO, "x.inv_freq": ONE, "gone.inv_freq": THREE}
+    (tmp_path / THREE).unlink()
+    write_index(tmp_path / INDEX, {name: files[name] for name in names})
+    index = hf.index(tmp_path, ("t3", "*.inv_freq"))
+    assert sorted(index.ranks[0]) == ["t1", "t2", "t3"]
+    with pytest.raises(CheckpointError, match=r"lacks|holds t3"):
+        hf.index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["t1", "t2", "weight"], "lacks weight, which"),
+        (["t1"], "lacks|holds t2, which"),
+        (["t1", "t2", "t9"], "lacks t9"),
+    ],
+)
+def test_an_index_that_is_wrong_about_weights_is_refused(names: list[str], problem: str, tmp_path: Path) -> None:
+    shards(tmp_path, ONE)
+    save_file({"t1": torch.ones(1), "t2": torch.ones(1)}, tmp_path / ONE)
+    write_index(tmp_path / INDEX, dict.fromkeys(names, ONE))
+    with pytest.raises(CheckpointError, match=problem):
+        hf.index(tmp_path, ("*.inv_freq",))
+
+
 # --- a single file as a source ---------------------------------------------------------------------------------------
 
 INSIDE, BESIDE = {"model_type": "gpt_neox", "here": "inside"}, {"model_type": "gpt_neox", "here": "beside"}

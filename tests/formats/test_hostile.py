@@ -357,7 +357,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index that is UTF-16": (writing("model.safetensors.index.json", '{"weight_map": {}}'.encode("utf-16")),
     "not JSON"),
     "index to a folder's link": (lambda folder: link_out(folder), "lacks 'two.safetensors'"),
-    "tensor of 5,000 digits": (of_many_digits, "the files hold 0"),
+    "tensor of 5,000 digits": (of_many_digits, "is not a tensor of gpt_neox"),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def converted(source: Path, target: Path, format: str) -> Path:
 
 
 def test_every_format_has_a_row_and_every_architecture_its_settings() -> None:
-    assert list(SOURCES) == ["neox", "hf", "gguf", "safetensors"]
+    assert list(SOURCES) == ["neox", "hf", "deepspeed", "gguf", "safetensors"]
     namings = {source.naming for source in SOURCES.values()}
     assert all(set(architecture.config_of) == namings for architecture in ARCHITECTURES)
 

@@ -17,15 +17,17 @@ def _qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
     return rows.transpose(1, 0, 2).reshape(-1)
 
 
-L, B = "gpt_neox.layers.{i}.", "blk.{i}."
+BASE = "gpt_neox."
+L, B = BASE + "layers.{i}.", "blk.{i}."
 QKV, DENSE, UP, DOWN = "attention.query_key_value.", "attention.dense.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h."
-NORM1, NORM2, NORM = L + "input_layernorm", L + "post_attention_layernorm", "gpt_neox.final_layer_norm"
-EMBEDDING, HEAD = "gpt_neox.embed_in", "embed_out"
+NORM1, NORM2, NORM = L + "input_layernorm", L + "post_attention_layernorm", BASE + "final_layer_norm"
+EMBEDDING, HEAD = BASE + "embed_in", "embed_out"
 
 # fmt: off
 WEIGHTS = (
     #      stage    names in the layer file: legacy, since 2024-09, TransformerEngine        ranks join by
-    #               unified name, GGUF name, role, shape (GGUF's order of rows, the norm whose output it multiplies)
+    #               unified name, GGUF name, role, shape (GGUF's order of rows, the norm whose output it multiplies,
+    #               other names in Hugging Face's files)
     Weight("embed", ("word_embeddings.weight",),                                             vocab_parallel,
                     EMBEDDING + ".weight", "token_embd.weight", role="embedding", shape=("rows", "hidden")),
     Weight("layer", ("input_layernorm.weight",),                                             norm_mean,
@@ -59,7 +61,8 @@ WEIGHTS = (
     Weight("norm",  ("norm.bias",),                                                          norm_mean,
                     NORM + ".bias", "output_norm.bias", role="norm", shape=("hidden",)),
     Weight("head",  ("final_linear.weight",),                                                head_parallel,
-                    HEAD + ".weight", "output.weight", role="head", shape=("rows", "hidden"), norm=NORM),
+                    HEAD + ".weight", "output.weight", role="head", shape=("rows", "hidden"), norm=NORM,
+                    also=("lm_head.weight",)),
 )
 # fmt: on
 
@@ -80,6 +83,7 @@ GPT_NEOX = Architecture(
     gguf_name="gptneox",
     title="GPT-NeoX",
     weights=WEIGHTS,
+    base=BASE,
     dropped=_DROPPED,
     buffers=_BUFFERS,
     presets={name: preset.config for name, preset in PRESETS.items()},

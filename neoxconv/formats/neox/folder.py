@@ -62,6 +62,28 @@ def _is_checkpoint(folder: Place) -> bool:
     return any(_LAYER.fullmatch(p.name) or STATES.fullmatch(p.name) for p in folder.iterdir())
 
 
+def is_ours(folder: Place) -> bool:
+    """Whether weights in a `global_stepN` have gpt-neox's names: in layer files, or else in the first mp_rank file.
+
+    Raises CheckpointError where that file is damaged.
+    """
+    names = sorted(p.name for p in folder.iterdir())
+    if any(_LAYER.fullmatch(name) for name in names):
+        return True
+    states = [name for name in names if STATES.fullmatch(name)]
+    return bool(states) and is_numbered(module_of(read_pt(open_storage(folder / states[0])).value))
+
+
+def module_of(state: Any) -> Any:
+    """The weights in an mp_rank file's value; None where it has none."""
+    return (state.get("module") if isinstance(state, dict) else None) or None
+
+
+def is_numbered(module: Any) -> bool:
+    """Whether names in an mp_rank file tell layers by number, as those of gpt-neox do."""
+    return isinstance(module, dict) and any(re.match(r"(sequential\.)?\d", str(name)) for name in module)
+
+
 def index(folder: Place, config: Sequence[Place] = ()) -> Index:
     """Index the checkpoint in `folder` (a `global_stepN`), reading zip directories and pickles only.
 
@@ -129,7 +151,7 @@ def _pipeline_ranks(
         {
             f"{layer}.{name}": tensor
             for layer in numbers
-            for name, tensor in _tensors_of(folder / layers[layer, rank], files[layers[layer, rank]].value).items()
+            for name, tensor in tensors_of(folder / layers[layer, rank], files[layers[layer, rank]].value).items()
         }
         for rank in range(degree)
     )
@@ -143,18 +165,17 @@ def _sequential_ranks(
     raise_all(CheckpointError, (f"{folder / states_file(rank)}: is missing; download it again." for rank in missing))
     ranks = []
     for _, name in sorted(states.items()):
-        value = files[name].value
-        module = value.get("module") if isinstance(value, dict) else None
-        if not module:
+        module = module_of(files[name].value)
+        if module is None:
             raise CheckpointError(
                 f"{folder / name}: holds no weights (`module` is empty), and no layer_NN-model_MM files lie beside it. "
                 "Download the layer files too."
             )
-        ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in _tensors_of(folder / name, module).items()})
+        ranks.append({key.removeprefix(SEQUENTIAL): t for key, t in tensors_of(folder / name, module).items()})
     return tuple(ranks)
 
 
-def _tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
+def tensors_of(path: Place, value: Any) -> dict[str, LazyTensor]:
     """A dictionary's tensors; TransformerEngine's extra states, which are not tensors, are left out.
 
     Raises CheckpointError where it is no dictionary, or holds anything else.

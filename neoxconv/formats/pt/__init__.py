@@ -20,7 +20,7 @@ from neoxconv.storage import Storage
 
 __all__ = ["Placeholder", "PtFile", "layout_pt", "read_pt"]
 
-ZIP, PICKLE, LFS_POINTER = b"PK", b"\x80", b"version https://git-lfs"  # what files begin with
+ZIP, PICKLE = b"PK", b"\x80"  # what files begin with
 
 
 def read_pt(file: Storage) -> PtFile:
@@ -30,8 +30,6 @@ def read_pt(file: Storage) -> PtFile:
         return read_zip(file)
     if start.startswith(PICKLE):
         return read_before_zip(file)
-    if start.startswith(LFS_POINTER):
-        raise CheckpointError(f"{file.path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
     raise CheckpointError(
         f"{file.path}: is not a PyTorch checkpoint: it begins with {start[:8]!r}, expected a zip (PK); "
         "download it again."
