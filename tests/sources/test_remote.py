@@ -258,7 +258,7 @@ def test_a_run_continues_with_what_is_left(server: Web, models: Path, tmp_path: 
         run.run(plan, target, jobs=1, progress=cut)
     server.log.clear()
     run.run(make_plan(open_checkpoint(source), Recipe("hf")), target, jobs=1)
-    assert server.nbytes() < 0.6 * plan.total + OTHERS
+    assert server.nbytes() < 0.7 * plan.total + OTHERS  # half is done, and what was under way is done again
     run.run(make_plan(open_checkpoint(models / "one.safetensors"), Recipe("hf")), tmp_path / "here")
     assert digests(target) == digests(tmp_path / "here")
 
