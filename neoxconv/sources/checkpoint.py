@@ -16,15 +16,15 @@ import numpy as np
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.fold import folded
 from neoxconv.arch.joins import NORMS, join
-from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, Opening, RankTensors
+from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, RankTensors
 from neoxconv.core.tensor import LazyTensor, reordered
-from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.errors import CheckpointError, PlanError, raise_all
 from neoxconv.formats.neox import zero
 from neoxconv.names import WEIGHTS
 from neoxconv.sources import SOURCES
 from neoxconv.sources.assemble import assembled
 from neoxconv.sources.coverage import check, is_partial
-from neoxconv.sources.naming import count_named, name_tensors
+from neoxconv.sources.naming import count_named, home, name_tensors
 from neoxconv.storage import Place, open_storage, place, together
 
 
@@ -61,6 +61,7 @@ def reopen(opening: Opening) -> Checkpoint:
     measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening.preset)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
+    notes = (*notes, *_contradicted(index, architecture, config, opening))
     dropped = tuple(dict.fromkeys(name for names in left for name in names))
     checkpoint = Checkpoint(
         opening=opening,
@@ -73,6 +74,25 @@ def reopen(opening: Opening) -> Checkpoint:
         notes=notes,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
+
+
+def _contradicted(index: Index, architecture: Architecture, config: ModelConfig, opening: Opening) -> tuple[str, ...]:
+    """Notes on what is stored and contradicts a configuration that was asked for by --config or --preset.
+
+    Raises CheckpointError where nobody asked for it: which of the two is right cannot be known.
+    """
+    told_by = ", ".join(path.name for path in index.configs) or "the configuration"
+    found = [
+        f"{home(index, 0, name)}: {name} {values} ({opening.preset or told_by})"
+        for name, values in architecture.contradictions(index, config)
+    ]
+    decides = {"neox": "--config FILE (the right YAML) or --preset NAME"}.get(
+        SOURCES[index.format].naming, "a corrected config.json or --preset NAME"
+    )
+    if opening.config or opening.preset:
+        return tuple(f"{both}; the latter is used, as asked" for both in found)
+    raise_all(CheckpointError, (f"{both}. Say which is right with {decides}." for both in found))
+    return ()
 
 
 def read_index(path: Place, config: Sequence[Path]) -> Index:
