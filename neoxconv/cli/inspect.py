@@ -36,13 +36,13 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
 
     With a check also what that found; norms of a damaged source are not compared.
     """
-    index = checkpoint.index
+    index, nbytes = checkpoint.index, _bytes_by_type(checkpoint)
     facts = {
         "source": source(checkpoint),
         "config": checkpoint.config.facts,
         "parameters": checkpoint.parameters,
-        "dtype": _common_type(checkpoint),
-        "bits_per_weight": _bits_per_weight(checkpoint),
+        "dtype": max(nbytes, key=lambda name: nbytes[name], default=""),
+        "bits_per_weight": 8 * nbytes.total() / max(1, checkpoint.parameters),
         "vocabulary": _vocabulary(checkpoint),
         "groups": groups(checkpoint),
         "tensors": [
@@ -53,7 +53,7 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
         "files": _files_by_kind(index),
         "rank_difference": _norms_apart(checkpoint, check),
         "dropped": list(checkpoint.dropped),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *checkpoint.doubts],
     }
     return facts | ({"check": check.facts} if check else {})
 
@@ -95,19 +95,13 @@ def _type_of(tensor: LazyTensor, index: Index) -> DType:
     return tensor.dtype if as_read else tensor.native
 
 
-def _common_type(checkpoint: Checkpoint) -> str:
-    """The type of most of the model's bytes."""
+def _bytes_by_type(checkpoint: Checkpoint) -> Counter[str]:
+    """Bytes of the model's tensors by the type in which they are stored, without scales in tensors of their own."""
     total: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        total[(dtype := _type_of(tensor, checkpoint.index)).name] += dtype.size(tensor.rows * tensor.columns)
-    return max(total, key=lambda name: total[name], default="")
-
-
-def _bits_per_weight(checkpoint: Checkpoint) -> float:
-    """Bits that a weight takes on average, without the scales that lie in tensors of their own."""
-    tensors = checkpoint.tensors.values()
-    nbytes = sum(_type_of(tensor, checkpoint.index).size(tensor.rows * tensor.columns) for tensor in tensors)
-    return 8 * nbytes / checkpoint.parameters if checkpoint.parameters else 0.0
+        dtype = _type_of(tensor, checkpoint.index)
+        total[dtype.name] += dtype.size(tensor.rows * tensor.columns)
+    return total
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int | None]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Floats
+from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.storage import Place, Storage
 
 
@@ -232,6 +233,11 @@ class Checkpoint:
     ranks: RankTensors  # as the source holds them; one where it has no ranks
     dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
     notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
+    doubts: tuple[str, ...] = ()  # what its files contradict: one may look at it, but neither run nor convert it
+
+    def refuse_doubts(self) -> None:
+        """Raise CheckpointError where what the source stores contradicts its configuration, and nobody says which."""
+        raise_all(CheckpointError, self.doubts)
 
     @property
     def norms(self) -> str:

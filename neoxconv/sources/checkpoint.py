@@ -18,7 +18,7 @@ from neoxconv.arch.fold import folded
 from neoxconv.arch.joins import NORMS, join
 from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, RankTensors
 from neoxconv.core.tensor import LazyTensor, reordered
-from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.neox import zero
 from neoxconv.names import WEIGHTS
 from neoxconv.sources import SOURCES
@@ -61,7 +61,8 @@ def reopen(opening: Opening) -> Checkpoint:
     measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening.preset)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
-    notes = (*notes, *_contradicted(index, architecture, config, opening))
+    doubts = _doubts(index, architecture, config, opening)
+    asked = bool(opening.config or opening.preset)  # and so it decides
     dropped = tuple(dict.fromkeys(name for names in left for name in names))
     checkpoint = Checkpoint(
         opening=opening,
@@ -71,28 +72,21 @@ def reopen(opening: Opening) -> Checkpoint:
         tensors={},
         ranks=named,
         dropped=dropped,
-        notes=notes,
+        notes=(*notes, *doubts) if asked else notes,
+        doubts=() if asked else doubts,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
 
 
-def _contradicted(index: Index, architecture: Architecture, config: ModelConfig, opening: Opening) -> tuple[str, ...]:
-    """Notes on what is stored and contradicts a configuration that was asked for by --config or --preset.
-
-    Raises CheckpointError where nobody asked for it: which of the two is right cannot be known.
-    """
-    told_by = ", ".join(path.name for path in index.configs) or "the configuration"
-    found = [
-        f"{home(index, 0, name)}: {name} {values} ({opening.preset or told_by})"
+def _doubts(index: Index, architecture: Architecture, config: ModelConfig, opening: Opening) -> tuple[str, ...]:
+    """What is stored and contradicts the configuration: the file, both values, and what says which is right."""
+    told_by = opening.preset or ", ".join(path.name for path in index.configs) or "config.json"
+    is_neox = SOURCES[index.format].naming == "neox"
+    decides = "the right YAML with --config FILE" if is_neox else "a corrected config.json"
+    return tuple(
+        f"{home(index, 0, name)}: {name} {values} ({told_by}); what is given with {decides}, or --preset NAME, decides."
         for name, values in architecture.contradictions(index, config)
-    ]
-    decides = {"neox": "--config FILE (the right YAML) or --preset NAME"}.get(
-        SOURCES[index.format].naming, "a corrected config.json or --preset NAME"
     )
-    if opening.config or opening.preset:
-        return tuple(f"{both}; the latter is used, as asked" for both in found)
-    raise_all(CheckpointError, (f"{both}. Say which is right with {decides}." for both in found))
-    return ()
 
 
 def read_index(path: Place, config: Sequence[Path]) -> Index:
