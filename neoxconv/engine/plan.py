@@ -152,13 +152,9 @@ def _pieces_digest(file: FileLayout) -> str:
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """The plan for `recipe`.
-
-    Raises PlanError where the target cannot express the model, CheckpointError where its settings are in doubt.
-    """
+    """The plan for `recipe`; raises PlanError where the target cannot express the model."""
     if recipe.format not in TARGETS:
         raise PlanError(f"--to {recipe.format}: expected one of {', '.join(TARGETS)}.")
-    checkpoint.refuse_doubts()
     target = TARGETS[recipe.format]
     content = target.make(checkpoint, recipe)
     entries = [slot.entry for file in content.files for slot in file.slots if slot.number == 0]
