@@ -97,7 +97,9 @@ def test_neither_a_conversion_nor_a_proof_decides(contradictory: Path, capsys: p
     for more in ((), ("--dry-run",)):
         assert cli("convert", contradictory, target, "--to", "hf", *more) == 1
         [line] = capsys.readouterr().err.splitlines()
-        assert all(word in line for word in ("layer_02-model_00", "inv_freq", "500000", "frequencies of base", "--config"))
+        assert all(
+            word in line for word in ("layer_02-model_00", "inv_freq", "500000", "frequencies of base", "--config")
+        )
     with pytest.raises(CheckpointError, match="500000"):
         run(make_plan(open_checkpoint(contradictory), Recipe("hf")), target)
     assert not target.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from neoxconv.verify.logits.trial import Sample
 
 _SEQUENCES = 2  # of our own text
 _STEP, _OFFSET = 1_103_515_245, 12_345  # a linear congruence: the ids where there is no tokenizer
+
+_OF_TRAINING_DATA = ("truncation", "padding")  # sections of a tokenizer.json
 
 # Prose, a table, code and figures, so that many kinds of tokens come up.
 _TEXT = """\
@@ -94,11 +97,12 @@ def library(words: Tokenizer) -> Any:
     """
     import tokenizers
 
+    try:
+        text = json.dumps(json.loads(words.data) | dict.fromkeys(_OF_TRAINING_DATA))
+    except (ValueError, TypeError, RecursionError):  # no JSON object, which the library says in its own words
+        text = words.data.decode("utf-8", "replace")
     with blamed(words):
-        made = tokenizers.Tokenizer.from_str(words.data.decode())
-        made.no_truncation()
-        made.no_padding()
-    return made
+        return tokenizers.Tokenizer.from_str(text)
 
 
 @contextmanager
