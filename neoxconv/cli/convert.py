@@ -199,6 +199,7 @@ def prepare(source: Place, target: Place, given: Given) -> _Request:
     quiet = given["quiet"] or given["json"]
     check = checked(checkpoint, jobs=given["jobs"], quiet=quiet) if given["check"] else None
     raise_all(CheckpointError, map(str, check.damage if check else ()))
+    checkpoint.refuse_doubts()
     return _Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
 
 

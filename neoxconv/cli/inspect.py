@@ -13,6 +13,7 @@ from typing import Any
 
 from neoxconv.core.model import Checkpoint, Index
 from neoxconv.core.tensor import LazyTensor
+from neoxconv.dtypes import DType
 from neoxconv.engine.manifest import MANIFEST
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
@@ -27,6 +28,9 @@ from neoxconv.words import first_of, plural, size, table
 _GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
 _KINDS = ("weights", "optimizer states", "bookkeeping", "config and tokenizer", "other")
 _SUFFIXES = (".yml", ".yaml", ".json", ".txt", ".model", ".jinja")
+# Where settings say the size of the vocabulary: GGUF (its tokens, or their number), config.json, gpt-neox's YAML.
+_VOCABULARY = ("tokenizer.ggml.tokens", "gptneox.vocab_size", "vocab_size", "padded_vocab_size")
+_STEPS = ("global_steps", "iteration")  # in DeepSpeed's bookkeeping
 _BOOKKEEPING = ("latest", MANIFEST)
 
 
@@ -35,21 +39,25 @@ def inspect(checkpoint: Checkpoint, check: Integrity | None = None) -> dict[str,
 
     With a check also what that found; norms of a damaged source are not compared.
     """
-    index = checkpoint.index
+    index, nbytes = checkpoint.index, _bytes_by_type(checkpoint)
     facts = {
         "source": source(checkpoint),
         "config": checkpoint.config.facts,
         "tokenizer": _tokenizer(checkpoint),
         "parameters": checkpoint.parameters,
+        "dtype": max(nbytes, key=lambda name: nbytes[name], default=""),
+        "bits_per_weight": 8 * nbytes.total() / max(1, checkpoint.parameters),
+        "vocabulary": _vocabulary(checkpoint),
         "groups": groups(checkpoint),
         "tensors": [
-            {"name": name, "dtype": _type_name(t), "shape": list(t.shape), "bytes": _native_bytes(t)}
+            {"name": name, "dtype": dtype.name, "shape": list(t.shape), "bytes": dtype.size(t.rows * t.columns)}
             for name, t in checkpoint.tensors.items()
+            for dtype in [_type_of(t, index)]
         ],
         "files": _files_by_kind(index),
         "rank_difference": _norms_apart(checkpoint, check),
         "dropped": list(checkpoint.dropped),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *checkpoint.doubts],
     }
     return facts | ({"check": check.facts} if check else {})
 
@@ -79,6 +87,7 @@ def source(checkpoint: Checkpoint) -> dict[str, Any]:
         "pipeline_parallel": max(1, len(index.states) // len(index.ranks)),
         "layout": "sequential" if index.sequential else "pipeline",
         "names": generation(checkpoint),
+        "step": _step(index),
         "weights": checkpoint.weights,
         "configs": [str(path) for path in index.configs],
     }
@@ -92,14 +101,36 @@ def generation(checkpoint: Checkpoint) -> str:
     return next((era for era, name in eras if name in endings), "unknown")
 
 
-def _type_name(tensor: LazyTensor) -> str:
-    """The type in which the source holds a tensor."""
-    return tensor.dtype.name if tensor.dtype.quantized else tensor.native.name
+def _type_of(tensor: LazyTensor, index: Index) -> DType:
+    """The type in which the source holds a tensor; a file without ranks holds it as it is read."""
+    as_read = tensor.dtype.quantized or SOURCES[index.format].naming == "gguf"
+    return tensor.dtype if as_read else tensor.native
 
 
-def _native_bytes(tensor: LazyTensor) -> int:
-    """Bytes of a whole tensor in that type."""
-    return tensor.nbytes if tensor.dtype.quantized else tensor.rows * tensor.native.size(tensor.columns)
+def _bytes_by_type(checkpoint: Checkpoint) -> Counter[str]:
+    """Bytes of the model's tensors by the type in which they are stored, without scales in tensors of their own."""
+    total: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        dtype = _type_of(tensor, checkpoint.index)
+        total[dtype.name] += dtype.size(tensor.rows * tensor.columns)
+    return total
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int | None]:
+    """The embedding's rows, and the size of the vocabulary as the source's settings say it; None where they do not."""
+    settings = checkpoint.index.settings
+    said = next((settings[key] for key in _VOCABULARY if key in settings), None)
+    tokens = len(said) if isinstance(said, list) else said if type(said) is int else None
+    return {"rows": checkpoint.config.rows, "said": tokens}
+
+
+def _step(index: Index) -> int | None:
+    """The step of the training at which a checkpoint of gpt-neox was saved; None where nothing tells."""
+    state = next(iter(index.states.values()), None)
+    said = [state.get(key) for key in _STEPS] if isinstance(state, Mapping) else []
+    named = re.fullmatch(r"global_step(\d{1,18})", index.folder.name)
+    found = next((step for step in said if type(step) is int), None)
+    return found if found is not None else int(named[1]) if named else None
 
 
 def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -108,9 +139,10 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     total: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for _, weight in checkpoint.architecture.names(checkpoint.config):
         tensor = checkpoint.tensors[weight.unified]
-        key = weight.role, _type_name(tensor), tensor.shape
+        dtype = _type_of(tensor, checkpoint.index)
+        key = weight.role, dtype.name, tensor.shape
         count[key] += 1
-        total[key] += _native_bytes(tensor)
+        total[key] += dtype.size(tensor.rows * tensor.columns)
     return [
         {"role": role, "count": count[key], "dtype": dtype, "shape": list(shape), "bytes": total[key]}
         for key in count
@@ -174,6 +206,7 @@ def _what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("parallel", f"TP {found['tensor_parallel']}, PP {found['pipeline_parallel']} ({found['layout']})"),
             ("names", found["names"]),
+            *([("step", f"{found['step']:,}")] if found["step"] is not None else []),
             *([("weights", "master: the optimizer's fp32")] if found["weights"] == "master" else []),
             ("configs", ", ".join(PurePath(path).name for path in found["configs"]) or "none"),
         ]
@@ -182,7 +215,15 @@ def _what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("ranks' norms", "not compared" if apart is None else f"differ by {apart:.3g} at most"))
     words = facts["tokenizer"] or {}
     rows.append(("tokenizer", words["problem"] if "problem" in words else tokenizer_line(words)))
-    return [*rows, ("parameters", f"{facts['parameters']:,}"), ("dropped", dropped(facts["dropped"]))]
+    vocabulary = facts["vocabulary"]
+    said = "" if vocabulary["said"] is None else f", {vocabulary['said']:,} by its settings"
+    return [
+        *rows,
+        ("parameters", f"{facts['parameters']:,}"),
+        ("type", f"{facts['dtype']}, {facts['bits_per_weight']:.2f} bits per weight"),
+        ("vocabulary", f"{vocabulary['rows']:,} rows{said}"),
+        ("dropped", dropped(facts["dropped"])),
+    ]
 
 
 def dropped(names: list[str]) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Floats
+from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.storage import Place, Storage
 
 
@@ -191,6 +192,8 @@ class Architecture:
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
     to_neox: Callable[[ModelConfig], dict[str, Any]]
     forward: str
+    # What a source stores that a configuration contradicts: the tensor's source name, and both values in words.
+    contradictions: Callable[[Index, ModelConfig], Iterator[tuple[str, str]]]
 
     def names(self, config: ModelConfig) -> tuple[_Named, ...]:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
@@ -233,6 +236,11 @@ class Checkpoint:
     ranks: RankTensors  # as the source holds them; one where it has no ranks
     dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
     notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
+    doubts: tuple[str, ...] = ()  # what its files contradict: one may look at it, but neither run nor convert it
+
+    def refuse_doubts(self) -> None:
+        """Raise CheckpointError where what the source stores contradicts its configuration, and nobody says which."""
+        raise_all(CheckpointError, self.doubts)
 
     @property
     def norms(self) -> str:

@@ -160,6 +160,7 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
     Raises NeoxconvError when the disk or a value stops it, PlanError where another run is at work there.
     """
     plan, allowed, budget = conversion.plan, conversion.allow_nonfinite, conversion.budget
+    plan.checkpoint.refuse_doubts()
     crew, destination = Crew(budget.jobs, conversion.executor), _destination_of(conversion)
     folder = destination.work
     try:

@@ -16,7 +16,7 @@ import numpy as np
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.fold import folded
 from neoxconv.arch.joins import NORMS, join
-from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, Opening, RankTensors
+from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, RankTensors
 from neoxconv.core.tensor import LazyTensor, reordered
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats import hf
@@ -27,7 +27,7 @@ from neoxconv.sources import SOURCES
 from neoxconv.sources.assemble import assembled
 from neoxconv.sources.coverage import check, check_known, is_partial
 from neoxconv.sources.foreign import check_no_adapter, snapshot_of, told_of_file, told_of_folder
-from neoxconv.sources.naming import count_named, name_tensors
+from neoxconv.sources.naming import count_named, home, name_tensors
 from neoxconv.sources.tied import stored_head
 from neoxconv.storage import Place, is_here, open_storage, place, together
 
@@ -70,6 +70,8 @@ def reopen(opening: Opening) -> Checkpoint:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]
         notes += (f"{again} is the embedding once more, as tie_word_embeddings says, and is left out",)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
+    doubts = _doubts(index, architecture, config, opening)
+    asked = bool(opening.config or opening.preset)  # and so it decides
     dropped = tuple(dict.fromkeys([*(name for names in left for name in names), *filter(None, [again])]))
     checkpoint = Checkpoint(
         opening=opening,
@@ -79,9 +81,21 @@ def reopen(opening: Opening) -> Checkpoint:
         tensors={},
         ranks=named,
         dropped=dropped,
-        notes=notes,
+        notes=(*notes, *doubts) if asked else notes,
+        doubts=() if asked else doubts,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
+
+
+def _doubts(index: Index, architecture: Architecture, config: ModelConfig, opening: Opening) -> tuple[str, ...]:
+    """What is stored and contradicts the configuration: the file, both values, and what says which is right."""
+    told_by = opening.preset or ", ".join(path.name for path in index.configs) or "config.json"
+    is_neox = SOURCES[index.format].naming == "neox"
+    decides = "the right YAML with --config FILE" if is_neox else "a corrected config.json"
+    return tuple(
+        f"{home(index, 0, name)}: {name} {values} ({told_by}); what is given with {decides}, or --preset NAME, decides."
+        for name, values in architecture.contradictions(index, config)
+    )
 
 
 def read_index(path: Place, config: Sequence[Path]) -> Index:

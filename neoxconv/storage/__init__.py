@@ -1,6 +1,7 @@
 """Bytes, here or far away."""
 
 from neoxconv.storage.address import place
+from neoxconv.storage.bounded import check_size, read_bounded
 from neoxconv.storage.files import Storage, Stream, open_storage, size_of, stream_of
 from neoxconv.storage.places import (
     Place,
@@ -23,6 +24,7 @@ __all__ = [
     "Stream",
     "anew",
     "at_once",
+    "check_size",
     "holds",
     "is_far",
     "is_file",
@@ -30,6 +32,7 @@ __all__ = [
     "is_here",
     "open_storage",
     "place",
+    "read_bounded",
     "size_of",
     "stream_of",
     "together",

@@ -20,7 +20,7 @@ WEB = ("http", "https")  # a web server's listings may lack what it has
 LARGEST = 8 << 20  # bytes of one answer
 _PART, _MOST_PARTS = 16 << 20, 9000  # of an object that is written; S3 takes 10,000
 _PAGE = 16 << 20  # bytes of a listing in HTML
-_LINK = re.compile(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
+_LINK = re.compile(r"""<a\s[^<>]*?href\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE)
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -146,12 +146,29 @@ async def _http_range(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, 
 
 
 async def _body(answer: Any, most: int) -> bytes:
-    """The bytes of an answer; it is given up where they are too many."""
+    """The bytes of an answer to a request for a range; it is given up where they are too many."""
+    data = await _at_most(answer, most)
+    if data is None:
+        raise Unusable(f"more came than the {most} bytes that were asked for")
+    return data
+
+
+async def _page(answer: Any) -> str:
+    """A listing's text; it is given up, and not asked for again, where it has no end or is far too long."""
+    data = await _at_most(answer, _PAGE)
+    if data is None:
+        told = f"lists the folder in more than {_PAGE} bytes; give another folder, or download it"
+        raise Unusable(f"the server {told}", again=False)
+    return data.decode("utf-8", "replace")
+
+
+async def _at_most(answer: Any, most: int) -> bytes | None:
+    """The bytes of an answer; None where more than `most` came."""
     data = bytearray()
     async for chunk in answer.content.iter_any():
         data += chunk
         if len(data) > most:
-            raise Unusable(f"more came than the {most} bytes that were asked for")
+            return None
     return bytes(data)
 
 
@@ -163,8 +180,8 @@ async def _http_entries(fs: Any, url: str) -> dict[str, Facts]:
         answer.raise_for_status()
         if answer.content_type != "text/html":
             return {}
-        page, base = await _body(answer, _PAGE), str(answer.url)
-    return dict(_linked(page.decode("utf-8", "replace"), base))
+        page, base = await _page(answer), str(answer.url)
+    return dict(_linked(page, base))
 
 
 def _linked(page: str, base: str) -> Iterator[tuple[str, Facts]]:
@@ -185,5 +202,7 @@ async def _s3_range(fs: Any, path: str, start: int, stop: int) -> tuple[bytes, F
     whole = str(found.get("ContentRange", "")).rpartition("/")[2]
     if not whole.isdigit():
         raise Unusable("the store gives no ranges of bytes, only whole objects", again=False)
+    if found.get("ContentLength") != stop - start:
+        raise Unusable(f"{stop - start} bytes were asked for, and the store would give {found.get('ContentLength')}")
     async with found["Body"] as body:
         return await body.read(), Facts(FILE, int(whole), str(found.get("ETag", "")))

@@ -23,6 +23,7 @@ from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retr
 
 _BLOCK, _BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
 _SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
+_DEEPEST, _MOST_PLACES = 8, 1 << 16  # of folders in one another; of files and folders in all
 THREADS = 16  # requests at the same time
 
 
@@ -180,12 +181,20 @@ class Remote:
             return iter(())
 
     def rglob(self, pattern: str) -> Iterator[Remote]:
-        """The same for the folders in it too."""
-        for path in self.glob("*"):
+        """The same for the folders in it too.
+
+        Raises CheckpointError where they have no end: a server may show a folder inside of itself.
+        """
+        inside, seen = [(path, 1) for path in self.glob("*")], 0
+        while inside:
+            path, depth = inside.pop(0)
+            seen += 1
+            if depth > _DEEPEST or seen > _MOST_PLACES:
+                raise CheckpointError(f"{self}: folders in it have no end, or far too many files; give another folder.")
             if fnmatchcase(path.name, pattern):
                 yield path
             if path.is_dir():
-                yield from path.rglob(pattern)
+                inside += [(inner, depth + 1) for inner in path.glob("*")]
 
     def read_bytes(self) -> bytes:
         facts = self.facts() or Facts(FILE)

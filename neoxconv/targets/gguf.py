@@ -20,7 +20,7 @@ from neoxconv.formats.tokenizer.gguf import Keys
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
-from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, choose, wanted
+from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural
 
@@ -178,7 +178,7 @@ def listed(names: Sequence[str]) -> str:
 
 def _gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> list[str]:
     """What differs from what the mix's name promises, and what llama.cpp will compute differently."""
-    notes = []
+    notes = check_patterns(choice, [described for described, _ in _gguf_tensors(checkpoint)])
     odd: dict[tuple[str, str], list[str]] = {}
     for entry, (described, weight) in zip(entries, _gguf_tensors(checkpoint), strict=True):
         if len(weight.shape) == 2 and (name := wanted(choice, described)) != entry.encoding.name:

@@ -7,11 +7,11 @@ The `classic` rows for attn_qkv are as they were until early 2025, better known 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from neoxconv.core.encoding import Encoding
-from neoxconv.errors import PlanError
+from neoxconv.errors import PlanError, raise_all
 from neoxconv.quant import ENCODINGS
 
 _ANY = "*"
@@ -173,6 +173,38 @@ def wanted(choice: Choice, tensor: GgufTensor) -> str:
     rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
     where = Where(-1 if tensor.layer is None else tensor.layer, tensor.layers, choice.imatrix)
     return next(row.encoding for row in rows if row.role in (tensor.role, _ANY) and row.when(where))
+
+
+def check_patterns(choice: Choice, tensors: Sequence[GgufTensor]) -> list[str]:
+    """Notes on overrides that earlier ones leave nothing to, since the first whose pattern a name holds decides.
+
+    Raises PlanError for each that no matrix of the model is given by its name, whatever the others say.
+    """
+    matrices = [tensor.name for tensor in tensors if tensor.role not in _VECTORS]
+    held = {pattern: [name for name in matrices if re.search(pattern, name)] for pattern, _ in choice.overrides}
+    raise_all(PlanError, (_unmatched(pattern, tensors) for pattern, names in held.items() if not names))
+    notes, taken = [], set[str]()
+    for number, (pattern, name) in enumerate(choice.overrides):
+        if taken.issuperset(held[pattern]):
+            before = ", ".join(f"{earlier}={given}" for earlier, given in choice.overrides[:number])
+            notes.append(f"--tensor-type {pattern}={name} has no effect: {before} before it took all that it matches")
+        taken |= set(held[pattern])
+    for option, role, type_ in (("output", "head", choice.output), ("embedding", "embedding", choice.embedding)):
+        own = {tensor.name for tensor in tensors if tensor.role == role}
+        if type_ and own and own <= taken:
+            notes.append(f"--{option}-type {type_} has no effect: --tensor-type decides {', '.join(sorted(own))}")
+    return notes
+
+
+def _unmatched(pattern: str, tensors: Sequence[GgufTensor]) -> str:
+    """Why a pattern has nothing to give a type to."""
+    vectors = [tensor.name for tensor in tensors if re.search(pattern, tensor.name)]
+    if vectors:
+        return (
+            f"--tensor-type {pattern}: matches only vectors ({vectors[0]}), which are F32 always; correct or drop it."
+        )
+    known = dict.fromkeys(re.sub(r"\d+", "N", tensor.name) for tensor in tensors if tensor.role not in _VECTORS)
+    return f"--tensor-type {pattern}: no tensor's name holds it; there are {', '.join(known)}. Correct or drop it."
 
 
 def _stand_ins(name: str, tensor: GgufTensor) -> Iterator[str]:

@@ -63,7 +63,9 @@ def verify_weights(
     """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
 
     `source` must have been opened with the target's norms policy. `progress` gets counts of source bytes compared.
+    Raises CheckpointError where its settings are in doubt.
     """
+    source.refuse_doubts()
     differences = list(_compare_configs(source, target))
     if any(getattr(source.config, size) != getattr(target.config, size) for size in _SIZES):
         return Report("weights", "no tensor, because the models have other shapes", tuple(differences))

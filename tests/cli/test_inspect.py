@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,55 @@ def test_every_file_and_every_byte_is_of_one_kind(name: str) -> None:
     optimizer = [path.stat().st_size for path in files if "optim_states" in path.name]
     expected = {"kind": "optimizer states", "count": len(optimizer), "bytes": sum(optimizer)}
     assert found.get("optimizer states", expected) == expected and ("optimizer states" in found) == bool(optimizer)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_tells_the_step_and_the_type(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fixture(f"{name}/checkpoints")
+    facts, step = facts_of(folder), int((folder / "latest").read_text().removeprefix("global_step"))
+    dtype = "BF16" if "bf16" in name else "F16"
+    assert (facts["source"]["step"], facts["dtype"], facts["bits_per_weight"]) == (step, dtype, 16)
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{dtype}, 16.00 bits per weight" in shown and re.search(rf"step +{step:,}\n", shown)
+    assert f"{facts['config']['rows']:,} rows" in shown
+
+
+def test_without_bookkeeping_the_folder_tells_the_step(tmp_path: Path) -> None:
+    copy = tmp_path / "global_step143000"
+    shutil.copytree(fixture("neox_2022_tp2_pp4/checkpoints/global_step10"), copy)
+    for path in copy.glob("mp_rank*"):
+        path.unlink()
+    assert facts_of(copy)["source"]["step"] == 143000
+    copy.rename(tmp_path / "copy")
+    assert facts_of(tmp_path / "copy")["source"]["step"] is None
+    assert "step" not in render(facts_of(tmp_path / "copy"), every_tensor=False).split("config\n")[0]
+
+
+def test_of_gguf_it_tells_what_is_stored(tmp_path: Path) -> None:
+    """Vectors are F32 there, whatever a conversion to another format makes of them."""
+    source = open_checkpoint(fixture("trained_tp2_pp4/checkpoints"))
+    target = run(make_plan(source, Recipe("gguf", type="Q4_K_M")), tmp_path / "model.gguf")
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    stored = gguf.GGUFReader(target).tensors
+    facts = facts_of(target)
+    found = sorted((tensor["dtype"], tensor["bytes"]) for tensor in facts["tensors"])
+    assert found == sorted((tensor.tensor_type.name, tensor.n_bytes) for tensor in stored)
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in stored) / sum(int(tensor.n_elements) for tensor in stored)
+    assert facts["bits_per_weight"] == pytest.approx(bits) and facts["dtype"] == "Q4_K"
+    words = facts["vocabulary"]
+    assert words == {"rows": source.config.rows, "said": source.config.rows}
+    assert f"{words['rows']:,} rows, {words['said']:,} by its settings" in render(facts, every_tensor=False)
+
+
+def test_a_stale_vocabulary_is_shown_beside_the_rows(tmp_path: Path) -> None:
+    source = open_checkpoint(fixture("neox_2022_tp2_pp4/checkpoints"))
+    target = run(make_plan(source, Recipe("hf")), tmp_path / "hf")
+    settings = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(settings | {"vocab_size": 500}))
+    facts = facts_of(target)
+    assert facts["vocabulary"] == {"rows": 512, "said": 500}
+    assert any("500" in note and "512" in note for note in facts["notes"])
 
 
 def test_optimizer_files_are_never_opened(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from neoxconv.cli import inspect
 from neoxconv.engine import run
 from neoxconv.engine.plan import make_plan, resume_key
 from neoxconv.errors import CheckpointError
-from neoxconv.storage import Remote, place, requests
+from neoxconv.storage import Remote, open_storage, place, protocols, requests
 from neoxconv.synthetic import Synthetic, write_checkpoint
-from tests.far import SECRET, Fault, Request, Web, s3, upload, web
+from tests.far import SECRET, Answer, Fault, Request, Web, s3, upload, web
 from tests.helpers import cli, digests
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed; pip install 'neoxconv[remote]'")
@@ -209,6 +210,60 @@ def test_a_long_listing_is_read_whole(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with web(tmp_path) as served:
         assert [path.name for path in place(served.url).iterdir()] == names
+
+
+def test_a_listing_without_end_is_given_up_at_once(
+    server: Web, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is neither kept in memory nor asked for again."""
+    monkeypatch.setattr(Answer, "page", endless)
+    assert cli("inspect", f"{server.url}/hf/") == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "lists the folder in more than 16777216 bytes" in line
+    assert 0 < sum(request.path.endswith("/hf/") for request in server.arrived) <= 2
+
+
+def endless(answer: Answer, folder: Path) -> None:
+    """A page of names that goes on until the client has left."""
+    answer.send_response(200)
+    answer.send_header("Content-Type", "text/html")
+    answer.end_headers()
+    answer.close_connection = True
+    while answer.command == "GET":
+        answer.wfile.write(b'<a href="name">name</a>' * 1000)
+
+
+def test_a_hostile_listing_is_read_in_linear_time() -> None:
+    """Where each `<a ` would be searched to the end of the page, this took minutes."""
+    start = time.perf_counter()
+    assert not list(protocols._linked("<a " * 1_000_000 + "<a href " * 100_000, "http://x/y/"))
+    assert time.perf_counter() - start < 5
+
+
+def test_folders_inside_of_themselves_have_an_end(server: Web, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("x")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    with web(tmp_path) as there, pytest.raises(CheckpointError, match="a: folders in it have no end"):
+        list(place(f"{there.url}/a").rglob("*"))
+    assert len(there.arrived) < 100
+
+
+def test_an_object_that_gives_more_than_was_asked_is_refused(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"x" * 100)
+    there = place(upload(s3, tmp_path, "more")) / "x"
+    monkeypatch.setattr(requests, "PAUSES", ())
+    original = type(there.fs)._call_s3
+
+    async def more(self: Any, method: str, *words: Any, **given: Any) -> Any:
+        found = await original(self, method, *words, **given)
+        return found | {"ContentLength": 1 << 50} if method == "get_object" else found
+
+    monkeypatch.setattr(type(there.fs), "_call_s3", more)
+    with pytest.raises(CheckpointError, match=f"the store would give {1 << 50}"):
+        open_storage(there).text(0, 10)
 
 
 def test_a_server_without_ranges_is_refused_at_once(server: Web, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,29 @@ def test_nonsense_is_refused(option: dict[str, Any], message: str, tmp_path: Pat
         planned(toy(tmp_path), type="Q4_0", **option)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nomatch", r"nomatch: no tensor's name holds it; there are token_embd\.weight, .*blk\.N\.attn_qkv"),
+        (r"blk\.7\.", "no tensor's name holds it"),
+        ("attn_norm", r"attn_norm: matches only vectors \(blk\.0\.attn_norm\.weight\)"),
+    ],
+)
+def test_a_pattern_with_nothing_to_give_a_type_to_is_refused(pattern: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        planned(toy(tmp_path), type="F16", tensor_type=(("ffn", "Q8_0"), (pattern, "Q8_0")))
+
+
+def test_the_first_pattern_wins_and_what_it_leaves_nothing_to_is_told(tmp_path: Path) -> None:
+    overrides = (("ffn", "Q8_0"), ("ffn_up", "Q4_0"), ("output.weight", "Q8_0"))
+    plan = planned(toy(tmp_path), type="F16", tensor_type=overrides, output_type="BF16", embedding_type="Q8_0")
+    assert types(plan)["blk.0.ffn_up.weight"] == "Q8_0" == types(plan)["output.weight"]
+    assert [note for note in plan.notes if "no effect" in note] == [
+        "--tensor-type ffn_up=Q4_0 has no effect: ffn=Q8_0 before it took all that it matches",
+        "--output-type BF16 has no effect: --tensor-type decides output.weight",
+    ]
+
+
 def test_the_command_line_takes_them_in_any_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(toy(tmp_path, hidden=256))
     words = ["convert", source, str(tmp_path / "x.gguf"), "--to", "gguf", "--type", "q4_k_m", "--mix", "classic"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from neoxconv.arch.settings import Settings
 from neoxconv.core.model import Index, Measured, ModelConfig
+from neoxconv.dtypes import FLOATS
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 
 
@@ -140,7 +141,7 @@ def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
         activation="gelu_tanh" if read.truth("bias_gelu_fusion", False) else "gelu",
         tied=not read.truth("no_weight_tying", False),
     )
-    return config, ()
+    return config, _stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows)
 
 
 def _from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -175,6 +176,8 @@ def _from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[
 
 # Hugging Face's hidden_act and the function it names.
 _ACTIVATIONS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# Of transformers 5, and what it reads in its place where that is given.
+_ROPE_TABLES = ("rope_parameters", "rope_scaling")
 _HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_fast"}
 
 
@@ -183,14 +186,14 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
     settings = index.settings
     if preset or not settings:
         return _from_preset(index, measured, preset)
-    rope, scaling = (_as_table(settings.get(key)) for key in ("rope_parameters", "rope_scaling"))
-    rope_type = next((t[key] for t in (scaling, rope) for key in ("rope_type", "type") if key in t), "default")
+    tables = [_as_table(settings.get(key)) for key in _ROPE_TABLES]
+    rope_types = [t[key] for t in tables for key in ("rope_type", "type") if t.get(key, "default") != "default"]
     activation = settings.get("hidden_act", "gelu")
     where = str(index.folder / "config.json")
     problems = [
         f"{where}: {key} is {found!r:.80}, which is not supported; expected {expected}."
         for key, found, expected in (
-            ("rope_type", rope_type, "default"),
+            *(("rope_type", rope_type, "default") for rope_type in rope_types),
             ("hidden_act", activation, " or ".join(_ACTIVATIONS)),
             ("attention_bias", settings.get("attention_bias", True), True),
         )
@@ -203,16 +206,46 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
         hidden=read.count("hidden_size"),
         heads=read.count("num_attention_heads"),
         ff=read.count("intermediate_size"),
-        rows=read.count("vocab_size"),
+        rows=measured.rows or read.count("vocab_size"),
         context=read.count("max_position_embeddings", 2048),
-        rotary_pct=read.number("rotary_pct", rope.get("partial_rotary_factor", 0.25), most=1),
-        rotary_base=read.number("rotary_emb_base", rope.get("rope_theta", 10000)),
+        rotary_pct=_agreed(read, "rotary_pct", "partial_rotary_factor", 0.25, most=1),
+        rotary_base=_agreed(read, "rotary_emb_base", "rope_theta", 10000),
         norm_eps=read.number("layer_norm_eps", 1e-5),
         parallel_residual=read.truth("use_parallel_residual", True),
         activation=_ACTIVATIONS[activation],
         tied=read.truth("tie_word_embeddings", False),
     )
-    return config, ()
+    return config, _stale(where, "vocab_size", read.count("vocab_size"), config.rows)
+
+
+def _agreed(read: Settings, old: str, new: str, default: float, most: float = float("inf")) -> float:
+    """A rotary setting, under transformers 4's name `old` or, in a table of rotary settings, 5's name `new`.
+
+    Raises CheckpointError where two disagree. `new` outside of a table is read by neither version, so alone it is held
+    against the default.
+    """
+    values = read.values
+    tables = {name: _as_table(values.get(name)) for name in _ROPE_TABLES}
+    found = {old: values[old]} if old in values else {}
+    found |= {f"{name}.{new}": table[new] for name, table in tables.items() if new in table}
+    found = found or {old: default}
+    found |= {new: values[new]} if new in values else {}
+    spelled = Settings(read.where, found)
+    numbers = {key: spelled.number(key, most=most) for key in found}
+    if len(set(numbers.values())) > 1:
+        told = " but ".join(f"{key} is {number:.15g}" for key, number in numbers.items())
+        raise CheckpointError(
+            f"{read.where}: {told}; transformers 4 takes {old}, 5 takes rope_parameters. "
+            "Remove the wrong one, or make them equal."
+        )
+    return next(iter(numbers.values()))
+
+
+def _stale(where: str, key: str, said: Any, rows: int) -> tuple[str, ...]:
+    """A note where a configuration's size of the vocabulary is not the rows that there are."""
+    if said in (None, rows):
+        return ()
+    return (f"{where}: {key} is {str(said)[:60]} but the embedding has {rows} rows; the latter is used",)
 
 
 def _as_table(value: Any) -> Mapping[str, Any]:
@@ -261,8 +294,9 @@ def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
     keys = {key.removeprefix("gptneox."): value for key, value in index.settings.items()}
     read = Settings(", ".join(str(file.storage.path) for file in index.files[:1]), keys, "gptneox.")
     heads, hidden = read.count("attention.head_count"), read.count("embedding_length")
-    if keys.get("rope.scaling.type", "none") != "none":
-        read.refuse("rope.scaling.type", keys["rope.scaling.type"], "none")
+    base = read.number("rope.freq_base", 10000)
+    _refuse_unread(read, heads, hidden, base)
+    _refuse_rope_factors(index, read.where)
     config = ModelConfig(
         layers=read.count("block_count"),
         hidden=hidden,
@@ -271,13 +305,92 @@ def from_gguf(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
         rows=measured.rows,
         context=read.count("context_length"),
         rotary_pct=share(read.count("rope.dimension_count"), max(1, hidden // heads)),
-        rotary_base=read.number("rope.freq_base", 10000),
+        rotary_base=base,
         norm_eps=float(f"{read.number('attention.layer_norm_epsilon'):.6g}"),  # float32: 1e-5 comes back long
         parallel_residual=read.truth("use_parallel_residual", True),
         activation="gelu_tanh",
         tied=measured.tied,
     )
-    return config, ()
+    idle = [f"gptneox.{name}" for name in keys if _is_idle(name, index)]
+    notes = (f"{read.where}: not read, as no part of the function here: {', '.join(idle)}",) if idle else ()
+    return config, (*notes, *_stale(read.where, "gptneox.vocab_size", keys.get("vocab_size"), config.rows))
+
+
+# GGUF: keys that could change the function, which are not implemented, and the values with which they do not.
+# Source: llama.cpp's llama-model.cpp (load_hparams) and gguf's constants.py. 0 stands for "none" there.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "activation_sparsity_scale": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.q_lora_rank": (0,),
+    "attention.kv_lora_rank": (0,),
+    "attention.relative_buckets_count": (0,),
+    "attention.scale": (0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.sliding_window": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "residual_scale": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.alpha": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.factor": (0, 1),
+    "rope.scaling.type": ("none", "linear"),  # linear by a factor, which is another key
+    "rope.scaling.yarn_attn_factor": (0, 1),
+    "rope.scaling.yarn_ext_factor": (0, -1),
+    "swin_norm": (False,),
+}
+_READ = (
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_epsilon",
+    "attention.value_length", "block_count", "context_length", "embedding_length", "feed_forward_length",
+    "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "use_parallel_residual", "vocab_size",
+)  # fmt: skip
+_ROPE_FACTORS = "rope_freqs.weight"  # a tensor: what llama.cpp divides each frequency by
+
+
+def _refuse_unread(read: Settings, heads: int, hidden: int, base: float) -> None:
+    """Raise CheckpointError for each key with which llama.cpp, or its kin, would compute another function."""
+    head = hidden // max(1, heads)
+    neutral = _NEUTRAL | {
+        "attention.head_count_kv": (heads,),
+        "attention.key_length": (head,),
+        "attention.value_length": (head,),
+        "rope.freq_base_swa": (base,),
+    }
+    raise_all(CheckpointError, (
+        f"{read.where}: gptneox.{key} is {str(read.values[key])[:60]}, which changes the function and is not "
+        f"supported; expected {' or '.join(map(str, values))}, or no such key."
+        for key, values in neutral.items()
+        if key in read.values and not any(read.values[key] == value for value in values)
+    ))  # fmt: skip
+
+
+def _refuse_rope_factors(index: Index, where: str) -> None:
+    """Raise CheckpointError where a GGUF holds factors of the rotary frequencies that are not all 1."""
+    factors = index.ranks[0].get(_ROPE_FACTORS)
+    if factors is None:
+        return
+    if factors.dtype.name not in FLOATS or (factors.floats(0, factors.rows) != 1).any():
+        raise CheckpointError(
+            f"{where}: {_ROPE_FACTORS} holds factors of the rotary frequencies, which are not supported; "
+            "expected all 1, or no such tensor."
+        )
+
+
+def _is_idle(name: str, index: Index) -> bool:
+    """Whether a key of the family, by its name without `gptneox.`, is neither read nor known to be neutral."""
+    return f"gptneox.{name}" in index.settings and name not in _READ and name not in _NEUTRAL
 
 
 def share(part: int, whole: int) -> float:

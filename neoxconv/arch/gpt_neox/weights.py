@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.gpt_neox.config import PRESETS, from_gguf, from_hf, from_neox, to_gguf, to_hf
+from neoxconv.arch.gpt_neox.evidence import contradictions
 from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
 from neoxconv.core.model import Architecture, Buffer, ModelConfig, Weight
@@ -92,4 +93,5 @@ GPT_NEOX = Architecture(
     to_gguf=to_gguf,
     to_neox=to_neox,
     forward="neoxconv.arch.gpt_neox.forward",
+    contradictions=contradictions,
 )

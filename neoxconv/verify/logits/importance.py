@@ -24,6 +24,7 @@ def calibrate(
 
     The ranks are joined first, as a GGUF file holds them; `progress` is told of every layer.
     """
+    checkpoint.refuse_doubts()
     names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
     sums: dict[str, Doubles] = {}
 

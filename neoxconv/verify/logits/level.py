@@ -39,6 +39,7 @@ def verify_logits(
     `progress` is told of every layer of a side, and of the heads. Raises VerifyError where the two cannot be compared
     or the engine dies, PlanError or CheckpointError where the trial cannot be done.
     """
+    source.refuse_doubts()
     tokens, text = tokens_for(source, trial.sample)
     check_sizes(source, candidate)
     engine, device = trial.engine, trial.device

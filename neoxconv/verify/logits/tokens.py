@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,10 +19,13 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_of
+from neoxconv.storage import check_size, open_storage, read_bounded
 from neoxconv.verify.logits.trial import Sample
 
 _SEQUENCES = 2  # of our own text
 _STEP, _OFFSET = 1_103_515_245, 12_345  # a linear congruence: the ids where there is no tokenizer
+
+_OF_TRAINING_DATA = ("truncation", "padding")  # sections of a tokenizer.json
 
 # Prose, a table, code and figures, so that many kinds of tokens come up.
 _TEXT = """\
@@ -83,21 +91,72 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
 
 
 def library(words: Tokenizer) -> Any:
-    """The tokenizers library's own."""
+    """The tokenizers library's own, which neither truncates nor pads: that is of training data, not of the model.
+
+    Raises CheckpointError where the library cannot build it.
+    """
     import tokenizers
 
-    return tokenizers.Tokenizer.from_str(words.data.decode())
+    try:
+        text = json.dumps(json.loads(words.data) | dict.fromkeys(_OF_TRAINING_DATA))
+    except (ValueError, TypeError, RecursionError):  # no JSON object, which the library says in its own words
+        text = words.data.decode("utf-8", "replace")
+    with blamed(words):
+        return tokenizers.Tokenizer.from_str(text)
+
+
+@contextmanager
+def blamed(words: Tokenizer) -> Iterator[None]:
+    """Let the tokenizers library work; what it fails at is told of the tokenizer's file.
+
+    Raises CheckpointError for its errors and its panics (of a regular expression that it gives up on), of which the
+    second are no Exception and print a trace of their own.
+    """
+    try:
+        with _without_stderr():
+            yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{words.name}: the tokenizers library cannot work with it ({what}); "
+            "give the model's own tokenizer.json, or token ids with --tokens FILE.npy."
+        ) from None
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Nothing is printed to the process's standard error, by whatever library."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        if sys.stderr:
+            sys.stderr.flush()
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def encode(words: Tokenizer, text: str) -> Numbers:
     """The ids of a text."""
-    return np.array(library(words).encode(text).ids, np.int64)
+    made = library(words)
+    with blamed(words):
+        return np.array(made.encode(text).ids, np.int64)
 
 
 def _read_text(path: Path) -> str:
-    """The file's text. Raises CheckpointError where it is none."""
+    """The file's text, with line ends as Python reads them. Raises CheckpointError where it is none, or too large."""
+    data = read_bounded(path)
     try:
-        return path.read_text("utf-8")
+        return io.TextIOWrapper(io.BytesIO(data), "utf-8").read()
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); give another file."
@@ -107,6 +166,7 @@ def _read_text(path: Path) -> str:
 def _from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:
     """Ids [batch, time] or [time] that numpy saved."""
     no_ids = "is no .npy file of token ids; make one with numpy.save."
+    check_size(path, open_storage(path).size)
     try:
         loaded = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, MemoryError, BadZipFile) as error:
@@ -142,4 +202,9 @@ def speller(checkpoint: Checkpoint) -> Callable[[Sequence[int]], str]:
     if words is None:
         return lambda ids: " ".join(f"#{number}" for number in ids)
     decode = library(words).decode
-    return lambda ids: str(decode(list(ids), skip_special_tokens=False))
+
+    def spelled(ids: Sequence[int]) -> str:
+        with blamed(words):
+            return str(decode(list(ids), skip_special_tokens=False))
+
+    return spelled

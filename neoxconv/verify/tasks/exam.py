@@ -16,7 +16,7 @@ from neoxconv.storage import Place
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import run_both
 from neoxconv.verify.logits.metrics import Softmax, as_array
-from neoxconv.verify.logits.tokens import library
+from neoxconv.verify.logits.tokens import blamed, library
 from neoxconv.verify.logits.trial import Task
 from neoxconv.verify.tasks.questions import Marks, Requests, read_task, requests, score
 
@@ -62,7 +62,9 @@ def examine(
     words = tokenizer_of(source)
     if words is None:
         raise PlanError(f"{source.index.folder}: has no tokenizer, which --task needs; put its tokenizer.json there.")
-    questions = read_task(task.name, task.data, library(words), context=source.config.context, limit=task.limit)
+    made = library(words)
+    with blamed(words):
+        questions = read_task(task.name, task.data, made, context=source.config.context, limit=task.limit)
     asked = requests(questions)
     parts = []
     with nullcontext() if engine == "native" else program(engine, target, candidate) as ask:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from neoxconv.dtypes import Doubles
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import END, SURROGATE
-from neoxconv.storage import open_storage
+from neoxconv.storage import check_size, open_storage
 
 _Ids = tuple[int, ...]
 Marks = npt.NDArray[np.bool_]
@@ -153,8 +153,13 @@ def read_task(name: str, data: Path, tokenizer: Any, *, context: int, limit: int
 
 
 def lines(data: Path) -> Iterator[_Line]:
-    """The lines of a .jsonl file that are not blank. Raises CheckpointError at one that is no JSON object."""
-    for number, text in enumerate(open_storage(data).text().split(b"\n"), 1):
+    """The lines of a .jsonl file that are not blank.
+
+    Raises CheckpointError at one that is no JSON object, and where the file is far too large.
+    """
+    file = open_storage(data)
+    check_size(data, file.size)
+    for number, text in enumerate(file.text().split(b"\n"), 1):
         if text.strip():
             yield _Line(where := f"{data}: line {number}", _parsed(where, text))
 
