@@ -28,12 +28,17 @@ class VerifyError(NeoxconvError):
     """The result is not what it should be."""
 
 
+def escaped(text: object) -> str:
+    """A text with everything spelt out that ends a line or that a terminal obeys."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
 def one_line(problem: object) -> str:
     """A text that may hold what a file says, without anything that ends a line or that a terminal obeys, not too long.
 
     A name in a file could otherwise print a verdict of its own.
     """
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(problem))
+    text = escaped(problem)
     return text if len(text) <= LONGEST else f"{text[:HEAD]} ... {text[-_TAIL:]}"
 
 

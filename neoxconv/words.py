@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Sequence
 
 from neoxconv.errors import one_line
@@ -32,6 +34,21 @@ def size(count: int) -> str:
 def plural(count: int, noun: str) -> str:
     """A count and its noun: 1 file, 2 files."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def shell(words: Sequence[str]) -> str:
+    """A command as it can be typed; what a terminal would obey is spelt out, as bash and zsh read it."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _spelt(word) for word in words)
+
+
+def _spelt(word: str) -> str:
+    """A word with characters that are not printable, in $'...'."""
+    parts = [
+        {"'": r"\'", "\\": r"\\"}.get(char, char) if char.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in os.fsencode(char))
+        for char in word
+    ]  # fmt: skip
+    return f"$'{''.join(parts)}'"
 
 
 def table(align: str, rows: Sequence[Sequence[object]]) -> str:

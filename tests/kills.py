@@ -150,7 +150,7 @@ class Trial:
                 assert int(report.read_text()) <= slots - done, f"{self.case.name}: wrote again what was done"
         assert whole(self.target) == self.expected, f"{self.case.name}: other bytes"
         with contextlib.suppress(PlanError):  # it exists; what a killed run left beside it is taken away
-            DiskTarget(self.plan, self.target).check(overwrite=False)
+            DiskTarget(self.plan, self.target).tidy()
         left = {path.name for path in self.target.parent.iterdir()} - {self.target.name, beside(self.target).name}
         assert not left, f"{self.case.name}: left {left}"
 

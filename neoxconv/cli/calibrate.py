@@ -10,6 +10,7 @@ import click
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, chosen, opened
 from neoxconv.engine.side_file import check_side_file, whole
+from neoxconv.errors import escaped
 from neoxconv.formats.imatrix import write
 from neoxconv.storage import Place
 from neoxconv.verify.logits.importance import calibrate
@@ -48,4 +49,4 @@ def make_matrix(asked: _Calibration) -> str:
         sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
     with whole(output) as partial:
         write(partial, sums, tokens, text)
-    return f"{output}: importances of {len(sums)} tensors from {tokens.size} tokens of {text}"
+    return f"{escaped(output)}: importances of {len(sums)} tensors from {tokens.size} tokens of {escaped(text)}"

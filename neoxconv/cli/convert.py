@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from neoxconv.engine import run as engine
 from neoxconv.engine.memory import check_memory
 from neoxconv.engine.plan import Plan, make_plan
 from neoxconv.engine.workplace import free_for, work_of
-from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.errors import CheckpointError, PlanError, escaped, raise_all
 from neoxconv.sources import SOURCES, integrity
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.storage import Place, holds
 from neoxconv.targets import TAKEN_BY, TARGETS
 from neoxconv.targets.carried import tokenizer_line
 from neoxconv.targets.recipe import Recipe
-from neoxconv.words import plural, size, table
+from neoxconv.words import plural, shell, size, table
 
 
 def _check_options(given: Given) -> None:
@@ -167,13 +166,13 @@ class _Request:
         """What was made, and what to do next."""
         settings = [word for path in self.reading.config for word in ("--config", str(path))]
         settings += ["--preset", self.reading.preset] if self.reading.preset else []
-        check = shlex.join(["neoxconv", "verify", str(self.source), str(self.target), *settings])
+        check = shell(["neoxconv", "verify", str(self.source), str(self.target), *settings])
         lines = [
             f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
             for name, count in result["overflow"].items()
         ]
         return "\n".join(
-            [*lines, f"{self.target}: {size(self.plan.total)} in {result['seconds']:.1f} s; next: {check}"]
+            [*lines, f"{escaped(self.target)}: {size(self.plan.total)} in {result['seconds']:.1f} s; next: {check}"]
         )
 
 
@@ -194,6 +193,7 @@ def prepare(source: Place, target: Place, given: Given) -> _Request:
         overwrite=given["overwrite"],
         allow_nonfinite=bool(given["allow_nonfinite"]),
         executor=given["executor"],
+        dry=given["dry_run"],
     )
     done = conversion.count_done()
     quiet = given["quiet"] or given["json"]

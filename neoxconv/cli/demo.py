@@ -10,12 +10,12 @@ from pathlib import Path
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine.plan import make_plan
 from neoxconv.engine.run import run
-from neoxconv.errors import PlanError
+from neoxconv.errors import PlanError, escaped
 from neoxconv.sources.checkpoint import open_checkpoint
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from neoxconv.targets.recipe import Recipe
 from neoxconv.verify import verify_bytes, verify_weights
-from neoxconv.words import size, table
+from neoxconv.words import shell, size, table
 
 _MODEL = Synthetic(layers=8, hidden=256, heads=8, rows=1024, tp=2, pp=4, context=512)
 TARGETS = (
@@ -66,12 +66,12 @@ def run_demo(folder: Path, report: Callable[[str], None]) -> bool:
     write_checkpoint(source, _MODEL)
     checkpoint = open_checkpoint(source)
     shape = f"{_MODEL.layers} layers, hidden {_MODEL.hidden}, TP {_MODEL.tp} x PP {_MODEL.pp}"
-    report(f"{source}: a gpt-neox checkpoint of {checkpoint.parameters:,} random parameters ({shape})")
+    report(f"{escaped(source)}: a gpt-neox checkpoint of {checkpoint.parameters:,} random parameters ({shape})")
     outcomes = [_one_target(source, folder / name, recipe, norms) for name, recipe, norms in TARGETS]
     report(table("<>>>>><", [_HEADER, *(outcome.row for outcome in outcomes)]))
     passed = all(outcome.passed for outcome in outcomes)
     report("every byte and every weight is as it should be" if passed else "something is wrong: see the table")
-    report(f"all of it is in {folder}; to remove it: rm -r {folder}")
+    report(f"all of it is in {escaped(folder)}; to remove it: {shell(['rm', '-r', str(folder)])}")
     return passed
 
 

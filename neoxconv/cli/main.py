@@ -7,10 +7,13 @@ plain names are imported at the top, so that `neoxconv --help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from neoxconv.cli.options import of_calibrate, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
-from neoxconv.errors import NeoxconvError, VerifyError
+from neoxconv.cli.printing import say
+from neoxconv.errors import NeoxconvError, VerifyError, one_line
 from neoxconv.version import __version__
 from neoxconv.words import table
 
@@ -50,7 +54,7 @@ def inspect(source: Place, **given: Any) -> int:
     checkpoint = opened(source, chosen(Reading, given))
     found = checked(checkpoint, jobs=given["jobs"], quiet=given["json"]) if given["check"] else None
     facts = inspect.inspect(checkpoint, found)
-    click.echo(_as_json(facts) if given["json"] else inspect.render(facts, given["tensors"]))
+    say(_as_json(facts) if given["json"] else inspect.render(facts, given["tensors"]))
     return _DIFFERS if found and found.damage else 0
 
 
@@ -68,16 +72,16 @@ def convert(source: Place, target: Place, **given: Any) -> None:
     request = prepare(source, target, given)
     if given["dry_run"]:
         if given["json"] or not given["quiet"]:
-            click.echo(json.dumps(request.facts) if given["json"] else request.listing)
+            say(json.dumps(request.facts) if given["json"] else request.listing)
         return
     quiet = given["quiet"] or given["json"]
     if not quiet:
-        click.echo(request.summary, err=True)
+        say(request.summary, err=True)
     result = request.run(quiet)
     if given["json"]:
-        click.echo(json.dumps(result))
+        say(json.dumps(result))
     elif not quiet:
-        click.echo(request.farewell(result))
+        say(request.farewell(result))
 
 
 @commands.command()
@@ -92,7 +96,7 @@ def calibrate(source: Place, **given: Any) -> None:
 
     told = make_matrix(asked_for(source, given))
     if not given["quiet"]:
-        click.echo(told)
+        say(told)
 
 
 @commands.command()
@@ -109,14 +113,14 @@ def formats(**given: Any) -> None:
 
     rows = catalog()
     if given["json"]:
-        click.echo(json.dumps([asdict(row) for row in rows]))
+        say(json.dumps([asdict(row) for row in rows]))
         return
     lines = [("format", "option", "bits/weight", "20B in GB", "in GiB", "rounded by at most", "KL")]
     for row in rows:
         divergence = "" if row.divergence is None else f"{row.divergence:.6f}"
         sizes = f"{row.bits:.2f}", f"{row.nbytes / 1e9:.2f}", f"{row.nbytes / 2**30:.2f}"
         lines.append((row.format, f"{row.option} {row.type}", *sizes, row.bound or "", divergence))
-    click.echo(table("<<>>><>", lines))
+    say(table("<<>>><>", lines))
 
 
 @commands.command()
@@ -131,11 +135,13 @@ def verify(paths: tuple[Place, ...], **given: Any) -> int:
 
     if given["sha256sums"]:
         for line in digests(paths, given):
-            click.echo(line)
+            say(line)
         return 0
     outcome = audit(asked_for(paths, given))
     shown = outcome.verdict if given["quiet"] else outcome.listing
-    click.echo(_as_json(outcome.facts) if given["json"] else shown)
+    say(_as_json(outcome.facts) if given["json"] else shown)
+    if outcome.error:
+        return _complain(outcome.error, _FAILED)
     return 0 if outcome.passed else _DIFFERS
 
 
@@ -148,7 +154,7 @@ def demo(folder: Path) -> int:
     """
     from neoxconv.cli.demo import run_demo
 
-    return 0 if run_demo(folder, click.echo) else _DIFFERS
+    return 0 if run_demo(folder, say) else _DIFFERS
 
 
 def _as_json(facts: Any) -> str:
@@ -181,39 +187,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     signal.signal(signal.SIGTERM, _terminate)
     session = {"verbose": False}
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
-        return commands.main(arguments, "neoxconv", standalone_mode=False, obj=session) or 0
+        return commands.main(words, "neoxconv", standalone_mode=False, obj=session) or 0
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        message, code = error.format_message(), error.exit_code
+        _show_usage(error)
     except (click.Abort, KeyboardInterrupt) as stop:
-        return _stopped(stop)
+        message, code = _stopped(stop)
+        _complain(message, code)
     except Exception as error:
         if session["verbose"]:
-            traceback.print_exc()
-        return _explain(error)
+            say(traceback.format_exc().rstrip("\n"), err=True)
+        message, code = _explain(error)
+        _complain(message, code)
+    if "--json" in words[: words.index("--") if "--" in words else None]:
+        _answer(message, code)
+    return code
 
 
-def _stopped(stop: BaseException) -> int:
-    """Say how to go on after Ctrl-C or SIGTERM, which click wraps."""
+def _answer(message: str, code: int) -> None:
+    """Tell a machine of an error, on stdout; nothing where that is what is broken."""
+    with contextlib.suppress(OSError):
+        click.echo(json.dumps({"error": message, "code": code}))
+
+
+def _show_usage(error: click.ClickException) -> None:
+    """Print an error of usage as click does, with nothing in it that a terminal obeys."""
+    shown = io.StringIO()
+    error.show(shown)
+    say(shown.getvalue().rstrip("\n"), err=True)
+
+
+def _stopped(stop: BaseException) -> tuple[str, int]:
+    """How to go on after Ctrl-C or SIGTERM, which click wraps, and the exit code."""
     cause = stop.__cause__ or stop
-    return _complain(str(cause) or "stopped.", _TERMINATED if isinstance(cause, _Terminated) else _INTERRUPTED)
+    return one_line(cause) or "stopped.", _TERMINATED if isinstance(cause, _Terminated) else _INTERRUPTED
 
 
-def _explain(error: Exception) -> int:
-    """Say what went wrong, and return the exit code for it."""
+def _explain(error: Exception) -> tuple[str, int]:
+    """What went wrong, and the exit code for it."""
     if isinstance(error, NeoxconvError):
-        return _complain(str(error), _DIFFERS if isinstance(error, VerifyError) else _FAILED)
+        return str(error), _DIFFERS if isinstance(error, VerifyError) else _FAILED
+    if isinstance(error, OSError) and _is_folder_gone():
+        return "the working folder was removed; change to one that exists, and run the command there.", _FAILED
     if isinstance(error, OSError) and error.strerror:
-        return _complain(f"{error.filename or 'standard output'}: {error.strerror}.", _FAILED)
+        return one_line(f"{_file_of(error)}: {error.strerror}."), _FAILED
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-        return _complain("torch, which runs the models, is not installed; pip install 'neoxconv[logits]'.", _FAILED)
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return _complain(f"unexpected {what}; run again with -v to see where, and report it.", _FAILED)
+        return "torch, which runs the models, is not installed; pip install 'neoxconv[logits]'.", _FAILED
+    what = one_line(" ".join(f"{type(error).__name__}: {error}".split()))
+    return f"unexpected {what}; run again with -v to see where, and report it.", _FAILED
+
+
+def _file_of(error: OSError) -> str:
+    """The file that an error of the operating system is about."""
+    return "standard output" if error.filename is None else os.fsdecode(error.filename)
+
+
+def _is_folder_gone() -> bool:
+    """Whether the folder in which the command was started has been removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _complain(message: str, code: int) -> int:
     """Print a message to stderr, each line under our name, and return the exit code."""
     for line in message.splitlines():
-        click.echo(f"neoxconv: {line}", err=True)
+        say(f"neoxconv: {line}", err=True)
     return code

@@ -19,7 +19,23 @@ if TYPE_CHECKING:
     from neoxconv.storage import Place
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_PATH = click.Path(path_type=Path)
+
+
+class _Path(click.Path):
+    """A path that has a name: an empty text, as an unset variable gives, would mean the working folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        _check_named(value)
+        return super().convert(value, param, ctx)
+
+
+def _check_named(text: object) -> None:
+    """Raise BadParameter for a text that names nothing."""
+    if not str(text).strip():
+        raise click.BadParameter("the name is empty; give a file or a folder (is a variable unset?).")
+
+
+_PATH = _Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
 _LENGTH = click.IntRange(min=2)
 
@@ -28,6 +44,7 @@ def _location(text: str) -> Place:
     """The path or the URL that an argument means."""
     from neoxconv.storage import place
 
+    _check_named(text)
     return place(text)
 
 

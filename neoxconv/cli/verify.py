@@ -61,10 +61,11 @@ class _Outcome:
 
     basis: Mapping[str, str]
     reports: tuple[Report, ...]
+    error: str = ""  # why the last level could not be carried out, which is no fault of the target
 
     @property
     def passed(self) -> bool:
-        return all(report.passed for report in self.reports)
+        return not self.error and all(report.passed for report in self.reports)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -80,7 +81,8 @@ class _Outcome:
             }
             for report in self.reports
         ]
-        return {"passed": self.passed, "levels": levels, **self.basis}
+        failure = {"error": self.error, "code": 1} if self.error else {}
+        return {"passed": self.passed, "levels": levels, **self.basis, **failure}
 
     @property
     def listing(self) -> str:
@@ -184,8 +186,17 @@ def audit(asked: _Audit) -> _Outcome:
             raise
         return _Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error), ran=False)))
     if asked.level == "logits":
-        reports = (*reports, _check_logits(source, made, asked, reports))
+        return _with_logits(_Outcome(basis, reports), source, made, asked)
     return _Outcome(basis, reports)
+
+
+def _with_logits(before: _Outcome, source: Checkpoint, made: Checkpoint, asked: _Audit) -> _Outcome:
+    """The outcome with the third level, or with why it could not be carried out: the others' verdicts stand."""
+    try:
+        return replace(before, reports=(*before.reports, _check_logits(source, made, asked, before.reports)))
+    except NeoxconvError as error:
+        undone = Report("logits", "could not be carried out", (), ran=False)
+        return _Outcome(before.basis, (*before.reports, undone), str(error))
 
 
 def _policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: str | None) -> tuple[str, str]:

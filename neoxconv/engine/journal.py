@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
 from neoxconv.core.layout import Digest
-from neoxconv.engine.workplace import LOCK, has_files
+from neoxconv.engine.workplace import has_files, open_own
 from neoxconv.errors import PlanError
+from neoxconv.words import shell
 
+NEW = "journal.new"  # one that is being begun
+_LONGEST = 16 << 20  # bytes of a line
+_CUT = re.compile(rb'[0-9a-f]{0,8}$|[0-9a-f]{8} (\{?"?$|\{"[a-z]{1,11}$|\{"fingerprint")')  # a header cut short
 _FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}
 
 
@@ -28,24 +34,28 @@ class Journal:
 
     NAME: ClassVar[str] = "journal.jsonl"
 
-    def __init__(self, folder: Path, fingerprint: str, *, checked: bool) -> None:
+    def __init__(self, folder: Path, fingerprint: str, *, checked: bool, files: Sequence[str], command: str) -> None:
         self.path = folder / self.NAME
         self.known = read_journal(self.path, fingerprint, checked)
-        fresh = self.path.with_suffix(".new")
-        self.stream = fresh.open("w", encoding="utf-8")
-        self.write({"fingerprint": fingerprint, "checked": checked})
+        fresh = folder / NEW
+        self.stream = open_own(fresh, "wb")
+        self.write({"fingerprint": fingerprint, "checked": checked, "command": command, "files": [*files]})
         for key, digest in self.known.items():
             self.add(key, digest)
         os.replace(fresh, self.path)
 
     def write(self, line: dict[str, object]) -> None:
         text = json.dumps(line)
-        self.stream.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
+        self.stream.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
         self.stream.flush()
 
     def add(self, key: str, digest: Digest) -> None:
         """Note the written bytes of a slot."""
         self.write({"slot": key, **asdict(digest)})
+
+    def fail(self) -> None:
+        """Note that the run was stopped by what it read: mended, the source may be another one."""
+        self.write({"failed": True})
 
     def __enter__(self) -> Journal:
         return self
@@ -59,23 +69,53 @@ class Journal:
 def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Digest]:
     """What an earlier run noted, if it made files; lines cut short or damaged are skipped.
 
-    Raises PlanError where the earlier run had another plan, and for a folder that no run of ours can have left.
+    Raises PlanError where the earlier run had another plan.
     """
-    if not path.exists():
-        if {other.name for other in path.parent.glob("*")} - {path.with_suffix(".new").name, LOCK}:
-            raise PlanError(f"{path.parent}: is in the way, and not the unfinished work of a conversion; rename it.")
+    if not path.exists() or not has_files(path.parent):
         return {}
-    if not has_files(path.parent):
-        return {}
-    lines = [entry for line in path.read_text(errors="replace").splitlines() if (entry := _parse(line))]
+    lines = _lines(path)
     if not lines or lines[0].get("fingerprint") != fingerprint:
         raise PlanError(
             f"{path.parent}: holds the unfinished work of another conversion (another source, or a changed one, other "
-            "options or another version). Finish that one with its own command, or remove the folder."
+            "options or another version). Finish that one with its own command, or begin anew with --overwrite (to a "
+            f"store: after {shell(['rm', '-r', str(path.parent)])})."
         )
     if checked and not lines[0].get("checked"):
         return {}
     return {str(entry.pop("slot")): _digest_of(entry) for entry in lines[1:] if set(entry) == {"slot", *_FIELDS}}
+
+
+def is_of_another(path: Path, fingerprint: str, command: str | None = None) -> bool:
+    """Whether the journal is of another plan; with a `command`, of one that failed at the source, mended since."""
+    lines = _lines(path) if path.exists() else []
+    if not lines or lines[0].get("fingerprint") == fingerprint:
+        return False
+    failed = any(line.get("failed") is True for line in lines)
+    return command is None or (failed and lines[0].get("command") == command)
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file is a journal of ours: its first line is our header, or what a kill left of it."""
+    try:
+        with path.open("rb") as stream:
+            line = stream.readline(_LONGEST)
+    except FileNotFoundError:  # another run has just removed it
+        return True
+    if line.endswith(b"\n"):
+        return "fingerprint" in (_parse(line[:-1].decode(errors="replace")) or {})
+    return len(line) < _LONGEST and _CUT.match(line) is not None
+
+
+def listed_files(path: Path) -> frozenset[str]:
+    """The files that a journal's run makes in `target`; none where its header does not list them."""
+    lines = _lines(path) if path.exists() else []
+    names = lines[0].get("files") if lines else None
+    return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
+    """The lines that are as they were written."""
+    return [entry for line in path.read_text(errors="replace").splitlines() if (entry := _parse(line))]
 
 
 def _digest_of(values: dict[str, object]) -> Digest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,19 @@ def read_manifest(target: Place) -> dict[str, Any] | None:
             f"{path}: is damaged, or not a manifest of neoxconv. Remove it to compare weights alone."
         ) from error
     return dict(value)
+
+
+def our_files(path: Path) -> list[str] | None:
+    """The names of a target's files by its manifest; None for a file that is no manifest of ours."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        own = isinstance(value["neoxconv"], str) and isinstance(value["format"], str)
+        own = own and re.fullmatch(r"[0-9a-f]{64}", value["fingerprint"]) is not None
+        for file in value["files"]:
+            _check_entry(file)
+        return [file["name"] for file in value["files"]] if own else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 def _check_entry(file: Any) -> None:

@@ -121,6 +121,14 @@ class Plan:
         """SHA-256 over all that decides the target's bytes."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def command(self) -> str:
+        """SHA-256 over what was asked for: the same for a source at the same place that has changed."""
+        checkpoint = self.checkpoint
+        where = str(checkpoint.index.where.absolute())
+        asked = {"source": where, "recipe": self.recipe.facts, "norms": checkpoint.norms, **checkpoint.unusual}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
     @property
     def facts(self) -> dict[str, Any]:
         """What the fingerprint covers."""

@@ -6,20 +6,19 @@ All work is in TARGET.partial; TARGET itself is absent or whole.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from neoxconv.core.layout import FileLayout
-from neoxconv.engine import cluster
+from neoxconv.engine import cluster, ours
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.steps import Digests, Work
 from neoxconv.engine.target_file import begin_file, finish_file
 from neoxconv.engine.workers import Crew, run_steps, threads
-from neoxconv.engine.workplace import free_for, has_files, held, locked, made_in, nearest_folder, partial_of
+from neoxconv.engine.workplace import free_for, has_files, held, locked, made_in, nearest_folder, open_own, partial_of
 from neoxconv.errors import PlanError
 from neoxconv.words import size
 
@@ -40,7 +39,9 @@ class DiskTarget:
         return self.target
 
     def check(self, *, overwrite: bool) -> None:
-        """Raise PlanError where the target exists (an empty folder does not count) or is of the wrong kind."""
+        """Raise PlanError where the target exists (an empty folder does not count), is of the wrong kind, or where
+        what would be replaced is not ours. Nothing is changed.
+        """
         target = self.target
         if self.plan.single and target.is_dir():
             raise PlanError(
@@ -48,15 +49,35 @@ class DiskTarget:
                 f"so give its name, such as {target / 'model'}.{self.plan.recipe.format}."
             )
         _check_place(target)
-        occupied = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-        if occupied and not overwrite:
-            _tidy(target)
-            raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
-        if occupied and target.is_dir() and not (target / MANIFEST).is_file():
+        if _is_occupied(target):
+            if not overwrite:
+                raise PlanError(f"{target}: exists already; give another name, or --overwrite to replace it.")
+            self.check_replaceable()
+        elif self.plan.single:
+            ours.check_beside(target)
+        ours.check_work(self.work)
+
+    def check_replaceable(self) -> None:
+        """Raise PlanError where the target holds anything that is not ours, or cannot be set aside."""
+        if self.plan.single:
+            ours.check_beside(self.target)
+        elif self.target.is_dir():
+            ours.check_folder(self.target)
+            ours.check_aside(aside_of(self.target))
+        else:
             raise PlanError(
-                f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
-                "--overwrite replaces only what neoxconv made. Remove it yourself, or give another name."
+                f"{self.target}: is a file, and {self.plan.recipe.format} writes a folder; remove the file yourself, "
+                "or give another name."
             )
+
+    def tidy(self) -> None:
+        """Remove what a run of ours left behind that was killed after it had published its target; else nothing."""
+        work, aside = self.work, aside_of(self.target)
+        if _is_occupied(self.target) and ours.is_published(work, aside):
+            with locked(work):
+                if not has_files(work):
+                    ours.remove_aside(aside)
+                    ours.remove_work(work)
 
     def check_room(self, crew: Crew) -> None:
         """Raise PlanError where the disk cannot hold what is still to be written, whoever writes it."""
@@ -96,18 +117,24 @@ class DiskTarget:
         plan, target, made, aside = self.plan, self.target, made_in(self.work), aside_of(self.target)
         _write_last(plan, made, described)
         if plan.single:
+            ours.check_beside(target)
             os.replace(made / MANIFEST, beside(target))
             os.replace(made / plan.files[0].name, target)
         else:
-            if target.exists():
-                _remove(aside)
+            if _is_occupied(target):
+                self.check_replaceable()  # again: things may have been added since
+                ours.remove_aside(aside)
                 os.replace(target, aside)
             os.replace(made, target)
         _sync(target.parent)
-        if aside.is_file():
-            beside(target).unlink(missing_ok=True)
-        _remove(aside)
-        shutil.rmtree(self.work)
+        if not plan.single:
+            ours.remove_aside(aside)
+        ours.remove_work(self.work)
+
+
+def _is_occupied(target: Path) -> bool:
+    """Whether anything is there; an empty folder does not count."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
 
 
 def _check_place(target: Path) -> None:
@@ -126,15 +153,6 @@ def aside_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced-by-neoxconv")
 
 
-def _tidy(target: Path) -> None:
-    """Remove what a run left behind that was killed after it had published its target."""
-    work = partial_of(target)
-    if work.is_dir() and not has_files(work):
-        with locked(work):
-            _remove(aside_of(target))
-            shutil.rmtree(work)
-
-
 def room(plan: Plan, work: Path) -> tuple[int, int]:
     """The bytes that are still to be written, and those that the disk has free."""
     return max(plan.total - held(work), 0), free_for(work)
@@ -144,10 +162,16 @@ def _write_last(plan: Plan, made: Path, described: Sequence[Described]) -> None:
     """Write the small files and the manifest of a folder whose files are `described`, and put everything on disk."""
     for name, data in plan.sidecars.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
-        (made / name).write_bytes(data)
-    (made / MANIFEST).write_bytes(manifest(plan, described))
+        _write(made / name, data)
+    _write(made / MANIFEST, manifest(plan, described))
     for path in (*sorted(made.rglob("*")), made, made.parent):
         _sync(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A small file of ours, whole."""
+    with open_own(path, "wb") as stream:
+        stream.write(data)
 
 
 def _sync(path: Path) -> None:
@@ -157,11 +181,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Delete a file or a folder with all that is in it, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from neoxconv.core.layout import FileLayout
-from neoxconv.engine.journal import Journal, read_journal
-from neoxconv.engine.manifest import Described, overflows
+from neoxconv.engine import ours
+from neoxconv.engine.journal import Journal, is_of_another, read_journal
+from neoxconv.engine.manifest import MANIFEST, Described, overflows
 from neoxconv.engine.memory import DEFAULT_MEMORY, Budget, budget_for, threads_for
 from neoxconv.engine.plan import Plan, check_sources, resume_key
 from neoxconv.engine.publish import DiskTarget, room
@@ -47,6 +49,9 @@ class _Destination(Protocol):
     def check(self, *, overwrite: bool) -> None:
         """Raise PlanError where the target may not be made."""
 
+    def tidy(self) -> None:
+        """Remove what a run of ours left behind that was killed after it had published; else nothing."""
+
     def check_room(self, crew: Crew) -> None:
         """Raise PlanError where the disk cannot hold what is still to be made on it."""
 
@@ -69,9 +74,18 @@ class Conversion:
     budget: Budget
     allow_nonfinite: bool
     executor: str | None
+    overwrite: bool = False
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether unfinished work of another plan is thrown away: as asked, or as its source was mended since."""
+        path, key = work_of(self.target) / Journal.NAME, resume_key(self.plan)
+        return is_of_another(path, key, None if self.overwrite else self.plan.command)
 
     def count_done(self) -> int:
-        """How many steps an interrupted run noted as done. Raises PlanError where it had another plan."""
+        """How many steps an interrupted run noted as done. Raises PlanError where it had another plan to keep."""
+        if self.begins_anew:
+            return 0
         key = resume_key(self.plan)
         known = read_journal(work_of(self.target) / Journal.NAME, key, not self.allow_nonfinite)
         return sum(all(key in known for key in step.keys) for step in self.plan.steps)
@@ -125,16 +139,24 @@ def prepare(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     executor: str | None = None,
+    dry: bool = False,
 ) -> Conversion:
-    """The first half of `run`: everything checked and nothing written. Raises PlanError where `run` would."""
+    """The first half of `run`: everything checked and nothing written. Raises PlanError where `run` would.
+
+    What a killed run of ours left beside its published target is taken away, unless the run is `dry`.
+    """
     conversion = Conversion(
         plan=plan,
         target=as_target(target),
         budget=budget_for(threads_for(plan.checkpoint, jobs), memory, plan.kept),
         allow_nonfinite=allow_nonfinite,
         executor=executor,
+        overwrite=overwrite,
     )
-    _destination_of(conversion).check(overwrite=overwrite)
+    destination = _destination_of(conversion)
+    if not dry:
+        destination.tidy()
+    destination.check(overwrite=overwrite)
     return conversion
 
 
@@ -165,7 +187,8 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
     folder = destination.work
     try:
         destination.check_room(crew)
-        with locked(folder), Journal(folder, resume_key(plan), checked=not allowed) as journal:
+        ours.check_work(folder)
+        with locked(folder), _journal(conversion, folder) as journal:
             work = Work(
                 folder=made_in(folder),
                 known=journal.known,
@@ -185,6 +208,23 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
     except OSError as error:
         raise NeoxconvError(_explain(error, destination)) from error
     return _Done(destination.target, overflows(entries))
+
+
+@contextmanager
+def _journal(conversion: Conversion, folder: Path) -> Iterator[Journal]:
+    """The journal of a run, which notes where what was read stops it; other work is thrown away where that is right."""
+    plan = conversion.plan
+    if conversion.begins_anew:
+        ours.discard_work(folder)
+    checked, names = not conversion.allow_nonfinite, [*plan.sizes, MANIFEST]
+    with Journal(folder, resume_key(plan), checked=checked, files=names, command=plan.command) as journal:
+        try:
+            yield journal
+        except PlanError:
+            raise
+        except NeoxconvError:
+            journal.fail()
+            raise
 
 
 def _explain(error: OSError, destination: _Destination) -> str:

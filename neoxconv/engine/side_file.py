@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.storage import Place, holds
 
@@ -34,15 +34,27 @@ def check_side_file(path: Path, inputs: Iterable[Place | None], overwrite: bool 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when it is finished and vanishes when it is not.
+    """A file beside `path` to write to, of a name that nothing had; finished it takes its place, else it vanishes.
 
     Raises NeoxconvError where the disk does not take it.
     """
-    partial = partial_of(path)
+    partial = None
     try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
+        partial = Path(name)
+        os.fchmod(descriptor, 0o666 & ~_umask())
+        os.close(descriptor)
         yield partial
         os.replace(partial, path)
     except OSError as error:
         raise NeoxconvError(f"{path}: cannot be written ({error.strerror}).") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial:
+            partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The rights that new files are not given, which can only be read by setting them."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from neoxconv.core.layout import Digest, Slot
 from neoxconv.dtypes import Bytes
 from neoxconv.engine.encode import pieces
@@ -39,7 +41,7 @@ class Work:
 
 def run_step(work: Work, step: Step) -> Digests:
     """One tensor written, or found written already: the digests of its slots."""
-    descriptor = os.open(work.folder / step.file.name, os.O_RDWR)
+    descriptor = os.open(work.folder / step.file.name, os.O_RDWR | os.O_NOFOLLOW)
     try:
         digests = written(step, descriptor, work) or write_step(step, descriptor, work)
     finally:
@@ -53,20 +55,21 @@ def written(step: Step, descriptor: int, work: Work) -> list[Digest]:
     if len(known) < len(step.slots):
         return []
     for slot, digest in zip(step.slots, known, strict=True):
-        if _hashed(slot, descriptor, work) != digest.sha256:
+        found = _hashed(step, slot, descriptor, work)
+        if (found.sha256, found.crc32) != (digest.sha256, digest.crc32):
             return []
     work.progress(step.nbytes)
     return known
 
 
-def _hashed(slot: Slot, descriptor: int, work: Work) -> str:
-    """The SHA-256 of a slot's bytes as they are on disk."""
-    digest, end, size = hashlib.sha256(), slot.offset + slot.part.nbytes, work.slab
+def _hashed(step: Step, slot: Slot, descriptor: int, work: Work) -> Digest:
+    """The SHA-256 and the CRC-32 of a slot's bytes as they are on disk."""
+    tally, end, size = _Tally(step.file.crcs), slot.offset + slot.part.nbytes, work.slab
     for offset in range(slot.offset, end, size):
         if work.stop.is_set():
             raise _Stopped
-        digest.update(os.pread(descriptor, min(size, end - offset), offset))
-    return digest.hexdigest()
+        tally.add(np.frombuffer(os.pread(descriptor, min(size, end - offset), offset), np.uint8))
+    return tally.digest()
 
 
 def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from neoxconv.core.layout import FileLayout
-from neoxconv.engine import cluster
+from neoxconv.engine import cluster, ours
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
 from neoxconv.engine.plan import Plan, resume_key
 from neoxconv.engine.steps import Work
 from neoxconv.engine.target_file import begin_file, finish_file
 from neoxconv.engine.workers import Crew, run_steps, threads
-from neoxconv.engine.workplace import free_for, held, made_in, work_of
+from neoxconv.engine.workplace import SENT, free_for, held, made_in, open_own, work_of
 from neoxconv.errors import NeoxconvError, PlanError, raise_all
 from neoxconv.storage import Remote
 from neoxconv.words import size
@@ -54,7 +53,7 @@ class _Sent:
     def begin(self) -> None:
         """Note that this run has begun."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / _BEGUN).write_text(self.key)
+        _write(self.folder / _BEGUN, self.key)
 
     def path(self, name: str) -> Path:
         """Where the note on a file lies."""
@@ -65,7 +64,7 @@ class _Sent:
         path, facts = self.path(described["name"]), there.facts_now()
         version = facts.version if facts else ""
         note = {"key": self.key, "checked": self.checked, "version": version, "file": described}
-        path.with_suffix(".new").write_text(json.dumps(note))
+        _write(path.with_suffix(".new"), json.dumps(note))
         os.replace(path.with_suffix(".new"), path)
 
     def find(self, file: FileLayout, there: Remote) -> Described | None:
@@ -81,6 +80,12 @@ class _Sent:
             return None
         found: Described = note["file"]
         return found
+
+
+def _write(path: Path, text: str) -> None:
+    """A note, whole."""
+    with open_own(path, "wb") as stream:
+        stream.write(text.encode())
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class StoreTarget:
         """The notes of the run of this plan to this target, which has one name with others of other stores."""
         where = (self.target.protocol, self.target.path, self.target.options)
         key = hashlib.sha256(f"{resume_key(self.plan)} {where}".encode()).hexdigest()
-        return _Sent(self.work / "sent", key, self.checked)
+        return _Sent(self.work / SENT, key, self.checked)
 
     @property
     def manifest(self) -> Remote:
@@ -127,10 +132,14 @@ class StoreTarget:
                 f"{target}: --overwrite is for targets on a disk; a store cannot replace one all at once. "
                 "Give another name, or remove the old one."
             )
+        ours.check_work(self.work)
         if self.manifest.exists() or (target.exists() and not self.sent.begun):
             raise PlanError(
                 f"{target}: exists already, and a store cannot replace it all at once; give another name, or remove it."
             )
+
+    def tidy(self) -> None:
+        """Nothing: what lies here may be of a target of the same name in another store."""
 
     def check_room(self, crew: Crew) -> None:
         """Raise PlanError where the disk here cannot hold the file at work and the one that is being sent."""
@@ -218,7 +227,7 @@ class StoreTarget:
             if file.name not in there
         ))  # fmt: skip
         send_last(self, described)
-        shutil.rmtree(self.work)
+        ours.remove_work(self.work)
 
 
 def send_last(destination: StoreTarget, described: Sequence[Described]) -> None:

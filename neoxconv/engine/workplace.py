@@ -12,11 +12,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from neoxconv.errors import PlanError
 from neoxconv.storage import Place, is_here
 
 LOCK = "lock"
+SENT = "sent"  # notes on the files that are in a store
 
 
 def partial_of(target: Path) -> Path:
@@ -54,6 +56,11 @@ def free_for(work: Path) -> int:
     return shutil.disk_usage(nearest_folder(work)).free
 
 
+def open_own(path: Path, mode: str) -> IO[bytes]:
+    """A file of ours opened in a binary mode; a link in its place is not followed. Raises OSError."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
     """The folder `work`, made where it is missing, for this process alone.
@@ -76,9 +83,11 @@ def hold(work: Path) -> int:
     look whether the file of that name is still the one that we hold, and begin again where it is not.
     """
     while True:
-        work.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            work.mkdir(parents=True, exist_ok=True)
+            if work.is_symlink():
+                raise PlanError(f"{work}: is in the way: a link, not the unfinished work of a conversion; rename it.")
+            descriptor = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the other run has just finished
             continue
         try:

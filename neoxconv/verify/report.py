@@ -62,6 +62,6 @@ def verdicts(reports: Iterable[Report]) -> str:
 
 def verdict(report: Report) -> str:
     """A level's outcome in a word or two."""
-    if report.passed:
-        return "ok"
-    return "differ" if report.ran else "not checked"
+    if not report.ran:
+        return "not checked"
+    return "ok" if report.passed else "differ"

@@ -178,8 +178,12 @@ def test_an_existing_target_is_replaced_only_when_asked(tmp_path: Path) -> None:
     (folder / "note").write_text("mine")
     with pytest.raises(PlanError, match="--overwrite"):
         run(plan(Recipe("hf")), folder)
+    with pytest.raises(PlanError, match="did not make: note"):
+        run(plan(Recipe("hf")), folder, overwrite=True)
+    assert (folder / "note").read_text() == "mine"
+    (folder / "note").unlink()
     run(plan(Recipe("hf")), folder, overwrite=True)
-    assert not (folder / "note").exists() and verify_bytes(folder).passed
+    assert verify_bytes(folder).passed
 
 
 def test_an_empty_folder_counts_as_absent_for_a_folder_target(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ _REASONS: dict[int, str] = {
 def program(name: str, target: Place, candidate: Checkpoint) -> Iterator[_Ask]:
     """A program with the target's model, loaded once for all that it is asked; it ends with this block.
 
-    Raises PlanError where it is not installed or is for other targets; asking raises VerifyError where it dies.
+    Raises PlanError where it is not installed or is for other targets; asking raises NeoxconvError where it dies.
     """
     path = _model_for(name, target, candidate)
     with TemporaryDirectory(prefix="neoxconv-") as folder, open(Path(folder, _SAID), "wb") as said:
@@ -90,7 +90,7 @@ class _Child:
             self.process.stdin.write(b"?")
         line = self.process.stdout.readline()
         if not line:
-            raise VerifyError(f"{self.target}: {self.name} {self.death()}. Leave --engine out to do without it.")
+            raise NeoxconvError(f"{self.target}: {self.name} {self.death()}. Leave --engine out to do without it.")
         answer = json.loads(line)
         if answer:
             raise _KINDS.get(answer["kind"], NeoxconvError)(*answer["problems"])
