@@ -149,7 +149,7 @@ _of_gguf = _options(
         type=_override,
         multiple=True,
         metavar="PATTERN=TYPE",
-        help="gguf: the type of names that hold the pattern; repeat for several.",
+        help="gguf: the type of names that hold the pattern; repeat for several, the first wins.",
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),

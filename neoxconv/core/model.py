@@ -192,8 +192,8 @@ class Architecture:
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
     to_neox: Callable[[ModelConfig], dict[str, Any]]
     forward: str
-    # What a source stores that a configuration contradicts: the tensor's source name, and both values in words.
-    contradictions: Callable[[Index, ModelConfig], Iterator[tuple[str, str]]]
+    # What a source stores and a configuration contradicts: the tensor's rank and source name, both values in words.
+    contradictions: Callable[[Index, ModelConfig], Iterator[tuple[int, str, str]]]
 
     def names(self, config: ModelConfig) -> tuple[_Named, ...]:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""

@@ -91,10 +91,10 @@ def _doubts(index: Index, architecture: Architecture, config: ModelConfig, openi
     """What is stored and contradicts the configuration: the file, both values, and what says which is right."""
     told_by = opening.preset or ", ".join(path.name for path in index.configs) or "config.json"
     is_neox = SOURCES[index.format].naming == "neox"
-    decides = "the right YAML with --config FILE" if is_neox else "a corrected config.json"
+    decides = "the right YAML, given with --config FILE," if is_neox else "a corrected config.json"
     return tuple(
-        f"{home(index, 0, name)}: {name} {values} ({told_by}); what is given with {decides}, or --preset NAME, decides."
-        for name, values in architecture.contradictions(index, config)
+        f"{home(index, rank, name)}: {name} {values} ({told_by}); {decides} or --preset NAME decides."
+        for rank, name, values in architecture.contradictions(index, config)
     )
 
 

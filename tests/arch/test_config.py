@@ -36,7 +36,7 @@ def index(settings: dict[str, Any] | None = None, *, format: str = "hf", **tenso
 def told(stored: ModelConfig, configured: ModelConfig, dtype: DType = F32) -> list[str]:
     """What is said of the frequencies of one configuration, rounded to a type, under another."""
     values = widen(narrow(inverse_frequencies(stored), dtype), dtype)
-    return [both for _, both in contradictions(index(**{NAME: values}), configured)]
+    return [both for _, _, both in contradictions(index(**{NAME: values}), configured)]
 
 
 # --- stored frequencies ---------------------------------------------------------------------------------------------
@@ -64,6 +64,15 @@ def test_frequencies_that_were_rounded_before_they_were_widened_are_what_they_we
 def test_the_length_tells_the_rotary_dimensions() -> None:
     [both] = told(CONFIG, replace(CONFIG, rotary_pct=0.5))
     assert "24 dimensions" in both and "rotary_pct 0.5 (48 dimensions)" in both
+
+
+def test_one_layer_of_one_rank_is_enough() -> None:
+    """Of alike contradictions the first is told."""
+    right, other = (inverse_frequencies(replace(CONFIG, rotary_base=base)) for base in (10000, 500000))
+    last = NAME.replace("2", "3")
+    ranks = [index(**{NAME: right, last: values}).ranks[0] for values in (right, other, other)]
+    [(rank, name, both)] = contradictions(replace(index(), ranks=tuple(ranks)), CONFIG)
+    assert (rank, name) == (1, last) and "of base 500000 and 24 dimensions" in both
 
 
 def test_what_can_be_no_frequencies_is_left_alone() -> None:

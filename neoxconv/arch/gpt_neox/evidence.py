@@ -13,6 +13,7 @@ from neoxconv.arch.gpt_neox.training import inverse_frequencies
 from neoxconv.core.model import Index, ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import BF16, F16, F32, FLOATS, Floats, narrow, widen
+from neoxconv.storage import is_far
 
 _FREQUENCIES = "attention.rotary_emb.inv_freq"
 _MOST = 1 << 12  # frequencies of a head, far above any model's
@@ -21,18 +22,23 @@ _MOST = 1 << 12  # frequencies of a head, far above any model's
 _ROUNDED = ((BF16, 2**-7, 2**-24), (F16, 2**-10, 2**-24), (F32, 2**-18, 0.0))
 
 
-def contradictions(index: Index, config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """The source's name of the stored frequencies and both values in words, where they are not the configuration's.
+def contradictions(index: Index, config: ModelConfig) -> Iterator[tuple[int, str, str]]:
+    """Stored frequencies that are not the configuration's: their rank, the source's name of them, both values in words.
 
-    The first layer's alone are read, with one request where the source is far away: all layers have the same.
+    Of alike ones the first is told. Far away only one tensor is read, with one request: all layers should be alike.
     """
-    found = ((name, tensor) for name, tensor in index.ranks[0].items() if name.endswith(_FREQUENCIES))
-    for name, tensor in found:
-        if _is_readable(tensor):
-            stored = tensor.floats(0, tensor.rows)
-            if not _alike(stored, config):
-                yield name, f"holds rotary frequencies of {_described(stored)}, but {_told(config)}"
-            return
+    found = [
+        (rank, name, tensor)
+        for rank, tensors in enumerate(index.ranks)
+        for name, tensor in tensors.items()
+        if name.endswith(_FREQUENCIES) and _is_readable(tensor)
+    ]
+    told: dict[str, tuple[int, str]] = {}
+    for rank, name, tensor in found[:1] if is_far(index.folder) else found:
+        stored = tensor.floats(0, tensor.rows)
+        if not _alike(stored, config):
+            told.setdefault(f"holds rotary frequencies of {_described(stored)}, but {_told(config)}", (rank, name))
+    yield from ((rank, name, both) for both, (rank, name) in told.items())
 
 
 def _is_readable(tensor: LazyTensor) -> bool:
