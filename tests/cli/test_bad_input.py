@@ -190,9 +190,10 @@ def test_a_target_that_exists_is_left_alone_unless_told(source: Path, capsys: py
     (target / "note.txt").write_text("mine")
     assert cli("convert", source, target, "--to", "hf") == 1
     assert "out: exists already" in capsys.readouterr().err
-    assert (target / "note.txt").exists()
+    assert cli("convert", source, target, "--to", "hf", "--overwrite") == 1
+    assert "note.txt" in capsys.readouterr().err and (target / "note.txt").read_text() == "mine"
+    (target / "note.txt").unlink()
     assert cli("convert", source, target, "--to", "hf", "--overwrite", "--quiet") == 0
-    assert not (target / "note.txt").exists()
 
 
 def test_overwrite_replaces_no_folder_that_is_not_ours(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,11 +205,12 @@ def test_overwrite_replaces_no_folder_that_is_not_ours(source: Path, capsys: pyt
     assert (target / "thesis.txt").read_text() == "mine"
 
 
-def test_a_folder_over_a_file_takes_the_files_manifest_along(source: Path) -> None:
+def test_a_folder_never_replaces_a_file(source: Path) -> None:
     target = source.parent / "x"
     assert cli("convert", source, target, "--to", "safetensors", "--quiet") == 0
-    assert cli("convert", source, target, "--to", "hf", "--overwrite", "--quiet") == 0
-    assert target.is_dir() and not target.with_name("x.manifest.json").exists()
+    before = target.read_bytes()
+    assert cli("convert", source, target, "--to", "hf", "--overwrite", "--quiet") == 1
+    assert target.read_bytes() == before and target.with_name("x.manifest.json").exists()
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -288,12 +288,11 @@ def test_workers_read_anew_a_source_that_was_uploaded_anew(s3: Any, cluster: Clu
 
 
 def test_a_disk_that_holds_no_two_files_is_said_before(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neoxconv.engine import upload
 
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(upload.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(PlanError, match=r"two files are made here at a time, .* and 1000 bytes are free"):
         run(plan, "memory://small/hf")
 

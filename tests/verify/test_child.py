@@ -86,11 +86,13 @@ def test_its_death_is_a_line_and_the_other_verdicts_stand(
     monkeypatch.syspath_prepend(faked(deed))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    assert main(command(*files, "--engine", "llama.cpp")) == 3
+    refused = "cannot load" in DEEDS[deed]  # which is a verdict on the target; else the level could not be carried out
+    assert main(command(*files, "--engine", "llama.cpp")) == (3 if refused else 1)
     told = capfd.readouterr()
-    assert f"{files[1]}: {DEEDS[deed]}" in told.out
-    assert told.out.splitlines()[-1] == "FAIL: bytes ok, weights ok, tokenizer ok, logits not checked"
-    assert "noise" not in told.out and not told.err
+    assert f"{files[1]}: {DEEDS[deed]}" in (told.out if refused else told.err)
+    assert len(told.err.splitlines()) == (0 if refused else 1)
+    assert told.out.splitlines()[-1].endswith("bytes ok, weights ok, tokenizer ok, logits not checked")
+    assert "noise" not in told.out
     assert not list((tmp_path / "temporary").iterdir())
 
 
