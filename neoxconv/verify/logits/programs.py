@@ -148,7 +148,10 @@ def _answered(name: str, path: Path, folder: Path, asked: Iterator[bytes]) -> It
         yield {"kind": type(error).__name__, "problems": [*map(str, error.args)]}
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        yield {"kind": "NeoxconvError", "problems": [f"{path}: {name} cannot run it ({what:.300}); leave --engine out."]}
+        yield {
+            "kind": "NeoxconvError",
+            "problems": [f"{path}: {name} cannot run it ({what:.300}); leave --engine out."],
+        }
 
 
 def run_all(run: Run, tokens: Numbers, file: Path) -> None:
