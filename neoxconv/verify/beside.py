@@ -23,6 +23,7 @@ Facts = Mapping[str, Any]
 STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MOST = 80  # characters of a value in a message
 TOKENS, PRE = PREFIX + "tokens", PREFIX + "pre"
+SPACES = (PREFIX + "add_space_prefix", PREFIX + "remove_extra_whitespaces")
 ALIKE = {
     "olmo",
     "mpt",
@@ -86,7 +87,16 @@ def gguf_facts(source: Checkpoint, ours: Carried) -> Facts:
     try:
         return gguf_keys(ours.tokenizer, source.config.rows, ours.ids)
     except CheckpointError:
-        return {TOKENS: by_id(ours.tokenizer)}
+        return nearest_facts(source, ours.tokenizer, ours.ids)
+
+
+def nearest_facts(source: Checkpoint, tokenizer: Tokenizer, ids: Mapping[str, Any]) -> Facts:
+    """The keys of the nearest that GGUF has to a tokenizer, but for how it splits: a matter of judgement."""
+    try:
+        keys = gguf_keys(tokenizer, source.config.rows, ids, others=True)
+    except CheckpointError:
+        return {TOKENS: by_id(tokenizer)}
+    return {name: value for name, value in keys.items() if name not in (PRE, *SPACES)}
 
 
 def by_id(tokenizer: Tokenizer) -> list[str]:
