@@ -153,6 +153,12 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
+    click.option(
+        "--allow-other-tokens",
+        is_flag=True,
+        default=None,
+        help="gguf: the nearest tokenizer where llama.cpp has not SRC's; ids may differ.",
+    ),
 )
 of_convert = _options(
     source,

@@ -26,7 +26,7 @@ _KEY = re.compile(rb"[0-9a-f]{0,64}")
 
 def check_folder(target: Path) -> None:
     """Raise PlanError unless a folder is a target of ours with nothing added, so that it may be replaced."""
-    names = our_files(target / MANIFEST) if is_plain(target / MANIFEST) else None
+    names = our_files(target / MANIFEST) if _is_plain(target / MANIFEST) else None
     if names is None:
         raise PlanError(
             f"{target}: is a folder without our {MANIFEST}, so it may hold other things; "
@@ -42,7 +42,7 @@ def check_folder(target: Path) -> None:
 def check_beside(target: Path) -> None:
     """Raise PlanError where the place of a single file's manifest is taken by something that is not such a one."""
     path = beside(target)
-    if _exists(path) and not (is_plain(path) and our_files(path) is not None):
+    if _exists(path) and not (_is_plain(path) and our_files(path) is not None):
         raise PlanError(
             f"{path}: is in the way of the manifest of {target.name}, and none of neoxconv's; rename it, "
             "or give another name."
@@ -122,7 +122,7 @@ def remove_work(work: Path) -> None:
     work.rmdir()
 
 
-def is_plain(path: Path) -> bool:
+def _is_plain(path: Path) -> bool:
     """Whether a regular file is there, and no link to one."""
     return stat.S_ISREG(_mode(path))
 
@@ -151,7 +151,7 @@ def _strangers(folder: Path, names: Collection[str], inside: str = "") -> Iterat
         name = f"{inside}{path.name}"
         if _is_folder(path) and name in above:
             yield from _strangers(path, names, f"{name}/")
-        elif not (is_plain(path) and name in names) and _exists(path):
+        elif not (_is_plain(path) and name in names) and _exists(path):
             yield name
 
 
@@ -165,7 +165,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def _strangers_in_work(work: Path) -> Iterator[str]:
     """What in TARGET.partial is not ours; what another run removes meanwhile does not count."""
-    names = listed_files(work / Journal.NAME) if is_plain(work / Journal.NAME) else ()
+    names = listed_files(work / Journal.NAME) if _is_plain(work / Journal.NAME) else ()
     for path in sorted(_entries(work)):
         if path.name == made_in(work).name and _is_folder(path):
             yield from (f"{path.name}/{name}" for name in _strangers(path, names))
@@ -176,16 +176,16 @@ def _strangers_in_work(work: Path) -> Iterator[str]:
 
 
 def _is_lock(path: Path) -> bool:
-    return is_plain(path) and _LOCK_TEXT.fullmatch(_head(path, 400)) is not None
+    return _is_plain(path) and _LOCK_TEXT.fullmatch(_head(path, 400)) is not None
 
 
 def _is_journal(path: Path) -> bool:
-    return is_plain(path) and is_journal(path)
+    return _is_plain(path) and is_journal(path)
 
 
 def _is_note(path: Path) -> bool:
     """Whether a file in `sent` is one of our notes, one cut short too."""
-    if not is_plain(path):
+    if not _is_plain(path):
         return False
     if path.name == _BEGUN:
         return _KEY.fullmatch(_head(path, 100)) is not None

@@ -31,7 +31,7 @@ _ADAPTER = _Foreign(
     "an adapter (peft, LoRA), which holds changes to another model's weights",
     "load that model and this with peft, call merge_and_unload() and save_pretrained(), and give what that writes",
 )
-FOREIGN = (  # in the order in which they are looked for, in a folder and in the folders of it
+_FOREIGN = (  # in the order in which they are looked for, in a folder and in the folders of it
     _ADAPTER,
     _Foreign(
         ("zero_pp_rank_*_mp_rank_*_model_states.pt",),
@@ -78,14 +78,14 @@ def check_no_adapter(path: Place) -> None:
 
 def told_of_file(path: Place) -> str | None:
     """What a file is that is no model, or None."""
-    return next((_told(path, kind) for kind in FOREIGN if _is_of(kind, path.name)), None)
+    return next((_told(path, kind) for kind in _FOREIGN if _is_of(kind, path.name)), None)
 
 
 def told_of_folder(folder: Place) -> str | None:
     """What a folder is that holds no model as it is, and what to give instead; None where that is unknown."""
     here = sorted(folder.iterdir(), key=str)
     inside = [path for near in here if near.name.startswith(_PARTS) and is_folder(near) for path in near.iterdir()]
-    for kind in FOREIGN:
+    for kind in _FOREIGN:
         for path in (*here, *inside):
             if _is_of(kind, path.name):
                 return _told(folder, kind)

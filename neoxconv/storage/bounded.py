@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neoxconv.errors import CheckpointError
 
-LARGEST_TEXT = 64 << 20  # bytes of a text, of questions or of token ids that are read whole
+_LARGEST_TEXT = 64 << 20  # bytes of a text, of questions or of token ids that are read whole
 _ROUND = 1 << 20  # bytes that are read at once of what does not tell its size
 
 
@@ -17,7 +17,7 @@ def read_bounded(path: Path, most: int | None = None) -> bytes:
     Raises CheckpointError where it cannot be read or has more: before it is read where it tells its size, else when
     more than that has come.
     """
-    most = LARGEST_TEXT if most is None else most
+    most = _LARGEST_TEXT if most is None else most
     data = bytearray()
     try:
         with open(path, "rb", buffering=0) as file:
@@ -32,7 +32,7 @@ def read_bounded(path: Path, most: int | None = None) -> bytes:
 
 def check_size(path: Path, size: int, most: int | None = None, more: str = "") -> None:
     """Raise CheckpointError where a file of `size` bytes has more than `most` (LARGEST_TEXT)."""
-    most = LARGEST_TEXT if most is None else most
+    most = _LARGEST_TEXT if most is None else most
     if size > most:
         found = f"{size} bytes {more}".rstrip()
         raise CheckpointError(f"{path}: has {found}, expected {most} at most; give a part of it.")

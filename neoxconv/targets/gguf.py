@@ -15,7 +15,7 @@ from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
 from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
-from neoxconv.formats.tokenizer import gguf_keys
+from neoxconv.formats.tokenizer import differences, gguf_keys
 from neoxconv.formats.tokenizer.gguf import Keys
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
@@ -35,7 +35,9 @@ _NFC = "llama.cpp composes no characters (NFC): decomposed accents and jamo give
 _THE_SOURCES = ("general.type", "general.name")  # keys that we make only where the source has none
 _OF_ONE_FILE = ("split.", "quantize.", "neoxconv.", "general.alignment")  # keys of a file, not of its model
 RECIPES = tuple(Recipe("gguf", type=mix) for mix in MIXES)  # all that `formats` lists
-OPTIONS = ("mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort")  # what changes the mix
+OPTIONS = (  # what changes the mix, and what may be written of the tokenizer
+    "mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort", "allow_other_tokens",
+)  # fmt: skip
 
 
 def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
@@ -54,7 +56,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **checkpoint.architecture.to_gguf(checkpoint.config),
         "general.file_type": MIXES[choice.mix].file_type,
         "general.quantization_version": 2,
-        **(_tokenizer_keys(checkpoint, beside) if beside else {}),
+        **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
     }
@@ -75,14 +77,14 @@ def _kept_keys(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
     return {key: value for key, value in checkpoint.index.typed.items() if not key.startswith(others)}
 
 
-def _tokenizer_keys(checkpoint: Checkpoint, beside: Carried) -> dict[str, Any]:
+def _tokenizer_keys(checkpoint: Checkpoint, beside: Carried, recipe: Recipe) -> dict[str, Any]:
     """The tokenizer's keys; raises PlanError where there is none."""
     if beside.tokenizer is None:
         raise PlanError(
             f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
             "give its tokenizer.json with --tokenizer FILE."
         )
-    return gguf_keys(beside.tokenizer, checkpoint.config.rows, beside.ids)
+    return gguf_keys(beside.tokenizer, checkpoint.config.rows, beside.ids, others=recipe.allow_other_tokens)
 
 
 def _unsaid(checkpoint: Checkpoint) -> list[str]:
@@ -105,6 +107,9 @@ def _notes_beside(beside: Carried, keys: Mapping[str, Any]) -> list[str]:
             notes.append(f"{name} is {said} in the source, {written} by the tokenizer's settings, which GGUF takes")
     if keys.get(_PREFIX + "pre") in _COMPOSED:
         notes.append(_NFC)
+    # Without --allow-other-tokens there are none here.
+    faults = differences(beside.tokenizer) if beside.tokenizer else []
+    notes += [f"llama.cpp gives some texts other ids than the source's tokenizer: it has no {f}" for f in faults]
     return notes + ([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])
 
 

@@ -25,6 +25,7 @@ class Recipe:
     tensor_type: tuple[tuple[str, str], ...] = ()  # gguf: (pattern of names, type)
     effort: str = "normal"  # gguf: or high, a longer search for less error
     imatrix: Path | None = None  # gguf: an importance matrix
+    allow_other_tokens: bool = False  # gguf: the nearest tokenizer where llama.cpp has not the same
     double_quant: bool = False  # bnb: 4-bit types with quantized scales
     compute_dtype: str | None = None  # bnb: the type in which transformers multiplies 4-bit weights
     scale: str | None = None  # float8: none, tensor or channel

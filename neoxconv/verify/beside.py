@@ -22,11 +22,9 @@ from neoxconv.verify.report import Finding, Report
 _Facts = Mapping[str, Any]
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MOST = 80  # characters of a value in a message
-_TOKENS, _PRE = PREFIX + "tokens", PREFIX + "pre"
-_ALIKE = {
-    "olmo",
-    "mpt",
-}  # names in `pre` that llama.cpp takes for one: the 20B tokenizer had the second before the first
+_TOKENS, PRE = PREFIX + "tokens", PREFIX + "pre"
+_SPACES = (PREFIX + "add_space_prefix", PREFIX + "remove_extra_whitespaces")
+_ALIKE = {"olmo", "mpt"}  # names in `pre` that mean the same: llama.cpp's converter has given the 20B both
 _NEVER_UNLESS_SAID = {PREFIX + f"add_{kind}_token" for kind in KINDS}
 _BY_THE_WAY = ("_from_model_config", "transformers_version")  # fields of generation_config.json without an effect
 
@@ -39,16 +37,12 @@ def verify_beside(source: Checkpoint, target: Checkpoint) -> Report | None:
     if target.index.format == "gguf":
         wanted, found = _gguf_facts(source, ours), target.index.settings
     else:
-        theirs = carried(target)
-        if ours.tokenizer and not theirs.tokenizer:
-            missing = Finding(str(target.index.where), "the tokenizer is missing, and the source has one")
-            return Report("tokenizer", "no tokenizer", (missing,))
-        wanted, found = _folder_facts(ours, target), _folder_facts(theirs, target)
-    findings = tuple(Finding(str(target.index.where), what) for what in _differences(wanted, found))
+        wanted, found = _folder_facts(ours, target), _folder_facts(carried(target), target)
+    findings = tuple(Finding(str(target.index.where), what) for what in differences(wanted, found))
     return Report("tokenizer", f"{len(wanted)} facts of tokenizer and settings", findings) if wanted else None
 
 
-def _differences(wanted: _Facts, found: _Facts) -> Iterator[str]:
+def differences(wanted: _Facts, found: _Facts) -> Iterator[str]:
     """What of the source's facts the target says otherwise."""
     for name, value in wanted.items():
         if not same(name, value, found.get(name)):
@@ -59,7 +53,7 @@ def same(name: str, wanted: Any, found: Any) -> bool:
     """Whether a fact is the same; what is never added may be left unsaid."""
     if name in _NEVER_UNLESS_SAID:
         return bool(wanted) == bool(found)
-    return bool(wanted == found) or (name == _PRE and {wanted, found} == _ALIKE)
+    return bool(wanted == found) or (name == PRE and {wanted, found} == _ALIKE)
 
 
 def difference(name: str, wanted: Any, found: Any) -> str:
@@ -90,7 +84,16 @@ def _gguf_facts(source: Checkpoint, ours: Carried) -> _Facts:
     try:
         return gguf_keys(ours.tokenizer, source.config.rows, ours.ids)
     except CheckpointError:
-        return {_TOKENS: _by_id(ours.tokenizer)}
+        return _nearest_facts(source, ours.tokenizer, ours.ids)
+
+
+def _nearest_facts(source: Checkpoint, tokenizer: Tokenizer, ids: Mapping[str, Any]) -> _Facts:
+    """The keys of the nearest that GGUF has to a tokenizer, but for how it splits: a matter of judgement."""
+    try:
+        keys = gguf_keys(tokenizer, source.config.rows, ids, others=True)
+    except CheckpointError:
+        return {_TOKENS: _by_id(tokenizer)}
+    return {name: value for name, value in keys.items() if name not in (PRE, *_SPACES)}
 
 
 def _by_id(tokenizer: Tokenizer) -> list[str]:

@@ -193,7 +193,7 @@ def test_the_real_tokenizer_loads_in_little_memory_and_without_libraries() -> No
         (b"[" * 100000, "not JSON"),
         (b"[]", "no section `model`"),
         (b'{"hello": 5}', "no section `model`"),
-        (b'{"model": {"type": "Unigram"}}', "'Unigram'"),
+        (b'{"model": {"type": "Unigram"}}', "Unigram vocabulary"),
         (b'{"model": {"type": "BPE"}, "decoder": {"type": "Metaspace"}}', "'Metaspace'"),
         (changed(lambda p: p["model"].update(vocab={"a": -1})).data, "vocabulary"),
         (changed(lambda p: p["model"].update(vocab={"a": True})).data, "vocabulary"),
@@ -262,7 +262,7 @@ def test_ids_beyond_a_gap_are_kept(extra: str) -> None:
 @pytest.mark.parametrize(
     "key, value, found",
     [
-        ("model", "llama", "'llama'"),
+        ("model", "llama", "llama tokenizer"),
         ("pre", "tekken", "'tekken'"),
         ("pre", [], r"\[\]"),
         ("tokens", 5, "0 tokens"),

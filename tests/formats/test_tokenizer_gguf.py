@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError
-from neoxconv.formats.tokenizer import END, PADDING, Tokenizer, from_gguf, gguf_keys
+from neoxconv.formats.tokenizer import END, PADDING, Tokenizer, differences, from_gguf, gguf_keys
 from neoxconv.formats.tokenizer.gguf import GPT_4, QWEN_2
 from neoxconv.synthetic import tiny
 from tests.oracles import program
+from tests.toy import toy
 
 SCRIPTS = (
     "The quick brown fox jumps over the lazy dog. I've told you it's 3:45 o'clock; WE'LL see, they'd say.",
@@ -89,14 +94,10 @@ def trained(kind: str) -> Any:
 KINDS = ("gpt-2", "olmo", "starcoder", "llama-bpe", "dbrx", "qwen2")
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("kind", KINDS)
-def test_llama_cpp_gives_the_ids_of_the_library(kind: str, tmp_path: Path) -> None:
+def of_llama_cpp(keys: dict[str, Any], folder: Path, texts: list[str]) -> list[list[int]]:
+    """The ids that llama.cpp gives for texts with the tokenizer that the keys describe."""
     llama_cpp, gguf = program("llama_cpp"), program("gguf")
-    library = trained(kind)
-    keys = gguf_keys(Tokenizer(library.to_str().encode()), 1010)
-    assert keys["tokenizer.ggml.pre"] == kind
-    writer = gguf.GGUFWriter(tmp_path / "words.gguf", "gptneox")
+    writer = gguf.GGUFWriter(folder / "words.gguf", "gptneox")
     writer.add_context_length(64)
     for key, value in keys.items():
         add = {list: writer.add_array, str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
@@ -104,10 +105,20 @@ def test_llama_cpp_gives_the_ids_of_the_library(kind: str, tmp_path: Path) -> No
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    model = llama_cpp.Llama(str(tmp_path / "words.gguf"), vocab_only=True, verbose=False)
-    given = {text: model.tokenize(text.encode(), add_bos=False, special=True) for text in strings()}
-    other = [text for text, ids in given.items() if ids != library.encode(text).ids]
-    assert len(given) > 200 and not other
+    model = llama_cpp.Llama(str(folder / "words.gguf"), vocab_only=True, verbose=False)
+    return [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_gives_the_ids_of_the_library(kind: str, tmp_path: Path) -> None:
+    library = trained(kind)
+    keys = gguf_keys(Tokenizer(library.to_str().encode()), 1010)
+    assert keys["tokenizer.ggml.pre"] == kind
+    texts = strings()
+    found = of_llama_cpp(keys, tmp_path, texts)
+    other = [text for text, ids in zip(texts, found, strict=True) if ids != library.encode(text).ids]
+    assert len({*texts}) > 200 and not other
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,3 +177,150 @@ def test_an_old_file_is_read(missing: str) -> None:
     keys = gguf_keys(tiny(), 300)
     old = {key: value for key, value in keys.items() if key != f"tokenizer.ggml.{missing}"}
     assert from_gguf(old).ids.items() >= tiny().ids.items()
+
+
+# --- sentencepiece's families -----------------------------------------------------------------------------------------
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SPECIAL = [*NAMES.values()]
+PIECES = ("Unigram", "Unigram in words", "BPE", "BPE with a space first")
+
+
+def odd_strings() -> list[str]:
+    """Characters of all scripts, and few ones often, in any order."""
+    draw = random.Random(3)
+    pools = "".join(SCRIPTS), " aaeb▁<s>/"
+    return ["".join(draw.choice(draw.choice(pools)) for _ in range(draw.randrange(1, 40))) for _ in range(500)]
+
+
+@cache
+def of_pieces(kind: str) -> str:
+    """A tokenizer.json of a family of sentencepiece's, trained on the strings."""
+    tokenizers = program("tokenizers")
+    unigram, words = kind.startswith("Unigram"), kind != "Unigram"
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram() if unigram else tokenizers.models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=words)
+    settings = {"vocab_size": 1600, "show_progress": False}
+    texts = [*(f"{text}\n" for text in SCRIPTS * 4 if END not in text), "aaaaa aaa"]
+    if unigram:
+        made.train_from_iterator(
+            texts, tokenizers.trainers.UnigramTrainer(special_tokens=SPECIAL, unk_token="<unk>", **settings)
+        )
+        parsed = json.loads(made.to_str())
+        parsed["model"]["vocab"] = [[text, float(np.float32(score))] for text, score in parsed["model"]["vocab"]]
+        return json.dumps(parsed)
+    first = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(special_tokens=first, **settings))
+    parsed = json.loads(made.to_str())
+    parsed["added_tokens"] = parsed["added_tokens"][:3]
+    model = parsed["model"]
+    model |= {"byte_fallback": True, "fuse_unk": True, "merges": all_merges(model["merges"], model["vocab"])}
+    if "first" in kind:
+        parsed["pre_tokenizer"] = None
+        parsed["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        }
+    return json.dumps(parsed)
+
+
+def all_merges(merges: list[list[str]], vocab: dict[str, int]) -> list[list[str]]:
+    """Every way to make each token of two, as transformers makes merges of sentencepiece's scores."""
+    made = dict.fromkeys(left + right for left, right in merges)
+    found = []
+    for text in made:
+        pairs = [[text[:i], text[i:]] for i in range(1, len(text)) if {text[:i], text[i:]} <= vocab.keys()]
+        found += sorted(pairs, key=lambda pair: len(pair[0]), reverse=True)
+    return found
+
+
+def named(text: str) -> Tokenizer:
+    """With settings that name the special tokens."""
+    return with_settings(Tokenizer(text.encode()), **NAMES)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", PIECES)
+def test_llama_cpp_gives_the_ids_of_sentencepieces_families(kind: str, tmp_path: Path) -> None:
+    library = program("tokenizers").Tokenizer.from_str(of_pieces(kind))
+    keys = gguf_keys(named(of_pieces(kind)), 1700)
+    assert keys["tokenizer.ggml.model"] == ("t5" if kind.startswith("Unigram") else "llama")
+    texts = [text for text in strings() if text] + odd_strings()
+    found = of_llama_cpp(keys, tmp_path, texts)
+    assert not [text for text, ids in zip(texts, found, strict=True) if ids != library.encode(text).ids]
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_ids_of_sentencepieces_families_survive_gguf_and_back(kind: str) -> None:
+    load = program("tokenizers").Tokenizer.from_str
+    keys = gguf_keys(named(of_pieces(kind)), 1700)
+    back = from_gguf(keys)
+    library, again = load(of_pieces(kind)), load(back.data.decode())
+    texts = strings() + odd_strings()
+    assert [again.encode(text).ids for text in texts] == [library.encode(text).ids for text in texts]
+    assert gguf_keys(back, 1700) == keys
+
+
+UNLIKE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "a space first": ("Unigram", lambda p: p["pre_tokenizer"].update(prepend_scheme="always"), "pre_tokenizer"),
+    "NFKC": ("Unigram", lambda p: p.update(normalizer={"type": "NFKC"}), "normalizer"),
+    "bytes": ("Unigram", lambda p: p["model"].update(byte_fallback=True), "byte_fallback"),
+    "float64": ("Unigram", lambda p: p["model"]["vocab"][9].__setitem__(1, -3.1), "scores of more than float32"),
+    "inner spaces": ("Unigram", lambda p: p["pre_tokenizer"].update(split=True), "tokens with spaces inside"),
+    "end of text": ("Unigram", lambda p: p["model"]["vocab"].append([END, -9.0]), "takes for a special one"),
+    "no merge": ("BPE", lambda p: p["model"]["merges"].pop(5), "merges that are not all ways"),
+    "other order": ("BPE", lambda p: p["model"]["merges"].append(p["model"]["merges"][0]), "merges that are not all"),
+    "no byte": ("BPE", lambda p: p["model"]["vocab"].update({"<x>": p["model"]["vocab"].pop("<0x41>")}), "<0x41>"),
+    "normalized": ("BPE with a space first", lambda p: p["added_tokens"][1].update(normalized=True), "are normalized"),
+}
+
+
+@pytest.mark.parametrize("change", UNLIKE)
+def test_what_llama_cpp_has_not_is_refused_or_the_nearest(change: str) -> None:
+    kind, change_it, words = UNLIKE[change]
+    parsed = json.loads(of_pieces(kind))
+    change_it(parsed)
+    changed = named(json.dumps(parsed))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        gguf_keys(changed, 1700)
+    assert "--allow-other-tokens" in str(caught.value)
+    assert [words in fault for fault in differences(changed)] == [True]
+    nearest = gguf_keys(changed, 1700, others=True)
+    assert nearest["tokenizer.ggml.model"] == ("t5" if kind == "Unigram" else "llama")
+    assert len(nearest["tokenizer.ggml.scores"]) == 1700
+
+
+@pytest.mark.oracle
+def test_the_differences_are_real(tmp_path: Path) -> None:
+    parsed = json.loads(of_pieces("Unigram in words"))
+    parsed["pre_tokenizer"]["prepend_scheme"] = "always"
+    keys = gguf_keys(named(json.dumps(parsed)), 1700, others=True)
+    library = program("tokenizers").Tokenizer.from_str(json.dumps(parsed))
+    texts = ["a b", " a b"]
+    same = [x == library.encode(text).ids for text, x in zip(texts, of_llama_cpp(keys, tmp_path, texts), strict=True)]
+    assert same == [True, False]
+
+
+def test_other_words_of_byte_level_are_the_nearest_only_where_allowed() -> None:
+    other = Tokenizer(tiny().data.replace(b'"type": "NFC"', b'"type": "NFKC"'))
+    with pytest.raises(CheckpointError, match="normalizer"):
+        gguf_keys(other, 276)
+    assert gguf_keys(other, 276, others=True)["tokenizer.ggml.pre"] == "gpt-2"
+
+
+def test_the_nearest_is_written_with_a_note_and_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = run(make_plan(open_checkpoint(toy(tmp_path, rows=1664)), Recipe("hf")), tmp_path / "hf")
+    parsed = json.loads(of_pieces("Unigram"))
+    parsed["normalizer"] = {"type": "NFKC"}
+    (source / "tokenizer.json").write_text(json.dumps(parsed))
+    (source / "tokenizer_config.json").write_text(json.dumps({**NAMES, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    words = ["convert", str(source), str(tmp_path / "m.gguf"), "--to", "gguf", "--type", "F16"]
+    assert main(words) == 1
+    assert "Unigram" in capsys.readouterr().err
+    assert main([*words, "--allow-other-tokens"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "llama.cpp gives some texts other ids than the source's tokenizer" in said and "NFKC" in said
+    assert main(["verify", str(source), str(tmp_path / "m.gguf")]) == 0

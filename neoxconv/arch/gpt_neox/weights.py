@@ -18,11 +18,11 @@ def _qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
     return rows.transpose(1, 0, 2).reshape(-1)
 
 
-BASE = "gpt_neox."
-L, B = BASE + "layers.{i}.", "blk.{i}."
+_BASE = "gpt_neox."
+L, B = _BASE + "layers.{i}.", "blk.{i}."
 QKV, DENSE, UP, DOWN = "attention.query_key_value.", "attention.dense.", "mlp.dense_h_to_4h.", "mlp.dense_4h_to_h."
-NORM1, NORM2, NORM = L + "input_layernorm", L + "post_attention_layernorm", BASE + "final_layer_norm"
-EMBEDDING, HEAD = BASE + "embed_in", "embed_out"
+NORM1, NORM2, NORM = L + "input_layernorm", L + "post_attention_layernorm", _BASE + "final_layer_norm"
+EMBEDDING, HEAD = _BASE + "embed_in", "embed_out"
 
 # fmt: off
 WEIGHTS = (
@@ -84,7 +84,7 @@ GPT_NEOX = Architecture(
     gguf_name="gptneox",
     title="GPT-NeoX",
     weights=WEIGHTS,
-    base=BASE,
+    base=_BASE,
     dropped=_DROPPED,
     buffers=_BUFFERS,
     presets={name: preset.config for name, preset in PRESETS.items()},

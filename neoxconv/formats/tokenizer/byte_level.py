@@ -34,19 +34,20 @@ def _misfit(parsed: Mapping[str, Any]) -> str | None:
     if kinds != ("BPE", "ByteLevel"):
         return f"its model is {kinds[0]!r} and its decoder {kinds[1]!r}, not 'BPE' and 'ByteLevel'"
     vocab, merges, added = model.get("vocab"), model.get("merges"), parsed["added_tokens"]
-    if not isinstance(vocab, dict) or not _are_ids(vocab.values()):
+    if not isinstance(vocab, dict) or not are_ids(vocab.values()):
         return "its vocabulary is not a table of texts and ids"
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         return "its added tokens are not a list of objects"
     contents = [token.get("content") for token in added]
-    if not all(isinstance(text, str) for text in contents) or not _are_ids(token.get("id") for token in added):
+    if not all(isinstance(text, str) for text in contents) or not are_ids(token.get("id") for token in added):
         return "its added tokens lack texts or ids"
     if not isinstance(merges, list) or not all(merge(pair) for pair in merges):
         return "its merges are not a list of pairs"
     return "a token is not valid Unicode" if SURROGATE.search("\n".join({*vocab, *contents})) else None
 
 
-def _are_ids(found: Iterable[Any]) -> bool:
+def are_ids(found: Iterable[Any]) -> bool:
+    """Whether all are whole numbers from 0 on."""
     return all(type(index) is int and index >= 0 for index in found)
 
 
@@ -60,10 +61,15 @@ def merge(pair: Any) -> str:
 def check_rows(tokenizer: Tokenizer, rows: int) -> dict[str, int]:
     """The ids by text. Raises CheckpointError where one is beyond an embedding of `rows` rows."""
     ids = numbered(tokenizer, byte_level(tokenizer))
+    check_ids(tokenizer, ids, rows)
+    return ids
+
+
+def check_ids(tokenizer: Tokenizer, ids: Mapping[str, int], rows: int) -> None:
+    """Raise CheckpointError where one of the `ids` is beyond an embedding of `rows` rows."""
     last = max(ids.values(), default=0)
     if last >= rows:
         raise CheckpointError(f"{tokenizer.name}: its last id is {last} but the embedding has {rows} rows. {_OTHER}")
-    return ids
 
 
 def numbered(tokenizer: Tokenizer, parsed: Mapping[str, Any]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 llama.cpp splits text by the name in `pre`, of which it knows about a hundred. SPLITTERS has those that cut as a
 tokenizers file does: the regular expressions were compared with llama.cpp's (src/llama-vocab.cpp, llm_tokenizer_bpe),
 and ids with its own on strings in twenty scripts. llama.cpp never composes characters (NFC), whatever `pre` says.
+Tokenizers of sentencepiece's families are in `pieces`.
 What begins and ends a text, and the template, are read as llama.cpp's converter reads them: by gguf's SpecialVocab.
 """
 
@@ -17,12 +18,32 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
-from neoxconv.formats.tokenizer.byte_level import NFC, byte_level, check_rows, hf_files, merge, same_splitter
+from neoxconv.formats.tokenizer.byte_level import (
+    NFC,
+    byte_level,
+    check_ids,
+    check_rows,
+    hf_files,
+    merge,
+    same_splitter,
+)
 from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, TEMPLATE, Tokenizer
 from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, added_token, as_json, tokenizer_json
+from neoxconv.formats.tokenizer.pieces import (
+    BPE,
+    BYTES,
+    UNIGRAM,
+    UNUSED_SCORE,
+    Pieces,
+    as_float32,
+    bpe_json,
+    pieces,
+    unigram_json,
+)
 
 PREFIX = "tokenizer.ggml."
 _TYPES = _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # of tokens
+_UNKNOWN, _BYTE = 2, 6  # and these of sentencepiece's families
 _WANTED = "Give the tokenizer.json of the model with --tokenizer."
 # How settings call a special token, and how GGUF does (gguf.Keys.Tokenizer; `seperator` is its spelling).
 KEYS = {kind: f"{kind}_token_id" for kind in KINDS} | {
@@ -65,14 +86,17 @@ _BY_NAME = {splitter.pre: splitter for splitter in _SPLITTERS} | {"default": _SP
 _UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
 
 
-def gguf_keys(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def gguf_keys(
+    tokenizer: Tokenizer, rows: int, config: Mapping[str, Any] | None = None, *, others: bool = False
+) -> dict[str, Any]:
     """The keys as llama.cpp's converter writes them, for an embedding of `rows` rows; `config` is config.json's.
 
     Types in GGUF: model and pre string; tokens and merges arrays of strings; token_type array of int32; ids uint32;
-    add_* bool. Raises CheckpointError where the tokenizer does what GGUF cannot say, has an id beyond `rows`, or where
-    nothing tells which token ends a text.
+    scores array of float32; add_* bool. Raises CheckpointError where the tokenizer does what GGUF cannot say (with
+    `others` the nearest is said, see `differences`), has an id beyond `rows`, or where nothing tells which token ends a
+    text.
     """
-    vocabulary = _vocabulary_keys(tokenizer, rows)
+    vocabulary = _vocabulary_keys(tokenizer, rows, others=others)
     special = _special_keys(tokenizer, {**hf_files(tokenizer, 0), "config.json": as_json(config or {})}, rows)
     ids = {key: value for key, value in special.items() if key.endswith("_token_id")}
     if PREFIX + "eos_token_id" not in ids:
@@ -82,21 +106,74 @@ def gguf_keys(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any] | None 
     return {**vocabulary, **ids, **silent, **special}
 
 
-def _vocabulary_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The keys of the tokens, their types and merges, and of how text is split."""
+def _vocabulary_keys(tokenizer: Tokenizer, rows: int, *, others: bool = False) -> dict[str, Any]:
+    """The keys of the tokens, their types and merges or scores, and of how text is split."""
+    faults = () if others else differences(tokenizer)
+    raise_all(CheckpointError, (
+        f"{tokenizer.name}: it is {_family(tokenizer)} and has {fault}, which llama.cpp does not have. Choose another "
+        "target, another --tokenizer, or --allow-other-tokens for the nearest."
+        for fault in faults
+    ))  # fmt: skip
+    found = pieces(tokenizer)
+    return _piece_keys(tokenizer, found, rows) if found else _byte_level_keys(tokenizer, rows)
+
+
+def differences(tokenizer: Tokenizer) -> list[str]:
+    """What this tokenizer has that llama.cpp, with the keys we write, has not; none: its ids are the library's.
+
+    Raises CheckpointError where it is of no family that llama.cpp has.
+    """
+    found = pieces(tokenizer)
+    own = found.faults if found else _byte_level_faults(byte_level(tokenizer))
+    parsed = tokenizer.parsed
+    framing = _framing(parsed.get("post_processor"))
+    strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
+    greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
+    common = (
+        (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
+        (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),
+    )
+    return [*own, *(fault for wrong, fault in common if wrong)]
+
+
+def _family(tokenizer: Tokenizer) -> str:
+    """What messages call a tokenizer's family."""
+    found = pieces(tokenizer)
+    return {UNIGRAM: "Unigram", BPE: "BPE with byte fallback"}[found.model] if found else "byte-level BPE"
+
+
+def _byte_level_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """The keys of byte-level BPE; where no name in `pre` cuts as it does, that of GPT-2."""
     parsed = byte_level(tokenizer)
-    raise_all(CheckpointError, (f"{tokenizer.name}: {problem}" for problem in _beyond_gguf(tokenizer, parsed)))
     ids = check_rows(tokenizer, rows)
     texts = {index: text for text, index in ids.items()}
     types = dict.fromkeys(texts, _NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
-    splitter = _splitter(parsed)
-    assert splitter is not None
     keys = {
         "model": "gpt2",
-        "pre": splitter.pre,
+        "pre": (_splitter(parsed) or _BY_NAME["gpt-2"]).pre,
         "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
         "token_type": [types.get(i, _UNUSED) for i in range(rows)],
         "merges": [merge(pair) for pair in parsed["model"]["merges"]],
+    }
+    return {PREFIX + key: value for key, value in keys.items()}
+
+
+def _piece_keys(tokenizer: Tokenizer, found: Pieces, rows: int) -> dict[str, Any]:
+    """The keys of sentencepiece's families; `pre` is their converter's, and says nothing."""
+    check_ids(tokenizer, found.ids, rows)
+    texts = {index: text for text, index in found.ids.items()}
+    types = {text: _type(token) for token in tokenizer.parsed["added_tokens"] for text in [token["content"]]}
+    types |= dict.fromkeys(BYTES, _BYTE) if found.model == BPE else {}
+    types |= {found.unknown: _UNKNOWN} if found.unknown else {}
+    keys = {
+        "model": found.model,
+        "pre": "default",
+        "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
+        "scores": [as_float32(found.scores.get(texts[i], 0.0)) if i in texts else UNUSED_SCORE for i in range(rows)],
+        "token_type": [types.get(texts[i], _NORMAL) if i in texts else _UNUSED for i in range(rows)],
+        **({"unknown_token_id": found.ids[found.unknown]} if found.unknown else {}),
+        "add_space_prefix": found.prefix,
+        "remove_extra_whitespaces": False,
     }
     return {PREFIX + key: value for key, value in keys.items()}
 
@@ -173,27 +250,18 @@ def _normalizer(parsed: Mapping[str, Any]) -> Any:
     return found
 
 
-def _beyond_gguf(tokenizer: Tokenizer, parsed: Mapping[str, Any]) -> list[str]:
-    """What this tokenizer does that llama.cpp, with the keys we write, would not do."""
+def _byte_level_faults(parsed: Mapping[str, Any]) -> list[str]:
+    """What this tokenizer does that llama.cpp's gpt-2 family does not do."""
     options = [key for key in _UNSAID if parsed["model"].get(key)]
-    greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
     normalizer, splitter = _normalizer(parsed), parsed.get("pre_tokenizer")
     whole_words = " with ignore_merges" if parsed["model"].get("ignore_merges") else ""
-    unknown = _splitter(parsed) is None
-    framing = _framing(parsed.get("post_processor"))
-    strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
+    unknown = _splitter(parsed) is None and normalizer in (None, NFC)
     faults = (
         (normalizer not in (None, NFC), f"normalizer {reprlib.repr(normalizer)}"),
-        (
-            unknown and normalizer in (None, NFC),
-            f"pre_tokenizer {reprlib.repr(splitter)}{whole_words}",
-        ),
-        (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
+        (unknown, f"pre_tokenizer {reprlib.repr(splitter)}{whole_words}"),
         (options, f"BPE with {', '.join(options)}"),
-        (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),
     )
-    advice = "which GGUF's gpt-2 family does not have. Choose another target, or another --tokenizer."
-    return [f"it has {fault} {advice}" for wrong, fault in faults if wrong]
+    return [fault for wrong, fault in faults if wrong]
 
 
 def _content(tokenizer: Tokenizer, kind: str) -> str:
@@ -250,9 +318,11 @@ class Keys:
 def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
     """The tokenizer that `tokenizer.*` keys describe: equal ids, without the padding tokens; its settings beside it.
 
-    Raises CheckpointError where the keys are missing, contradictory or not of byte-level BPE in a way that we know.
+    Raises CheckpointError where the keys are missing, contradictory or not of a tokenizer in a way that we know.
     """
     keys = Keys(values, where)
+    if keys.get("model") in (UNIGRAM, BPE):
+        return _from_pieces(keys)
     model, pre = keys.get("model"), keys.get("pre")
     splitter = _BY_NAME.get("default" if pre is None else pre) if isinstance(pre, str | None) else None
     if model != "gpt2" or splitter is None:
@@ -275,6 +345,41 @@ def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
     data = tokenizer_json(vocab, merges, added, splitter.normalizer, cut, **options)
     tokenizer = Tokenizer(data, beside=_settings(keys, tokens))
     byte_level(tokenizer)  # raises for what is no tokenizer
+    return tokenizer
+
+
+def _from_pieces(keys: Keys) -> Tokenizer:
+    """A tokenizer of sentencepiece's families, where the library can do what llama.cpp does with it."""
+    model, prefix = keys.get("model"), keys.get("add_space_prefix") is not False
+    tokens, types, scores = (keys.texts(name) for name in ("tokens", "token_type", "scores"))
+    while types and len(types) <= len(tokens) and types[-1] == _UNUSED:
+        tokens, types, scores = tokens[: len(types) - 1], types[:-1], scores[: len(types) - 1]
+    fits = len(tokens) == len(types) == len(scores) == len({*map(str, tokens)}) and {*types} <= {
+        *_TYPES,
+        _UNKNOWN,
+        _BYTE,
+    }
+    if not fits or _UNUSED in types or not all(isinstance(text, str) for text in tokens):
+        raise CheckpointError(f"{keys.where}: tokens, types and scores of its {model} tokenizer do not fit. {_WANTED}")
+    if (model == UNIGRAM and prefix) or keys.get("remove_extra_whitespaces") or keys.get("precompiled_charsmap"):
+        what = "treats spaces or characters as no tokenizer.json can"
+        raise CheckpointError(f"{keys.where}: its {model} tokenizer {what}. {_WANTED}")
+    named = [*enumerate(zip(tokens, types, strict=True))]
+    added = [
+        added_token(i, text, special=kind != _USER_DEFINED) for i, (text, kind) in named if kind not in (_NORMAL, _BYTE)
+    ]
+    if any(not token["special"] for token in added):
+        added = [{**token, "normalized": False} for token in added]
+    unknown = keys.get("unknown_token_id")
+    known = type(unknown) is int and 0 <= unknown < len(tokens)
+    pairs = [(text, float(score)) for text, score in zip(tokens, scores, strict=True)]
+    if model == UNIGRAM:
+        data = unigram_json(pairs, unknown if known else None, added)
+    else:
+        data = bpe_json(dict(pairs), tokens[unknown] if known else None, added, prefix=prefix)
+    tokenizer = Tokenizer(data, beside=_settings(keys, tokens))
+    if faults := differences(tokenizer):
+        raise CheckpointError(f"{keys.where}: its {model} tokenizer has {faults[0]}. {_WANTED}")
     return tokenizer
 
 
