@@ -37,7 +37,11 @@ def verify_beside(source: Checkpoint, target: Checkpoint) -> Report | None:
     if target.index.format == "gguf":
         wanted, found = _gguf_facts(source, ours), target.index.settings
     else:
-        wanted, found = _folder_facts(ours, target), _folder_facts(carried(target), target)
+        theirs = carried(target)
+        if ours.tokenizer and not theirs.tokenizer:
+            missing = Finding(str(target.index.where), "the tokenizer is missing, and the source has one")
+            return Report("tokenizer", "no tokenizer", (missing,))
+        wanted, found = _folder_facts(ours, target), _folder_facts(theirs, target)
     findings = tuple(Finding(str(target.index.where), what) for what in differences(wanted, found))
     return Report("tokenizer", f"{len(wanted)} facts of tokenizer and settings", findings) if wanted else None
 
