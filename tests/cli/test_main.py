@@ -32,7 +32,7 @@ VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "only": 
           "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
           "imatrix": ["m.gguf"], "effort": ["high"], "double_quant": [], "compute_dtype": ["f16"],
-          "scale": ["none"],
+          "scale": ["none"], "allow_other_tokens": [],
           "allow_nonfinite": []}  # fmt: skip
 
 
