@@ -217,7 +217,7 @@ def test_the_exact_merge_is_exact(name: str, tmp_path: Path) -> None:
         plan = make_plan(opened(folder / "checkpoints", norms=norms), Recipe("hf", dtype=dtype))
         return compare_predictions(checkpoint, opened(run(plan, tmp_path / (norms + dtype))), tokens).figures.mean
 
-    assert divergence("fold", "F32") <= 1e-12
+    assert divergence("fold", "F32") <= 1e-11  # float32's own: 5e-13 on an AMD, 1.8e-12 on an Intel with AVX512
     assert divergence("fold", "F16") <= 0.1 * divergence("mean", "F16")
 
 
