@@ -6,7 +6,6 @@ in a target is named in a note.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError
+from neoxconv.formats.json_text import object_in
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX
 from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.storage import is_file, open_storage
+from neoxconv.storage import Place, is_file, open_storage
 
 GENERATION = "generation_config.json"
 _LARGEST = 1 << 20  # bytes of a generation_config.json
@@ -48,8 +48,17 @@ def tokenizer_facts(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict
     """Which tokenizer was chosen: its file, its number of tokens where the files tell, and the model's rows."""
     if tokenizer is None:
         return {}
-    where = tokenizer.path or checkpoint.index.where
-    return {"file": str(where), "tokens": tokenizer.count, "rows": checkpoint.config.rows}
+    return _facts(checkpoint, tokenizer.path or checkpoint.index.where, tokenizer.count)
+
+
+def kept_tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of a GGUF source whose keys are kept as they are, whatever its tokenizer is."""
+    index = checkpoint.index
+    return _facts(checkpoint, index.where, len(index.settings[PREFIX + "tokens"]))
+
+
+def _facts(checkpoint: Checkpoint, where: Place, tokens: int | None) -> dict[str, Any]:
+    return {"file": str(where), "tokens": tokens, "rows": checkpoint.config.rows}
 
 
 def tokenizer_line(facts: Mapping[str, Any]) -> str:
@@ -136,11 +145,8 @@ def generation(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> bytes | None:
     if file.size > _LARGEST:
         raise CheckpointError(f"{path}: has {file.size} bytes, at most {_LARGEST} are expected; give another file.")
     data = file.text()
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return data
-    repeats = isinstance(value, dict) and value.get("_from_model_config") and value.get("eos_token_id") == _UNSET_END
+    said = object_in(data)
+    repeats = said.get("_from_model_config") and said.get("eos_token_id") == _UNSET_END
     return None if repeats and ids.get("eos_token_id") != _UNSET_END else data
 
 

@@ -16,10 +16,10 @@ from neoxconv.formats import imatrix
 from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
 from neoxconv.formats.tokenizer import differences, gguf_keys
-from neoxconv.formats.tokenizer.gguf import Keys
+from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, Keys
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
-from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
+from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural
@@ -28,8 +28,7 @@ from neoxconv.words import plural
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
-_PREFIX, _TOKENS = "tokenizer.ggml.", "tokenizer.ggml.tokens"
-_NAMES = {"pad_token_id": "padding_token_id"}  # GGUF's names of config.json's tokens, where they differ
+_TOKENS = PREFIX + "tokens"
 _COMPOSED = ("olmo", "mpt")  # names in `pre` of tokenizers that compose characters first
 _NFC = "llama.cpp composes no characters (NFC): decomposed accents and jamo give it other ids than transformers"
 _THE_SOURCES = ("general.type", "general.name")  # keys that we make only where the source has none
@@ -64,9 +63,9 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     notes = (
         *_gguf_notes(checkpoint, choice, entries),
         *(_matrix_notes(matrix, entries) if matrix else ()),
-        *(_notes_beside(beside, keys) if beside else _unsaid(checkpoint)),
+        *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
     )
-    chosen = tokenizer_facts(checkpoint, beside.tokenizer) if beside else _kept_tokenizer(checkpoint)
+    chosen = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
     return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes, chosen)
 
 
@@ -92,23 +91,16 @@ def _unsaid(checkpoint: Checkpoint) -> list[str]:
     return Keys(checkpoint.index.settings, str(checkpoint.index.where)).unsaid
 
 
-def _kept_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Which tokenizer a GGUF source has, whose keys are kept as they are."""
-    index, rows = checkpoint.index, checkpoint.config.rows
-    return {"file": str(index.where), "tokens": len(index.settings[_TOKENS]), "rows": rows}
-
-
-def _notes_beside(beside: Carried, keys: Mapping[str, Any]) -> list[str]:
+def _notes_beside(beside: Carried, keys: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Notes on the tokenizer, on ends that contradict each other, and on what GGUF has no place for."""
     notes = [*beside.notes]
     for name, said in beside.ids.items():
-        written = keys.get(_PREFIX + _NAMES.get(name, name))
+        written = keys.get(PREFIX + KEYS[name.removesuffix("_token_id")])
         if type(said) is int and written not in (None, said):
             notes.append(f"{name} is {said} in the source, {written} by the tokenizer's settings, which GGUF takes")
-    if keys.get(_PREFIX + "pre") in _COMPOSED:
+    if keys.get(PREFIX + "pre") in _COMPOSED:
         notes.append(_NFC)
-    # Without --allow-other-tokens there are none here.
-    faults = differences(beside.tokenizer) if beside.tokenizer else []
+    faults = differences(beside.tokenizer) if beside.tokenizer and recipe.allow_other_tokens else []  # else refused
     notes += [f"llama.cpp gives some texts other ids than the source's tokenizer: it has no {f}" for f in faults]
     return notes + ([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])
 

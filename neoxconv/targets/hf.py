@@ -15,6 +15,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import TORCH_NAMES
 from neoxconv.errors import PlanError
 from neoxconv.formats import hf, safetensors
+from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer import hf_files
 from neoxconv.names import DTYPES
 from neoxconv.quant import ENCODINGS
@@ -74,7 +75,7 @@ def hf_folder(
     part = _partly(checkpoint, recipe, entries)
     facts = [*provenance(checkpoint), ("Tensors", held(entries)), *(("Note", note) for note in part)]
     sidecars = {
-        "config.json": _as_json(config),
+        "config.json": as_json(config),
         GENERATION: beside.generation or hf.generation_config(config),
         "README.md": hf.model_card(title(checkpoint), checkpoint.architecture.name, facts),
         **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
@@ -113,8 +114,3 @@ def main_dtype(entries: Sequence[Entry]) -> str:
     """torch's name of the type that most bytes have."""
     sizes = {name: sum(e.nbytes for e in entries if e.encoding.name == name) for name in TORCH_NAMES}
     return TORCH_NAMES[max(sizes, key=lambda name: sizes[name])]
-
-
-def _as_json(value: Any) -> bytes:
-    """Readable JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -58,16 +58,17 @@ def _from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     )
     states = training.bookkeeping(checkpoint, before, after)
     step = f"global_step{training.iteration(states)}"
+    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
     tag = index.folder.name if index.folder.name.startswith("global_step") else step
     return Content(
         tuple(layout_pt(f"{tag}/{name}", value) for name, value in files(ranks, states, after, index.ordered).items()),
         {
             "latest": tag.encode(),
             **{f"{tag}/configs/{name}": data for name, data in training.configs(checkpoint, before, after).items()},
-            **training.own_tokenizer(checkpoint, recipe),
+            **training.own_files(tokenizer),
         },
         () if index.states else ("the source has no mp_rank files; minimal ones are written",),
-        tokenizer_facts(checkpoint, tokenizer_of(checkpoint, recipe.tokenizer)),
+        tokenizer_facts(checkpoint, tokenizer),
     )
 
 

@@ -15,8 +15,8 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.pt.unpickle import Placeholder
+from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.formats.tokenizer.files import MERGES, SENTENCEPIECE, VOCAB
-from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets.carried import Carried
 from neoxconv.targets.recipe import Recipe
 
@@ -203,9 +203,8 @@ def as_yaml(settings: Mapping[str, Any]) -> bytes:
     return yaml.safe_dump(dict(settings), sort_keys=False).encode()
 
 
-def own_tokenizer(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
-    """The tokenizer's files of a gpt-neox checkpoint, under their own names."""
-    tokenizer = tokenizer_of(checkpoint, recipe.tokenizer)
+def own_files(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The files of a gpt-neox checkpoint's tokenizer, under their own names."""
     if tokenizer is None or tokenizer.path is None:
         return {}
     own = {tokenizer.path.name: tokenizer.data} if tokenizer.data and not tokenizer.built else {}

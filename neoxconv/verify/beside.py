@@ -12,6 +12,7 @@ from typing import Any
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError
+from neoxconv.formats.json_text import object_in
 from neoxconv.formats.tokenizer import Tokenizer, gguf_keys
 from neoxconv.formats.tokenizer.byte_level import merge
 from neoxconv.formats.tokenizer.files import KINDS, SETTINGS, TEMPLATE
@@ -112,7 +113,7 @@ def _folder_facts(side: Carried, target: Checkpoint) -> dict[str, Any]:
         return facts
     facts |= {f"config.json's {name}": value for name, value in side.ids.items()}
     facts |= _settings_facts(side.tokenizer) if side.tokenizer and SETTINGS in side.tokenizer.beside else {}
-    generation = table(side.generation) if side.generation else {}
+    generation = object_in(side.generation) if side.generation else {}
     return facts | {f"{GENERATION}'s {name}": value for name, value in generation.items() if name not in _BY_THE_WAY}
 
 
@@ -142,12 +143,3 @@ def _settings_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     template = settings.get("chat_template") if file is None else file.decode(errors="replace")
     facts = {name: value for name, value in (special | adds | {"chat template": template}).items() if value is not None}
     return {f"{SETTINGS}'s {name}": value for name, value in facts.items()}
-
-
-def table(data: bytes) -> _Facts:
-    """A JSON object; empty where the bytes are none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

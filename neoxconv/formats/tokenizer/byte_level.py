@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer.files import END, JSON, PADDING, SETTINGS, SPECIAL, Tokenizer
-from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, as_json
+from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING
 
 _OTHER = "It belongs to another model; name the right one with --tokenizer."
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, no other format can

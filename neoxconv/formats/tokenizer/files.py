@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.formats.json_text import object_in
 from neoxconv.formats.tokenizer.made import added_token, tokenizer_json
 from neoxconv.storage import Place, is_file, open_storage
 
@@ -31,7 +32,6 @@ _CARRIED = (
 
 END, PADDING = "<|endoftext|>", "<|padding|>"  # gpt-neox looks them up by these texts
 _MAX_BYTES = 1 << 28
-_POINTER = b"version https://git-lfs"
 KINDS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # of special tokens, as settings name them
 
 
@@ -69,14 +69,8 @@ class Tokenizer:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """tokenizer_config.json and what special_tokens_map.json adds to it; empty where there are none."""
-        return {**self._table(SPECIAL), **self._table(SETTINGS)}
-
-    def _table(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self.beside.get(name, b"{}").decode())
-        except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+        special, settings = (object_in(self.beside.get(name, b"{}")) for name in (SPECIAL, SETTINGS))
+        return {**special, **settings}
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -109,7 +103,7 @@ class Tokenizer:
 def load(path: Place, merges: Place | None = None) -> Tokenizer:
     """The tokenizer in the file `path`: a tokenizer.json, a vocab.json with `merges`, or sentencepiece's.
 
-    Raises CheckpointError where it cannot be read, or is a git-lfs pointer.
+    Raises CheckpointError where it cannot be read.
     """
     data = read_bytes(path)
     if path.suffix == ".model":
@@ -140,25 +134,19 @@ def _load_all(folder: Place, main: Place) -> Tokenizer:
 
 
 def read_bytes(path: Place) -> bytes:
-    """The bytes of a tokenizer's file. Raises CheckpointError for one that is far too large, or a git-lfs pointer."""
+    """The bytes of a tokenizer's file. Raises CheckpointError for one that is empty, or far too large."""
     file = open_storage(path)
     if file.size > _MAX_BYTES:
         raise CheckpointError(f"{path}: has {file.size} bytes, a tokenizer at most {_MAX_BYTES}; give another file.")
     data = file.text()
     if not data:
         raise CheckpointError(f"{path}: is empty; download it again.")
-    if data.startswith(_POINTER):
-        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`.")
     return data
 
 
 def _has_model(data: bytes) -> bool:
     """Whether a JSON file is a tokenizer.json, and not the bare vocabulary of GPT-2."""
-    try:
-        value = json.loads(data.decode())
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and isinstance(value.get("model"), dict)
+    return isinstance(object_in(data).get("model"), dict)
 
 
 def build(vocab: bytes, merges: bytes, where: str) -> bytes:

@@ -1,6 +1,6 @@
 """A tokenizer in GGUF's words, `tokenizer.ggml.*`, and back.
 
-llama.cpp splits text by the name in `pre`, of which it knows about a hundred. SPLITTERS has those that cut as a
+llama.cpp splits text by the name in `pre`, of which it knows about a hundred. _SPLITTERS has those that cut as a
 tokenizers file does: the regular expressions were compared with llama.cpp's (src/llama-vocab.cpp, llm_tokenizer_bpe),
 and ids with its own on strings in twenty scripts. llama.cpp never composes characters (NFC), whatever `pre` says.
 Tokenizers of sentencepiece's families are in `pieces`.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.errors import CheckpointError, raise_all
+from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer.byte_level import (
     NFC,
     byte_level,
@@ -28,7 +29,7 @@ from neoxconv.formats.tokenizer.byte_level import (
     same_splitter,
 )
 from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, TEMPLATE, Tokenizer
-from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, added_token, as_json, tokenizer_json
+from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, added_token, tokenizer_json
 from neoxconv.formats.tokenizer.pieces import (
     BPE,
     BYTES,
@@ -354,11 +355,8 @@ def _from_pieces(keys: Keys) -> Tokenizer:
     tokens, types, scores = (keys.texts(name) for name in ("tokens", "token_type", "scores"))
     while types and len(types) <= len(tokens) and types[-1] == _UNUSED:
         tokens, types, scores = tokens[: len(types) - 1], types[:-1], scores[: len(types) - 1]
-    fits = len(tokens) == len(types) == len(scores) == len({*map(str, tokens)}) and {*types} <= {
-        *_TYPES,
-        _UNKNOWN,
-        _BYTE,
-    }
+    fits = len(tokens) == len(types) == len(scores) == len({*map(str, tokens)})
+    fits = fits and {*types} <= {*_TYPES, _UNKNOWN, _BYTE}
     if not fits or _UNUSED in types or not all(isinstance(text, str) for text in tokens):
         raise CheckpointError(f"{keys.where}: tokens, types and scores of its {model} tokenizer do not fit. {_WANTED}")
     if (model == UNIGRAM and prefix) or keys.get("remove_extra_whitespaces") or keys.get("precompiled_charsmap"):

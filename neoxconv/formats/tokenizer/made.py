@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from neoxconv.formats.json_text import as_json
+
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 STRIPPING = ("single_word", "lstrip", "rstrip")
-
-
-def as_json(value: Any) -> bytes:
-    """Readable JSON with a final newline."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def added_token(index: int, text: str, *, special: bool) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from itertools import groupby
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer.byte_level import SURROGATE, are_ids, merge, numbered
 from neoxconv.formats.tokenizer.files import Tokenizer
-from neoxconv.formats.tokenizer.made import as_json
 
 _SPACE = "▁"
 UNIGRAM, BPE = "t5", "llama"  # llama.cpp's names
