@@ -126,12 +126,15 @@ def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
         parsed = tokenizer.parsed
     except CheckpointError:
         return {f"{name} tokenizer.json": tokenizer.data.decode(errors="replace")}
+    merges = parsed["model"].get("merges") or []
     return {
         f"{name} model": parsed["model"].get("type"),
         f"{name} tokens": [*zip(_by_id(tokenizer), sorted(tokenizer.ids.values()), strict=True)],
-        f"{name} merges": [merge(pair) for pair in parsed["model"].get("merges") or []],
+        f"{name} merges": [merge(pair) for pair in merges] if isinstance(merges, list) else merges,
         **{f"{name} {stage}": parsed.get(stage) or {} for stage in _STAGES},
-        f"{name} special tokens": sorted(str(t.get("content")) for t in parsed["added_tokens"] if t.get("special")),
+        f"{name} special tokens": sorted(
+            str(token.get("content")) for token in tokenizer.added if token.get("special")
+        ),
     }
 
 

@@ -120,3 +120,24 @@ def test_a_source_without_one_asks_for_nothing(made: dict[str, Path], tmp_path: 
         (source / name).unlink()
     assert findings(source, made["hf"]) == []
     assert tiny().count == 276
+
+
+HOSTILE = (
+    b"{",
+    b"[1]",
+    b'{"model": {"vocab": [[[1], 2], 3]}, "added_tokens": 7}',
+    b'{"model": {"vocab": {"a": []}, "merges": 5}}',
+    b'{"model": {"merges": [1, [2]]}}',
+    b'{"model": {"type": "WordPiece"}, "added_tokens": [{"content": [], "id": {}}, 5]}',
+    b'{"model": {"type": "Unigram", "vocab": {}}}',
+    b'{"model": {"type": "BPE", "byte_fallback": true}}',
+)
+
+
+@pytest.mark.parametrize("data", HOSTILE)
+def test_whatever_a_tokenizer_holds_is_compared(data: bytes, made: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "hf"
+    shutil.copytree(made["hf"], other)
+    (other / "tokenizer.json").write_bytes(data)
+    assert findings(made["source"], other) and findings(other, made["hf"])
+    findings(other, made["gguf"])  # raises nothing

@@ -66,6 +66,12 @@ class Tokenizer:
             raise CheckpointError(f"{self.name}: {problem}; give another with --tokenizer.")
         return {**parsed, "added_tokens": parsed.get("added_tokens") or []}
 
+    @property
+    def added(self) -> list[dict[str, Any]]:
+        """The added tokens, as far as they are objects. Raises CheckpointError as `parsed` does."""
+        found = self.parsed["added_tokens"]
+        return [token for token in found if isinstance(token, dict)] if isinstance(found, list) else []
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """tokenizer_config.json and what special_tokens_map.json adds to it; empty where there are none."""
@@ -76,14 +82,13 @@ class Tokenizer:
     def ids(self) -> dict[str, int]:
         """The id of every text, as far as the files tell without the library that reads them; empty for others."""
         try:
-            vocab, added = self.parsed["model"].get("vocab"), self.parsed["added_tokens"]
+            vocab, added = self.parsed["model"].get("vocab"), self.added
         except CheckpointError:
             return {}
         pairs = [*vocab.items()] if isinstance(vocab, dict) else []
         if isinstance(vocab, list):  # Unigram: texts with their scores
             pairs = [(entry[0], i) for i, entry in enumerate(vocab) if isinstance(entry, list) and entry]
-        if isinstance(added, list):
-            pairs += [(token.get("content"), token.get("id")) for token in added if isinstance(token, dict)]
+        pairs += [(token.get("content"), token.get("id")) for token in added]
         return {text: i for text, i in pairs if isinstance(text, str) and type(i) is int}
 
     @property
