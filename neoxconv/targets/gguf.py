@@ -16,7 +16,8 @@ from neoxconv.formats import imatrix
 from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
 from neoxconv.formats.tokenizer import differences, gguf_keys
-from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, Keys
+from neoxconv.formats.tokenizer.from_keys import Keys
+from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts

@@ -127,14 +127,13 @@ def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     except CheckpointError:
         return {f"{name} tokenizer.json": tokenizer.data.decode(errors="replace")}
     merges = parsed["model"].get("merges") or []
+    special = [str(token.get("content")) for token in tokenizer.added if token.get("special")]
     return {
         f"{name} model": parsed["model"].get("type"),
         f"{name} tokens": [*zip(_by_id(tokenizer), sorted(tokenizer.ids.values()), strict=True)],
         f"{name} merges": [merge(pair) for pair in merges] if isinstance(merges, list) else merges,
         **{f"{name} {stage}": parsed.get(stage) or {} for stage in _STAGES},
-        f"{name} special tokens": sorted(
-            str(token.get("content")) for token in tokenizer.added if token.get("special")
-        ),
+        f"{name} special tokens": sorted(special),
     }
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.forward import Forward, forward_of
-from neoxconv.arch.gpt_neox.config import from_gguf, to_gguf
+from neoxconv.arch.gpt_neox.config_gguf import from_gguf, to_gguf
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.core.model import Architecture, ModelConfig, Weight
 from neoxconv.errors import CheckpointError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.arch.gpt_neox.config import PRESETS, from_gguf, from_hf, from_neox
+from neoxconv.arch.gpt_neox.config import PRESETS, from_hf, from_neox
+from neoxconv.arch.gpt_neox.config_gguf import from_gguf
 from neoxconv.arch.gpt_neox.evidence import contradictions
 from neoxconv.arch.gpt_neox.training import inverse_frequencies
 from neoxconv.core.model import Index, Measured, ModelConfig

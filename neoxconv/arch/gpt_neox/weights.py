@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.arch.gpt_neox.config import PRESETS, from_gguf, from_hf, from_neox, to_gguf, to_hf
+from neoxconv.arch.gpt_neox.config import PRESETS, from_hf, from_neox, to_hf
+from neoxconv.arch.gpt_neox.config_gguf import from_gguf, to_gguf
 from neoxconv.arch.gpt_neox.evidence import contradictions
 from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel

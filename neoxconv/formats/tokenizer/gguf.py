@@ -1,4 +1,4 @@
-"""A tokenizer in GGUF's words, `tokenizer.ggml.*`, and back.
+"""A tokenizer in GGUF's words, `tokenizer.ggml.*`.
 
 llama.cpp splits text by the name in `pre`, of which it knows about a hundred. _SPLITTERS has those that cut as a
 tokenizers file does: the regular expressions were compared with llama.cpp's (src/llama-vocab.cpp, llm_tokenizer_bpe),
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import reprlib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from neoxconv.formats.tokenizer.byte_level import (
     merge,
     same_splitter,
 )
-from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, TEMPLATE, Tokenizer
-from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING, added_token, tokenizer_json
+from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, Tokenizer
+from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING
 from neoxconv.formats.tokenizer.pieces import (
     BPE,
     BYTES,
@@ -37,15 +37,12 @@ from neoxconv.formats.tokenizer.pieces import (
     UNUSED_SCORE,
     Pieces,
     as_float32,
-    bpe_json,
     pieces,
-    unigram_json,
 )
 
 PREFIX = "tokenizer.ggml."
-_TYPES = _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # of tokens
-_UNKNOWN, _BYTE = 2, 6  # and these of sentencepiece's families
-_WANTED = "Give the tokenizer.json of the model with --tokenizer."
+TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokens
+UNKNOWN, BYTE = 2, 6  # and these of sentencepiece's families
 # How settings call a special token, and how GGUF does (gguf.Keys.Tokenizer; `seperator` is its spelling).
 KEYS = {kind: f"{kind}_token_id" for kind in KINDS} | {
     "unk": "unknown_token_id", "pad": "padding_token_id", "sep": "seperator_token_id",
@@ -83,7 +80,7 @@ _SPLITTERS = (
     _Splitter("dbrx", _split_by(GPT_4)),
     _Splitter("qwen2", _split_by(QWEN_2)),
 )
-_BY_NAME = {splitter.pre: splitter for splitter in _SPLITTERS} | {"default": _SPLITTERS[1]}
+SPLITTERS = {splitter.pre: splitter for splitter in _SPLITTERS} | {"default": _SPLITTERS[1]}
 _UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
 
 
@@ -148,12 +145,12 @@ def _byte_level_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     parsed = byte_level(tokenizer)
     ids = check_rows(tokenizer, rows)
     texts = {index: text for text, index in ids.items()}
-    types = dict.fromkeys(texts, _NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
+    types = dict.fromkeys(texts, NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
     keys = {
         "model": "gpt2",
-        "pre": (_splitter(parsed) or _BY_NAME["gpt-2"]).pre,
+        "pre": (_splitter(parsed) or SPLITTERS["gpt-2"]).pre,
         "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
-        "token_type": [types.get(i, _UNUSED) for i in range(rows)],
+        "token_type": [types.get(i, UNUSED) for i in range(rows)],
         "merges": [merge(pair) for pair in parsed["model"]["merges"]],
     }
     return {PREFIX + key: value for key, value in keys.items()}
@@ -164,14 +161,14 @@ def _piece_keys(tokenizer: Tokenizer, found: Pieces, rows: int) -> dict[str, Any
     check_ids(tokenizer, found.ids, rows)
     texts = {index: text for text, index in found.ids.items()}
     types = {text: _type(token) for token in tokenizer.parsed["added_tokens"] for text in [token["content"]]}
-    types |= dict.fromkeys(BYTES, _BYTE) if found.model == BPE else {}
-    types |= {found.unknown: _UNKNOWN} if found.unknown else {}
+    types |= dict.fromkeys(BYTES, BYTE) if found.model == BPE else {}
+    types |= {found.unknown: UNKNOWN} if found.unknown else {}
     keys = {
         "model": found.model,
         "pre": "default",
         "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
         "scores": [as_float32(found.scores.get(texts[i], 0.0)) if i in texts else UNUSED_SCORE for i in range(rows)],
-        "token_type": [types.get(texts[i], _NORMAL) if i in texts else _UNUSED for i in range(rows)],
+        "token_type": [types.get(texts[i], NORMAL) if i in texts else UNUSED for i in range(rows)],
         **({"unknown_token_id": found.ids[found.unknown]} if found.unknown else {}),
         "add_space_prefix": found.prefix,
         "remove_extra_whitespaces": False,
@@ -286,125 +283,4 @@ def _framing(after: Any) -> set[str]:
 def _type(token: Mapping[str, Any]) -> int:
     """llama.cpp's converter also takes a token that merely looks special (`<|...|>`) for one."""
     text = token["content"]
-    return _CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else _USER_DEFINED
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The tokenizer's keys of a GGUF file; `where` is what messages name."""
-
-    values: Mapping[str, Any]
-    where: str
-
-    def get(self, name: str) -> Any:
-        return self.values.get(PREFIX + name)
-
-    def texts(self, name: str) -> list[Any]:
-        found = self.get(name)
-        return list(found) if isinstance(found, Iterable) and not isinstance(found, str) else []
-
-    @property
-    def unsaid(self) -> list[str]:
-        """What an old file does not say of its tokenizer, and what is taken instead."""
-        notes = []
-        if self.get("pre") in (None, "default"):
-            notes.append(f"{self.where}: {PREFIX}pre is {self.get('pre') or 'missing'}; words are split as gpt-2's are")
-        if not self.texts("token_type"):
-            notes.append(
-                f"{self.where}: {PREFIX}token_type is missing; tokens that look like <|this|> count as special"
-            )
-        return notes
-
-
-def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
-    """The tokenizer that `tokenizer.*` keys describe: equal ids, without the padding tokens; its settings beside it.
-
-    Raises CheckpointError where the keys are missing, contradictory or not of a tokenizer in a way that we know.
-    """
-    keys = Keys(values, where)
-    if keys.get("model") in (UNIGRAM, BPE):
-        return _from_pieces(keys)
-    model, pre = keys.get("model"), keys.get("pre")
-    splitter = _BY_NAME.get("default" if pre is None else pre) if isinstance(pre, str | None) else None
-    if model != "gpt2" or splitter is None:
-        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*_BY_NAME]}. {_WANTED}")
-    tokens, types, merges = (keys.texts(name) for name in ("tokens", "token_type", "merges"))
-    if all(isinstance(text, str) for text in tokens) and not types:
-        types = [_guessed(text) for text in tokens]
-    if not all(isinstance(text, str) for text in tokens) or len(tokens) != len(types) or not {*types} <= {*_TYPES}:
-        found_types = f"{len(tokens)} tokens need as many types of {_TYPES}, {len(types)} found"
-        raise CheckpointError(f"{where}: {found_types}. {_WANTED}")
-    kept = [(i, text, kind) for i, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED]
-    # Added tokens stand in the vocabulary too: outside it the tokenizers library would number them anew.
-    vocab = {text: i for i, text, _ in kept}
-    if len(vocab) < len(kept):
-        raise CheckpointError(f"{where}: {len(kept) - len(vocab)} of {len(kept)} tokens are there twice. {_WANTED}")
-    added = [added_token(i, text, special=kind == _CONTROL) for i, text, kind in kept if kind != _NORMAL]
-    steps = list(splitter.steps)
-    cut = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
-    options = {"ignore_merges": True} if splitter.whole_words else {}
-    data = tokenizer_json(vocab, merges, added, splitter.normalizer, cut, **options)
-    tokenizer = Tokenizer(data, beside=_settings(keys, tokens))
-    byte_level(tokenizer)  # raises for what is no tokenizer
-    return tokenizer
-
-
-def _from_pieces(keys: Keys) -> Tokenizer:
-    """A tokenizer of sentencepiece's families, where the library can do what llama.cpp does with it."""
-    model, prefix = keys.get("model"), keys.get("add_space_prefix") is not False
-    tokens, types, scores = (keys.texts(name) for name in ("tokens", "token_type", "scores"))
-    while types and len(types) <= len(tokens) and types[-1] == _UNUSED:
-        tokens, types, scores = tokens[: len(types) - 1], types[:-1], scores[: len(types) - 1]
-    fits = len(tokens) == len(types) == len(scores) == len({*map(str, tokens)})
-    fits = fits and {*types} <= {*_TYPES, _UNKNOWN, _BYTE}
-    if not fits or _UNUSED in types or not all(isinstance(text, str) for text in tokens):
-        raise CheckpointError(f"{keys.where}: tokens, types and scores of its {model} tokenizer do not fit. {_WANTED}")
-    if (model == UNIGRAM and prefix) or keys.get("remove_extra_whitespaces") or keys.get("precompiled_charsmap"):
-        what = "treats spaces or characters as no tokenizer.json can"
-        raise CheckpointError(f"{keys.where}: its {model} tokenizer {what}. {_WANTED}")
-    named = [*enumerate(zip(tokens, types, strict=True))]
-    added = [
-        added_token(i, text, special=kind != _USER_DEFINED) for i, (text, kind) in named if kind not in (_NORMAL, _BYTE)
-    ]
-    if any(not token["special"] for token in added):
-        added = [{**token, "normalized": False} for token in added]
-    unknown = keys.get("unknown_token_id")
-    known = type(unknown) is int and 0 <= unknown < len(tokens)
-    pairs = [(text, float(score)) for text, score in zip(tokens, scores, strict=True)]
-    if model == UNIGRAM:
-        data = unigram_json(pairs, unknown if known else None, added)
-    else:
-        data = bpe_json(dict(pairs), tokens[unknown] if known else None, added, prefix=prefix)
-    tokenizer = Tokenizer(data, beside=_settings(keys, tokens))
-    if faults := differences(tokenizer):
-        raise CheckpointError(f"{keys.where}: its {model} tokenizer has {faults[0]}. {_WANTED}")
-    return tokenizer
-
-
-def _guessed(text: str) -> int:
-    """The type of a token of a file that does not say it."""
-    padding = text.startswith("[PAD") and text.endswith("]")
-    return _UNUSED if padding else _CONTROL if text.startswith("<|") and text.endswith("|>") else _NORMAL
-
-
-def _settings(keys: Keys, tokens: Sequence[str]) -> dict[str, bytes]:
-    """tokenizer_config.json and the template, where the keys say more than that END begins and ends a text."""
-    numbers = {kind: keys.get(KEYS[kind]) for kind in KINDS}
-    named = {
-        f"{kind}_token": tokens[number]
-        for kind, number in numbers.items()
-        if type(number) is int and 0 <= number < len(tokens)
-    }
-    adds = {f"add_{kind}_token": keys.get(f"add_{kind}_token") for kind in KINDS}
-    template = keys.values.get("tokenizer.chat_template")
-    usual = {"bos_token": END, "eos_token": END, "unk_token": END}
-    if not any(adds.values()) and template is None and named == usual:
-        return {}
-    settings = {
-        **named,
-        **{name: value for name, value in adds.items() if isinstance(value, bool)},
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    files = {SETTINGS: as_json(settings)}
-    return files | ({TEMPLATE: template.encode()} if isinstance(template, str) else {})
+    return CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED
