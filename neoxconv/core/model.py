@@ -236,6 +236,7 @@ class Architecture:
     config_of: Mapping[str, Callable[[Index, Measured, Opening], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
+    gguf_head: bool = True  # whether llama.cpp wants a head of a tied model too, which is its embedding once more
     to_neox: Callable[[ModelConfig], dict[str, Any]]
     forward: str
     # What a source stores and a configuration contradicts: the tensor's rank and source name, both values in words.

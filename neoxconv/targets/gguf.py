@@ -116,13 +116,14 @@ def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
 
 
 def _gguf_tensors(checkpoint: Checkpoint) -> list[tuple[GgufTensor, Weight]]:
-    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head always, as llama.cpp wants one."""
-    config = replace(checkpoint.config, tied=False)
-    rows = checkpoint.architecture.names(config)
+    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head where llama.cpp wants one."""
+    config, architecture = checkpoint.config, checkpoint.architecture
+    config = replace(config, tied=config.tied and not architecture.gguf_head)
+    rows, queries = architecture.names(config), config.heads // config.key_heads
     columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
     return [
-        (GgufTensor(weight.gguf, weight.role, layer, config.layers, width), weight)
-        for (layer, weight), width in zip(rows, columns, strict=True)
+        (GgufTensor(w.gguf, w.role, layer, config.layers, width, queries, config.tied and w.role == "embedding"), w)
+        for (layer, w), width in zip(rows, columns, strict=True)
     ]
 
 

@@ -230,6 +230,8 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
         "llama.feed_forward_length": config.ff,
         "llama.attention.head_count": config.heads,
         "llama.attention.head_count_kv": config.key_heads,
+        "llama.attention.key_length": config.head_size,
+        "llama.attention.value_length": config.head_size,
         "llama.attention.layer_norm_rms_epsilon": _told(config),
         "llama.rope.freq_base": config.rotary_base,
         "llama.rope.dimension_count": config.head_size,

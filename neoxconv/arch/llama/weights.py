@@ -164,6 +164,7 @@ LLAMA = Architecture(
     config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
     to_gguf=to_gguf,
+    gguf_head=False,
     to_neox=to_neox,
     trained=lambda settings: settings.get("norm") == "rmsnorm" and not settings.get("sliding_window_width"),
     layout_of=_layout_of,
