@@ -235,9 +235,15 @@ class Architecture:
     layout_of: Callable[[Index, ModelConfig], str | None] = lambda index, config: None
     config_of: Mapping[str, Callable[[Index, Measured, Opening], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
+    # The tokens that begin and end a text (bos, eos): where nothing tells them, not even a tokenizer; and those that
+    # transformers' configuration has where nobody set them.
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+    unset_ids: Mapping[str, int] = field(default_factory=dict)
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
     gguf_head: bool = True  # whether llama.cpp wants a head of a tied model too, which is its embedding once more
     to_neox: Callable[[ModelConfig], dict[str, Any]]
+    # The hyperparameters as every format but gpt-neox's can say them.
+    sayable: Callable[[ModelConfig], ModelConfig] = lambda config: config
     forward: str
     # What a source stores and a configuration contradicts: the tensor's rank and source name, both values in words.
     contradictions: Callable[[Index, ModelConfig], Iterator[tuple[int, str, str]]]
