@@ -266,6 +266,7 @@ of_verify = _options(
     _choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]"),
     norms,
     configuration,
+    click.option("--calibration", type=_PATH, metavar="FILE", help="weights: the one that `convert` was given."),
     _of_logits,
     click.option(
         "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."

@@ -29,7 +29,7 @@ from neoxconv.words import plural
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
-_CALIBRATION_KEY = "neoxconv.calibration"
+CALIBRATION = "neoxconv.calibration"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
 _COMPOSED = ("olmo", "mpt")  # names in `pre` of tokenizers that compose characters first
@@ -63,7 +63,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({_CALIBRATION_KEY: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     notes = (

@@ -106,6 +106,13 @@ def _pack(form: _BlockForm, codes: Bytes, numbers: Floats) -> Bytes:
     return blocks.view(np.uint8).reshape(rows, columns // _BLOCK * form.layout.itemsize)
 
 
+def _unpack(form: _BlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Codes [n, columns] from 0 on, scales and least weights [n, blocks] of rows of blocks [n, bytes]."""
+    taken, rows = _take_apart(form, stored), len(stored)
+    codes = (taken.codes - np.float32(form.lowest)).astype(np.uint8)
+    return codes.reshape(rows, -1), taken.step.reshape(rows, -1), -taken.least.reshape(rows, -1)
+
+
 def decode(form: _BlockForm, stored: Bytes) -> Floats:
     """Blocks [n, bytes] as the float32 numbers [n, columns] that ggml reads."""
     taken = _take_apart(form, stored)
@@ -187,7 +194,7 @@ def encoding(form: _BlockForm) -> Encoding:
         decode=partial(decode, form),
         wrong=partial(wrong, form),
         search=searched,
-        grid=grid(SEARCHES[form.name], partial(_pack, form)) if searched else None,
+        grid=grid(SEARCHES[form.name], partial(_pack, form), partial(_unpack, form)) if searched else None,
     )
 
 

@@ -128,6 +128,14 @@ def _take_apart(form: _SuperBlockForm, stored: Bytes) -> _SuperBlocks:
         return _SuperBlocks(codes, step * numbers[:, 0], least, step, floor)
 
 
+def _unpack(form: _SuperBlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Codes [n, columns], scales and least weights [n, blocks] of rows of super-blocks [n, bytes]."""
+    taken, rows = _take_apart(form, stored), len(stored)
+    shape = (len(taken.codes), form.search.subs, 1)
+    scale, least = (np.broadcast_to(each, shape).reshape(rows, -1) for each in (taken.scale, taken.least))
+    return taken.codes.reshape(rows, -1), scale, least
+
+
 def _values_of(form: _SuperBlockForm, codes: Bytes) -> Floats:
     """What codes stand for."""
     return _VALUES[codes] if form.search.curve else codes.astype(np.float32) + np.float32(form.search.lowest)
@@ -220,7 +228,7 @@ def encoding(form: _SuperBlockForm) -> Encoding:
         decode=partial(decode, form),
         wrong=partial(wrong, form),
         search=encoder,
-        grid=grid(form.search, partial(_pack, form)),
+        grid=grid(form.search, partial(_pack, form), partial(_unpack, form)),
     )
 
 
