@@ -204,6 +204,9 @@ def _gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]
         block = ENCODINGS[name].dtype.block
         count = plural(len(tensors), "tensor")
         notes.append(f"{count} as {instead}: no rows of {name}'s {block} weights: {listed(tensors)}")
+    window = checkpoint.config.window
+    if window and window < checkpoint.config.context:
+        notes.append(f"llama.cpp has no window for such a model: it computes the same up to {window} tokens only")
     if checkpoint.config.activation == "gelu":
         notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")
     return notes
