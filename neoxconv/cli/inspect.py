@@ -205,7 +205,7 @@ def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
 
 def _config_lines(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The hyperparameters, of those that not every model has the ones that this has; how queries share keys, in words."""
-    shared = config["kv_heads"] and f"{config['kv_heads']}, each for {config['heads'] // config['kv_heads']} of queries"
+    shared = config["kv_heads"] and f"{config['kv_heads']}, each for {config['heads'] // config['kv_heads']} of the heads"
     window = config["window"] and f"{config['window']} tokens"
     return [
         (name, value) for name, value in (config | {"kv_heads": shared, "window": window}).items() if value is not None
