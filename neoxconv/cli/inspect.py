@@ -204,12 +204,9 @@ def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
 
 
 def _config_lines(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The hyperparameters, of those that not every model has the ones that this has; how queries share keys, in words."""
-    shared = config["kv_heads"] and f"{config['kv_heads']}, each for {config['heads'] // config['kv_heads']} of the heads"
-    window = config["window"] and f"{config['window']} tokens"
-    return [
-        (name, value) for name, value in (config | {"kv_heads": shared, "window": window}).items() if value is not None
-    ]
+    """The hyperparameters that this model has; how queries share keys and values, in words."""
+    words = {"kv_heads": f"{config['kv_heads']}, each for {config['heads'] // (config['kv_heads'] or 1)} heads"}
+    return [(name, words.get(name, value)) for name, value in config.items() if value is not None]
 
 
 def _what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

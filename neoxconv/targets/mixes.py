@@ -193,10 +193,9 @@ def wanted(choice: Choice, tensor: GgufTensor) -> str:
     for pattern, name in choice.overrides:
         if re.search(pattern, tensor.name):
             return name
-    special = {"head": (choice.output,), "embedding": (choice.embedding, choice.output if tensor.tied else None)}
-    for name in special.get(tensor.role, ()):
-        if name:
-            return name
+    special = {"head": [choice.output], "embedding": [choice.embedding, choice.output if tensor.tied else None]}
+    if asked := [*filter(None, special.get(tensor.role, []))]:
+        return asked[0]
     mix, role = MIXES[choice.mix], "head" if tensor.tied else tensor.role
     rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
     where = Where(-1 if tensor.layer is None else tensor.layer, tensor.layers, choice.imatrix, tensor.queries)
