@@ -142,7 +142,9 @@ def _check_logits_options(level: str, given: Given) -> None:
     if level != "logits" and idle:
         raise click.UsageError(f"--{idle[0].replace('_', '-')} is for --level logits.")
     if level == "bytes" and given["text"]:
-        raise click.UsageError("--text compares TARGET with its source: neoxconv verify SRC TARGET --text FILE.")
+        raise click.UsageError(
+            "--text compares TARGET with SRC, which --level bytes does not: give both, leave it out."
+        )
     if level != "logits" and given["engine"] != "native" and not given["text"]:
         raise click.UsageError("--engine is for --level logits, or for the ids of a text (--text).")
     if given["text"] and given["tokens"]:

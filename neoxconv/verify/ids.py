@@ -64,8 +64,8 @@ def verify_ids(
 ) -> Report:
     """Whether the text of the sample has the same ids on both sides, by the library and by `engine` where one is named.
 
-    Raises PlanError where the source has no tokenizer, the text is empty, or the engine does not run such targets, CheckpointError where
-    the source's tokenizer or the text cannot be read, NeoxconvError where the engine dies.
+    Raises PlanError where the source has no tokenizer, the text is empty, or the engine does not run such targets,
+    CheckpointError where the source's tokenizer or the text cannot be read, NeoxconvError where the engine dies.
     """
     assert sample.text
     text, words = sample.content[:_MOST], tokenizer_of(source)
