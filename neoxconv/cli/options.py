@@ -235,7 +235,12 @@ of_calibrate = _options(
 of_formats = _options(_as_json, verbose)
 
 _of_logits = _options(
-    click.option("--text", type=_PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]"),
+    click.option(
+        "--text",
+        type=_PATH,
+        metavar="FILE",
+        help="A text whose token ids are compared; logits: whose predictions are.  [default: a built-in one]",
+    ),
     click.option("--tokens", type=_PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
     click.option("--sequences", type=_COUNT, metavar="N", help="logits: sequences, and questions, at most."),
@@ -251,7 +256,7 @@ _of_logits = _options(
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits: what runs TARGET: native, transformers or llama.cpp.",
+        help="logits, and --text: what runs TARGET: native, transformers or llama.cpp.",
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),
@@ -263,7 +268,11 @@ _of_logits = _options(
 )
 of_verify = _options(
     click.argument("paths", type=_location, nargs=-1, required=True, metavar="[SRC] TARGET"),
-    _choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]"),
+    _choice_option(
+        "--level",
+        choices=("bytes", "tokenizer", "weights", "logits"),
+        help="weights and logits have those before them.  [default: weights, or bytes without SRC]",
+    ),
     norms,
     configuration,
     click.option("--calibration", type=_PATH, metavar="FILE", help="weights: the one that `convert` was given."),

@@ -39,6 +39,7 @@ from neoxconv.formats.tokenizer.pieces import (
     as_float32,
     pieces,
 )
+from neoxconv.formats.tokenizer.special import mistaken
 
 PREFIX = "tokenizer.ggml."
 TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokens
@@ -127,9 +128,11 @@ def differences(tokenizer: Tokenizer) -> list[str]:
     framing = _framing(parsed.get("post_processor"))
     strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
     greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
+    ordinary = mistaken(tokenizer.ids, [token["content"] for token in parsed["added_tokens"]])
     common = (
         (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
         (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),
+        (ordinary, f"{', '.join(map(repr, ordinary[:3]))} as ordinary tokens and not special ones"),
     )
     return [*own, *(fault for wrong, fault in common if wrong)]
 

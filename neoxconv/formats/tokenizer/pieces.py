@@ -34,19 +34,6 @@ _LLAMA_2 = {  # the normalizer that transformers makes of sentencepiece's for Ll
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
     ],
 }
-# Texts that llama.cpp takes for special tokens, whatever the file says (src/llama-vocab.cpp, `control-looking token`).
-_CODE = ("prefix", "suffix", "middle", "pad", "repo", "sep")
-_TAKEN_FOR_SPECIAL = frozenset({
-    *(f"<|{name}|>" for name in (
-        "eot_id", "im_end", "end", "endoftext", "end_of_text", "eom_id", "return", "call", "flush", "calls",
-        "repo_name", "file_sep", "prefix", "suffix", "middle", "code_prefix", "code_suffix", "code_middle",
-    )),
-    *(form.format(name) for form in ("<|fim_{}|>", "<fim-{}>", "<fim_{}>") for name in _CODE),
-    *(form.format(name) for form in ("<{}>", "▁<{}>") for name in ("PRE", "SUF", "MID", "EOT", "PAD", "REPO")),
-    *(f"<｜{name}｜>" for name in ("end▁of▁sentence", "fim▁begin", "fim▁hole", "fim▁end")),  # noqa: RUF001
-    "_<EOT>", "[EOT]", "[EOS]", "[PAD]", "[e~[", "</s>", "<eos>", "<end_of_turn>", "<end_of_utterance>", "<reponame>",
-    "<turn|>", "<|tool_response>",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,8 +169,6 @@ def _stages(parsed: Mapping[str, Any], ids: Iterable[str], added: set[str]) -> I
         yield f"no token {_SPACE}"
     if whole and any(token.get("normalized") for token in parsed["added_tokens"]):
         yield "added tokens that are normalized"
-    if taken := sorted(_TAKEN_FOR_SPECIAL.intersection(ids) - added):
-        yield f"an ordinary token {taken[0]!r}, which llama.cpp takes for a special one"
 
 
 def _is_never(splitter: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.storage import check_size, open_storage, read_bounded
+from neoxconv.storage import check_size, open_storage
 from neoxconv.verify.logits.trial import Sample
 
 _SEQUENCES = 2  # of our own text
@@ -73,7 +72,7 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
         return _invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
     if words is None:
         raise PlanError(f"{checkpoint.index.folder}: has no tokenizer; give token ids with --tokens FILE.npy.")
-    found = encode(words, _read_text(text) if text else _TEXT)
+    found = encode(words, sample.lines if text else _TEXT)
     if found.max(initial=0) >= checkpoint.config.rows:
         raise CheckpointError(
             f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
@@ -164,17 +163,6 @@ def encode(words: Tokenizer, text: str) -> Numbers:
     made = library(words)
     with blamed(words):
         return np.array(made.encode(text).ids, np.int64)
-
-
-def _read_text(path: Path) -> str:
-    """The file's text, with line ends as Python reads them. Raises CheckpointError where it is none, or too large."""
-    data = read_bounded(path)
-    try:
-        return io.TextIOWrapper(io.BytesIO(data), "utf-8").read()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); give another file."
-        ) from error
 
 
 def _from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:
