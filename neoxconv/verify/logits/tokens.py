@@ -95,7 +95,7 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
 
 @dataclass(frozen=True)
 class _Sentencepiece:
-    """sentencepiece's library in those words of the tokenizers library's that are used here; special tokens are text."""
+    """sentencepiece's library in the words of the tokenizers library's that are used here; special tokens are text."""
 
     words: Tokenizer
     made: Any
