@@ -36,7 +36,7 @@ from neoxconv.engine.steps import Digests, Work
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from neoxconv.targets import TARGETS
 
-B20 = PRESETS["20B"].config
+B20 = PRESETS["20B"]
 MODELS = {
     "20B": B20,
     "175B": replace(B20, layers=96, hidden=12288, heads=96, ff=4 * 12288),

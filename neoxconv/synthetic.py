@@ -132,11 +132,12 @@ def contents(model: Synthetic) -> dict[str, Any]:
 
 def _rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
     """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
-    for layer, weight, buffer in GPT_NEOX.in_files_of_2022(model.config):
+    for stored in GPT_NEOX.in_layer_files(model.config):
+        weight, buffer = stored.weights[0], stored.buffer
         if buffer and model.generation:
             continue
         spelled = buffer.source if buffer else _spellings(weight)[model.generation]
-        name = number_name(weight, layer, model.layers, spelled)
+        name = number_name(weight, stored.layer, model.layers, spelled)
         yield name, _entry_of(name, _buffered(model, buffer) if buffer else _rank_tensor(model, weight, name, rank))
 
 

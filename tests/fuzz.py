@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from neoxconv.arch.gpt_neox.config import from_neox
-from neoxconv.core.model import Index, Measured
+from neoxconv.core.model import Index, Measured, Opening
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import LONGEST, CheckpointError
 from neoxconv.formats import imatrix, safetensors
@@ -193,7 +193,7 @@ def of_yaml(path: Path) -> None:
     """The settings, and what is told of those that are not supported."""
     settings = read_configs([path])
     index = Index("neox", path.parent, (), (), settings, configs=(path,))
-    from_neox(index, Measured(2, 16, 64, 32, False), None)
+    from_neox(index, Measured(2, 16, 64, 32, False), Opening(Path()))
 
 
 def of_manifest(path: Path) -> None:

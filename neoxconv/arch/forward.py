@@ -63,3 +63,37 @@ def across_stages(streams: Streams) -> Streams:
     flat = [x.transpose(0, 1).reshape(-1).chunk(len(streams))[rank] for rank, x in enumerate(streams)]
     batch, time, hidden = streams[0].shape
     return [torch.cat(flat).reshape(time, batch, hidden).transpose(0, 1)] * len(streams)
+
+
+def looked_up(ranks: Sequence[Rank], name: str, tokens: Tensor, config: ModelConfig) -> Tensor:
+    """The rows of an embedding for tokens [batch, time], each from the rank that holds it."""
+    part = config.rows // len(ranks)
+    numbers, places = torch.unique(tokens, return_inverse=True)
+    rows = [ranks[n // part].rows(name, [n % part]) for n in numbers.tolist()]
+    return torch.cat(rows)[places]
+
+
+def rotated(x: Tensor, config: ModelConfig) -> Tensor:
+    """The first dimensions of every head [batch, head, time, size], turned by angles that grow with time."""
+    dims = config.rotary_dims
+    powers = torch.arange(0, dims, 2, device=x.device, dtype=torch.float32) / dims
+    angles = torch.outer(torch.arange(x.shape[2], device=x.device).float(), 1.0 / config.rotary_base**powers)
+    angles = torch.cat((angles, angles), dim=-1)
+    turned, rest = x[..., :dims], x[..., dims:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+    return torch.cat((turned, rest), dim=-1)
+
+
+def vocabulary(ranks: Sequence[Rank], normed: Streams, name: str, start: int, stop: int, config: ModelConfig) -> Tensor:
+    """The logits [batch, time, stop - start] of these words by the head `name`; split by columns it is a sum."""
+    rows, columns = ranks[0].shape(name)
+    if columns < config.hidden:
+        parts = [x[..., r * columns : (r + 1) * columns] for r, x in enumerate(normed)]
+        return torch.stack([rank.linear(x, name, start, stop) for rank, x in zip(ranks, parts, strict=True)]).sum(0)
+    bands = [
+        rank.linear(x, name, max(start - r * rows, 0), min(stop - r * rows, rows))
+        for r, (rank, x) in enumerate(zip(ranks, normed, strict=True))
+        if start < (r + 1) * rows and stop > r * rows
+    ]
+    return torch.cat(bands, dim=-1)

@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 
 from neoxconv.errors import CheckpointError
 
+# Of transformers 5, and what it reads in its place where that is given.
+_ROPE_TABLES = ("rope_parameters", "rope_scaling")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -55,3 +58,44 @@ def _as_number(value: Any) -> float:
         return float("nan") if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return float("nan")
+
+
+def rope_types(settings: Mapping[str, Any]) -> list[Any]:
+    """The kinds of rotary positions that a config.json names, other than the default."""
+    tables = [_as_table(settings.get(key)) for key in _ROPE_TABLES]
+    return [table[key] for table in tables for key in ("rope_type", "type") if table.get(key, "default") != "default"]
+
+
+def agreed_rotary(read: Settings, old: str, new: str, default: float, most: float = float("inf")) -> float:
+    """A rotary setting, under transformers 4's name `old` or, in a table of rotary settings, 5's name `new`.
+
+    Raises CheckpointError where two disagree. `new` outside of a table is read by neither version, so alone it is held
+    against the default.
+    """
+    values = read.values
+    tables = {name: _as_table(values.get(name)) for name in _ROPE_TABLES}
+    found = {old: values[old]} if old in values else {}
+    found |= {f"{name}.{new}": table[new] for name, table in tables.items() if new in table}
+    found = found or {old: default}
+    found |= {new: values[new]} if new in values else {}
+    spelled = Settings(read.where, found)
+    numbers = {key: spelled.number(key, most=most) for key in found}
+    if len(set(numbers.values())) > 1:
+        told = " but ".join(f"{key} is {number:.15g}" for key, number in numbers.items())
+        raise CheckpointError(
+            f"{read.where}: {told}; transformers 4 takes {old}, 5 takes rope_parameters. "
+            "Remove the wrong one, or make them equal."
+        )
+    return next(iter(numbers.values()))
+
+
+def stale(where: str, key: str, said: Any, rows: int) -> tuple[str, ...]:
+    """A note where a configuration's size of the vocabulary is not the rows that there are."""
+    if said in (None, rows):
+        return ()
+    return (f"{where}: {key} is {str(said)[:60]} but the embedding has {rows} rows; the latter is used",)
+
+
+def _as_table(value: Any) -> Mapping[str, Any]:
+    """A section of a configuration; nothing where it is none."""
+    return value if isinstance(value, Mapping) else {}

@@ -167,6 +167,9 @@ _of_gguf = _options(
         help="gguf: the type of names that hold the pattern; repeat for several, the first wins.",
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
+    click.option(
+        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; of calibrate --covariance."
+    ),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
     click.option(
         "--allow-other-tokens",
@@ -227,7 +230,12 @@ of_convert = _options(
 of_calibrate = _options(
     source,
     click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
-    click.option("--text", type=_PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more."),
+    click.option(
+        "--text", type=_PATH, multiple=True, metavar="FILE", help="A text such as the model will meet; repeat to mix."
+    ),
+    click.option(
+        "--covariance", is_flag=True, help="Also what `convert --calibration` needs; FILE grows by columns squared."
+    ),
     click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
     click.option("--sequences", type=_COUNT, metavar="N", help="Sequences at most."),
@@ -242,7 +250,12 @@ of_calibrate = _options(
 of_formats = _options(_as_json, verbose)
 
 _of_logits = _options(
-    click.option("--text", type=_PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]"),
+    click.option(
+        "--text",
+        type=_PATH,
+        metavar="FILE",
+        help="A text whose token ids are compared; logits: whose predictions are.  [default: a built-in one]",
+    ),
     click.option("--tokens", type=_PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
     click.option("--sequences", type=_COUNT, metavar="N", help="logits: sequences, and questions, at most."),
@@ -258,7 +271,7 @@ _of_logits = _options(
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits: what runs TARGET: native, transformers or llama.cpp.",
+        help="logits, and --text: what runs TARGET: native, transformers or llama.cpp.",
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),
@@ -270,9 +283,14 @@ _of_logits = _options(
 )
 of_verify = _options(
     click.argument("paths", type=_location, nargs=-1, required=True, metavar="[SRC] TARGET"),
-    _choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]"),
+    _choice_option(
+        "--level",
+        choices=("bytes", "tokenizer", "weights", "logits"),
+        help="weights and logits have those before them.  [default: weights, or bytes without SRC]",
+    ),
     norms,
     configuration,
+    click.option("--calibration", type=_PATH, metavar="FILE", help="weights: the one that `convert` was given."),
     _of_logits,
     click.option(
         "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."

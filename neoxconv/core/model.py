@@ -32,17 +32,28 @@ class ModelConfig:
     rotary_base: float
     norm_eps: float
     parallel_residual: bool  # attention and MLP read the same stream (gpt_j_residual)
-    activation: str  # "gelu" (erf) or "gelu_tanh"
+    activation: str  # "gelu" (erf), "gelu_tanh", or "silu" of a gated MLP
     tied: bool  # the head is the embedding
+    kv_heads: int | None = None  # of keys and values, each for a group of queries; None: as many as `heads`
+    norm: str = "layernorm"  # or "rmsnorm", or "rmsnorm_outside": x / (rms + eps), as gpt-neox had it until 2025-05
+    attention_bias: bool = True  # whether attention's matrices have biases
+    mlp_bias: bool = True  # whether the MLP's have
+    window: int | None = None  # how many tokens a token attends to, itself included; None: all before it
 
     @property
     def head_size(self) -> int:
         return self.hidden // self.heads
 
     @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
     def sizes(self) -> dict[str, int]:
         """What the words in a weight's `shape` stand for."""
-        return {"rows": self.rows, "hidden": self.hidden, "qkv": 3 * self.hidden, "ff": self.ff}
+        kv = self.key_heads * self.head_size
+        return {"rows": self.rows, "hidden": self.hidden, "kv": kv, "qkv": self.hidden + 2 * kv, "ff": self.ff}
 
     @property
     def rotary_dims(self) -> int:
@@ -76,16 +87,18 @@ class Weight:
     """One row of an architecture's table; `{i}` in a name stands for the layer."""
 
     stage: str  # embed, layer, norm, head: which layer file holds it
-    source: tuple[str, ...]  # its name in a layer file, one per generation of gpt-neox
+    source: tuple[str, ...]  # names in a layer file of what holds it, alone or with others: first the one to write
     join: Join
     unified: str  # its Hugging Face name, used in every message
     gguf: str
     _: KW_ONLY
-    role: str  # qkv, attn_out, mlp_in, mlp_out, embedding, head, norm, bias: what a mix asks for
+    # What a mix asks for: qkv, or attn_q, attn_k, attn_v; attn_out, mlp_in, mlp_out, embedding, head, norm, bias.
+    role: str
     shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
     gguf_order: _Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
     also: tuple[str, ...] = ()  # its other names in Hugging Face's files
+    when: Callable[[ModelConfig], bool] = lambda config: True  # whether a model has it, apart from a tied head
 
     @property
     def linear(self) -> bool:
@@ -101,6 +114,24 @@ class Weight:
         number = str(layer)
         norm = self.norm.replace("{i}", number) if self.norm else None
         return replace(self, unified=self.unified_at(layer), gguf=self.gguf.replace("{i}", number), norm=norm)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor of gpt-neox's layer files that holds several weights, its rows in an order of its own.
+
+    `order(config, degree)`, int64 [rows], is for one of `degree` ranks: row i of its parts, one below the other in the
+    order of `parts`, is row order[i] of its tensor.
+    """
+
+    source: str  # its name in a layer file
+    parts: tuple[str, ...]  # the weights in it, by their unified names with `{i}`
+    order: Callable[[ModelConfig, int], npt.NDArray[np.int64]]
+    layout: str | None = None  # where one name has had several orders: what --qkv-layout calls this one
+
+    def name_at(self, layer: int) -> str:
+        """What it is called among unified names until it is taken apart."""
+        return f"{self.source} of layer {layer}"
 
 
 @dataclass(frozen=True)
@@ -171,11 +202,22 @@ def _weights_of_model(weights: tuple[Weight, ...], layers: int, tied: bool) -> t
     return (*before, *inside, *after)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a layer file: a weight, several weights fused, or a buffer."""
+
+    name: str  # `N.name` without the number
+    layer: int | None
+    weights: tuple[Weight, ...]  # that it holds, spelled for the layer; of a buffer the one that it follows
+    fused: Fused | None = None
+    buffer: Buffer | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One model family: the table of its weights, its names, and its hyperparameters in every format's words.
 
-    `config_of[naming](index, measured, preset)` gives the hyperparameters, and notes on what was guessed. `forward`
+    `config_of[naming](index, measured, opening)` gives the hyperparameters, and notes on what was guessed. `forward`
     names the module with the forward pass: it needs torch, so arch/forward.py imports it where a model runs.
     """
 
@@ -186,8 +228,12 @@ class Architecture:
     base: str  # what its unified names begin with but for the head's: a model saved without one has names without it
     dropped: tuple[str, ...]  # patterns of buffers that are recomputed, by any format's name
     buffers: tuple[Buffer, ...] = ()
+    fused: tuple[Fused, ...] = ()  # what holds several weights; of one name today's layout stands first
     presets: Mapping[str, ModelConfig]  # the released models
-    config_of: Mapping[str, Callable[[Index, Measured, str | None], tuple[ModelConfig, tuple[str, ...]]]]
+    trained: Callable[[Mapping[str, Any]], bool]  # whether gpt-neox makes this family with a YAML's settings
+    # The layout of the fused tensors whose name has several, as far as the files tell.
+    layout_of: Callable[[Index, ModelConfig], str | None] = lambda index, config: None
+    config_of: Mapping[str, Callable[[Index, Measured, Opening], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
     to_neox: Callable[[ModelConfig], dict[str, Any]]
@@ -197,13 +243,24 @@ class Architecture:
 
     def names(self, config: ModelConfig) -> tuple[_Named, ...]:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
-        return _weights_of_model(self.weights, config.layers, config.tied)
+        weights = tuple(weight for weight in self.weights if weight.when(config))
+        return _weights_of_model(weights, config.layers, config.tied)
 
-    def in_files_of_2022(self, config: ModelConfig) -> Iterator[tuple[int | None, Weight, Buffer | None]]:
-        """Every tensor of 2022's layer files in their order: a weight, or the buffer that follows it."""
-        for layer, weight in self.names(config):
-            yield layer, weight, None
-            yield from ((layer, weight, buffer) for buffer in self.buffers if buffer.after == weight.source[0])
+    def in_layer_files(self, config: ModelConfig) -> Iterator[Stored]:
+        """Every tensor of the layer files that `slim` writes, in their order: weights, and buffers that follow one."""
+        by_source = {fused.source: fused for fused in reversed(self.fused)}
+        named = self.names(config)
+        weights = {weight.unified: weight for _, weight in named}
+        for layer, weight in named:
+            fused = by_source.get(weight.source[0])
+            if fused is None:
+                yield Stored(weight.source[0], layer, (weight,))
+                followers = [buffer for buffer in self.buffers if buffer.after == weight.source[0]]
+                yield from (Stored(buffer.source, layer, (weight,), buffer=buffer) for buffer in followers)
+                continue
+            parts = tuple(weights[part.replace("{i}", str(layer))] for part in fused.parts)
+            if weight is parts[0]:
+                yield Stored(fused.source, layer, parts, fused)
 
     @cached_property
     def tied_head(self) -> dict[str, str]:
@@ -221,6 +278,8 @@ class Opening:
     preset: str | None = None  # a released model
     norms: str = "mean"  # how the ranks' norms are joined
     weights: str = "stored"  # or master, the optimizer's fp32 copies
+    qkv_layout: str | None = None  # how queries, keys and values are fused, where the files do not tell
+    rmsnorm: str | None = None  # where RMSNorm adds its epsilon, where the files do not tell
     partial: bool = False  # whether it may be a part of a model
 
 
@@ -237,6 +296,7 @@ class Checkpoint:
     dropped: tuple[str, ...]  # source tensors that are recomputed, by the source's names
     notes: tuple[str, ...]  # what was guessed or is worth knowing, for people and for the manifest
     doubts: tuple[str, ...] = ()  # what its files contradict: one may look at it, but neither run nor convert it
+    fused: tuple[Fused, ...] = ()  # the tensors of its layer files that were taken apart, in the layout that was found
 
     def refuse_doubts(self) -> None:
         """Raise CheckpointError where what the source stores contradicts its configuration, and nobody says which."""

@@ -82,7 +82,7 @@ def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
 
 
 def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
-    """The tensor whose row i is row `order[i]` (int64 [rows]) of `tensor`; runs of neighbours are read together."""
+    """The tensor whose row i is row `order[i]` (int64 [n]) of `tensor`; runs of neighbours are read together."""
     cuts = np.flatnonzero(np.diff(order) != 1) + 1
 
     def read(start: int, stop: int) -> Array:
@@ -91,7 +91,7 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
         runs = [tensor.read(int(order[a]), int(order[a]) + b - a) for a, b in itertools.pairwise(borders)]
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
-    return replace(tensor, read=read)
+    return replace(tensor, shape=(len(order), *tensor.shape[1:]), read=read)
 
 
 def slabs(tensor: LazyTensor, slab: int, unit: int = 1) -> Iterator[tuple[int, int]]:

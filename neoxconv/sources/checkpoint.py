@@ -28,6 +28,7 @@ from neoxconv.sources.assemble import assembled
 from neoxconv.sources.coverage import check, check_known, is_partial
 from neoxconv.sources.foreign import check_no_adapter, snapshot_of, told_of_file, told_of_folder
 from neoxconv.sources.naming import count_named, home, name_tensors
+from neoxconv.sources.taken_apart import fused_tensors, taken_apart
 from neoxconv.sources.tied import stored_head
 from neoxconv.storage import Place, is_here, open_storage, place, together
 from neoxconv.words import shell
@@ -41,6 +42,8 @@ def open_checkpoint(
     norms: str = "mean",
     weights: str = "stored",
     partial: bool = False,
+    qkv_layout: str | None = None,
+    rmsnorm: str | None = None,
 ) -> Checkpoint:
     """The model at `path`: a gpt-neox checkpoint (its folder, its global_stepN, or a file in it), a Hugging Face
     folder, a .safetensors or a .gguf file; here, or at any URL that fsspec knows.
@@ -48,9 +51,10 @@ def open_checkpoint(
     `config` are gpt-neox YAML files, used instead of those beside the weights; `preset` names a released model;
     `norms` says how ranks' norms are joined: mean, fold (exact) or rank0; `weights` which ones are read: stored, or
     master, the fp32 copies in gpt-neox's optimizer files. With `partial` the model may be one of which `--only` wrote
-    some tensors. Raises CheckpointError, or PlanError for what is not there.
+    some tensors. `qkv_layout` and `rmsnorm` settle what gpt-neox's files do not tell (docs/formats.md). Raises
+    CheckpointError, or PlanError for what is not there.
     """
-    return reopen(Opening(place(path), tuple(config), preset, norms, weights, partial))
+    return reopen(Opening(place(path), tuple(config), preset, norms, weights, qkv_layout, rmsnorm, partial))
 
 
 def reopen(opening: Opening) -> Checkpoint:
@@ -65,7 +69,9 @@ def reopen(opening: Opening) -> Checkpoint:
     named, left = name_tensors(index, architecture)
     check_known(index, named, left, architecture)
     measured = _measure(named, architecture)
-    config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening.preset)
+    config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening)
+    fused = fused_tensors(index, named, architecture, config, opening)
+    named = taken_apart(index, named, fused, architecture, config)
     again = stored_head(index, named, architecture, config)
     if again:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]
@@ -84,6 +90,7 @@ def reopen(opening: Opening) -> Checkpoint:
         dropped=dropped,
         notes=(*notes, *doubts) if asked else notes,
         doubts=() if asked else doubts,
+        fused=fused,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
 
@@ -155,11 +162,12 @@ def _find_architecture(index: Index) -> Architecture:
     """The family that a source says it is, else the one whose names most of its tensors have."""
     key = SOURCES[index.format].family
     if key is None or key not in index.settings:
-        return max(ARCHITECTURES, key=lambda architecture: count_named(index, architecture))
+        return max(ARCHITECTURES, key=lambda each: (count_named(index, each), each.trained(index.settings)))
     told = index.settings[key]
-    known = {
-        name: architecture for architecture in ARCHITECTURES for name in (architecture.name, architecture.gguf_name)
-    }
+    known: dict[str, Architecture] = {}
+    for architecture in ARCHITECTURES:
+        for name in (architecture.name, architecture.gguf_name):
+            known.setdefault(name, architecture)  # of families that share a name the first
     if not isinstance(told, str) or told not in known:
         raise CheckpointError(
             f"{index.where}: is a {told} model; expected {' or '.join(known)}, others are not supported."
@@ -177,7 +185,7 @@ def _measure(named: RankTensors, architecture: Architecture) -> Measured:
     return Measured(
         layers=max((layer for layer in map(_layer_in, named[0]) if layer is not None), default=-1) + 1,
         hidden=named[0][by_role["norm"]].rows if by_role["norm"] in named[0] else 0,
-        ff=rows("mlp_in"),
+        ff=sum(rank[by_role["mlp_out"]].columns for rank in named if by_role["mlp_out"] in rank),
         rows=rows("embedding"),
         tied=by_role["head"] not in named[0],
     )

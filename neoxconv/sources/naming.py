@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from neoxconv.core.model import Architecture, Index, RankTensors, Weight
+from neoxconv.core.model import Architecture, Fused, Index, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox
@@ -19,11 +19,17 @@ from neoxconv.storage import Place
 
 @dataclass(frozen=True)
 class _Pattern:
-    """A source name of a weight as a regular expression, and how to turn its layer number into ours."""
+    """A source name as a regular expression, and what it gives: a weight, or a tensor that is fused of several."""
 
     regex: re.Pattern[str]
-    weight: Weight
-    shift: int
+    found: Weight | Fused
+    shift: int  # from the source's numbers of layers to ours
+
+    def name(self, layer: int) -> str:
+        """The unified name in a layer by the source's number; outside of the layers every number gives the same."""
+        if isinstance(self.found, Fused):
+            return self.found.name_at(layer - self.shift)
+        return self.found.unified_at(layer - self.shift if self.found.stage == "layer" else 0)
 
 
 # What libraries put before the names of a model that they hold: DistributedDataParallel and DeepSpeed, Lightning and
@@ -62,15 +68,17 @@ def _with_number(name: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _patterns(weights: tuple[Weight, ...], base: str, spelling: _Spelling) -> tuple[_Pattern, ...]:
+def _patterns(
+    weights: tuple[Weight, ...], fused: tuple[Fused, ...], base: str, spelling: _Spelling
+) -> tuple[_Pattern, ...]:
     """How a source spells each weight of an architecture's table, whose names begin with `base`."""
-    found = []
-    shift = FIRST_LAYER if spelling.naming == "neox" else 0
+    is_neox = spelling.naming == "neox"
+    shift = FIRST_LAYER if is_neox else 0
+    found: dict[str, Weight | Fused] = {tensor.source: tensor for tensor in fused} if is_neox else {}
     for weight in weights:
         names = {"neox": weight.source, "unified": (weight.unified, *weight.also), "gguf": (weight.gguf,)}
-        for name in names[spelling.naming]:
-            found.append(_Pattern(re.compile(spelling.regex(name, base)), weight, shift))
-    return tuple(found)
+        found |= {name: weight for name in names[spelling.naming] if name not in found}
+    return tuple(_Pattern(re.compile(spelling.regex(name, base)), each, shift) for name, each in found.items())
 
 
 def spellings_of(index: Index, architecture: Architecture) -> tuple[_Pattern, ...]:
@@ -80,9 +88,9 @@ def spellings_of(index: Index, architecture: Architecture) -> tuple[_Pattern, ..
     """
     naming = SOURCES[index.format].naming
     if naming != "unified":
-        return _patterns(architecture.weights, architecture.base, _Spelling(naming))
+        return _patterns(architecture.weights, architecture.fused, architecture.base, _Spelling(naming))
     names = list(index.ranks[0])
-    ways = [_patterns(architecture.weights, architecture.base, spelling) for spelling in _ways(names)]
+    ways = [_patterns(architecture.weights, (), architecture.base, spelling) for spelling in _ways(names)]
     return max(ways, key=lambda way: sum(unified_name(name, way) is not None for name in names))
 
 
@@ -103,7 +111,7 @@ def count_named(index: Index, architecture: Architecture) -> int:
 
 
 def name_tensors(index: Index, architecture: Architecture) -> tuple[RankTensors, list[list[str]]]:
-    """Each rank's tensors by unified name, and the source names that the table does not know."""
+    """Each rank's tensors by unified name, fused ones as they are, and the names that the table does not have."""
     spellings = spellings_of(index, architecture)
     named: RankTensors = []
     left: list[list[str]] = []
@@ -129,8 +137,7 @@ def unified_name(name: str, spellings: Sequence[_Pattern]) -> str | None:
     """The unified name of the source's `name`, or None where the table has none."""
     for spelling in spellings:
         if match := spelling.regex.fullmatch(name):
-            layer = int(match[1]) - spelling.shift if spelling.weight.stage == "layer" else 0
-            return spelling.weight.unified_at(layer)
+            return spelling.name(int(match[1]) if match.re.groups else 0)
     return None
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from neoxconv.arch.fused import split
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Content, Entry
-from neoxconv.core.model import Checkpoint, Index, ModelConfig, Weight
+from neoxconv.core.model import Checkpoint, Index, ModelConfig, Stored
 from neoxconv.core.tensor import LazyTensor, computed, in_memory
 from neoxconv.dtypes import FLOATS, DType
 from neoxconv.formats.neox import folder as neox
@@ -80,7 +81,7 @@ def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     beside = carried(checkpoint, recipe.tokenizer)
     words = training.tokenizer_files(beside)
     config = training.new_config(checkpoint, after, dtype, words)
-    ranks = _split_anew(_named_as_in_2022(checkpoint), after.tp, checkpoint.config, dtype)
+    ranks = _split_anew(_named_anew(checkpoint), after.tp, checkpoint.config, dtype)
     states = training.bookkeeping(checkpoint, before, after)
     sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
     none = () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
@@ -143,35 +144,61 @@ def _as_stored(checkpoint: Checkpoint, recipe: Recipe) -> _RankEntries:
 
 @dataclass(frozen=True)
 class _Whole:
-    """A tensor of all ranks together, under its `N.name`; a buffer, which every rank has a copy of, has no weight."""
+    """What lies under an `N.name` of all ranks together: the whole tensors of the weights in it, or a buffer's copy."""
 
     name: str
-    unified: str
-    tensor: LazyTensor
-    weight: Weight | None = None
+    stored: Stored | None
+    tensors: tuple[LazyTensor, ...]
+
+    @property
+    def unified(self) -> str:
+        """What messages call it."""
+        weights = self.stored.weights if self.stored else ()
+        return weights[0].unified if len(weights) == 1 else self.name
+
+    def split(self, degree: int, config: ModelConfig) -> list[LazyTensor]:
+        """What each of `degree` ranks holds; every rank has a copy of a buffer."""
+        return split(self.stored, self.tensors, degree, config) if self.stored else [*self.tensors] * degree
 
 
 def _named_as_found(checkpoint: Checkpoint) -> Iterator[_Whole]:
     """The unified tensors under rank 0's names, and rank 0's buffers, in its order."""
-    config = checkpoint.config
-    weights = {number_name(weight, layer, config.layers, name): weight
-               for layer, weight in checkpoint.architecture.names(config) for name in weight.source}  # fmt: skip
+    known = _stored_as_found(checkpoint)
     for name, tensor in checkpoint.index.ranks[0].items():
-        weight = weights.get(name)
-        unified = weight.unified if weight else name
-        yield _Whole(name, unified, checkpoint.tensors[unified] if weight else tensor, weight)
+        stored = known.get(name)
+        weights = stored.weights if stored else ()
+        yield _Whole(name, stored, tuple(checkpoint.tensors[weight.unified] for weight in weights) or (tensor,))
 
 
-def _named_as_in_2022(checkpoint: Checkpoint) -> Iterator[_Whole]:
-    """The unified tensors as numbers, and the buffers, under the names and in the order of 2022."""
+def _stored_as_found(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Under every `N.name` that the source may have: the weights that lie there."""
     config = checkpoint.config
-    for layer, weight, buffer in checkpoint.architecture.in_files_of_2022(config):
-        if buffer:
-            name = number_name(weight, layer, config.layers, buffer.source)
-            yield _Whole(name, name, in_memory(buffer.values(config)))
+    named = checkpoint.architecture.names(config)
+    found = {
+        number_name(weight, layer, config.layers, name): Stored(name, layer, (weight,))
+        for layer, weight in named
+        for name in weight.source
+    }
+    weights = {weight.unified: weight for _, weight in named}
+    for fused in checkpoint.fused:
+        for layer in range(config.layers):
+            parts = tuple(weights[part.replace("{i}", str(layer))] for part in fused.parts)
+            found[number_name(parts[0], layer, config.layers, fused.source)] = Stored(fused.source, layer, parts, fused)
+    return found
+
+
+def _named_anew(checkpoint: Checkpoint) -> Iterator[_Whole]:
+    """The unified tensors as numbers, and the buffers, under the names and in the order of the architecture's table."""
+    config = checkpoint.config
+    for stored in checkpoint.architecture.in_layer_files(config):
+        name = number_name(stored.weights[0], stored.layer, config.layers, stored.name)
+        if stored.buffer:
+            yield _Whole(name, None, (in_memory(stored.buffer.values(config)),))
         else:
-            name, tensor = number_name(weight, layer, config.layers), checkpoint.tensors[weight.unified]
-            yield _Whole(name, weight.unified, _decoded(tensor) if tensor.dtype.quantized else tensor, weight)
+            whole = (checkpoint.tensors[weight.unified] for weight in stored.weights)
+            yield _Whole(
+                name, stored, tuple(_decoded(tensor) if tensor.dtype.quantized else tensor for tensor in whole)
+            )
 
 
 def _decoded(tensor: LazyTensor) -> LazyTensor:
@@ -183,8 +210,7 @@ def _split_anew(tensors: Iterable[_Whole], degree: int, config: ModelConfig, dty
     """The tensors split over `degree` ranks."""
     result: _RankEntries = [{} for _ in range(degree)]
     for whole in tensors:
-        split = whole.weight.join.split(whole.tensor, degree, config) if whole.weight else [whole.tensor] * degree
-        for rank, part in enumerate(split):
+        for rank, part in enumerate(whole.split(degree, config)):
             result[rank][whole.name] = Entry(
                 whole.name, f"{whole.unified} of rank {rank}", part, _encoding_for(part, dtype)
             )

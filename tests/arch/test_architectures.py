@@ -42,9 +42,9 @@ OTHER = replace(
     to_gguf=lambda config: {key.replace("gptneox", "othergguf"): value for key, value in to_gguf(config).items()},
     config_of={
         **GPT_NEOX.config_of,
-        "gguf": lambda index, measured, preset: from_gguf(
+        "gguf": lambda index, measured, opening: from_gguf(
             replace(index, settings={k.replace("othergguf", "gptneox"): v for k, v in index.settings.items()}),
-            measured, preset,
+            measured, opening,
         ),
     },
 )  # fmt: skip

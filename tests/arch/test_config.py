@@ -15,7 +15,7 @@ from neoxconv.arch.gpt_neox.config import PRESETS, from_hf, from_neox
 from neoxconv.arch.gpt_neox.config_gguf import from_gguf
 from neoxconv.arch.gpt_neox.evidence import contradictions
 from neoxconv.arch.gpt_neox.training import inverse_frequencies
-from neoxconv.core.model import Index, Measured, ModelConfig
+from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.core.tensor import in_memory
 from neoxconv.dtypes import BF16, F16, F32, DType, narrow, widen
 from neoxconv.errors import CheckpointError
@@ -23,7 +23,7 @@ from tests.fixtures import fixture
 from tests.helpers import cli
 from tests.toy import toy
 
-CONFIG = PRESETS["20B"].config  # 24 rotary dimensions of base 10000
+CONFIG = PRESETS["20B"]  # 24 rotary dimensions of base 10000
 MEASURED = Measured(layers=44, hidden=6144, ff=24576, rows=50432, tied=False)
 NAME = "2.attention.rotary_emb.inv_freq"
 FIXTURES = ("neox_2022_tp2_pp4", "neox_2022_sequential_tp2", "neox_2026_bf16_tp2_pp2", "trained_tp2_pp4")
@@ -138,7 +138,7 @@ HF = {
 
 
 def hf(**settings: Any) -> tuple[ModelConfig, tuple[str, ...]]:
-    return from_hf(index(HF | settings), MEASURED, None)
+    return from_hf(index(HF | settings), MEASURED, Opening(Path()))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_gpt_neoxs_own_stale_size_is_one_too() -> None:
         "num_layers": 44, "hidden_size": 6144, "num_attention_heads": 64, "max_position_embeddings": 2048,
         "pos_emb": "rotary", "padded_vocab_size": 50304,
     }  # fmt: skip
-    config, notes = from_neox(index(settings, format="neox"), MEASURED, None)
+    config, notes = from_neox(index(settings, format="neox"), MEASURED, Opening(Path()))
     assert config.rows == 50432 and "50304" in notes[0] and "50432" in notes[0]
 
 
@@ -208,7 +208,7 @@ GGUF = {
 
 def gguf(tensors: dict[str, Any] | None = None, /, **keys: Any) -> tuple[ModelConfig, tuple[str, ...]]:
     settings = {f"gptneox.{key}": value for key, value in (GGUF | keys).items()}
-    return from_gguf(index(settings, format="gguf", **(tensors or {})), MEASURED, None)
+    return from_gguf(index(settings, format="gguf", **(tensors or {})), MEASURED, Opening(Path()))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, F32, Array, narrow
 from neoxconv.errors import PlanError
 
-CONFIG = replace(PRESETS["pythia-14m"].config, layers=1, hidden=96, heads=4, ff=384, rows=64)
+CONFIG = replace(PRESETS["pythia-14m"], layers=1, hidden=96, heads=4, ff=384, rows=64)
 FOLLOWERS = {
     "gpt_neox.layers.0.attention.query_key_value": "gpt_neox.layers.0.input_layernorm",
     "gpt_neox.layers.0.mlp.dense_h_to_4h": "gpt_neox.layers.0.post_attention_layernorm",

@@ -15,7 +15,7 @@ from neoxconv.arch.joins import NORMS, abreast, averaged, by_columns, head_join,
 from neoxconv.core.tensor import LazyTensor, reordered, slabs
 from neoxconv.dtypes import BF16, F16, F32, Array, DType, narrow, widen
 
-CONFIG = replace(PRESETS["pythia-14m"].config, hidden=8, heads=2, ff=32, rows=16)
+CONFIG = replace(PRESETS["pythia-14m"], hidden=8, heads=2, ff=32, rows=16)
 
 
 def lazy(values: Array, dtype: DType = F16) -> LazyTensor:

@@ -16,6 +16,7 @@ from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import END, PADDING, Tokenizer, differences, from_gguf, gguf_keys
 from neoxconv.formats.tokenizer.gguf import GPT_4, QWEN_2
+from neoxconv.formats.tokenizer.special import TAKEN_FOR_SPECIAL
 from neoxconv.synthetic import tiny
 from tests.oracles import program
 from tests.texts import SCRIPTS, odd_strings, of_llama_cpp, strings
@@ -202,7 +203,7 @@ UNLIKE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "bytes": ("Unigram", lambda p: p["model"].update(byte_fallback=True), "byte_fallback"),
     "float64": ("Unigram", lambda p: p["model"]["vocab"][9].__setitem__(1, -3.1), "scores of more than float32"),
     "inner spaces": ("Unigram", lambda p: p["pre_tokenizer"].update(split=True), "tokens with spaces inside"),
-    "end of text": ("Unigram", lambda p: p["model"]["vocab"].append([END, -9.0]), "takes for a special one"),
+    "end of text": ("Unigram", lambda p: p["model"]["vocab"].append([END, -9.0]), "as ordinary tokens and not special"),
     "no merge": ("BPE", lambda p: p["model"]["merges"].pop(5), "merges that are not all ways"),
     "other order": ("BPE", lambda p: p["model"]["merges"].append(p["model"]["merges"][0]), "merges that are not all"),
     "no byte": ("BPE", lambda p: p["model"]["vocab"].update({"<x>": p["model"]["vocab"].pop("<0x41>")}), "<0x41>"),
@@ -234,6 +235,38 @@ def test_the_differences_are_real(tmp_path: Path) -> None:
     texts = ["a b", " a b"]
     same = [x == library.encode(text).ids for text, x in zip(texts, of_llama_cpp(keys, tmp_path, texts), strict=True)]
     assert same == [True, False]
+
+
+def with_ordinary(text: str) -> Tokenizer:
+    """The tiny tokenizer with one more ordinary token, which no merges make."""
+    parsed = json.loads(tiny().data)
+    parsed["model"]["vocab"][text] = 272
+    for token in parsed["added_tokens"]:
+        token["id"] += token["id"] >= 272
+    return Tokenizer(json.dumps(parsed).encode())
+
+
+@pytest.mark.oracle
+def test_which_texts_llama_cpp_takes_for_special_tokens(tmp_path: Path) -> None:
+    """By ids: llama.cpp finds such a token within a text, the library makes it of its bytes; others are alike."""
+    plain = ("<|fim_sep|>", "<fim_repo>", "<fim-sep>", "<s>", "<unk>", "<pad>", "<mask>", "▁<EOT>", "<|user|>", "the")
+    taken = set()
+    for text in [*TAKEN_FOR_SPECIAL - {END}, *plain]:
+        words = with_ordinary(text)
+        library = program("tokenizers").Tokenizer.from_str(words.data.decode())
+        keys = gguf_keys(words, 300, others=True)
+        [found] = of_llama_cpp(keys, tmp_path, [f"a{text}b"])
+        taken |= {text} if found != library.encode(f"a{text}b").ids else set()
+        assert (272 in found) == (text in taken)
+        assert bool(differences(words)) == (text in taken)
+    assert taken == TAKEN_FOR_SPECIAL - {END}
+
+
+def test_ordinary_tokens_that_llama_cpp_takes_for_special_ones_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"byte-level BPE and has '</s>' as ordinary tokens and not special ones"):
+        gguf_keys(with_ordinary("</s>"), 300)
+    assert gguf_keys(with_ordinary("</s>"), 300, others=True)["tokenizer.ggml.token_type"][272] == 1
+    assert not differences(with_ordinary("<s>"))
 
 
 def test_other_words_of_byte_level_are_the_nearest_only_where_allowed() -> None:

@@ -20,7 +20,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.arch.gpt_neox.config import PRESETS, from_neox
 from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
 from neoxconv.cli.main import main
-from neoxconv.core.model import Index, Measured, ModelConfig
+from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.dtypes import BF16, F16, narrow
 from neoxconv.errors import PlanError
 from neoxconv.formats.neox.yaml_settings import read_yaml
@@ -117,7 +117,7 @@ def test_settings_say_what_the_original_yaml_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", [10000.0, 1000000.0])
 def test_frequencies_are_torchs(base: float) -> None:
     for head in range(8, 257, 8):
-        config = replace(PRESETS["20B"].config, hidden=4 * head, heads=4, rotary_pct=1.0, rotary_base=base)
+        config = replace(PRESETS["20B"], hidden=4 * head, heads=4, rotary_pct=1.0, rotary_base=base)
         theirs = 1.0 / (base ** (torch.arange(0, head, 2).float() / head))
         ours = inverse_frequencies(config)
         assert narrow(ours, F16).tobytes() == theirs.half().numpy().tobytes()
@@ -310,7 +310,7 @@ def test_a_yaml_gives_back_the_model_that_it_was_written_for(config: ModelConfig
     settings = yaml.safe_load(as_yaml(to_neox(config) | vocabulary(config, 1)))
     index = Index("neox", Path("x"), (), ({},), settings)
     measured = Measured(config.layers, config.hidden, config.ff, config.rows, config.tied)
-    assert from_neox(index, measured, None) == (config, ())
+    assert from_neox(index, measured, Opening(Path())) == (config, ())
     assert type(settings["rotary_emb_base"]) is int  # gpt-neox's validate_types wants exactly that
     assert all(type(settings[name]) is float for name in ("rotary_pct", "layernorm_epsilon"))
 
@@ -320,7 +320,7 @@ def test_a_yaml_gives_back_the_model_that_it_was_written_for(config: ModelConfig
 )
 def test_what_gpt_neox_cannot_say_is_refused(change: Mapping[str, Any], words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        to_neox(replace(PRESETS["20B"].config, **change))
+        to_neox(replace(PRESETS["20B"], **change))
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neoxconv.arch.settings import Settings
-from neoxconv.core.model import Index, Measured, ModelConfig
-from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.arch.presets import from_preset
+from neoxconv.arch.settings import Settings, agreed_rotary, rope_types, stale
+from neoxconv.arch.training_settings import refused
+from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.errors import CheckpointError, raise_all
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class _Preset:
         )
 
 
-PRESETS: dict[str, _Preset] = {
-    preset.name: preset
+PRESETS: dict[str, ModelConfig] = {
+    preset.name: preset.config
     for preset in (
         _Preset("20B", 44, 6144, 64, 50432),
         _Preset("pythia-14m", 6, 128, 4, 50304),
@@ -78,52 +80,21 @@ _ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rope_scaling": (None, (None,)),
     "train_impl": ("normal", ("normal", "dpo", "kto", "reinforce")),
 }
-_ATTENTION = ("global", "flash")
-_DEEPEST = 4  # lists in one another in an `attention_config`
 
 
-def _attention_types(value: Any, depth: int = 0) -> set[str]:
-    """The names in an `attention_config`, such as [[["global"], 44]]; a YAML may nest it without end."""
-    if isinstance(value, str):
-        return {value}
-    inside = value if isinstance(value, list | tuple) and depth < _DEEPEST else ()
-    return set().union(*(_attention_types(item, depth + 1) for item in inside))
-
-
-def refused(settings: Mapping[str, Any]) -> list[str]:
-    """Each setting with a value that would change the function in a way that is not implemented."""
-    found = [
-        f"{key}: {settings.get(key, default)} is not supported, only {' or '.join(map(str, allowed))}"
-        + ("" if key in settings else f" (gpt-neox takes {default} where its YAML does not say)")
-        for key, (default, allowed) in _ALLOWED.items()
-        if settings.get(key, default) not in allowed
-    ]
-    found += [
-        f"attention_config: {kind} is not supported"
-        for kind in sorted(_attention_types(settings.get("attention_config")) - set(_ATTENTION))
-    ]
-    heads = settings.get("num_attention_heads")
-    if settings.get("num_kv_heads") not in (None, heads):
-        found.append(
-            f"num_kv_heads: {settings['num_kv_heads']} is not num_attention_heads ({heads}); "
-            "grouped queries are not supported"
-        )
-    tuning = settings.get("soft_prompt_tuning")
-    if isinstance(tuning, Mapping) and tuning.get("enabled"):
-        found.append("soft_prompt_tuning: enabled is not supported")
-    return found
-
-
-def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
+def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:
     """The hyperparameters from --preset, else the YAML, else a released model of the same shapes."""
-    if preset or not index.settings:
-        return from_preset(index, measured, preset)
+    if opening.preset or not index.settings:
+        return from_preset(index, measured, opening, PRESETS)
     settings, where = index.settings, ", ".join(map(str, index.configs))
     needed = ("num_layers", "hidden_size", "num_attention_heads")
     problems = [
         f"{key} is missing; add it, or give --config FILE or --preset NAME" for key in needed if key not in settings
     ]
-    raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems + refused(settings)))
+    raise_all(
+        CheckpointError,
+        (f"{where}: {problem}." for problem in problems + refused(settings, _ALLOWED) + _grouped(settings)),
+    )
     read = Settings(where, settings)
     config = ModelConfig(
         layers=read.count("num_layers"),
@@ -142,56 +113,30 @@ def from_neox(index: Index, measured: Measured, preset: str | None) -> tuple[Mod
     return config, stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows)
 
 
-def from_preset(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The named released model, or the only one whose shapes fit."""
-    if preset:
-        if preset not in PRESETS:
-            raise PlanError(f"--preset {preset}: expected one of {', '.join(PRESETS)}.")
-        config = PRESETS[preset].config
-        if measured.hidden not in (0, config.hidden):
-            raise PlanError(
-                f"--preset {preset}: has hidden size {config.hidden}, but {index.where} has {measured.hidden}; "
-                "give the right preset."
-            )
-        return config, ()
-    shapes = (measured.layers, measured.hidden, measured.ff, measured.rows, measured.tied)
-    fits = [p for p in PRESETS.values() if (p.layers, p.hidden, 4 * p.hidden, p.rows, False) == shapes]
-    known = f"{measured.layers} layers, hidden {measured.hidden}, ff {measured.ff}, {measured.rows} vocabulary rows"
-    if len(fits) == 1:
-        return fits[0].config, (
-            f"no configuration found; the shapes ({known}) are those of {fits[0].name}, so its settings are used",
-        )
-    which = f"{' and '.join(p.name for p in fits)} have these shapes" if fits else "no released model has these shapes"
-    training = (
-        "Give the training YAML with --config FILE" if index.format == "neox" else "Put its config.json beside it"
-    )
-    raise CheckpointError(
-        f"{index.where}: there is no configuration beside the weights, and {which} ({known}). Unknown: "
-        "num_attention_heads, max_position_embeddings, rotary_pct, rotary_emb_base, gpt_j_residual, bias_gelu_fusion, "
-        f"layernorm_epsilon. {training}, or give --preset NAME."
-    )
-
-
 # Hugging Face's hidden_act and the function it names.
 _ACTIVATIONS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-# Of transformers 5, and what it reads in its place where that is given.
-_ROPE_TABLES = ("rope_parameters", "rope_scaling")
 _HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_fast"}
 
 
-def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[ModelConfig, tuple[str, ...]]:
+def _grouped(settings: Mapping[str, Any]) -> list[str]:
+    """Groups of queries with common keys, which this family has not."""
+    heads, groups = settings.get("num_attention_heads"), settings.get("num_kv_heads")
+    if groups in (None, heads):
+        return []
+    return [f"num_kv_heads: {groups} is not num_attention_heads ({heads}); grouped queries are not supported"]
+
+
+def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:
     """The hyperparameters of a config.json, in transformers 4's or 5's spelling."""
     settings = index.settings
-    if preset or not settings:
-        return from_preset(index, measured, preset)
-    tables = [_as_table(settings.get(key)) for key in _ROPE_TABLES]
-    rope_types = [t[key] for t in tables for key in ("rope_type", "type") if t.get(key, "default") != "default"]
+    if opening.preset or not settings:
+        return from_preset(index, measured, opening, PRESETS)
     activation = settings.get("hidden_act", "gelu")
     where = str(index.folder / "config.json")
     problems = [
         f"{where}: {key} is {found!r:.80}, which is not supported; expected {expected}."
         for key, found, expected in (
-            *(("rope_type", rope_type, "default") for rope_type in rope_types),
+            *(("rope_type", rope_type, "default") for rope_type in rope_types(settings)),
             ("hidden_act", activation, " or ".join(_ACTIVATIONS)),
             ("attention_bias", settings.get("attention_bias", True), True),
         )
@@ -206,49 +151,14 @@ def from_hf(index: Index, measured: Measured, preset: str | None) -> tuple[Model
         ff=read.count("intermediate_size"),
         rows=measured.rows or read.count("vocab_size"),
         context=read.count("max_position_embeddings", 2048),
-        rotary_pct=_agreed(read, "rotary_pct", "partial_rotary_factor", 0.25, most=1),
-        rotary_base=_agreed(read, "rotary_emb_base", "rope_theta", 10000),
+        rotary_pct=agreed_rotary(read, "rotary_pct", "partial_rotary_factor", 0.25, most=1),
+        rotary_base=agreed_rotary(read, "rotary_emb_base", "rope_theta", 10000),
         norm_eps=read.number("layer_norm_eps", 1e-5),
         parallel_residual=read.truth("use_parallel_residual", True),
         activation=_ACTIVATIONS[activation],
         tied=read.truth("tie_word_embeddings", False),
     )
     return config, stale(where, "vocab_size", read.count("vocab_size"), config.rows)
-
-
-def _agreed(read: Settings, old: str, new: str, default: float, most: float = float("inf")) -> float:
-    """A rotary setting, under transformers 4's name `old` or, in a table of rotary settings, 5's name `new`.
-
-    Raises CheckpointError where two disagree. `new` outside of a table is read by neither version, so alone it is held
-    against the default.
-    """
-    values = read.values
-    tables = {name: _as_table(values.get(name)) for name in _ROPE_TABLES}
-    found = {old: values[old]} if old in values else {}
-    found |= {f"{name}.{new}": table[new] for name, table in tables.items() if new in table}
-    found = found or {old: default}
-    found |= {new: values[new]} if new in values else {}
-    spelled = Settings(read.where, found)
-    numbers = {key: spelled.number(key, most=most) for key in found}
-    if len(set(numbers.values())) > 1:
-        told = " but ".join(f"{key} is {number:.15g}" for key, number in numbers.items())
-        raise CheckpointError(
-            f"{read.where}: {told}; transformers 4 takes {old}, 5 takes rope_parameters. "
-            "Remove the wrong one, or make them equal."
-        )
-    return next(iter(numbers.values()))
-
-
-def stale(where: str, key: str, said: Any, rows: int) -> tuple[str, ...]:
-    """A note where a configuration's size of the vocabulary is not the rows that there are."""
-    if said in (None, rows):
-        return ()
-    return (f"{where}: {key} is {str(said)[:60]} but the embedding has {rows} rows; the latter is used",)
-
-
-def _as_table(value: Any) -> Mapping[str, Any]:
-    """A section of a configuration; nothing where it is none."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -11,22 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neoxconv.arch.forward import Rank, Streams
+from neoxconv.arch.forward import Rank, Streams, looked_up, rotated, vocabulary
 from neoxconv.arch.gpt_neox.weights import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, QKV, UP, L
 from neoxconv.core.model import ModelConfig
 
 
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:
     """The streams before the first layer: tokens [batch, time] looked up where their rows are."""
-    part = config.rows // len(ranks)
-    numbers, places = torch.unique(tokens, return_inverse=True)
-    rows = [ranks[n // part].rows(EMBEDDING, [n % part]) for n in numbers.tolist()]
-    stream = torch.cat(rows)[places]
-    return [stream] * (1 if config.parallel_residual else len(ranks))
+    return [looked_up(ranks, EMBEDDING, tokens, config)] * (1 if config.parallel_residual else len(ranks))
 
 
 def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConfig) -> Streams:
@@ -57,21 +52,9 @@ def attention(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
     name = at + QKV
     mixed = rank.linear(x, name[:-1]) + rank.vector(name + "bias")
     heads = mixed.reshape(*x.shape[:2], -1, 3, config.head_size).permute(3, 0, 2, 1, 4)  # qkv, batch, head, time, size
-    query, key = (_rotate(part, config) for part in (heads[0], heads[1]))
+    query, key = (rotated(part, config) for part in (heads[0], heads[1]))
     mixed = functional.scaled_dot_product_attention(query, key, heads[2], is_causal=True)
     return rank.linear(mixed.transpose(1, 2).flatten(2), (at + DENSE)[:-1])
-
-
-def _rotate(x: Tensor, config: ModelConfig) -> Tensor:
-    """The first dimensions of every head [batch, head, time, size], turned by angles that grow with time."""
-    dims = config.rotary_dims
-    powers = torch.arange(0, dims, 2, device=x.device, dtype=torch.float32) / dims
-    angles = torch.outer(torch.arange(x.shape[2], device=x.device).float(), 1.0 / config.rotary_base**powers)
-    angles = torch.cat((angles, angles), dim=-1)
-    turned, rest = x[..., :dims], x[..., dims:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
-    return torch.cat((turned, rest), dim=-1)
 
 
 def mlp(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
@@ -88,15 +71,5 @@ def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Strea
 
 
 def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:
-    """The logits [batch, time, stop - start] of these words; a head split by columns is a sum over ranks."""
-    head = EMBEDDING if config.tied else HEAD
-    rows, columns = ranks[0].shape(head)
-    if columns < config.hidden:
-        parts = [x[..., r * columns : (r + 1) * columns] for r, x in enumerate(normed)]
-        return torch.stack([rank.linear(x, head, start, stop) for rank, x in zip(ranks, parts, strict=True)]).sum(0)
-    bands = [
-        rank.linear(x, head, max(start - r * rows, 0), min(stop - r * rows, rows))
-        for r, (rank, x) in enumerate(zip(ranks, normed, strict=True))
-        if start < (r + 1) * rows and stop > r * rows
-    ]
-    return torch.cat(bands, dim=-1)
+    """The logits [batch, time, stop - start] of these words."""
+    return vocabulary(ranks, normed, EMBEDDING if config.tied else HEAD, start, stop, config)

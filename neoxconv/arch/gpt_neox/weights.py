@@ -88,11 +88,12 @@ GPT_NEOX = Architecture(
     base=_BASE,
     dropped=_DROPPED,
     buffers=_BUFFERS,
-    presets={name: preset.config for name, preset in PRESETS.items()},
+    presets=PRESETS,
     config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
     to_gguf=to_gguf,
     to_neox=to_neox,
+    trained=lambda settings: settings.get("norm", "layernorm") == "layernorm",
     forward="neoxconv.arch.gpt_neox.forward",
     contradictions=contradictions,
 )

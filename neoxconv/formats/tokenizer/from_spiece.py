@@ -14,7 +14,8 @@ from itertools import permutations
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer.charsmap import fits, replaced
 from neoxconv.formats.tokenizer.files import Tokenizer
-from neoxconv.formats.tokenizer.pieces import BPE, BYTES, SPACE, UNIGRAM, Pieces, taken, type_of
+from neoxconv.formats.tokenizer.pieces import BPE, BYTES, SPACE, UNIGRAM, Pieces, type_of
+from neoxconv.formats.tokenizer.special import mistaken
 from neoxconv.formats.tokenizer.spiece import (
     BPE_MODEL,
     BYTE,
@@ -54,7 +55,7 @@ def of_spiece(tokenizer: Tokenizer, file: Spiece) -> Pieces:
             *file.odd,
             *(_unigram_faults(file) if model == UNIGRAM else _bpe_faults(file, types)),
             *_type_faults(file, types),
-            *taken(ids, {text for text, kind in types.items() if kind in (CONTROL, UNKNOWN)}),
+            *_mistaken(types),
         ),
         merged=file.merged and model == UNIGRAM,
         charsmap=file.charsmap if model == UNIGRAM and fits(file.charsmap) else b"",
@@ -109,6 +110,11 @@ def _type_faults(file: Spiece, types: Mapping[str, int]) -> Iterator[str]:
         yield f"a token of the user's with spaces ({spaced[0]!r})"
     if crossing := next((pair for pair in permutations(own, 2) if _cross(*pair)), None):
         yield f"tokens of the user's that can overlap ({crossing[0]!r} and {crossing[1]!r})"
+
+
+def _mistaken(types: Mapping[str, int]) -> Iterator[str]:
+    if ordinary := mistaken(types, [text for text, kind in types.items() if kind in (CONTROL, UNKNOWN)]):
+        yield f"{', '.join(map(repr, ordinary[:3]))} as ordinary tokens and not special ones"
 
 
 def _cross(one: str, other: str) -> bool:

@@ -33,6 +33,7 @@ from neoxconv.formats.tokenizer.from_spiece import of_spiece
 from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING
 from neoxconv.formats.tokenizer.pieces import BPE, UNIGRAM, UNUSED_SCORE, Pieces, as_float32, type_of
 from neoxconv.formats.tokenizer.pieces_json import of_json
+from neoxconv.formats.tokenizer.special import mistaken
 from neoxconv.formats.tokenizer.spiece import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 PREFIX = "tokenizer.ggml."
@@ -148,9 +149,11 @@ def differences(tokenizer: Tokenizer) -> list[str]:
     framing = _framing(parsed.get("post_processor"))
     strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
     greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
+    ordinary = mistaken(tokenizer.ids, [token["content"] for token in parsed["added_tokens"]])
     common = (
         (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
         (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),
+        (ordinary, f"{', '.join(map(repr, ordinary[:3]))} as ordinary tokens and not special ones"),
     )
     return [*own, *(fault for wrong, fault in common if wrong)]
 

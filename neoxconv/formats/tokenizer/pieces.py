@@ -7,7 +7,7 @@ Unigram is llama.cpp's model `t5`, BPE with byte fallback its model `llama`. The
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,6 @@ SPACE = "▁"
 UNIGRAM, BPE = "t5", "llama"  # llama.cpp's names
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 UNUSED_SCORE = -10_000.0  # of rows without a token, as llama.cpp's converter has it: never the better choice
-# Texts that llama.cpp takes for special tokens, whatever the file says (src/llama-vocab.cpp, `control-looking token`).
-_CODE = ("prefix", "suffix", "middle", "pad", "repo", "sep")
-TAKEN_FOR_SPECIAL = frozenset({
-    *(f"<|{name}|>" for name in (
-        "eot_id", "im_end", "end", "endoftext", "end_of_text", "eom_id", "return", "call", "flush", "calls",
-        "repo_name", "file_sep", "prefix", "suffix", "middle", "code_prefix", "code_suffix", "code_middle",
-    )),
-    *(form.format(name) for form in ("<|fim_{}|>", "<fim-{}>", "<fim_{}>") for name in _CODE),
-    *(form.format(name) for form in ("<{}>", "▁<{}>") for name in ("PRE", "SUF", "MID", "EOT", "PAD", "REPO")),
-    *(f"<｜{name}｜>" for name in ("end▁of▁sentence", "fim▁begin", "fim▁hole", "fim▁end")),  # noqa: RUF001
-    "_<EOT>", "[EOT]", "[EOS]", "[PAD]", "[e~[", "</s>", "<eos>", "<end_of_turn>", "<end_of_utterance>", "<reponame>",
-    "<turn|>", "<|tool_response>",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,11 +57,6 @@ def splits(vocab: Iterable[str], added: Iterable[str]) -> Iterable[tuple[str, st
             left, right = text[:i], text[i:]
             if (left in texts or len(left) == 1) and (right in texts or len(right) == 1):
                 yield left, right
-
-
-def taken(ids: Iterable[str], special: Set[str]) -> Iterable[str]:
-    if found := sorted(TAKEN_FOR_SPECIAL.intersection(ids) - special):
-        yield f"an ordinary token {found[0]!r}, which llama.cpp takes for a special one"
 
 
 def as_float32(number: float) -> float:

@@ -21,7 +21,7 @@ from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer.byte_level import SURROGATE, are_ids, merge, numbered
 from neoxconv.formats.tokenizer.charsmap import makes_spaces
 from neoxconv.formats.tokenizer.files import Tokenizer
-from neoxconv.formats.tokenizer.pieces import BPE, BYTES, SPACE, UNIGRAM, Pieces, as_float32, splits, taken, type_of
+from neoxconv.formats.tokenizer.pieces import BPE, BYTES, SPACE, UNIGRAM, Pieces, as_float32, splits, type_of
 from neoxconv.formats.tokenizer.spiece import BYTE, UNKNOWN
 
 _NEVER = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}
@@ -192,7 +192,6 @@ def _whole_words(parsed: Mapping[str, Any], ids: Iterable[str], added: set[str])
         yield "words split before spaces, and tokens with spaces inside"
     if any(token.get("normalized") for token in parsed["added_tokens"]):
         yield "added tokens that are normalized"
-    yield from taken(ids, added)
 
 
 def _stages(parsed: Mapping[str, Any], ids: Iterable[str], added: set[str]) -> Iterable[str]:
@@ -209,7 +208,6 @@ def _stages(parsed: Mapping[str, Any], ids: Iterable[str], added: set[str]) -> I
         yield f"no token {SPACE}"
     if whole and any(token.get("normalized") for token in parsed["added_tokens"]):
         yield "added tokens that are normalized"
-    yield from taken(ids, added)
 
 
 def _is_never(splitter: Any) -> bool:

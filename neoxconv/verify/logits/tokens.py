@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.storage import check_size, open_storage, read_bounded
+from neoxconv.storage import check_size, open_storage
 from neoxconv.verify.logits.trial import Sample
 
 _SEQUENCES = 2  # of our own text
@@ -76,7 +75,7 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
         return _invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
     if words is None:
         raise PlanError(f"{checkpoint.index.folder}: has no tokenizer; give token ids with --tokens FILE.npy.")
-    found = encode(words, _read_text(text) if text else _TEXT)
+    found = encode(words, sample.lines if text else _TEXT)
     if found.max(initial=0) >= checkpoint.config.rows:
         raise CheckpointError(
             f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
@@ -93,6 +92,20 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
     return found[: rows * length].reshape(rows, length), str(text.name if text else "built-in text")
 
 
+def mixed(checkpoint: Checkpoint, samples: Sequence[Sample]) -> tuple[Numbers, str]:
+    """The tokens of several samples [sequences, length] in turn, as many of each, and where they are from.
+
+    Raises what `tokens_for` raises, and PlanError where one sample is too short for sequences of the others' length.
+    """
+    found = [tokens_for(checkpoint, sample) for sample in samples]
+    lengths = {tokens.shape[1] for tokens, _ in found}
+    if len(lengths) > 1:
+        raise PlanError(f"the texts give sequences of {sorted(lengths)} tokens; give longer texts, or a --length.")
+    least = min(len(tokens) for tokens, _ in found)
+    rows = [tokens[i] for i in range(least) for tokens, _ in found] if len(found) > 1 else list(found[0][0])
+    return np.stack(rows), ", ".join(name for _, name in found)
+
+
 @dataclass(frozen=True)
 class _Sentencepiece:
     """sentencepiece's library in the words of the tokenizers library's that are used here; special tokens are text."""
@@ -101,7 +114,7 @@ class _Sentencepiece:
     made: Any
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> Any:
-        return SimpleNamespace(ids=self.made.encode(text))
+        return SimpleNamespace(ids=self.made.encode(text), offsets=())
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self.made.decode([number for number in ids if number < self.made.get_piece_size()]))
@@ -188,17 +201,6 @@ def encode(words: Tokenizer, text: str) -> Numbers:
     made = library(words)
     with blamed(words):
         return np.array(made.encode(text).ids, np.int64)
-
-
-def _read_text(path: Path) -> str:
-    """The file's text, with line ends as Python reads them. Raises CheckpointError where it is none, or too large."""
-    data = read_bounded(path)
-    try:
-        return io.TextIOWrapper(io.BytesIO(data), "utf-8").read()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); give another file."
-        ) from error
 
 
 def _from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:

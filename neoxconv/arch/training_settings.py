@@ -1,0 +1,37 @@
+"""gpt-neox's YAML settings that change the function: each is implemented by an architecture, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Allowed = Mapping[str, tuple[Any, tuple[Any, ...]]]  # what a key is where the file is silent, and the values allowed
+
+_ATTENTION = ("global", "flash")
+_DEEPEST = 4  # lists in one another in an `attention_config`
+
+
+def _attention_types(value: Any, depth: int = 0) -> set[str]:
+    """The names in an `attention_config`, such as [[["global"], 44]]; a YAML may nest it without end."""
+    if isinstance(value, str):
+        return {value}
+    inside = value if isinstance(value, list | tuple) and depth < _DEEPEST else ()
+    return set().union(*(_attention_types(item, depth + 1) for item in inside))
+
+
+def refused(settings: Mapping[str, Any], allowed: Allowed) -> list[str]:
+    """Each setting with a value that would change the function in a way that is not implemented."""
+    found = [
+        f"{key}: {settings.get(key, default)} is not supported, only {' or '.join(map(str, values))}"
+        + ("" if key in settings else f" (gpt-neox takes {default} where its YAML does not say)")
+        for key, (default, values) in allowed.items()
+        if settings.get(key, default) not in values
+    ]
+    found += [
+        f"attention_config: {kind} is not supported"
+        for kind in sorted(_attention_types(settings.get("attention_config")) - set(_ATTENTION))
+    ]
+    tuning = settings.get("soft_prompt_tuning")
+    if isinstance(tuning, Mapping) and tuning.get("enabled"):
+        found.append("soft_prompt_tuning: enabled is not supported")
+    return found

@@ -1,0 +1,94 @@
+"""The fused tensors of a gpt-neox checkpoint taken apart, in the layout that its files or the user tell."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from neoxconv.arch.fused import apart
+from neoxconv.core.model import Architecture, Fused, Index, ModelConfig, Opening, RankTensors, Weight
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.formats.neox.numbers import FIRST_LAYER
+from neoxconv.sources.naming import home
+
+
+def fused_tensors(
+    index: Index, named: RankTensors, architecture: Architecture, config: ModelConfig, opening: Opening
+) -> tuple[Fused, ...]:
+    """The fused tensors that a source holds, each in the layout that it has there.
+
+    Raises CheckpointError where neither the files nor --qkv-layout tell which of several it is.
+    """
+    there = [fused for fused in architecture.fused if any(fused.name_at(0) in rank for rank in named)]
+    layouts = list(dict.fromkeys(fused.layout for fused in there if fused.layout))
+    if opening.qkv_layout not in (None, *layouts) and layouts:
+        raise PlanError(f"--qkv-layout {opening.qkv_layout}: expected {' or '.join(layouts)}.")
+    if len(layouts) < 2:
+        return tuple(there)
+    layout = opening.qkv_layout or architecture.layout_of(index, config)
+    if layout is None and _alike(there, config):
+        layout = layouts[0]
+    if layout is None:
+        raise CheckpointError(
+            f"{index.where}: nothing in the files tells the order of rows in {there[0].source}, which gpt-neox changed "
+            f"on 2024-11-14. Give --qkv-layout {' or '.join(layouts)} (docs/formats.md), and see by the loss with "
+            "`verify --level logits --text FILE` whether it was the right one."
+        )
+    return tuple(fused for fused in there if fused.layout in (None, layout))
+
+
+def _alike(fused: Sequence[Fused], config: ModelConfig) -> bool:
+    """Whether all layouts of a name are one order of rows."""
+    orders: dict[str, list[bytes]] = {}
+    for tensor in fused:
+        orders.setdefault(tensor.source, []).append(tensor.order(config, 1).tobytes())
+    return all(len(set(found)) == 1 for found in orders.values())
+
+
+def taken_apart(
+    index: Index, named: RankTensors, fused: Sequence[Fused], architecture: Architecture, config: ModelConfig
+) -> RankTensors:
+    """Each rank's tensors by unified name, the parts of fused ones in their place.
+
+    Raises CheckpointError where one has not the shape that the configuration gives it, or a part is there twice.
+    """
+    weights = {weight.unified: weight for weight in architecture.weights if weight.when(config)}
+    problems: list[str] = []
+    result = [dict(tensors) for tensors in named]
+    for rank, tensors in enumerate(result):
+        for each, layer in itertools.product(fused, range(len(named[rank]))):
+            tensor = tensors.pop(each.name_at(layer), None)
+            if tensor is None:
+                continue
+            names = [part.replace("{i}", str(layer)) for part in each.parts]
+            known = [weights[part] for part in each.parts if part in weights]
+            if problem := _problem(each, tensor, known, names, tensors, len(named), config):
+                problems.append(f"{home(index, rank, f'{layer + FIRST_LAYER}.{each.source}')}: {each.source} {problem}")
+            else:
+                tensors |= zip(names, apart(each, known, tensor, len(named), config), strict=True)
+    raise_all(CheckpointError, problems)
+    return result
+
+
+def _problem(
+    fused: Fused,
+    tensor: LazyTensor,
+    weights: Sequence[Weight],
+    names: Sequence[str],
+    others: Mapping[str, LazyTensor],
+    degree: int,
+    config: ModelConfig,
+) -> str | None:
+    """Why a rank's tensor cannot be taken apart; None where it can."""
+    if len(weights) < len(names):
+        return "does not belong to a model of this configuration; give the right one with --config."
+    if twice := [name for name in names if name in others]:
+        return f"gives {twice[0]} a second time; remove one of them."
+    rows = len(fused.order(config, degree))
+    if tensor.rows != rows:
+        return (
+            f"is {list(tensor.shape)} but the configuration gives it {rows} rows on each of {degree} ranks. "
+            "Give the right configuration with --config or --preset."
+        )
+    return None
