@@ -9,6 +9,7 @@ import click
 
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, chosen, opened
+from neoxconv.core.model import Checkpoint
 from neoxconv.engine.side_file import check_side_file, whole
 from neoxconv.errors import escaped
 from neoxconv.formats.imatrix import facts, write
@@ -51,7 +52,7 @@ def make_matrix(asked: _Calibration) -> str:
     check_side_file(output, (asked.source, *read), asked.overwrite)
     checkpoint = opened(asked.source, asked.reading)
     tokens, text = mixed(checkpoint, samples)
-    made = f"from {tokens.size} tokens of {escaped(text)}"
+    made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
     with progress_bar(checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
         if asked.covariance:
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}
@@ -61,3 +62,14 @@ def make_matrix(asked: _Calibration) -> str:
     with whole(output) as partial:
         write(partial, sums, tokens, text)
     return f"{escaped(output)}: importances of {len(sums)} tensors {made}"
+
+
+_ENOUGH = 5  # tokens for each column of the widest matrix: fewer cost more than they save (docs/numerics.md)
+
+
+def _advice(checkpoint: Checkpoint, tokens: int) -> str:
+    """A word on tokens that are few for the model."""
+    widest = max(checkpoint.config.hidden, checkpoint.config.ff)
+    if tokens >= _ENOUGH * widest:
+        return ""
+    return f"; that is little for a model of this width, {_ENOUGH * widest} or more would make it better"

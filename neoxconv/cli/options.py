@@ -231,7 +231,11 @@ of_calibrate = _options(
     source,
     click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
     click.option(
-        "--text", type=_PATH, multiple=True, metavar="FILE", help="A text such as the model will meet; repeat to mix."
+        "--text",
+        type=_PATH,
+        multiple=True,
+        metavar="FILE",
+        help="A text such as the model will meet; repeat to mix.  [default: a built-in one]",
     ),
     click.option(
         "--covariance", is_flag=True, help="Also what `convert --calibration` needs; FILE grows by columns squared."

@@ -68,7 +68,6 @@ def test_a_matrix_is_made_read_used_and_accepted_by_llama_quantize(
 
 
 @pytest.mark.parametrize(("words", "code", "message"), [
-    ([], 2, "give either --text FILE or --tokens FILE"),
     (["--text", "{folder}/short.txt"], 1, "at least 2 are needed"),
     (["--text", "{folder}/bytes"], 1, "is not UTF-8 text"),
 ])  # fmt: skip
