@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from neoxconv.errors import PlanError
 from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, SCALES, TARGET_TYPES, TYPES, WEIGHTS
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
     from neoxconv.storage import Place
 
+FOLDER_GONE = "the working folder was removed; change to one that exists, and run the command there."
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -26,6 +28,7 @@ class _Path(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         _check_named(value)
+        _check_found(Path(value))
         return super().convert(value, param, ctx)
 
 
@@ -33,6 +36,13 @@ def _check_named(text: object) -> None:
     """Raise BadParameter for a text that names nothing."""
     if not str(text).strip():
         raise click.BadParameter("the name is empty; give a file or a folder (is a variable unset?).")
+
+
+def _check_found(path: Place) -> None:
+    """Raise PlanError for a path from a working folder that is not there any more."""
+    session = click.get_current_context().find_root().obj or {}
+    if session.get("gone") and isinstance(path, Path) and not path.is_absolute():
+        raise PlanError(FOLDER_GONE)
 
 
 _PATH = _Path(path_type=Path)
@@ -45,7 +55,9 @@ def _location(text: str) -> Place:
     from neoxconv.storage import place
 
     _check_named(text)
-    return place(text)
+    found = place(text)
+    _check_found(found)
+    return found
 
 
 def byte_count(text: str) -> int:
@@ -77,8 +89,11 @@ def _override(text: str) -> tuple[str, str]:
 
 def scheduler(text: str) -> str:
     """The address of a Dask scheduler."""
-    if not re.fullmatch(r"dask://[^/\s]+:\d+", text):
+    found = re.fullmatch(r"dask://[^/\s]+:(\d+)", text)
+    if not found:
         raise click.BadParameter(f"{text!r} is no scheduler; write it as dask://HOST:PORT.")
+    if not 1 <= int(found[1]) <= 65535:
+        raise click.BadParameter(f"{text!r}: {found[1]} is no port; they go from 1 to 65535.")
     return text
 
 
@@ -153,7 +168,7 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; of calibrate --covariance."
+        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
     ),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
     click.option(
@@ -195,7 +210,9 @@ of_convert = _options(
         help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]",
     ),
     configuration,
-    click.option("--tokenizer", type=_PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]"),
+    click.option(
+        "--tokenizer", type=_PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
+    ),
     _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
     jobs,

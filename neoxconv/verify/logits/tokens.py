@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zipfile import BadZipFile
 
@@ -67,7 +70,7 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
     if sample.tokens:
         return _from_file(checkpoint, sample.tokens, sequences)
     words = tokenizer_of(checkpoint)
-    if text is None and words is None:
+    if text is None and (words is None or (words.own_sentencepiece and not find_spec("sentencepiece"))):
         count = (sequences or _SEQUENCES) * length
         return _invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
     if words is None:
@@ -103,11 +106,46 @@ def mixed(checkpoint: Checkpoint, samples: Sequence[Sample]) -> tuple[Numbers, s
     return np.stack(rows), ", ".join(name for _, name in found)
 
 
+@dataclass(frozen=True)
+class _Sentencepiece:
+    """sentencepiece's library in the words of the tokenizers library's that are used here; special tokens are text."""
+
+    words: Tokenizer
+    made: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> Any:
+        return SimpleNamespace(ids=self.made.encode(text), offsets=())
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return str(self.made.decode([number for number in ids if number < self.made.get_piece_size()]))
+
+    def token_to_id(self, text: str) -> int | None:
+        return self.words.ids.get(text, self.words.special("eos"))
+
+
+def _sentencepiece(words: Tokenizer) -> _Sentencepiece:
+    """Raises PlanError where the library is not installed, CheckpointError where it cannot read the file."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        instead = "pip install sentencepiece, or give token ids with --tokens FILE.npy"
+        raise PlanError(f"{words.name}: is sentencepiece's, which is not installed; {instead}.") from error
+    try:
+        with _without_stderr():
+            return _Sentencepiece(words, SentencePieceProcessor(model_proto=words.own_sentencepiece))
+    except (RuntimeError, OSError) as error:
+        what = f"the sentencepiece library cannot work with it ({str(error)[:200]})"
+        raise CheckpointError(f"{words.name}: {what}; give token ids with --tokens FILE.npy.") from error
+
+
 def library(words: Tokenizer) -> Any:
     """The tokenizers library's own, which neither truncates nor pads: that is of training data, not of the model.
 
-    Raises CheckpointError where the library cannot build it.
+    Of sentencepiece's file its own library. Raises CheckpointError where the library cannot build it, PlanError where
+    sentencepiece is not installed.
     """
+    if words.own_sentencepiece:
+        return _sentencepiece(words)
     import tokenizers
 
     try:
@@ -203,6 +241,9 @@ def speller(checkpoint: Checkpoint) -> Callable[[Sequence[int]], str]:
     words = tokenizer_of(checkpoint)
     if words is None:
         return lambda ids: " ".join(f"#{number}" for number in ids)
+    if words.own_sentencepiece and not find_spec("sentencepiece"):
+        names = {number: text.replace("▁", " ") for text, number in words.ids.items()}
+        return lambda ids: "".join(names.get(number, f"#{number}") for number in ids)
     decode = library(words).decode
 
     def spelled(ids: Sequence[int]) -> str:
