@@ -168,7 +168,7 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; of calibrate --covariance."
+        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
     ),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
     click.option(
@@ -210,7 +210,9 @@ of_convert = _options(
         help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]",
     ),
     configuration,
-    click.option("--tokenizer", type=_PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]"),
+    click.option(
+        "--tokenizer", type=_PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
+    ),
     _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
     jobs,
