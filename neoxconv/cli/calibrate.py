@@ -27,6 +27,7 @@ class _Calibration:
     reading: Reading
     sample: Sample
     device: str
+    as_family: str | None
     overwrite: bool
     quiet: bool
 
@@ -35,7 +36,7 @@ def asked_for(source: Place, given: Given) -> _Calibration:
     """The request that the options make. Raises UsageError unless they name one source of tokens."""
     if bool(given["text"]) == bool(given["tokens"]):
         raise click.UsageError("give either --text FILE or --tokens FILE.")
-    plain = {name: given[name] for name in ("output", "device", "overwrite", "quiet")}
+    plain = {name: given[name] for name in ("output", "device", "as_family", "overwrite", "quiet")}
     return _Calibration(source, reading=chosen(Reading, given), sample=chosen(Sample, given), **plain)
 
 
@@ -46,7 +47,7 @@ def make_matrix(asked: _Calibration) -> str:
     checkpoint = opened(asked.source, asked.reading)
     tokens, text = tokens_for(checkpoint, sample)
     with progress_bar(checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
-        sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
+        sums = calibrate(checkpoint, tokens, device=asked.device, as_family=asked.as_family, progress=progress)
     with whole(output) as partial:
         write(partial, sums, tokens, text)
     return f"{escaped(output)}: importances of {len(sums)} tensors from {tokens.size} tokens of {escaped(text)}"

@@ -76,6 +76,7 @@ def reopen(opening: Opening) -> Checkpoint:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]
         notes += (f"{again} is the embedding once more, as tie_word_embeddings says, and is left out",)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
+    named = _with_acting(named, architecture, config)
     doubts = _doubts(index, architecture, config, opening)
     asked = bool(opening.config or opening.preset)  # and so it decides
     dropped = tuple(dict.fromkeys([*(name for names in left for name in names), *filter(None, [again])]))
@@ -92,6 +93,14 @@ def reopen(opening: Opening) -> Checkpoint:
         fused=fused,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
+
+
+def _with_acting(named: RankTensors, architecture: Architecture, config: ModelConfig) -> RankTensors:
+    """Each rank's tensors, what acts in the place of each that the configuration leaves unused."""
+    unused = architecture.unused(config).items()
+    numbers = range(config.layers) if unused else ()
+    acting = {left.replace("{i}", str(i)): used.replace("{i}", str(i)) for left, used in unused for i in numbers}
+    return [rank | {left: rank[used] for left, used in acting.items()} for rank in named]
 
 
 def _doubts(index: Index, architecture: Architecture, config: ModelConfig, opening: Opening) -> tuple[str, ...]:
@@ -164,7 +173,7 @@ def _find_architecture(index: Index) -> Architecture:
     told = index.settings[key]
     known: dict[str, Architecture] = {}
     for architecture in ARCHITECTURES:
-        for name in (architecture.name, architecture.gguf_name):
+        for name in filter(None, (architecture.name, architecture.gguf_name)):
             known.setdefault(name, architecture)  # of families that share a name the first
     if not isinstance(told, str) or told not in known:
         raise CheckpointError(

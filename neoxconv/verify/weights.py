@@ -17,6 +17,7 @@ from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded, sizes_of
 from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.gguf import SEARCHED
+from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
 
 _Progress = Callable[[int], None]
@@ -62,10 +63,12 @@ def verify_weights(
 ) -> Report:
     """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
 
-    `source` must have been opened with the target's norms policy. `progress` gets counts of source bytes compared.
+    `source` must have been opened with the target's norms policy; where the target's format lacks its family, it is
+    compared as the family that stands in. `progress` gets counts of source bytes compared.
     Raises CheckpointError where its settings are in doubt.
     """
     source.refuse_doubts()
+    source = as_the_targets(source, target)
     differences = list(_compare_configs(source, target))
     if any(getattr(source.config, size) != getattr(target.config, size) for size in _SIZES):
         return Report("weights", "no tensor, because the models have other shapes", tuple(differences))

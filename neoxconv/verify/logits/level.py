@@ -10,6 +10,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.storage import Place
+from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.logits.bisect import bisect
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
@@ -50,7 +51,7 @@ def verify_logits(
     limits = judged(predictions, source, candidate, trial.limits)
     findings = _found_wrong(predictions, limits, target)
     if trial.bisect and findings and engine == "native":
-        suspect = bisect(source, candidate, predictions.broken, tokens, device=device)
+        suspect = bisect(as_the_targets(source, candidate), candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
     told = lines(predictions, limits)
