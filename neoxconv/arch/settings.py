@@ -10,6 +10,8 @@ from neoxconv.errors import CheckpointError
 
 # Of transformers 5, and what it reads in its place where that is given.
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
+# Hugging Face's names of ungated activations, and the function that each names.
+GELUS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class ModelConfig:
     attention_bias: bool = True  # whether attention's matrices have biases
     mlp_bias: bool = True  # whether the MLP's have
     window: int | None = None  # how many tokens a token attends to, itself included; None: all before it
+    positions: str = "rotary"  # or "learned", a row for each place added to the embedding; "alibi"
 
     @property
     def head_size(self) -> int:
@@ -53,7 +54,10 @@ class ModelConfig:
     def sizes(self) -> dict[str, int]:
         """What the words in a weight's `shape` stand for."""
         kv = self.key_heads * self.head_size
-        return {"rows": self.rows, "hidden": self.hidden, "kv": kv, "qkv": self.hidden + 2 * kv, "ff": self.ff}
+        qkv = self.hidden + 2 * kv
+        return {
+            "rows": self.rows, "hidden": self.hidden, "kv": kv, "qkv": qkv, "ff": self.ff, "context": self.context
+        }  # fmt: skip
 
     @property
     def rotary_dims(self) -> int:
@@ -92,13 +96,15 @@ class Weight:
     unified: str  # its Hugging Face name, used in every message
     gguf: str
     _: KW_ONLY
-    # What a mix asks for: qkv, or attn_q, attn_k, attn_v; attn_out, mlp_in, mlp_out, embedding, head, norm, bias.
+    # What a mix asks for: qkv, or attn_q, attn_k, attn_v; attn_out, mlp_in, mlp_out, embedding, positions, head, norm,
+    # bias.
     role: str
     shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
     gguf_order: _Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
     also: tuple[str, ...] = ()  # its other names in Hugging Face's files
     when: Callable[[ModelConfig], bool] = lambda config: True  # whether a model has it, apart from a tied head
+    transposed: bool = False  # whether Hugging Face's files hold it [inputs, outputs] (transformers' Conv1D)
 
     @property
     def linear(self) -> bool:

@@ -18,12 +18,12 @@ from neoxconv.arch.fused import split
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Stored
-from neoxconv.core.tensor import LazyTensor, computed, in_memory
+from neoxconv.core.tensor import LazyTensor, in_memory
 from neoxconv.dtypes import FLOATS, DType
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
-from neoxconv.quant import ENCODINGS, floats
+from neoxconv.quant import ENCODINGS, decoded
 from neoxconv.sources import SOURCES
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
@@ -195,15 +195,7 @@ def _named_anew(checkpoint: Checkpoint) -> Iterator[_Whole]:
         if stored.buffer:
             yield _Whole(name, None, (in_memory(stored.buffer.values(config)),))
         else:
-            whole = (checkpoint.tensors[weight.unified] for weight in stored.weights)
-            yield _Whole(
-                name, stored, tuple(_decoded(tensor) if tensor.dtype.quantized else tensor for tensor in whole)
-            )
-
-
-def _decoded(tensor: LazyTensor) -> LazyTensor:
-    """A quantized tensor as numbers, whose columns can be taken apart."""
-    return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
+            yield _Whole(name, stored, tuple(decoded(checkpoint.tensors[weight.unified]) for weight in stored.weights))
 
 
 def _split_anew(tensors: Iterable[_Whole], degree: int, config: ModelConfig, dtype: str | None) -> _RankEntries:
