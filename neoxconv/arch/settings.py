@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 
 from neoxconv.errors import CheckpointError
 
-# Hugging Face's names of activations, and the function that each is.
-GELUS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Of transformers 5, and what it reads in its place where that is given.
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
+# Hugging Face's names of ungated activations, and the function that each names.
+GELUS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,27 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
     return replace(tensor, shape=(len(order), *tensor.shape[1:]), read=read)
 
 
+@dataclass(frozen=True)
+class _Across:
+    """Reads rows of a matrix's transpose."""
+
+    matrix: LazyTensor
+
+    def __call__(self, start: int, stop: int) -> Array:
+        """Columns `start` to `stop`, read in bands of rows that hold no more numbers than are asked for."""
+        rows, columns = self.matrix.shape
+        step = max(1, (stop - start) * rows // columns)
+        bands = (self.matrix.read(a, min(a + step, rows)) for a in range(0, rows, step))
+        return np.ascontiguousarray(np.concatenate([rows[:, start:stop].copy() for rows in bands]).T)
+
+
+def transposed(matrix: LazyTensor) -> LazyTensor:
+    """The tensor [columns, rows] of a matrix of a plain type; of a transpose it is the matrix itself."""
+    if isinstance(matrix.read, _Across):
+        return replace(matrix.read.matrix, native=matrix.native)
+    return replace(matrix, shape=matrix.shape[::-1], read=_Across(matrix))
+
+
 def slabs(tensor: LazyTensor, slab: int, unit: int = 1) -> Iterator[tuple[int, int]]:
     """Borders of bands of rows that take `slab` bytes at most as float32: multiples of `unit` rows, one at least."""
     step = max(1, slab // (4 * max(1, tensor.columns) * unit)) * unit

@@ -17,7 +17,7 @@ from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.fold import folded
 from neoxconv.arch.joins import NORMS, join
 from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, RankTensors
-from neoxconv.core.tensor import LazyTensor, reordered
+from neoxconv.core.tensor import LazyTensor, reordered, transposed
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats import hf
 from neoxconv.formats.neox import folder as neox
@@ -66,6 +66,7 @@ def reopen(opening: Opening) -> Checkpoint:
         raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
     architecture = _find_architecture(index)
     named, left = name_tensors(index, architecture)
+    named = _with_outputs_as_rows(index, named, architecture)
     check_known(index, named, left, architecture)
     measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening)
@@ -180,6 +181,20 @@ def _find_architecture(index: Index) -> Architecture:
             f"{index.where}: is a {told} model; expected {' or '.join(known)}, others are not supported."
         )
     return known[told]
+
+
+def _with_outputs_as_rows(index: Index, named: RankTensors, architecture: Architecture) -> RankTensors:
+    """Each rank's tensors, those that Hugging Face's files hold the other way turned; quantized ones never are."""
+    across = [weight.unified for weight in architecture.weights if weight.transposed]
+    if not across or SOURCES[index.format].naming != "unified":
+        return named
+    patterns = [re.compile(re.escape(name).replace(re.escape("{i}"), r"\d+")) for name in across]
+
+    def turned(name: str, tensor: LazyTensor) -> LazyTensor:
+        turn = len(tensor.shape) == 2 and not tensor.dtype.quantized and any(p.fullmatch(name) for p in patterns)
+        return transposed(tensor) if turn else tensor
+
+    return [{name: turned(name, tensor) for name, tensor in rank.items()} for rank in named]
 
 
 def _measure(named: RankTensors, architecture: Architecture) -> Measured:

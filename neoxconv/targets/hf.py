@@ -11,14 +11,14 @@ from typing import Any
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.core.tensor import LazyTensor
+from neoxconv.core.tensor import LazyTensor, transposed
 from neoxconv.dtypes import TORCH_NAMES
 from neoxconv.errors import PlanError
 from neoxconv.formats import hf, safetensors
 from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer import hf_files
 from neoxconv.names import DTYPES
-from neoxconv.quant import ENCODINGS
+from neoxconv.quant import ENCODINGS, decoded
 from neoxconv.sources.coverage import PARTIAL
 from neoxconv.targets.about import provenance, title
 from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
@@ -47,7 +47,9 @@ def unified_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     tensors = {name: t for name, t in checkpoint.tensors.items() if any(pattern.search(name) for pattern in wanted)}
     if not tensors:
         raise PlanError(f"--only {' '.join(recipe.only)}: no tensor's name holds it; `inspect --tensors` lists them.")
-    return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in tensors.items()]
+    across = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.transposed}
+    files = {name: transposed(decoded(t)) if name in across else t for name, t in tensors.items()}
+    return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in files.items()]
 
 
 def _partly(checkpoint: Checkpoint, recipe: Recipe, entries: Sequence[Entry]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """GPT-NeoX's hyperparameters in the words of gpt-neox's YAML and Hugging Face's config.json; GGUF's: config_gguf.py.
 
-A setting that changes the function is either implemented or refused by name: _ALLOWED lists what is.
+A setting that changes the function is either implemented or refused by name: ALLOWED lists what is.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 # gpt-neox's YAML: what each key is where the file is silent, and the values that give the function implemented here.
-_ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "pos_emb": ("learned", ("rotary",)),
     "norm": ("layernorm", ("layernorm",)),
     "activation": ("gelu", ("gelu",)),
@@ -94,7 +94,7 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
     ]
     raise_all(
         CheckpointError,
-        (f"{where}: {problem}." for problem in problems + refused(settings, _ALLOWED) + _grouped(settings)),
+        (f"{where}: {problem}." for problem in problems + refused(settings, ALLOWED) + _grouped(settings)),
     )
     read = Settings(where, settings)
     shared, notes = shared_norm(index, read, asked=bool(opening.config))
