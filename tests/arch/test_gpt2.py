@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,21 @@ import numpy as np
 import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
-from neoxconv.errors import CheckpointError
 from tests.oracles import llama_logits, program, transformers_logits
 from tests.relatives import (
-    CLOSE, LLAMA_CPP, Shards, by_columns, by_rows, copies, joined, logits_of, native_logits, per_head, random_model,
-    saved, some_tokens, write_shards,
+    CLOSE,
+    LLAMA_CPP,
+    Shards,
+    by_columns,
+    by_rows,
+    copies,
+    joined,
+    logits_of,
+    native_logits,
+    per_head,
+    random_model,
+    some_tokens,
+    write_shards,
 )  # fmt: skip
 
 LAYERS, HIDDEN, HEADS, ROWS, CONTEXT = 3, 64, 4, 320, 64
