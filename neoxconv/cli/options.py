@@ -152,6 +152,9 @@ _of_gguf = _options(
         help="gguf: the type of names that hold the pattern; repeat for several, the first wins.",
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
+    click.option(
+        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; of calibrate --covariance."
+    ),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
     click.option(
         "--allow-other-tokens",
@@ -217,7 +220,12 @@ of_convert = _options(
 of_calibrate = _options(
     source,
     click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
-    click.option("--text", type=_PATH, metavar="FILE", help="A text such as the model will meet; 100 kB or more."),
+    click.option(
+        "--text", type=_PATH, multiple=True, metavar="FILE", help="A text such as the model will meet; repeat to mix."
+    ),
+    click.option(
+        "--covariance", is_flag=True, help="Also what `convert --calibration` needs; FILE grows by columns squared."
+    ),
     click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
     click.option("--sequences", type=_COUNT, metavar="N", help="Sequences at most."),
@@ -264,6 +272,7 @@ of_verify = _options(
     _choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]"),
     norms,
     configuration,
+    click.option("--calibration", type=_PATH, metavar="FILE", help="weights: the one that `convert` was given."),
     _of_logits,
     click.option(
         "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."

@@ -41,6 +41,7 @@ class _Audit:
     level: str  # the last that is run: bytes, weights or logits
     reading: Reading  # of the source
     trial: Trial  # of the logits level
+    calibration: Path | None  # by which the target's codes were chosen
     jobs: int | None
     quiet: bool  # no bars
 
@@ -132,7 +133,8 @@ def asked_for(paths: Sequence[Place], given: Given) -> _Audit:
         html=given["html"],
     )
     quiet = given["json"] or given["quiet"]
-    return _Audit(tuple(paths), level, chosen(Reading, given), trial=trial, jobs=given["jobs"], quiet=quiet)
+    plain = {"calibration": given["calibration"], "jobs": given["jobs"], "quiet": quiet}
+    return _Audit(tuple(paths), level, chosen(Reading, given), trial=trial, **plain)
 
 
 def _check_logits_options(level: str, given: Given) -> None:
@@ -220,7 +222,7 @@ def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Repor
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", asked.quiet) as progress:
         threads = max(threads_for(checkpoint, asked.jobs) for checkpoint in (source, made))
-        return verify_weights(source, made, jobs=threads, progress=progress)
+        return verify_weights(source, made, calibration=asked.calibration, jobs=threads, progress=progress)
 
 
 def _check_logits(source: Checkpoint, made: Checkpoint, asked: _Audit, before: Sequence[Report]) -> Report:

@@ -13,6 +13,7 @@ from neoxconv.core.model import Checkpoint, Weight
 from neoxconv.core.tensor import reordered
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
+from neoxconv.formats.calibration import moments_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
 from neoxconv.formats.tokenizer import differences, gguf_keys
@@ -29,6 +30,7 @@ from neoxconv.words import plural
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
+CALIBRATION = "neoxconv.calibration"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
 _COMPOSED = ("olmo", "mpt")  # names in `pre` of tokenizers that compose characters first
@@ -37,7 +39,8 @@ _THE_SOURCES = ("general.type", "general.name")  # keys that we make only where 
 _OF_ONE_FILE = ("split.", "quantize.", "neoxconv.", "general.alignment")  # keys of a file, not of its model
 RECIPES = tuple(Recipe("gguf", type=mix) for mix in MIXES)  # all that `formats` lists
 OPTIONS = (  # what changes the mix, and what may be written of the tokenizer
-    "mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "effort", "allow_other_tokens",
+    "mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "calibration", "effort",
+    "allow_other_tokens",
 )  # fmt: skip
 
 
@@ -48,8 +51,9 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     choice = _choice_of(checkpoint, recipe)
     kept = _kept_keys(checkpoint, recipe)
     beside = None if _TOKENS in kept else carried(checkpoint, recipe.tokenizer)
-    matrix = imatrix.read(recipe.imatrix) if recipe.imatrix else None
-    entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, recipe.effort == "high")
+    source = recipe.calibration or recipe.imatrix
+    matrix = imatrix.read(source) if source else None
+    entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, recipe)
     searched = any(entry.context for entry in entries)
     keys = {
         "general.architecture": checkpoint.architecture.gguf_name,
@@ -62,6 +66,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
+        **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     notes = (
@@ -122,7 +127,7 @@ def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
     mix = recipe.type or ("BF16" if native.count("BF16") * 2 > len(native) else "F16")
     classic = recipe.mix == "classic"
     overrides = recipe.output_type, recipe.embedding_type, recipe.tensor_type
-    return Choice(mix, classic, recipe.pure, *overrides, recipe.imatrix is not None)
+    return Choice(mix, classic, recipe.pure, *overrides, bool(recipe.imatrix or recipe.calibration))
 
 
 def _gguf_tensors(checkpoint: Checkpoint) -> list[tuple[GgufTensor, Weight]]:
@@ -150,9 +155,15 @@ def gguf_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     return entries
 
 
-def _with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) -> list[Entry]:
-    """The entries, each with the importance of its columns. Raises PlanError where the matrix is another model's."""
-    found = matrix.entries if matrix else {}
+def _with_contexts(entries: list[Entry], matrix: Matrix | None, recipe: Recipe) -> list[Entry]:
+    """The entries, each with the importance of its columns, and with --calibration with the moments of its inputs.
+
+    Raises PlanError where the matrix is another model's, or both kinds were given.
+    """
+    if recipe.imatrix and recipe.calibration:
+        raise PlanError("--calibration is an importance matrix too; leave --imatrix out.")
+    found, thorough = matrix.entries if matrix else {}, recipe.effort == "high"
+    moments = moments_in(recipe.calibration) if recipe.calibration else {}
     if matrix:
         columns = {entry.name: entry.tensor.columns for entry in entries}
         raise_all(PlanError, (
@@ -165,7 +176,14 @@ def _with_contexts(entries: list[Entry], matrix: Matrix | None, thorough: bool) 
         ))  # fmt: skip
     useful = [name for name, values in found.items() if values.any()]
     return [
-        replace(entry, context=Context(found[entry.name] if entry.name in useful else None, thorough))
+        replace(
+            entry,
+            context=Context(
+                found.get(entry.name) if entry.name in useful else None,
+                thorough,
+                moments.get(entry.name) if entry.grid else None,
+            ),
+        )
         if entry.search and (thorough or entry.name in useful)
         else entry
         for entry in entries

@@ -144,9 +144,24 @@ def test_the_command_line_writes_and_verifies_it(tmp_path: Path, capsys: pytest.
     assert cli("convert", source, target, "--to", "gguf") == 1
     assert "--as gpt2 is the same for at most 16 tokens" in capsys.readouterr().err
     assert cli("convert", source, target, "--to", "gguf", "--as", "gpt2", "--type", "F32") == 0
-    assert "written as gpt2" in capsys.readouterr().out
-    words = ("--level", "logits", "--length", "16")
-    assert cli("verify", source, target, *words) == 0, capsys.readouterr().out
+    assert "written as gpt2, which is the same for at most 16 tokens" in capsys.readouterr().err
+    assert cli("verify", source, target, "--level", "logits") == 0, capsys.readouterr().out
+    assert " x 16 tokens of " in capsys.readouterr().out
+    for engine, expected in (("llama.cpp", 0), ("transformers", 1)):  # the latter runs folders only
+        assert cli("verify", source, target, "--level", "logits", "--engine", engine) == expected
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, TOKENS)
+    assert cli("verify", source, target, "--level", "logits", "--tokens", tokens) == 1
+    assert "a context of 16" in capsys.readouterr().err
+
+
+def test_a_matrix_of_importances_is_that_of_gpt2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, matrix = saved(gpt_neo(), tmp_path / "source"), tmp_path / "x.imatrix.gguf"
+    assert cli("calibrate", source, "-o", matrix) == 1
+    assert "GGUF has no gpt_neo; --as gpt2" in capsys.readouterr().err
+    assert cli("calibrate", source, "-o", matrix, "--as", "gpt2", "--length", "16", "--sequences", "4") == 0
+    recipe = {"type": "Q4_0", "as_family": "gpt2", "imatrix": matrix}
+    assert converted(source, tmp_path / "x.gguf", "gguf", **recipe).exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.core.model import ModelConfig
 from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits.compare import compare_predictions
 from neoxconv.verify.logits.importance import calibrate
 from tests.helpers import cli
@@ -176,7 +177,7 @@ def test_its_predictions_are_compared_as_it_is(tmp_path: Path) -> None:
 def test_an_importance_matrix_is_that_of_the_tensors_in_gguf(tmp_path: Path) -> None:
     source = open_checkpoint(saved(gptj(), tmp_path / "source"))
     target = run(make_plan(source, Recipe("gguf", type="F32")), tmp_path / "x.gguf")
-    ours, theirs = calibrate(source, TOKENS), calibrate(open_checkpoint(target), TOKENS)
+    ours, theirs = calibrate(written_as(source, "gguf")[0], TOKENS), calibrate(open_checkpoint(target), TOKENS)
     assert set(ours) == set(theirs) and "blk.0.attn_qkv.weight" in ours
     assert all(np.allclose(ours[name], theirs[name], rtol=1e-4) for name in ours)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Doubles, Numbers
 from neoxconv.errors import CheckpointError
-from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits.stream import running, side
 
 
@@ -19,16 +18,13 @@ def calibrate(
     tokens: Numbers,
     *,
     device: str = "cpu",
-    as_family: str | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Doubles]:
     """By the GGUF name of each matrix in the layers: the sum over tokens [batch, time] of its squared inputs [columns].
 
-    `as_family` is the family that it will be written as, where GGUF lacks its own.
     The ranks are joined first, as a GGUF file holds them; `progress` is told of every layer.
     """
     checkpoint.refuse_doubts()
-    checkpoint, _ = written_as(checkpoint, "gguf", as_family)
     names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
     sums: dict[str, Doubles] = {}
 

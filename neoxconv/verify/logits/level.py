@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from neoxconv.core.model import Checkpoint
@@ -41,6 +41,7 @@ def verify_logits(
     or the engine dies, PlanError or CheckpointError where the trial cannot be done.
     """
     source.refuse_doubts()
+    source = _as_short(source, candidate)
     tokens, text = tokens_for(source, trial.sample)
     check_sizes(source, candidate)
     engine, device = trial.engine, trial.device
@@ -66,6 +67,12 @@ def verify_logits(
         with whole(trial.html) as partial:
             partial.write_text(page({"text": text} | shown), "utf-8")
     return report
+
+
+def _as_short(source: Checkpoint, candidate: Checkpoint) -> Checkpoint:
+    """The source with the target's context where that is shorter: a family that stands in may have room for less."""
+    context = min(source.config.context, candidate.config.context)
+    return replace(source, config=replace(source.config, context=context))
 
 
 def _logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:

@@ -90,6 +90,20 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
     return found[: rows * length].reshape(rows, length), str(text.name if text else "built-in text")
 
 
+def mixed(checkpoint: Checkpoint, samples: Sequence[Sample]) -> tuple[Numbers, str]:
+    """The tokens of several samples [sequences, length] in turn, as many of each, and where they are from.
+
+    Raises what `tokens_for` raises, and PlanError where one sample is too short for sequences of the others' length.
+    """
+    found = [tokens_for(checkpoint, sample) for sample in samples]
+    lengths = {tokens.shape[1] for tokens, _ in found}
+    if len(lengths) > 1:
+        raise PlanError(f"the texts give sequences of {sorted(lengths)} tokens; give longer texts, or a --length.")
+    least = min(len(tokens) for tokens, _ in found)
+    rows = [tokens[i] for i in range(least) for tokens, _ in found] if len(found) > 1 else list(found[0][0])
+    return np.stack(rows), ", ".join(name for _, name in found)
+
+
 def library(words: Tokenizer) -> Any:
     """The tokenizers library's own, which neither truncates nor pads: that is of training data, not of the model.
 
