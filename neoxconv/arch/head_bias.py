@@ -18,7 +18,7 @@ from neoxconv.core.tensor import LazyTensor, computed, in_memory
 from neoxconv.dtypes import Doubles, Floats, narrow, widen
 
 _TINY = 1e-3  # a gain is kept at least this far from zero
-_LEVER = 0.25  # the mean of b' / g': more of it makes b' larger, less of it u
+_LEVER = 0.25  # the mean of b' / g': of 0.05 to 2 the one with the least error in F16, Q6_K and Q4_0, by measurement
 
 
 def without_head_bias(
