@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
+from neoxconv.arch.gptj.weights import GPT_J
 from neoxconv.core.model import ModelConfig
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits.compare import compare_predictions
 from neoxconv.verify.logits.importance import calibrate
+from neoxconv.verify.logits.level import verify_logits
+from neoxconv.verify.logits.trial import Trial
 from tests.helpers import cli
 from tests.oracles import llama_logits, program, transformers_logits
 from tests.relatives import (
@@ -172,6 +176,45 @@ def test_its_predictions_are_compared_as_it_is(tmp_path: Path) -> None:
     target = run(make_plan(source, Recipe("gguf", type="F32")), tmp_path / "x.gguf")
     found = compare_predictions(source, open_checkpoint(target), TOKENS)
     assert found.figures.mean < 1e-9 and len(found.layers) == 4
+
+
+def test_weights_of_several_types_are_stacked(tmp_path: Path) -> None:
+    """Queries in one type, keys and values in another."""
+    source = saved(gptj(), tmp_path / "source")
+    halved = {
+        name: tensor.half() if "k_proj" in name or "v_proj" in name else tensor
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(halved, source / "model.safetensors", {"format": "pt"})
+    expected = transformers_logits(source, TOKENS)
+    file = converted(source, tmp_path / "x.gguf", "gguf", type="F32")
+    assert np.abs(native_logits(open_checkpoint(file), TOKENS) - expected).max() < CLOSE * expected.std()
+
+
+def test_what_breaks_is_named(tmp_path: Path) -> None:
+    """Found by exchanging tensors of the target for those that the source would be written as."""
+    model = gptj()
+    source = open_checkpoint(saved(model, tmp_path / "source"))
+    model.transformer.h[1].mlp.fc_out.weight.data *= -1
+    target = run(
+        make_plan(open_checkpoint(saved(model, tmp_path / "broken")), Recipe("gguf", type="F32")), tmp_path / "x"
+    )
+    report = verify_logits(source, open_checkpoint(target), Trial(bisect=True), target=target)
+    assert "gpt_neox.layers.1.mlp.dense_4h_to_h.weight" in str(report.findings[-1])
+
+
+@pytest.mark.parametrize("left_out", [(), ("model_type",), ("bos_token_id", "eos_token_id")])
+def test_a_configuration_may_leave_things_out(left_out: tuple[str, ...], tmp_path: Path) -> None:
+    source = saved(gptj(resid_pdrop=0.25), tmp_path / "source")
+    for name in ("tokenizer.json", "generation_config.json"):
+        (source / name).unlink(missing_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in left_out}))
+    assert open_checkpoint(source).architecture is GPT_J
+    target = converted(source, tmp_path / "hf", "hf")
+    written = json.loads((target / "config.json").read_text())
+    assert written["model_type"] == "gptj" and ("bos_token_id" in written) == ("bos_token_id" not in left_out)
+    assert written["resid_pdrop"] == (0.0 if left_out == ("model_type",) else 0.25)
 
 
 def test_an_importance_matrix_is_that_of_the_tensors_in_gguf(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_trained_norm_contradicts_the_setting(tmp_path: Path, capsys: pytest.C
 
 
 def test_with_a_serial_residual_the_setting_is_not_read(tmp_path: Path) -> None:
-    settings = TIED | {"gpt_j_residual": False}
+    settings = TIED | {"gpt_j_residual": False, "use_bias_in_norms": False}  # the latter gpt-neox reads nowhere
     source = write_shards(tmp_path / "neox", shards_of(model_of(shared=False), 1, unused=False), LAYERS, settings)
     assert not open_checkpoint(source).config.shared_norm and not open_checkpoint(source).doubts
 

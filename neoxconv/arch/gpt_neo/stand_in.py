@@ -16,7 +16,7 @@ from neoxconv.arch.gpt2 import weights as gpt2
 from neoxconv.arch.gpt_neo.names import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, POSITIONS, UP, K, Q, V
 from neoxconv.arch.joins import stacked
 from neoxconv.core.model import Checkpoint, ModelConfig
-from neoxconv.core.tensor import LazyTensor, band, computed, zeros
+from neoxconv.core.tensor import LazyTensor, alike, band, computed, zeros
 from neoxconv.dtypes import Floats
 
 _RENAMED = (  # modules, without a point at the end
@@ -68,8 +68,10 @@ def _fused(tensors: dict[str, LazyTensor], layer: int, config: ModelConfig) -> d
     query, key, value = (tensors[name.format(i=layer) + ".weight"] for name in (Q, K, V))
     larger = _times(query, float(config.head_size) ** 0.5)
     name = gpt2.QKV.format(i=layer)
-    parts = [larger, *(computed(part, part.floats) for part in (key, value))]
-    return {name + "weight": stacked(parts, config), name + "bias": zeros(3 * config.hidden, query)}
+    return {
+        name + "weight": stacked(alike([larger, key, value]), config),
+        name + "bias": zeros(3 * config.hidden, query),
+    }
 
 
 def _times(tensor: LazyTensor, factor: float) -> LazyTensor:

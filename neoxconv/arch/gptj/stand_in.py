@@ -20,7 +20,7 @@ from neoxconv.arch.gptj.rotation import halves_first
 from neoxconv.arch.head_bias import without_head_bias
 from neoxconv.arch.joins import stacked
 from neoxconv.core.model import Checkpoint, ModelConfig
-from neoxconv.core.tensor import LazyTensor, reordered, zeros
+from neoxconv.core.tensor import LazyTensor, alike, reordered, zeros
 
 _PARTS = (".weight", ".bias")
 
@@ -55,7 +55,7 @@ def _layer(tensors: dict[str, LazyTensor], layer: int, config: ModelConfig) -> d
 
     norm, up, down = ([ours(name + part) for part in _PARTS] for name in (NORM1, UP, DOWN))
     dense, bias = ours(DENSE + ".weight"), norm[1]
-    queries = stacked([ours(name + ".weight") for name in (Q, K, V)], config)
+    queries = stacked(alike([ours(name + ".weight") for name in (Q, K, V)]), config)
     qkv = [reordered(queries, _by_head(config)), zeros(3 * config.hidden, bias)]
     made = {
         **dict(zip(_named(neox.NORM1 + "."), norm, strict=True)),
