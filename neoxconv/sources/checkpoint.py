@@ -31,6 +31,7 @@ from neoxconv.sources.naming import count_named, home, name_tensors
 from neoxconv.sources.taken_apart import fused_tensors, taken_apart
 from neoxconv.sources.tied import stored_head
 from neoxconv.storage import Place, is_here, open_storage, place, together
+from neoxconv.words import shell
 
 
 def open_checkpoint(
@@ -129,7 +130,8 @@ def _hint(path: Place) -> str:
     """What may be meant by a place where nothing is: ORG/NAME, as the Hugging Face hub calls its models."""
     if not is_here(path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         return ""
-    return f" If it is a model of the Hugging Face hub, download it (hf download {path}), or give hf://{path}."
+    fetch = shell(["hf", "download", str(path)])
+    return f" If it is a model of the Hugging Face hub, download it ({fetch}), or give hf://{path}."
 
 
 def _read_file(path: Place, config: Sequence[Path]) -> Index:
@@ -168,12 +170,13 @@ def _read_folder(path: Place, config: Sequence[Path]) -> Index:
 
 def _find_architecture(index: Index) -> Architecture:
     """The family that a source says it is, else the one whose names most of its tensors have."""
-    key = SOURCES[index.format].family
+    key, naming = SOURCES[index.format].family, SOURCES[index.format].naming
+    families = [architecture for architecture in ARCHITECTURES if naming in architecture.config_of]
     if key is None or key not in index.settings:
-        return max(ARCHITECTURES, key=lambda each: (count_named(index, each), each.trained(index.settings)))
+        return max(families, key=lambda each: (count_named(index, each), each.trained(index.settings)))
     told = index.settings[key]
     known: dict[str, Architecture] = {}
-    for architecture in ARCHITECTURES:
+    for architecture in families:
         for name in filter(None, (architecture.name, architecture.gguf_name)):
             known.setdefault(name, architecture)  # of families that share a name the first
     if not isinstance(told, str) or told not in known:

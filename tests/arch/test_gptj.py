@@ -148,6 +148,19 @@ def test_what_transformers_cannot_run_is_refused(changed: dict[str, Any], tmp_pa
         open_checkpoint(source)
 
 
+@pytest.mark.parametrize("family", ["gptj", "gpt_neo"])
+def test_gguf_of_a_family_that_it_lacks_is_refused_by_name(family: str, tmp_path: Path) -> None:
+    """The name `gptj` stands in llama.cpp's list, with no model behind it."""
+    writer = program("gguf").GGUFWriter(tmp_path / "x.gguf", family)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=f"is a {family} model; expected gpt_neox or gptneox"):
+        open_checkpoint(tmp_path / "x.gguf")
+
+
 def test_another_activation_is_refused_by_name(tmp_path: Path) -> None:
     source = saved(gptj(activation_function="relu"), tmp_path / "source")
     with pytest.raises(CheckpointError, match="activation_function is 'relu'; expected gelu or"):

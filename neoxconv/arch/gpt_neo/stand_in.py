@@ -68,10 +68,8 @@ def _fused(tensors: dict[str, LazyTensor], layer: int, config: ModelConfig) -> d
     query, key, value = (tensors[name.format(i=layer) + ".weight"] for name in (Q, K, V))
     larger = _times(query, float(config.head_size) ** 0.5)
     name = gpt2.QKV.format(i=layer)
-    return {
-        name + "weight": stacked(alike([larger, key, value]), config),
-        name + "bias": zeros(3 * config.hidden, query),
-    }
+    qkv = stacked(alike([larger, key, value]), config)
+    return {name + "weight": qkv, name + "bias": zeros(3 * config.hidden, query)}
 
 
 def _times(tensor: LazyTensor, factor: float) -> LazyTensor:
