@@ -97,7 +97,7 @@ BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "rmsnorm": (with_setting("norm", "rmsnorm"), ("norm: rmsnorm",)),
     "gpt_j_tied": (
         with_setting("gpt_j_tied", True),
-        ("post_attention_layernorm.weight was trained", "gpt_j_tied is true"),
+        ("layernorm.weight was trained", "gpt_j_tied is true"),
     ),
     "relu": (with_setting("activation", "relu"), ("activation: relu",)),
     "no heads": (with_setting("num-attention-heads", 0), (".yml: num_attention_heads is '0'", "whole number")),
