@@ -256,10 +256,17 @@ class Architecture:
     layout_of: Callable[[Index, ModelConfig], str | None] = lambda index, config: None
     config_of: Mapping[str, Callable[[Index, Measured, Opening], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
+    # The tokens that begin and end a text (bos, eos): where nothing tells them, not even a tokenizer; and those that
+    # transformers' configuration has where nobody set them.
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+    unset_ids: Mapping[str, int] = field(default_factory=dict)
     # None where a format has no words for the family; `stand_ins[naming]` are those of other families, by name.
     to_gguf: Callable[[ModelConfig], dict[str, Any]] | None
+    gguf_head: bool = True  # whether llama.cpp wants a head of a tied model too, which is its embedding once more
     to_neox: Callable[[ModelConfig], dict[str, Any]] | None
     stand_ins: Mapping[str, Mapping[str, StandIn]] = field(default_factory=dict)
+    # The hyperparameters as every format but gpt-neox's can say them.
+    sayable: Callable[[ModelConfig], ModelConfig] = lambda config: config
     # Weights that a configuration leaves unused, each with the one that acts in its place; by their unified names.
     unused: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     forward: str

@@ -50,7 +50,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     checkpoint, stands_in = written_as(own, "gguf", recipe.as_family)
     choice = _choice_of(checkpoint, recipe)
     kept = _kept_keys(checkpoint, recipe)
-    beside = None if _TOKENS in kept else carried(checkpoint, recipe.tokenizer)
+    beside = None if _TOKENS in kept else carried(own, recipe.tokenizer)
     source = recipe.calibration or recipe.imatrix
     matrix = imatrix.read(source) if source else None
     entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, recipe)
@@ -132,13 +132,14 @@ def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
 
 
 def _gguf_tensors(checkpoint: Checkpoint) -> list[tuple[GgufTensor, Weight]]:
-    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head always, as llama.cpp wants one."""
-    config = replace(checkpoint.config, tied=False)
-    rows = checkpoint.architecture.names(config)
+    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head where llama.cpp wants one."""
+    config, architecture = checkpoint.config, checkpoint.architecture
+    config = replace(config, tied=config.tied and not architecture.gguf_head)
+    rows, queries = architecture.names(config), config.heads // config.key_heads
     columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
     return [
-        (GgufTensor(weight.gguf, weight.role, layer, config.layers, width), weight)
-        for (layer, weight), width in zip(rows, columns, strict=True)
+        (GgufTensor(w.gguf, w.role, layer, config.layers, width, queries, config.tied and w.role == "embedding"), w)
+        for (layer, w), width in zip(rows, columns, strict=True)
     ]
 
 
@@ -215,6 +216,9 @@ def _gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]
         block = ENCODINGS[name].dtype.block
         count = plural(len(tensors), "tensor")
         notes.append(f"{count} as {instead}: no rows of {name}'s {block} weights: {listed(tensors)}")
+    window = checkpoint.config.window
+    if window and window < checkpoint.config.context:
+        notes.append(f"llama.cpp has no window for such a model: it computes the same up to {window} tokens only")
     if checkpoint.config.activation == "gelu":
         notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")
     return notes

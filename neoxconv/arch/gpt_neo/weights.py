@@ -60,6 +60,7 @@ _WEIGHTS = (
 
 # Buffers of transformers' attention: `fnmatch` patterns.
 _DROPPED = ("*.attn.attention.bias", "*.attn.attention.masked_bias")
+_IDS = {"bos": 50256, "eos": 50256}  # <|endoftext|> of GPT-2's vocabulary
 
 GPT_NEO = Architecture(
     name="gpt_neo",
@@ -71,6 +72,8 @@ GPT_NEO = Architecture(
     presets=PRESETS,
     config_of={"unified": from_hf},
     to_hf=to_hf,
+    token_ids=_IDS,
+    unset_ids=_IDS,
     to_gguf=None,
     to_neox=None,
     stand_ins={"gguf": {"gpt2": StandIn(as_gpt2, shorter)}},

@@ -106,6 +106,8 @@ GPT_NEOX = Architecture(
     presets=PRESETS,
     config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
+    token_ids={"bos": 0, "eos": 0},  # <|endoftext|> of the 20B model's tokenizer
+    unset_ids={"eos": 2},
     to_gguf=to_gguf,
     to_neox=to_neox,
     trained=lambda settings: settings.get("norm", "layernorm") == "layernorm",

@@ -34,6 +34,7 @@ _WEIGHTS = (
 
 # Recomputed from the hyperparameters: `fnmatch` patterns.
 _DROPPED = ("*.attn.bias", "*.attn.masked_bias", "*.attn.embed_positions")
+_IDS = {"bos": 50256, "eos": 50256}  # <|endoftext|> of GPT-2's vocabulary
 
 GPT_J = Architecture(
     name="gptj",
@@ -45,6 +46,8 @@ GPT_J = Architecture(
     presets=PRESETS,
     config_of={"unified": from_hf},
     to_hf=to_hf,
+    token_ids=_IDS,
+    unset_ids=_IDS,
     to_gguf=None,
     to_neox=None,
     stand_ins={naming: {"gpt_neox": StandIn(as_gpt_neox)} for naming in ("gguf", "neox")},
