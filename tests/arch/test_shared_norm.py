@@ -199,3 +199,15 @@ def test_slim_of_a_folder_has_both_norms(tmp_path: Path) -> None:
     target = run(make_plan(open_checkpoint(folder), Recipe("slim", dtype="BF16")), tmp_path / "slim")
     again = open_checkpoint(target)
     assert not again.config.shared_norm and not again.doubts
+
+
+def test_transformer_engines_mlp_has_its_own_norm(tmp_path: Path) -> None:
+    """Whatever the setting is: gpt-neox's layer leaves it to that module."""
+    model = model_of(shared=False)
+    renamed = [
+        {name.replace(f"{SECOND}.", "mlp.layer_norm_"): tensor for name, tensor in rank.items()}
+        for rank in shards_of(model, 2, unused=False)
+    ]
+    checkpoint = open_checkpoint(write_shards(tmp_path / "neox", renamed, LAYERS, TIED))
+    assert not checkpoint.config.shared_norm and not checkpoint.doubts
+    assert error(native_logits(checkpoint, TOKENS), logits_of(model, TOKENS)) < CLOSE
