@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from neoxconv.errors import PlanError
-from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, SCALES, TARGET_TYPES, TYPES, WEIGHTS
+from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, SCALES, STAND_INS, TARGET_TYPES, TYPES, WEIGHTS
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
@@ -178,6 +178,10 @@ _of_gguf = _options(
         help="gguf: the nearest tokenizer where llama.cpp has not SRC's; ids may differ.",
     ),
 )
+_as_family = _choice_option(
+    "--as", "as_family", choices=STAND_INS, metavar="NAME",
+    help="gguf, slim: write SRC as another family where the format lacks its own (docs/formats.md).",
+)  # fmt: skip
 of_convert = _options(
     source,
     click.argument("target", type=_location, metavar="DST"),
@@ -189,6 +193,7 @@ of_convert = _options(
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
     ),
     _of_gguf,
+    _as_family,
     click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
     _choice_option(
         "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
@@ -245,6 +250,7 @@ of_calibrate = _options(
     click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
     click.option("--sequences", type=_COUNT, metavar="N", help="Sequences at most."),
+    _as_family,
     norms,
     configuration,
     click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda."),
