@@ -30,7 +30,9 @@ TF4 = ROOT / ".venv-tf4"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neoxconv"
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PACKAGES = ("torch", "transformers", "gguf", "safetensors", "tokenizers", "llama-cpp-python", "bitsandbytes")
+PACKAGES = (
+    "torch", "transformers", "gguf", "safetensors", "tokenizers", "sentencepiece", "llama-cpp-python", "bitsandbytes",
+)  # fmt: skip
 
 Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
 Logits = npt.NDArray[np.float32]  # [batch, time, vocab]

@@ -16,7 +16,7 @@ from neoxconv.errors import PlanError, raise_all
 from neoxconv.quant import ENCODINGS
 
 _ANY = "*"
-_VECTORS = ("norm", "bias")  # always F32 in GGUF
+_VECTORS = ("norm", "bias", "positions")  # always F32 in GGUF
 _PLAIN = ("F32", "F16", "BF16")
 
 

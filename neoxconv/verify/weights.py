@@ -22,6 +22,7 @@ from neoxconv.quant.bands import rounded, sizes_of
 from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.gguf import CALIBRATION, SEARCHED
+from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
 from neoxconv.verify.together import not_the_best, too_far
 
@@ -80,11 +81,13 @@ def verify_weights(
 ) -> Report:
     """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
 
-    `source` must have been opened with the target's norms policy. `calibration` is the file by which codes were chosen
+    `source` must have been opened with the target's norms policy; where the target's format lacks its family, it is
+    compared as the one that stands in. `calibration` is the file by which codes were chosen
     together, without which these have bounds only. `progress` gets counts of source bytes compared. Raises
     CheckpointError where its settings are in doubt.
     """
     source.refuse_doubts()
+    source = as_the_targets(source, target)
     differences = list(_compare_configs(source, target))
     if any(getattr(source.config, size) != getattr(target.config, size) for size in _SIZES):
         return Report("weights", "no tensor, because the models have other shapes", tuple(differences))

@@ -100,7 +100,6 @@ def test_llama_quantize_uses_a_matrix_of_separate_queries_keys_and_values(tmp_pa
 
 
 @pytest.mark.parametrize(("words", "code", "message"), [
-    ([], 2, "give either --text FILE or --tokens FILE"),
     (["--text", "{folder}/short.txt"], 1, "at least 2 are needed"),
     (["--text", "{folder}/bytes"], 1, "is not UTF-8 text"),
 ])  # fmt: skip

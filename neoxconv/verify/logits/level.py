@@ -11,6 +11,7 @@ from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.errors import PlanError
 from neoxconv.storage import Place
+from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.logits.bisect import bisect
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
@@ -41,6 +42,7 @@ def verify_logits(
     or the engine dies, PlanError or CheckpointError where the trial cannot be done.
     """
     source.refuse_doubts()
+    source = _as_short(source, candidate)
     tokens, text = tokens_for(source, _within_windows(trial.sample, source, candidate))
     check_sizes(source, candidate)
     _check_window(tokens.shape[1], source, candidate, trial.sample)
@@ -52,7 +54,7 @@ def verify_logits(
     limits = judged(predictions, source, candidate, trial.limits)
     findings = _found_wrong(predictions, limits, target)
     if trial.bisect and findings and engine == "native":
-        suspect = bisect(source, candidate, predictions.broken, tokens, device=device)
+        suspect = bisect(as_the_targets(source, candidate), candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
     told = lines(predictions, limits)
@@ -67,6 +69,12 @@ def verify_logits(
         with whole(trial.html) as partial:
             partial.write_text(page({"text": text} | shown), "utf-8")
     return report
+
+
+def _as_short(source: Checkpoint, candidate: Checkpoint) -> Checkpoint:
+    """The source with the target's context where that is shorter: a family that stands in may have room for less."""
+    context = min(source.config.context, candidate.config.context)
+    return replace(source, config=replace(source.config, context=context))
 
 
 def _common(source: Checkpoint, candidate: Checkpoint) -> int | None:
