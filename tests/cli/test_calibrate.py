@@ -79,6 +79,7 @@ def test_a_matrix_is_made_read_used_and_accepted_by_llama_quantize(
     llama_quantize(f16, tmp_path / "theirs.gguf", "Q3_K_M", imatrix=read.entries)
 
 
+@pytest.mark.oracle
 def test_llama_quantize_uses_a_matrix_of_separate_queries_keys_and_values(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     source, matrix = little_llama(tmp_path / "hf", hidden_size=256, intermediate_size=256), tmp_path / "m.gguf"

@@ -43,6 +43,7 @@ def test_tensors_and_keys_are_those_of_llama_cpps_converter(name: str, tmp_path:
             assert found.get(key) == wanted.get(key), key
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     source = little_llama(tmp_path / "hf", **MODELS[name])

@@ -65,6 +65,7 @@ def test_another_setting_is_found(fault: str, tmp_path: Path, capsys: pytest.Cap
     assert expected in "".join(capsys.readouterr())
 
 
+@pytest.mark.oracle
 def test_logits_are_compared_as_far_as_a_window_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mistral's window is 16 tokens, itself included; llama.cpp's `llama` has none."""
     source = little_llama(tmp_path / "source", mistral=True, sliding_window=16)

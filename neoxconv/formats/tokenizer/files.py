@@ -116,11 +116,14 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> set[int]:
-        """The ids of the special tokens, as far as a tokenizer.json tells them."""
+        """The ids of the special tokens, as far as a tokenizer.json or sentencepiece's file tells them."""
+        kinds = (spiece.CONTROL, spiece.UNKNOWN)
         try:
-            return {token["id"] for token in self.added if token.get("special") and type(token.get("id")) is int}
+            pieces = self.sentencepiece.pieces if self.sentencepiece else ()
+            added = {token["id"] for token in self.added if token.get("special") and type(token.get("id")) is int}
         except CheckpointError:
             return set()
+        return added | {number for number, piece in enumerate(pieces) if piece.type in kinds}
 
     @property
     def count(self) -> int | None:
