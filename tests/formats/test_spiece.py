@@ -20,6 +20,7 @@ from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import Tokenizer, charsmap, differences, from_gguf, gguf_keys, spiece
 from neoxconv.formats.tokenizer.gguf import told
+from tests.little_llamas import little_llama
 from tests.oracles import program
 from tests.texts import SCRIPTS, odd_strings, of_llama_cpp, strings
 from tests.toy import toy
@@ -374,3 +375,16 @@ def test_a_map_of_characters_is_written_as_bytes(tmp_path: Path) -> None:
     assert bytes(field.contents()) == spiece.read(model({}), "x").charsmap
     made = program("llama_cpp").Llama(str(target), vocab_only=True, verbose=False)
     assert made.tokenize("The ﬁrst".encode(), add_bos=False) == library(model({})).encode("The ﬁrst")
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(2, 2), (3, 0)], ids=["special", "a letter"])
+def test_an_end_that_is_special_is_kept_whatever_the_settings_say(eos: int, expected: int, tmp_path: Path) -> None:
+    """Chat models often have another end in tokenizer_config.json than in config.json: both are the source's own."""
+    source = little_llama(tmp_path / "hf", bos_token_id=1, eos_token_id=2)
+    for path in source.glob("*token*"):
+        path.unlink()
+    (source / "tokenizer.model").write_bytes(trained(bos_id=1, eos_id=eos, pad_id=-1))
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<unk>"}))
+    made = run(make_plan(open_checkpoint(source), Recipe("hf")), tmp_path / "made")
+    config = json.loads((made / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, expected)

@@ -14,7 +14,6 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import END, PADDING
 from neoxconv.synthetic import tiny
 from neoxconv.targets import TARGETS
-from tests.formats.test_spiece import trained
 from tests.little_llamas import little_llama
 from tests.toy import toy
 
@@ -248,15 +247,3 @@ def test_no_beginning_is_said_where_the_tokenizer_has_none(tmp_path: Path) -> No
     file = run(make_plan(open_checkpoint(source), Recipe("gguf", type="F16")), tmp_path / "x.gguf")
     config = table(content(file, Recipe("hf")).sidecars["config.json"])
     assert (config["bos_token_id"], config["eos_token_id"]) == (None, 0)
-
-
-@pytest.mark.parametrize(("eos", "kept"), [(2, True), (3, False)], ids=["special", "a letter"])
-def test_an_end_that_sentencepieces_file_has_is_kept(eos: int, kept: bool, tmp_path: Path) -> None:
-    """Chat models often have another end in tokenizer_config.json than in config.json: both are the source's own."""
-    source = llama_with(tmp_path / "hf", bos_token_id=1, eos_token_id=2)
-    for path in source.glob("*token*"):
-        path.unlink()
-    (source / "tokenizer.model").write_bytes(trained(bos_id=1, eos_id=eos, pad_id=-1))
-    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<unk>"}))
-    config = table(content(source, Recipe("hf")).sidecars["config.json"])
-    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2 if kept else 0)
