@@ -40,7 +40,9 @@ class Era:
     inside: bool | None = None  # where RMSNorm has its epsilon, as far as the YAML tells: a key of that code; None: not
 
 
-def llama(kv_heads: int = 2, *, window: int | None = None, seed: int = 0, dtype: str = "float16", **changes: Any) -> Any:
+def llama(
+    kv_heads: int = 2, *, window: int | None = None, seed: int = 0, dtype: str = "float16", **changes: Any
+) -> Any:
     """A tiny model of transformers: 4 query heads of 8, its weights such that a wrong order of rows shows."""
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -90,7 +92,9 @@ def files(model: Any, era: Era) -> Files:
             f"mp_rank_{rank:02d}_model_states.pt": {
                 **state,
                 "module": OrderedDict(
-                    (f"sequential.{number}.{name}", values) for number, layer in layers for name, values in layer.items()
+                    (f"sequential.{number}.{name}", values)
+                    for number, layer in layers
+                    for name, values in layer.items()
                 ),
                 "mp_world_size": era.tp,
             }
@@ -100,7 +104,8 @@ def files(model: Any, era: Era) -> Files:
         found |= {f"layer_{number:02d}-model_{rank:02d}-model_states.pt": layer for number, layer in layers}
     stages = range(era.tp * era.pp)
     return found | {
-        f"mp_rank_{rank:02d}_model_states.pt": {"module": None, **state, "mp_world_size": len(stages)} for rank in stages
+        f"mp_rank_{rank:02d}_model_states.pt": {"module": None, **state, "mp_world_size": len(stages)}
+        for rank in stages
     }
 
 

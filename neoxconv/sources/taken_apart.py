@@ -18,32 +18,33 @@ def fused_tensors(
 ) -> tuple[Fused, ...]:
     """The fused tensors that a source holds, each in the layout that it has there.
 
-    Raises CheckpointError where neither the files nor --qkv-layout tell which of several it is.
+    Raises CheckpointError where neither the files nor --qkv-layout tell which of several it is, PlanError for a layout
+    that is none of them.
     """
     there = [fused for fused in architecture.fused if any(fused.name_at(0) in rank for rank in named)]
     layouts = list(dict.fromkeys(fused.layout for fused in there if fused.layout))
-    if opening.qkv_layout not in (None, *layouts) and layouts:
-        raise PlanError(f"--qkv-layout {opening.qkv_layout}: expected {' or '.join(layouts)}.")
-    if len(layouts) < 2:
+    if opening.qkv_layout and opening.qkv_layout not in layouts:
+        expected = f"expected {' or '.join(layouts)}" if layouts else f"{index.where} has one only; leave it out"
+        raise PlanError(f"--qkv-layout {opening.qkv_layout}: {expected}.")
+    if not layouts:
         return tuple(there)
-    layout = opening.qkv_layout or architecture.layout_of(index, config)
-    if layout is None and _alike(there, config):
-        layout = layouts[0]
+    layout = opening.qkv_layout or architecture.layout_of(index) or (layouts[0] if _alike(there, config) else None)
     if layout is None:
+        name = next(fused.source for fused in there if fused.layout)
         raise CheckpointError(
-            f"{index.where}: nothing in the files tells the order of rows in {there[0].source}, which gpt-neox changed "
-            f"on 2024-11-14. Give --qkv-layout {' or '.join(layouts)} (docs/formats.md), and see by the loss with "
-            "`verify --level logits --text FILE` whether it was the right one."
+            f"{index.where}: nothing in the files tells the order of rows in {name}, which gpt-neox changed on "
+            f"2024-11-14. Give --qkv-layout {' or '.join(layouts)} (docs/formats.md); `inspect --try TEXT` shows "
+            "with which one it is a language model."
         )
     return tuple(fused for fused in there if fused.layout in (None, layout))
 
 
 def _alike(fused: Sequence[Fused], config: ModelConfig) -> bool:
     """Whether all layouts of a name are one order of rows."""
-    orders: dict[str, list[bytes]] = {}
+    orders: dict[str, set[bytes]] = {}
     for tensor in fused:
-        orders.setdefault(tensor.source, []).append(tensor.order(config, 1).tobytes())
-    return all(len(set(found)) == 1 for found in orders.values())
+        orders.setdefault(tensor.source, set()).add(tensor.order(config, 1).tobytes())
+    return all(len(found) == 1 for found in orders.values())
 
 
 def taken_apart(

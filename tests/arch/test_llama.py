@@ -91,7 +91,5 @@ def test_every_number_type_and_kind_of_files(pp: int, dtype: str, tmp_path: Path
 ], ids=lambda settings: " ".join(settings))  # fmt: skip
 def test_biases_tied_heads_other_bases_odd_widths_and_windows(settings: dict[str, Any], tmp_path: Path) -> None:
     model = llama(**settings)
-    source = check(
-        write(tmp_path / "run", model, Era(inside=True)), model, tmp_path, qkv_layout="blocks"
-    )
+    source = check(write(tmp_path / "run", model, Era(inside=True)), model, tmp_path, qkv_layout="blocks")
     assert source.architecture.name == ("mistral" if "window" in settings else "llama")

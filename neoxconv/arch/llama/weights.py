@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.arch.llama.config import PRESETS, from_gguf, from_hf, from_neox, is_older, to_gguf, to_hf, to_neox
-from neoxconv.core.model import Architecture, Fused, Index, ModelConfig, Weight
+from neoxconv.arch.llama.config import PRESETS, from_gguf, from_hf, to_gguf, to_hf
+from neoxconv.arch.llama.training import from_neox, to_neox, told
+from neoxconv.core.model import Architecture, Fused, ModelConfig, Weight
 
 Rows = npt.NDArray[np.int64]
 
@@ -144,11 +145,6 @@ def _fused() -> Iterator[Fused]:
         yield Fused("mlp.fc1_" + kind, (GATE + kind, UP + kind), _halves)
 
 
-def _layout_of(index: Index, config: ModelConfig) -> str | None:
-    """per-head where the names of the MLP are those of before 2024-09; later ones have seen both."""
-    return "per-head" if is_older(index) else None
-
-
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
 _DROPPED = ("*rotary_emb.inv_freq", "*rotary_emb.*_cached", "*_extra_state", "rope_freqs.weight")
 
@@ -166,7 +162,7 @@ LLAMA = Architecture(
     to_gguf=to_gguf,
     to_neox=to_neox,
     trained=lambda settings: settings.get("norm") == "rmsnorm" and not settings.get("sliding_window_width"),
-    layout_of=_layout_of,
+    layout_of=lambda index: told(index, "qkv_layout"),
     forward="neoxconv.arch.llama.forward",
     contradictions=lambda index, config: iter(()),
 )
