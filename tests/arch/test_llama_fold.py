@@ -12,11 +12,8 @@ from neoxconv.arch.llama.weights import HEAD, LLAMA, NORM, NORM1, NORM2
 from neoxconv.core.model import ModelConfig
 from neoxconv.core.tensor import LazyTensor, in_memory
 from neoxconv.errors import PlanError
+from tests.arch.llama_config import CONFIG
 
-CONFIG = ModelConfig(
-    layers=1, hidden=32, heads=4, kv_heads=2, ff=44, rows=64, context=16, rotary_pct=1.0, rotary_base=1e4,
-    norm="rmsnorm", norm_eps=1e-5, parallel_residual=False, activation="silu", tied=False,
-)  # fmt: skip
 FOLLOWERS = {
     **{f"model.layers.0.self_attn.{name}_proj": NORM1.format(i=0) for name in "qkv"},
     **{f"model.layers.0.mlp.{name}_proj": NORM2.format(i=0) for name in ("gate", "up")},
