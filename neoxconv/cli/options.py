@@ -139,6 +139,9 @@ of_inspect = _options(
     source,
     configuration,
     click.option("--tensors", is_flag=True, help="List every tensor."),
+    click.option(
+        "--try", "text", type=_PATH, metavar="TEXT", help="Read SRC in each way its files leave open: the loss on TEXT."
+    ),
     check,
     jobs,
     _as_json,

@@ -232,7 +232,7 @@ class Architecture:
     presets: Mapping[str, ModelConfig]  # the released models
     trained: Callable[[Mapping[str, Any]], bool]  # whether gpt-neox makes this family with a YAML's settings
     # The layout of the fused tensors whose name has several, as far as the files tell.
-    layout_of: Callable[[Index], str | None] = lambda index: None
+    layout_of: Callable[[Index, ModelConfig], str | None] = lambda index, config: None
     config_of: Mapping[str, Callable[[Index, Measured, Opening], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
     to_gguf: Callable[[ModelConfig], dict[str, Any]]

@@ -20,9 +20,17 @@ def holds(index: Index, *endings: str) -> bool:
     return any(name.endswith(endings) for name in index.ranks[0])
 
 
-def grouped(kv_heads: int, heads: int) -> int | None:
-    """Heads of keys and values; None where every query has its own."""
-    return None if kv_heads == heads else kv_heads
+def grouped(read: Settings, key: str, heads: int) -> int | None:
+    """Heads of keys and values as a setting says them; None where every query has its own.
+
+    Raises CheckpointError where the queries cannot be shared out among them.
+    """
+    if read.values.get(key) is None:
+        return None
+    found = read.count(key)
+    if heads % found:
+        read.refuse(key, found, f"a number that divides the {heads} heads")
+    return None if found == heads else found
 
 
 def _told(config: ModelConfig) -> float:
@@ -52,14 +60,13 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         if found != expected
     ]
     raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems))
-    kv_heads = read.count("num_key_value_heads", heads) if settings.get("num_key_value_heads") else heads
     mistral = settings.get("model_type") == "mistral"
     window = settings.get("sliding_window", 4096) if mistral else None  # MistralConfig's default
     config = ModelConfig(
         layers=read.count("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        kv_heads=grouped(kv_heads, heads),
+        kv_heads=grouped(read, "num_key_value_heads", heads),
         ff=read.count("intermediate_size"),
         rows=measured.rows or read.count("vocab_size"),
         context=read.count("max_position_embeddings", 2048),
@@ -69,12 +76,43 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         norm_eps=read.number("rms_norm_eps", 1e-6),
         parallel_residual=False,
         activation="silu",
-        attention_bias=not mistral and read.truth("attention_bias", False),
-        mlp_bias=not mistral and read.truth("mlp_bias", False),
+        attention_bias=_says_biases(index, read, "attention_bias", mistral),
+        mlp_bias=_says_biases(index, read, "mlp_bias", mistral),
         tied=read.truth("tie_word_embeddings", False),
         window=None if window is None else read.count("sliding_window", window),
     )
     return config, stale(where, "vocab_size", read.count("vocab_size"), config.rows)
+
+
+_BIASED = {
+    "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _says_biases(index: Index, read: Settings, key: str, mistral: bool) -> bool:
+    """Whether a config.json gives linears biases; raises CheckpointError where it does not, and they are there."""
+    said = not mistral and read.truth(key, False)
+    found = [f"{name}.bias" for name in _BIASED[key] if holds(index, f"{name}.bias")]
+    if found and not said:
+        why = "Mistral has none" if mistral else f"{key} is false"
+        raise CheckpointError(
+            f"{read.where}: {why}, but the files hold {', '.join(found)}; correct the configuration. Models with "
+            "some of them only, such as Qwen2, are not supported."
+        )
+    return said
+
+
+def _has_biases(index: Index, where: str, linears: tuple[str, ...]) -> bool:
+    """Whether a GGUF gives linears biases; raises CheckpointError where some have one and others have none."""
+    found = [name for name in linears if holds(index, f"{name}.bias")]
+    if found and len(found) < len(linears):
+        bare = [f"{name}.bias" for name in linears if name not in found]
+        raise CheckpointError(
+            f"{where}: holds {', '.join(f'{name}.bias' for name in found)} but no {', '.join(bare)}; expected all or "
+            "none. Models with some of them only, such as Qwen2, are not supported."
+        )
+    return bool(found)
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -127,7 +165,7 @@ def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         layers=read.count("block_count"),
         hidden=hidden,
         heads=heads,
-        kv_heads=grouped(read.count("attention.head_count_kv", heads), heads),
+        kv_heads=grouped(read, "attention.head_count_kv", heads),
         ff=read.count("feed_forward_length"),
         rows=measured.rows,
         context=read.count("context_length"),
@@ -137,8 +175,8 @@ def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         norm_eps=rounded(read.number("attention.layer_norm_rms_epsilon")),
         parallel_residual=False,
         activation="silu",
-        attention_bias=holds(index, "attn_q.bias"),
-        mlp_bias=holds(index, "ffn_gate.bias"),
+        attention_bias=_has_biases(index, read.where, ("attn_q", "attn_k", "attn_v", "attn_output")),
+        mlp_bias=_has_biases(index, read.where, ("ffn_gate", "ffn_up", "ffn_down")),
         tied=measured.tied,
     )
     return config, keys.notes(_READ, config.rows)

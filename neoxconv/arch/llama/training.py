@@ -15,7 +15,7 @@ from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import Settings, stale
 from neoxconv.arch.training_settings import refused
 from neoxconv.core.model import OWN_STATE, Index, Measured, ModelConfig, Opening
-from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.errors import CheckpointError, PlanError, UntoldError, raise_all
 
 # What each key of gpt-neox's YAML is where the file is silent, and the values that give the function implemented here.
 _ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -85,7 +85,7 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         layers=read.count("num_layers"),
         hidden=read.count("hidden_size"),
         heads=heads,
-        kv_heads=grouped(read.count("num_kv_heads", heads) if settings.get("num_kv_heads") else heads, heads),
+        kv_heads=grouped(read, "num_kv_heads", heads),
         ff=measured.ff,
         rows=measured.rows,
         context=read.count("max_position_embeddings", settings.get("seq_length")),
@@ -134,17 +134,19 @@ def _epsilon(index: Index, read: Settings) -> float:
 
 
 def _norm(index: Index, epsilon: float, asked: str | None) -> tuple[str, tuple[str, ...]]:
-    """RMSNorm in the form that the model was trained with, and a note; raises CheckpointError where nothing tells."""
+    """RMSNorm in the form that the model was trained with, and a note; raises UntoldError where nothing tells."""
     if asked not in (None, *_DATED["rmsnorm"]):
         raise PlanError(f"--rmsnorm {asked}: expected {' or '.join(_DATED['rmsnorm'])}.")
     settings = index.settings
     fixed = settings.get("rmsnorm_fusion") or settings.get("norm") == "te_rmsnorm" or epsilon <= _VANISHING
     form = asked or ("inside" if fixed else told(index, "rmsnorm"))
     if form is None:
-        raise CheckpointError(
+        raise UntoldError(
             f"{index.where}: nothing in the files tells where RMSNorm adds its epsilon ({epsilon:g}), which gpt-neox "
             "changed on 2025-05-09. Give --rmsnorm inside for x / sqrt(ms + eps), as since then, or --rmsnorm outside "
-            "for x / (rms + eps), as before (docs/formats.md); `inspect --try TEXT` shows which one predicts better."
+            "for x / (rms + eps), as before (docs/formats.md); `inspect --try TEXT` shows which one predicts better.",
+            "rmsnorm",
+            tuple(_DATED["rmsnorm"]),
         )
     if form == "inside":
         return "rmsnorm", ()

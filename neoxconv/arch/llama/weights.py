@@ -12,8 +12,9 @@ megatron/model/transformer.py and TransformerEngine's multi_head_attention.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -145,6 +146,11 @@ def _fused() -> Iterator[Fused]:
         yield Fused("mlp.fc1_" + kind, (GATE + kind, UP + kind), _halves)
 
 
+def _has_rmsnorm(settings: Mapping[str, Any]) -> bool:
+    """Whether a YAML of gpt-neox makes such a model, as far as one setting tells."""
+    return settings.get("norm") in ("rmsnorm", "te_rmsnorm")
+
+
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
 _DROPPED = ("*rotary_emb.inv_freq", "*rotary_emb.*_cached", "*_extra_state", "rope_freqs.weight")
 
@@ -161,8 +167,8 @@ LLAMA = Architecture(
     to_hf=to_hf,
     to_gguf=to_gguf,
     to_neox=to_neox,
-    trained=lambda settings: settings.get("norm") == "rmsnorm" and not settings.get("sliding_window_width"),
-    layout_of=lambda index: told(index, "qkv_layout"),
+    trained=lambda settings: _has_rmsnorm(settings) and not settings.get("sliding_window_width"),
+    layout_of=lambda index, config: told(index, "qkv_layout") if config.kv_heads else "per-head",
     forward="neoxconv.arch.llama.forward",
     contradictions=lambda index, config: iter(()),
 )
@@ -170,5 +176,5 @@ MISTRAL = replace(
     LLAMA,
     name="mistral",
     title="Mistral",
-    trained=lambda settings: settings.get("norm") == "rmsnorm" and bool(settings.get("sliding_window_width")),
+    trained=lambda settings: _has_rmsnorm(settings) and bool(settings.get("sliding_window_width")),
 )
