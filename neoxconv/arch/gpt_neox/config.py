@@ -68,7 +68,6 @@ _ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "activation": ("gelu", ("gelu",)),
     "gpt_j_tied": (False, (False,)),
     "apply_layernorm_1p": (False, (False,)),
-    "use_bias_in_norms": (True, (True,)),
     "use_bias_in_attn_linear": (True, (True,)),
     "use_bias_in_mlp": (True, (True,)),
     "use_qk_layernorm": (False, (False,)),
