@@ -237,6 +237,8 @@ class Architecture:
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
     to_neox: Callable[[ModelConfig], dict[str, Any]]
+    # Names that gpt-neox changed on 2024-09-07, with today's: parts of those in the layer files.
+    renamed: Mapping[str, str] = field(default_factory=dict)
     forward: str
     # What a source stores and a configuration contradicts: the tensor's rank and source name, both values in words.
     contradictions: Callable[[Index, ModelConfig], Iterator[tuple[int, str, str]]]
