@@ -61,7 +61,7 @@ def train(folder: Path, settings: Mapping[str, Any], tokens: Tokens, norm_noise:
 
 
 def first_loss(slim: Path, tokens: Tokens, work: Path) -> float:
-    """The loss of the first step after loading `slim` with its own YAML and `finetune: true`; tokens [2, 2, words + 1]."""
+    """The loss of the first step from `slim`, by its own YAML and `finetune: true`; tokens [2, 2, words + 1]."""
     import yaml
 
     ymls = sorted((slim / (slim / "latest").read_text() / "configs").iterdir())
@@ -101,7 +101,9 @@ def _run(
         for each in ranks:
             each.kill()
             each.wait()
-    assert not any(each.returncode for each in ranks), "\n".join((work / f"log-{rank}.txt").read_text()[-2000:] for rank in range(world))
+    assert not any(each.returncode for each in ranks), "\n".join(
+        (work / f"log-{rank}.txt").read_text()[-2000:] for rank in range(world)
+    )
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

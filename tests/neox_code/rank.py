@@ -1,8 +1,8 @@
 """One rank of gpt-neox, run on a CPU by its own Python: it trains, saves and loads as its YAML says.
 
-`python rank.py TASK.json`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. Real: the model, tensor and
-pipeline parallel layers, DeepSpeed's engines, every line that saves and loads. Adapted: what asks for CUDA gets the
-CPU, Adam is torch's, the data are TASK's tokens. Nothing of neoxconv is imported here.
+`python rank.py TASK.json`, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set. Real: the model, tensor
+and pipeline parallel layers, DeepSpeed's engines, every line that saves and loads. Adapted: what asks for CUDA gets
+the CPU, Adam is torch's, the data are TASK's tokens. Nothing of neoxconv is imported here.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def adapt() -> None:
 
 
 adapt()
-from megatron import mpu, training
-from megatron.data import data_utils
-from megatron.neox_arguments import NeoXArgs
+from megatron import mpu, training  # noqa: E402
+from megatron.data import data_utils  # noqa: E402
+from megatron.neox_arguments import NeoXArgs  # noqa: E402
 
 TASK = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(sys.argv[1]).parent
@@ -127,7 +127,8 @@ def logits(model: Any, args: Any) -> torch.Tensor | None:
                 tokens, _, _, mask, positions = training.get_batch(neox_args=args, data_iterator=data)
                 keep(model((tokens, positions, mask), neox_args=args))
         model.train()
-    return torch.cat([part if part.shape[0] == TOKENS.shape[2] else part.transpose(0, 1) for part in seen]) if seen else None
+    upright = [part if part.shape[0] == TOKENS.shape[2] else part.transpose(0, 1) for part in seen]
+    return torch.cat(upright) if upright else None
 
 
 def record(name: str, model: Any, args: Any) -> None:

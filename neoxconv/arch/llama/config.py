@@ -33,7 +33,7 @@ def grouped(read: Settings, key: str, heads: int) -> int | None:
     return None if found == heads else found
 
 
-def _told(config: ModelConfig) -> float:
+def epsilon_inside(config: ModelConfig) -> float:
     """The epsilon for programs that add it inside of the root."""
     return config.norm_eps if config.norm == "rmsnorm" else TINY
 
@@ -137,7 +137,7 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_hidden_layers": config.layers,
         "num_key_value_heads": config.key_heads,
-        "rms_norm_eps": _told(config),
+        "rms_norm_eps": epsilon_inside(config),
         "rope_parameters": {"rope_theta": config.rotary_base, "rope_type": "default"},
         "rope_theta": config.rotary_base,
         "tie_word_embeddings": config.tied,
@@ -191,7 +191,7 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
         "llama.feed_forward_length": config.ff,
         "llama.attention.head_count": config.heads,
         "llama.attention.head_count_kv": config.key_heads,
-        "llama.attention.layer_norm_rms_epsilon": _told(config),
+        "llama.attention.layer_norm_rms_epsilon": epsilon_inside(config),
         "llama.rope.freq_base": config.rotary_base,
         "llama.rope.dimension_count": config.head_size,
         "llama.vocab_size": config.rows,
