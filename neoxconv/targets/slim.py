@@ -32,6 +32,7 @@ from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.training import Degrees, States
 
 RECIPES = tuple(Recipe("slim", dtype=dtype) for dtype in training.PRECISION)  # all that `formats` lists
+_DATED = "named as gpt-neox did until 2024; for its code of today give --current-names"
 _RankEntries = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
 
@@ -87,7 +88,9 @@ def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
     none = () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
     sidecars |= words
-    notes = (*notes, *none, *beside.notes, *beside.left_out(words))
+    older = checkpoint.architecture.renamed and not recipe.current_names
+    dated = (_DATED,) if older else ()
+    notes = (*notes, *dated, *none, *beside.notes, *beside.left_out(words))
     return Content(
         tuple(layout_pt(f"global_step0/{name}", value) for name, value in files(ranks, states, after, False).items()),
         sidecars,

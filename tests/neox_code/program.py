@@ -48,9 +48,11 @@ class Made:
 
 def train(folder: Path, settings: Mapping[str, Any], tokens: Tokens, norm_noise: float = 0.002) -> Made:
     """Train a model of these settings for a step per `tokens` [steps, 2, 2, words + 1], save it, load it, record."""
+    import yaml
+
     folder.mkdir(parents=True)
     yml = folder / "model.yml"
-    yml.write_text(json.dumps(dict(settings)))  # JSON is YAML, and gpt-neox stores the text as it is
+    yml.write_text(yaml.safe_dump(dict(settings)))
     steps = len(tokens)
     saved = {"train_iters": steps, "lr_decay_iters": steps, "checkpoint_factor": steps, "save": str(folder / "saved")}
     _run(folder / "train", [yml], tokens, settings, {**TRAINING, **saved}, norm_noise=norm_noise)
