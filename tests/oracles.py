@@ -25,7 +25,9 @@ import numpy.typing as npt
 ROOT = Path(__file__).parents[1]
 TF4 = ROOT / ".venv-tf4"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neoxconv"
-PACKAGES = ("torch", "transformers", "gguf", "safetensors", "tokenizers", "llama-cpp-python", "bitsandbytes")
+PACKAGES = (
+    "torch", "transformers", "gguf", "safetensors", "tokenizers", "sentencepiece", "llama-cpp-python", "bitsandbytes",
+)  # fmt: skip
 
 Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
 Logits = npt.NDArray[np.float32]  # [batch, time, vocab]

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from neoxconv.errors import PlanError
 from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, QKV_LAYOUTS, RMSNORMS, SCALES, TARGET_TYPES, TYPES, WEIGHTS
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
     from neoxconv.storage import Place
 
+FOLDER_GONE = "the working folder was removed; change to one that exists, and run the command there."
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -26,6 +28,7 @@ class _Path(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         _check_named(value)
+        _check_found(Path(value))
         return super().convert(value, param, ctx)
 
 
@@ -33,6 +36,13 @@ def _check_named(text: object) -> None:
     """Raise BadParameter for a text that names nothing."""
     if not str(text).strip():
         raise click.BadParameter("the name is empty; give a file or a folder (is a variable unset?).")
+
+
+def _check_found(path: Place) -> None:
+    """Raise PlanError for a path from a working folder that is not there any more."""
+    session = click.get_current_context().find_root().obj or {}
+    if session.get("gone") and isinstance(path, Path) and not path.is_absolute():
+        raise PlanError(FOLDER_GONE)
 
 
 _PATH = _Path(path_type=Path)
@@ -45,7 +55,9 @@ def _location(text: str) -> Place:
     from neoxconv.storage import place
 
     _check_named(text)
-    return place(text)
+    found = place(text)
+    _check_found(found)
+    return found
 
 
 def byte_count(text: str) -> int:
@@ -77,8 +89,11 @@ def _override(text: str) -> tuple[str, str]:
 
 def scheduler(text: str) -> str:
     """The address of a Dask scheduler."""
-    if not re.fullmatch(r"dask://[^/\s]+:\d+", text):
+    found = re.fullmatch(r"dask://[^/\s]+:(\d+)", text)
+    if not found:
         raise click.BadParameter(f"{text!r} is no scheduler; write it as dask://HOST:PORT.")
+    if not 1 <= int(found[1]) <= 65535:
+        raise click.BadParameter(f"{text!r}: {found[1]} is no port; they go from 1 to 65535.")
     return text
 
 
@@ -245,7 +260,12 @@ of_calibrate = _options(
 of_formats = _options(_as_json, verbose)
 
 _of_logits = _options(
-    click.option("--text", type=_PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]"),
+    click.option(
+        "--text",
+        type=_PATH,
+        metavar="FILE",
+        help="A text whose token ids are compared; logits: whose predictions are.  [default: a built-in one]",
+    ),
     click.option("--tokens", type=_PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
     click.option("--sequences", type=_COUNT, metavar="N", help="logits: sequences, and questions, at most."),
@@ -261,7 +281,7 @@ _of_logits = _options(
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits: what runs TARGET: native, transformers or llama.cpp.",
+        help="logits, and --text: what runs TARGET: native, transformers or llama.cpp.",
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),
@@ -273,7 +293,11 @@ _of_logits = _options(
 )
 of_verify = _options(
     click.argument("paths", type=_location, nargs=-1, required=True, metavar="[SRC] TARGET"),
-    _choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]"),
+    _choice_option(
+        "--level",
+        choices=("bytes", "tokenizer", "weights", "logits"),
+        help="weights and logits have those before them.  [default: weights, or bytes without SRC]",
+    ),
     norms,
     configuration,
     click.option("--calibration", type=_PATH, metavar="FILE", help="weights: the one that `convert` was given."),

@@ -162,6 +162,17 @@ class Encoding:
         return 8 * self.dtype.nbytes / self.dtype.block
 
 
+def copied(dtype: DType) -> Encoding:
+    """An encoding for bytes that are only copied."""
+    return Encoding(
+        name=dtype.name,
+        dtype=dtype,
+        encode=lambda rows: rows,
+        decode=lambda rows: rows.astype(np.float32),
+        wrong=lambda rows, stored, weighted=False: rows != stored,
+    )
+
+
 @dataclass(frozen=True)
 class Scales:
     """What a value of 1 stands for in each group [groups] float32: when it is `encoded`, and when it is read back

@@ -31,6 +31,7 @@ from neoxconv.sources.naming import count_named, home, name_tensors
 from neoxconv.sources.taken_apart import fused_tensors, taken_apart
 from neoxconv.sources.tied import stored_head
 from neoxconv.storage import Place, is_here, open_storage, place, together
+from neoxconv.words import shell
 
 
 def open_checkpoint(
@@ -121,7 +122,8 @@ def _hint(path: Place) -> str:
     """What may be meant by a place where nothing is: ORG/NAME, as the Hugging Face hub calls its models."""
     if not is_here(path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         return ""
-    return f" If it is a model of the Hugging Face hub, download it (hf download {path}), or give hf://{path}."
+    fetch = shell(["hf", "download", str(path)])
+    return f" If it is a model of the Hugging Face hub, download it ({fetch}), or give hf://{path}."
 
 
 def _read_file(path: Place, config: Sequence[Path]) -> Index:

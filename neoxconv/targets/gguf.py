@@ -18,7 +18,7 @@ from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
 from neoxconv.formats.tokenizer import differences, gguf_keys
 from neoxconv.formats.tokenizer.from_keys import Keys
-from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX
+from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
@@ -106,6 +106,7 @@ def _notes_beside(beside: Carried, keys: Mapping[str, Any], recipe: Recipe) -> l
             notes.append(f"{name} is {said} in the source, {written} by the tokenizer's settings, which GGUF takes")
     if keys.get(PREFIX + "pre") in _COMPOSED:
         notes.append(_NFC)
+    notes += told(beside.tokenizer) if beside.tokenizer else []
     faults = differences(beside.tokenizer) if beside.tokenizer and recipe.allow_other_tokens else []  # else refused
     notes += [f"llama.cpp gives some texts other ids than the source's tokenizer: it has no {f}" for f in faults]
     return notes + ([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])

@@ -12,14 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from neoxconv.arch.fused import split
-from neoxconv.core.encoding import Encoding
+from neoxconv.core.encoding import Encoding, copied
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Stored
 from neoxconv.core.tensor import LazyTensor, computed, in_memory
-from neoxconv.dtypes import FLOATS, DType
+from neoxconv.dtypes import FLOATS
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
@@ -122,17 +120,6 @@ def _encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
     if tensor.native.name not in FLOATS:
         return copied(tensor.native)
     return ENCODINGS.get(dtype or tensor.native.name) or copied(tensor.dtype)
-
-
-def copied(dtype: DType) -> Encoding:
-    """An encoding for bytes that are only copied."""
-    return Encoding(
-        name=dtype.name,
-        dtype=dtype,
-        encode=lambda rows: rows,
-        decode=lambda rows: rows.astype(np.float32),
-        wrong=lambda rows, stored, weighted=False: rows != stored,
-    )
 
 
 def _as_stored(checkpoint: Checkpoint, recipe: Recipe) -> _RankEntries:

@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "current_names": [], "only": ["a"], "shard_size": ["1MB"],
           "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
-          "imatrix": ["m.gguf"], "effort": ["high"], "double_quant": [], "compute_dtype": ["f16"],
+          "imatrix": ["m.gguf"], "calibration": ["c.gguf"], "effort": ["high"], "double_quant": [],
+          "compute_dtype": ["f16"],
           "scale": ["none"], "allow_other_tokens": [],
           "allow_nonfinite": []}  # fmt: skip
 
@@ -72,7 +73,7 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("verify a --level logits", "verify SRC TARGET"),
         ("verify a b --level layers", "is not one of"),
         ("verify a b --level logits --bisect --engine llama.cpp", "needs the native engine"),
-        ("calibrate a -o b", "give either --text FILE or --tokens FILE"),
+        ("calibrate a -o b --text c --tokens d", "--text and --tokens exclude each other"),
         ("invent", "invent"),
     ],
 )
