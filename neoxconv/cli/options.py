@@ -218,7 +218,9 @@ of_convert = _options(
         metavar="M",
         help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]",
     ),
-    click.option("--current-names", is_flag=True, help="slim: made anew, as gpt-neox names tensors since 2024-09."),
+    click.option(
+        "--current-names", is_flag=True, default=None, help="slim: made anew, as gpt-neox names tensors since 2024-09."
+    ),
     configuration,
     click.option("--tokenizer", type=_PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]"),
     _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),

@@ -32,7 +32,7 @@ TRAINING: dict[str, Any] = {
     "precision": "fp32", "fp16": None, "bf16": None, "data_types": None, "distributed_backend": "gloo",
     "data_path": "./unused", "data_impl": "mmap", "split": "990,5,5", "eval_interval": 1000, "eval_iters": 1,
     "log_interval": 1, "steps_per_print": 1, "wall_clock_breakdown": False,
-    "save": None, "checkpoint_factor": None, "extra_save_iters": None,
+    "checkpoint_validation_with_forward_pass": False, "save": None, "checkpoint_factor": None, "extra_save_iters": None,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from neoxconv.dtypes import BF16, narrow
 from neoxconv.errors import CheckpointError
 from tests.fixtures import fixture, real
 from tests.oracles import Logits, Tokens, transformers_logits
-from tests.verify.test_stream import logits_of
+from tests.streamed import logits_of
 
 TODAY, BEFORE = "llama_2026_bf16_tp2_pp2", "llama_2024_bf16_tp2_pp2"
 # What each one's files leave open; the names w1, w2 and w3 of the older one tell its date.

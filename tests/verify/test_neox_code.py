@@ -14,7 +14,7 @@ from neoxconv.core.model import Checkpoint
 from tests.fixtures import fixture
 from tests.neox_code.program import first_loss, train
 from tests.oracles import Tokens, program, transformers_logits
-from tests.verify.test_stream import logits_of
+from tests.streamed import logits_of
 
 pytestmark = pytest.mark.slow
 
@@ -55,9 +55,9 @@ def tokens(*shape: int) -> Tokens:
 
 
 def opened(folder: Path) -> Checkpoint:
-    """A checkpoint of today's gpt-neox, or one whose names tell that it is older."""
-    told = {} if "2024" in str(folder) else {"qkv_layout": "blocks", "rmsnorm": "inside"}
-    return open_checkpoint(folder, **told)
+    """A checkpoint of today's gpt-neox, told so where it is a Llama that does not tell by itself."""
+    tells = any(part.startswith(("neox_", "llama_2024")) for part in folder.parts)
+    return open_checkpoint(folder) if tells else open_checkpoint(folder, qkv_layout="blocks", rmsnorm="inside")
 
 
 def loss_of(folder: Path, sequences: Tokens) -> float:
