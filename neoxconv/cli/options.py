@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from neoxconv.errors import PlanError
-from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, QKV_LAYOUTS, RMSNORMS, SCALES, TARGET_TYPES, TYPES, WEIGHTS
+from neoxconv.names import (
+    DTYPES,
+    FORMATS,
+    NORMS,
+    PRESETS,
+    QKV_LAYOUTS,
+    RMSNORMS,
+    SCALES,
+    STAND_INS,
+    TARGET_TYPES,
+    TYPES,
+    WEIGHTS,
+)
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
@@ -177,7 +189,7 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; of calibrate --covariance."
+        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
     ),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
     click.option(
@@ -187,6 +199,10 @@ _of_gguf = _options(
         help="gguf: the nearest tokenizer where llama.cpp has not SRC's; ids may differ.",
     ),
 )
+_as_family = _choice_option(
+    "--as", "as_family", choices=STAND_INS, metavar="NAME",
+    help="gguf, slim: write SRC as another family where the format lacks its own (docs/formats.md).",
+)  # fmt: skip
 of_convert = _options(
     source,
     click.argument("target", type=_location, metavar="DST"),
@@ -198,6 +214,7 @@ of_convert = _options(
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
     ),
     _of_gguf,
+    _as_family,
     click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
     _choice_option(
         "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
@@ -222,7 +239,9 @@ of_convert = _options(
         "--current-names", is_flag=True, default=None, help="slim: made anew, as gpt-neox names tensors since 2024-09."
     ),
     configuration,
-    click.option("--tokenizer", type=_PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]"),
+    click.option(
+        "--tokenizer", type=_PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
+    ),
     _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
     jobs,
@@ -243,7 +262,11 @@ of_calibrate = _options(
     source,
     click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
     click.option(
-        "--text", type=_PATH, multiple=True, metavar="FILE", help="A text such as the model will meet; repeat to mix."
+        "--text",
+        type=_PATH,
+        multiple=True,
+        metavar="FILE",
+        help="A text such as the model will meet; repeat to mix.  [default: a built-in one]",
     ),
     click.option(
         "--covariance", is_flag=True, help="Also what `convert --calibration` needs; FILE grows by columns squared."
@@ -251,6 +274,7 @@ of_calibrate = _options(
     click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
     click.option("--sequences", type=_COUNT, metavar="N", help="Sequences at most."),
+    _as_family,
     norms,
     configuration,
     click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda."),

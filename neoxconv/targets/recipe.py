@@ -33,6 +33,7 @@ class Recipe:
     scale: str | None = None  # float8: none, tensor or channel
     only: tuple[str, ...] = ()  # hf, safetensors: patterns of the unified names that the target holds; else all
     tokenizer: Path | None = None
+    as_family: str | None = None  # gguf, slim: the family to write the model as, where the format lacks its own
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -16,17 +16,18 @@ from neoxconv.arch.fused import split
 from neoxconv.core.encoding import Encoding, copied
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Stored
-from neoxconv.core.tensor import LazyTensor, computed, in_memory
+from neoxconv.core.tensor import LazyTensor, in_memory
 from neoxconv.dtypes import FLOATS
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
-from neoxconv.quant import ENCODINGS, floats
+from neoxconv.quant import ENCODINGS, decoded
 from neoxconv.sources import SOURCES
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
 from neoxconv.targets.carried import carried, tokenizer_facts
 from neoxconv.targets.recipe import Recipe
+from neoxconv.targets.stand_in import written_as
 from neoxconv.targets.training import Degrees, States
 
 RECIPES = tuple(Recipe("slim", dtype=dtype) for dtype in training.PRECISION)  # all that `formats` lists
@@ -74,6 +75,7 @@ def _from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 
 def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """Step 0, as gpt-neox would have written it in 2022, or today, with a YAML made for it."""
+    checkpoint, stands_in = written_as(checkpoint, "neox", recipe.as_family)
     before = training.degrees_of(checkpoint)
     checkpoint = replace(checkpoint, index=replace(checkpoint.index, states={}))  # they tell of another step and names
     after = training.degrees_for(recipe, before, checkpoint.config)
@@ -88,7 +90,7 @@ def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     sidecars |= words
     older = checkpoint.architecture.renamed and not recipe.current_names
     dated = (_DATED,) if older else ()
-    notes = (*notes, *dated, *none, *beside.notes, *beside.left_out(words))
+    notes = (*stands_in, *notes, *dated, *none, *beside.notes, *beside.left_out(words))
     return Content(
         tuple(layout_pt(f"global_step0/{name}", value) for name, value in files(ranks, states, after, False).items()),
         sidecars,
@@ -194,15 +196,7 @@ def _named_anew(checkpoint: Checkpoint, current: bool) -> Iterator[_Whole]:
         if stored.buffer:
             yield _Whole(name, None, (in_memory(stored.buffer.values(config)),))
         else:
-            whole = (checkpoint.tensors[weight.unified] for weight in stored.weights)
-            yield _Whole(
-                name, stored, tuple(_decoded(tensor) if tensor.dtype.quantized else tensor for tensor in whole)
-            )
-
-
-def _decoded(tensor: LazyTensor) -> LazyTensor:
-    """A quantized tensor as numbers, whose columns can be taken apart."""
-    return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
+            yield _Whole(name, stored, tuple(decoded(checkpoint.tensors[weight.unified]) for weight in stored.weights))
 
 
 def _split_anew(tensors: Iterable[_Whole], degree: int, config: ModelConfig, dtype: str | None) -> _RankEntries:

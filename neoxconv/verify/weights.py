@@ -22,6 +22,7 @@ from neoxconv.quant.bands import rounded, sizes_of
 from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.gguf import CALIBRATION, SEARCHED
+from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
 from neoxconv.verify.together import not_the_best, too_far
 
@@ -29,23 +30,27 @@ _Progress = Callable[[int], None]
 SLAB = 4 << 20
 _EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
-# What must agree for the two to be one function; GGUF does not say which GELU, llama.cpp computes the tanh form.
+# What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
+# of a window (llama.cpp has none).
 _COMPARED = (
     "layers",
     "hidden",
     "heads",
+    "key_heads",
     "ff",
     "rows",
     "context",
     "rotary_dims",
     "rotary_base",
+    "norm",
     "norm_eps",
     "parallel_residual",
     "activation",
     "tied",
+    "window",
 )
 _SIZES = ("layers", "hidden", "ff", "rows")
-_UNSAID = {"gguf": ("activation", "tied")}
+_UNSAID = {"gguf": ("activation", "tied", "window")}
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,13 @@ def verify_weights(
 ) -> Report:
     """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
 
-    `source` must have been opened with the target's norms policy. `calibration` is the file by which codes were chosen
+    `source` must have been opened with the target's norms policy; where the target's format lacks its family, it is
+    compared as the one that stands in. `calibration` is the file by which codes were chosen
     together, without which these have bounds only. `progress` gets counts of source bytes compared. Raises
     CheckpointError where its settings are in doubt.
     """
     source.refuse_doubts()
+    source = as_the_targets(source, target)
     differences = list(_compare_configs(source, target))
     if any(getattr(source.config, size) != getattr(target.config, size) for size in _SIZES):
         return Report("weights", "no tensor, because the models have other shapes", tuple(differences))
@@ -233,8 +240,11 @@ def differs(pair: _Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool
 
 
 def _compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
-    """Hyperparameters that differ."""
+    """Hyperparameters that differ, as far as the target's format can say the source's."""
+    own, made = source.config, target.config
+    if target.index.format != "neox":
+        own = source.architecture.sayable(own)
     for name in _COMPARED:
-        ours, theirs = getattr(source.config, name), getattr(target.config, name)
+        ours, theirs = getattr(own, name), getattr(made, name)
         if ours != theirs and name not in _UNSAID.get(target.index.format, ()):
             yield Finding("configuration", f"{name} is {theirs} in the target and {ours} in the source")

@@ -28,7 +28,7 @@ TRAINING: dict[str, Any] = {
     "optimizer": {"type": "Adam", "params": {"lr": 1.0e-3, "betas": [0.9, 0.95], "eps": 1.0e-8}},
     "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 0}, "weight_decay": 0.1, "hidden_dropout": 0, "attention_dropout": 0,
-    "checkpoint_activations": False, "scaled_upper_triang_masked_softmax_fusion": False, "bias_gelu_fusion": False,
+    "checkpoint_activations": False, "scaled_upper_triang_masked_softmax_fusion": False,
     "precision": "fp32", "fp16": None, "bf16": None, "data_types": None, "distributed_backend": "gloo",
     "data_path": "./unused", "data_impl": "mmap", "split": "990,5,5", "eval_interval": 1000, "eval_iters": 1,
     "log_interval": 1, "steps_per_print": 1, "wall_clock_breakdown": False,

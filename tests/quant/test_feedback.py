@@ -32,7 +32,7 @@ def moments_of(inputs: Floats) -> Moments:
 
 @cache
 def case() -> tuple[Floats, Moments, Factors]:
-    """Weights [96, columns], and moments of inputs that go together as a model's do: few directions have most of them."""
+    """Weights [96, columns], and moments of inputs that go together as a model's do: a few directions have most."""
     rng = np.random.default_rng(5)
     mixing = rng.standard_normal((COLUMNS, COLUMNS)) * np.exp(-np.arange(COLUMNS) / 60)[:, None]
     inputs = rng.standard_normal((4 * COLUMNS, COLUMNS)) @ mixing / 8 + 0.3 * rng.standard_normal((2048, COLUMNS))

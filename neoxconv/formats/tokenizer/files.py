@@ -115,6 +115,14 @@ class Tokenizer:
         return {text: i for text, i in pairs if isinstance(text, str) and type(i) is int}
 
     @property
+    def special_ids(self) -> set[int]:
+        """The ids of the special tokens, as far as a tokenizer.json tells them."""
+        try:
+            return {token["id"] for token in self.added if token.get("special") and type(token.get("id")) is int}
+        except CheckpointError:
+            return set()
+
+    @property
     def count(self) -> int | None:
         """One more than the largest id; None where the files do not tell."""
         return max(self.ids.values(), default=-1) + 1 or None

@@ -58,7 +58,8 @@ def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
     model, pre = keys.get("model"), keys.get("pre")
     splitter = SPLITTERS.get("default" if pre is None else pre) if isinstance(pre, str | None) else None
     if model != "gpt2" or splitter is None:
-        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*SPLITTERS]}. {_WANTED}")
+        known = [*dict.fromkeys(splitter.pre for splitter in SPLITTERS.values())]  # without their other names
+        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {known}. {_WANTED}")
     tokens, types, merges = (keys.texts(name) for name in ("tokens", "token_type", "merges"))
     if all(isinstance(text, str) for text in tokens) and not types:
         types = [_guessed(text) for text in tokens]

@@ -75,7 +75,21 @@ _SPLITTERS = (
     _Splitter("dbrx", _split_by(GPT_4)),
     _Splitter("qwen2", _split_by(QWEN_2)),
 )
-SPLITTERS = {splitter.pre: splitter for splitter in _SPLITTERS} | {"default": _SPLITTERS[1]}
+# Other names of the same: llama.cpp has one case for each line.
+_ALSO = {
+    "gpt-2": ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "exaone4",
+              "modern-bert", "jais", "trillion", "granite-docling"),
+    "starcoder": ("smollm", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "dbrx": ("smaug-bpe",),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open"),
+}  # fmt: skip
+_BY_NAME = {splitter.pre: splitter for splitter in _SPLITTERS}
+SPLITTERS = {
+    **_BY_NAME,
+    "default": _BY_NAME["gpt-2"],
+    **{name: _BY_NAME[pre] for pre, names in _ALSO.items() for name in names},
+}
 _UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
 
 

@@ -60,9 +60,16 @@ Der Wind kam aus Westen. Le vent tourna enfin. El barco se movió despacio, como
 """
 
 
-def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
+def package_text() -> str:
+    """The source of this package: code and plain English, a megabyte of them, the same in every installation of it."""
+    root = Path(__file__).parents[2]
+    return "".join(file.read_text("utf-8") for file in sorted(root.rglob("*.py")))
+
+
+def tokens_for(checkpoint: Checkpoint, sample: Sample, own: str | None = None) -> tuple[Numbers, str]:
     """Tokens [sequences, length] and where they are from; sequences are cut to what there is and the model's context.
 
+    Without a text they are from `own`, all of it, by default from two sequences of a short one.
     Raises PlanError or CheckpointError where there is no tokenizer, or the ids are not the model's.
     """
     text, sequences = sample.text, sample.sequences
@@ -75,14 +82,14 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
         return _invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
     if words is None:
         raise PlanError(f"{checkpoint.index.folder}: has no tokenizer; give token ids with --tokens FILE.npy.")
-    found = encode(words, sample.lines if text else _TEXT)
+    found = encode(words, sample.lines if text else own or _TEXT)
     if found.max(initial=0) >= checkpoint.config.rows:
         raise CheckpointError(
             f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
             "it is another model's."
         )
-    wanted = sequences or (len(found) if text else _SEQUENCES)
-    if text is None:
+    wanted = sequences or (len(found) if text or own else _SEQUENCES)
+    if text is None and own is None:
         found = np.tile(found, -(-length * wanted // len(found)))
     rows = min(len(found) // length, wanted)
     if rows == 0:
@@ -95,9 +102,11 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
 def mixed(checkpoint: Checkpoint, samples: Sequence[Sample]) -> tuple[Numbers, str]:
     """The tokens of several samples [sequences, length] in turn, as many of each, and where they are from.
 
+    A sample of nothing is of this package's source.
+
     Raises what `tokens_for` raises, and PlanError where one sample is too short for sequences of the others' length.
     """
-    found = [tokens_for(checkpoint, sample) for sample in samples]
+    found = [tokens_for(checkpoint, sample, package_text()) for sample in samples]
     lengths = {tokens.shape[1] for tokens, _ in found}
     if len(lengths) > 1:
         raise PlanError(f"the texts give sequences of {sorted(lengths)} tokens; give longer texts, or a --length.")
