@@ -20,6 +20,14 @@ class CheckpointError(NeoxconvError):
     """The input is missing, damaged, contradictory or not understood."""
 
 
+class UntoldError(CheckpointError):
+    """The files leave a question open that an option answers: the option's name, and what it can be."""
+
+    def __init__(self, problem: str, option: str = "", choices: tuple[str, ...] = ()) -> None:
+        super().__init__(problem)
+        self.option, self.choices = option, choices
+
+
 class PlanError(NeoxconvError):
     """The request cannot be carried out; nothing has been written."""
 

@@ -17,6 +17,8 @@ DTYPES = ("F16", "BF16", "F32")
 NORMS = ("mean", "fold", "rank0")
 STAND_INS = ("gpt_neox", "gpt2")  # families that others are written as
 WEIGHTS = ("stored", "master")
+QKV_LAYOUTS = ("per-head", "blocks")
+RMSNORMS = ("inside", "outside")
 PRESETS = (
     "20B", "pythia-14m", "pythia-31m", "pythia-70m", "pythia-160m", "pythia-410m",
     "pythia-1b", "pythia-1.4b", "pythia-2.8b", "pythia-6.9b", "pythia-12b",

@@ -4,8 +4,9 @@ With x the normalised stream (the same on every rank), rank r computes W_r (g_r 
 
     W'_r = W_r diag(g_r / g),    c'_r = c_r + W_r (b_r - (g_r / g) b)
 
-computes the same. The head has no bias c_r; but x sums to zero, so adding u 1^T diag(1 / g) to its weight changes
-nothing of its product with g x and adds u sum(b / g) to its product with b:
+computes the same. RMSNorm has no b, so its second half is nothing. LayerNorm has one, and the head no bias c_r to take
+it; but x sums to zero, so adding u 1^T diag(1 / g) to the head's weight changes nothing of its product with g x and
+adds u sum(b / g) to its product with b:
 
     E'_r = E_r diag(g_r / g) + u_r 1^T diag(1 / g),    u_r = E_r (b_r - (g_r / g) b) / sum(b / g)
 
@@ -62,15 +63,16 @@ def folded(named: RankTensors, architecture: Architecture, config: ModelConfig) 
         norms = _rank_norms(named, norm, weight, config)
         for rank, tensors in enumerate(named):
             result[rank][unified] = _fold_one(tensors, unified, weight, norms[rank])
-            result[rank][norm + ".weight"] = _known(tensors[norm + ".weight"], norms[0].common_gain)
-            result[rank][norm + ".bias"] = _known(tensors[norm + ".bias"], norms[0].common_bias)
+            common = {norm + ".weight": norms[0].common_gain, norm + ".bias": norms[0].common_bias}
+            result[rank] |= {name: _known(tensors[name], values) for name, values in common.items() if name in tensors}
     return result
 
 
 def _rank_norms(named: RankTensors, norm: str, weight: Weight, config: ModelConfig) -> list[_Norm]:
-    """The norm on every rank, each with the common one."""
+    """The norm on every rank, each with the common one; the biases of one that has none are zero."""
     gains = [rank[norm + ".weight"].floats(0, config.hidden).astype(np.float64) for rank in named]
-    biases = [rank[norm + ".bias"].floats(0, config.hidden).astype(np.float64) for rank in named]
+    found = [rank.get(norm + ".bias") for rank in named]
+    biases = [bias.floats(0, config.hidden).astype(np.float64) if bias else np.zeros(config.hidden) for bias in found]
     like = named[0][norm + ".weight"]
     if weight.role == "head" and named[0][weight.unified].columns != config.hidden:
         part = config.hidden // len(named)  # `output_layer_parallelism: row`: the head's ranks hold bands of columns
@@ -80,7 +82,7 @@ def _rank_norms(named: RankTensors, norm: str, weight: Weight, config: ModelConf
         return [_Norm(gain, bias, gain, bias)] * len(named)
     gain = _as_stored(_away_from_zero(sum(gains) / len(gains)), like)  # type: ignore[arg-type]
     bias = sum(biases) / len(biases)  # type: ignore[assignment]
-    if weight.role == "head":
+    if weight.role == "head" and all(found):
         bias = bias + gain * (_SHIFT - row_sums((bias / gain)[None])[0] / len(gain))
     return [_Norm(g, b, gain, _as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
 
@@ -104,10 +106,12 @@ def _known(like: LazyTensor, values: Doubles) -> LazyTensor:
 def _fold_one(tensors: dict[str, LazyTensor], unified: str, weight: Weight, norm: _Norm) -> LazyTensor:
     """One rank's weight or bias, changed so that it follows the common norm."""
     tensor = tensors[unified]
-    if weight.role == "head":
-        return _fold_head(tensor, norm)
     if weight.role == "bias":
         return _fold_bias(tensor, tensors[unified.removesuffix("bias") + "weight"], norm)
+    if tensor.columns != len(norm.gain):  # a head by columns, whose ranks see their own norm
+        return tensor
+    if norm.offset.any() and weight.role == "head":
+        return _fold_head(tensor, norm)
 
     def read(start: int, stop: int) -> Floats:
         return (tensor.floats(start, stop) * norm.ratio).astype(np.float32)
@@ -117,6 +121,8 @@ def _fold_one(tensors: dict[str, LazyTensor], unified: str, weight: Weight, norm
 
 def _fold_bias(bias: LazyTensor, weight: LazyTensor, norm: _Norm) -> LazyTensor:
     """The bias plus what the norms' biases contribute through the weight, whose rows are read a band at a time."""
+    if not norm.offset.any():
+        return bias
 
     def read(start: int, stop: int) -> Floats:
         step = max(1, (1 << 20) // weight.columns)
@@ -127,9 +133,7 @@ def _fold_bias(bias: LazyTensor, weight: LazyTensor, norm: _Norm) -> LazyTensor:
 
 
 def _fold_head(head: LazyTensor, norm: _Norm) -> LazyTensor:
-    """The head's weight with the norms' biases spread over its columns; unchanged where ranks see their own norm."""
-    if head.columns != len(norm.gain) or (not norm.offset.any() and (norm.ratio == 1).all()):
-        return head
+    """The head's weight with the norms' biases spread over its columns."""
     lever = row_sums((norm.common_bias / norm.common_gain)[None])[0]
 
     def read(start: int, stop: int) -> Floats:

@@ -31,6 +31,11 @@ def refused(settings: Mapping[str, Any], allowed: Allowed) -> list[str]:
         f"attention_config: {kind} is not supported"
         for kind in sorted(_attention_types(settings.get("attention_config")) - set(_ATTENTION))
     ]
+    if settings.get("gpt_j_residual") is True and settings.get("use_bias_in_mlp") is False:
+        found.append(
+            "gpt_j_residual with use_bias_in_mlp: False is not supported: gpt-neox since 2024-09-10 then leaves out "
+            "what attention gives, so that no other program computes this model"
+        )
     tuning = settings.get("soft_prompt_tuning")
     if isinstance(tuning, Mapping) and tuning.get("enabled"):
         found.append("soft_prompt_tuning: enabled is not supported")

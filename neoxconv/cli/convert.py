@@ -166,9 +166,7 @@ class _Request:
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
-        settings = [word for path in self.reading.config for word in ("--config", str(path))]
-        settings += ["--preset", self.reading.preset] if self.reading.preset else []
-        check = shell(["neoxconv", "verify", str(self.source), str(self.target), *settings])
+        check = shell(["neoxconv", "verify", str(self.source), str(self.target), *self.reading.words])
         lines = [
             f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
             for name, count in result["overflow"].items()

@@ -56,11 +56,18 @@ def commands() -> None:
 def inspect(source: Place, **given: Any) -> int:
     """Show what SRC is, its configuration, and what its bytes are for.
 
-    With --check the exit code is 3 where any byte is not as its format's checksums say.
+    With --check the exit code is 3 where any byte is not as its format's checksums say. With --try only the readings
+    are shown (--qkv-layout, --rmsnorm), the best first.
     """
     from neoxconv.cli import inspect
     from neoxconv.cli.source import Reading, checked, chosen, opened
 
+    if given["text"]:
+        from neoxconv.cli.readings import tried
+
+        found_by_trying = tried(source, chosen(Reading, given), given["text"])
+        say(_as_json(found_by_trying.facts) if given["json"] else found_by_trying.listing)
+        return 0
     checkpoint = opened(source, chosen(Reading, given))
     found = checked(checkpoint, jobs=given["jobs"], quiet=given["json"]) if given["check"] else None
     facts = inspect.inspect(checkpoint, found)

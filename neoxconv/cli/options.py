@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from neoxconv.errors import PlanError
-from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, SCALES, STAND_INS, TARGET_TYPES, TYPES, WEIGHTS
+from neoxconv.names import (
+    DTYPES,
+    FORMATS,
+    NORMS,
+    PRESETS,
+    QKV_LAYOUTS,
+    RMSNORMS,
+    SCALES,
+    STAND_INS,
+    TARGET_TYPES,
+    TYPES,
+    WEIGHTS,
+)
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
@@ -137,6 +149,12 @@ configuration = _options(
     click.option("--config", type=_PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
     _choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
     _choice_option("--weights", choices=WEIGHTS, help="SRC's weights: as stored (default), or the optimizer's fp32."),
+    _choice_option(
+        "--qkv-layout", choices=QKV_LAYOUTS, help="gpt-neox's rows of grouped queries, if files don't tell."
+    ),
+    _choice_option(
+        "--rmsnorm", choices=RMSNORMS, help="Where gpt-neox's RMSNorm has its epsilon, if files don't tell."
+    ),
 )
 norms = _choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (default), exact fold, or rank 0's.")
 jobs = click.option("--jobs", type=_COUNT, metavar="N", help="Threads; the processors, 8 at most.")
@@ -148,6 +166,9 @@ of_inspect = _options(
     source,
     configuration,
     click.option("--tensors", is_flag=True, help="List every tensor."),
+    click.option(
+        "--try", "text", type=_PATH, metavar="TEXT", help="Read SRC in each way its files leave open: the loss on TEXT."
+    ),
     check,
     jobs,
     _as_json,
@@ -213,6 +234,9 @@ of_convert = _options(
         type=click.IntRange(min=0),
         metavar="M",
         help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]",
+    ),
+    click.option(
+        "--current-names", is_flag=True, default=None, help="slim: made anew, as gpt-neox names tensors since 2024-09."
     ),
     configuration,
     click.option(

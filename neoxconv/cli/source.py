@@ -28,6 +28,15 @@ class Reading:
     preset: str | None = None
     norms: str | None = None
     weights: str | None = None
+    qkv_layout: str | None = None
+    rmsnorm: str | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """What a command line says to read it so, but for norms and weights, which a manifest tells."""
+        found = [word for path in self.config for word in ("--config", str(path))]
+        named = {"--preset": self.preset, "--qkv-layout": self.qkv_layout, "--rmsnorm": self.rmsnorm}
+        return found + [word for name, value in named.items() if value for word in (name, value)]
 
 
 def chosen(kind: type[Chosen], given: Given) -> Chosen:
@@ -44,7 +53,13 @@ def opened(source: Place, how: Reading) -> Checkpoint:
     if how.config and how.preset:
         raise click.UsageError("--config and --preset exclude each other; give one of them.")
     checkpoint = open_checkpoint(
-        source, config=how.config, preset=how.preset, norms=how.norms or "mean", weights=how.weights or "stored"
+        source,
+        config=how.config,
+        preset=how.preset,
+        norms=how.norms or "mean",
+        weights=how.weights or "stored",
+        qkv_layout=how.qkv_layout,
+        rmsnorm=how.rmsnorm,
     )
     if how.config and checkpoint.index.format != "neox":
         raise click.UsageError(f"--config is for gpt-neox checkpoints; {source} has its own settings. Leave it out.")

@@ -181,7 +181,10 @@ def audit(asked: _Audit) -> _Outcome:
     reports: tuple[Report, ...] = (_check_bytes(asked, manifest),) if manifest and not alone else ()
     norms, whence = _policy("norms", "mean", manifest, asked.reading.norms)
     weights, told = _policy("weights", "stored", manifest, asked.reading.weights)
-    source = opened(asked.paths[0], replace(asked.reading, norms=norms, weights=weights))
+    untold: dict[str, Any] = {
+        name: getattr(asked.reading, name) or (manifest or {}).get(name) for name in ("qkv_layout", "rmsnorm")
+    }
+    source = opened(asked.paths[0], replace(asked.reading, norms=norms, weights=weights, **untold))
     settings = asked.reading.preset or ", ".join(path.name for path in source.index.configs) or "the source's own"
     basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
     basis |= {"weights": f"{weights} ({told})"} if weights != "stored" else {}

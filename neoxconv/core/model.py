@@ -264,6 +264,8 @@ class Architecture:
     to_gguf: Callable[[ModelConfig], dict[str, Any]] | None
     gguf_head: bool = True  # whether llama.cpp wants a head of a tied model too, which is its embedding once more
     to_neox: Callable[[ModelConfig], dict[str, Any]] | None
+    # Names that gpt-neox changed on 2024-09-07, with today's: parts of those in the layer files.
+    renamed: Mapping[str, str] = field(default_factory=dict)
     stand_ins: Mapping[str, Mapping[str, StandIn]] = field(default_factory=dict)
     # The hyperparameters as every format but gpt-neox's can say them.
     sayable: Callable[[ModelConfig], ModelConfig] = lambda config: config
@@ -301,6 +303,9 @@ class Architecture:
         return {by_role["head"]: by_role["embedding"]}
 
 
+OWN_STATE = "neoxconv"  # the key of mp_rank files under which we say what gpt-neox's files do not tell
+
+
 @dataclass(frozen=True)
 class Opening:
     """What was asked for when a checkpoint was opened, with which it is opened anew elsewhere."""
@@ -313,6 +318,12 @@ class Opening:
     qkv_layout: str | None = None  # how queries, keys and values are fused, where the files do not tell
     rmsnorm: str | None = None  # where RMSNorm adds its epsilon, where the files do not tell
     partial: bool = False  # whether it may be a part of a model
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """What was said of gpt-neox's files because they do not tell it, by the option's name."""
+        options = {"qkv_layout": self.qkv_layout, "rmsnorm": self.rmsnorm}
+        return {name: value for name, value in options.items() if value}
 
 
 @dataclass(frozen=True)
@@ -346,8 +357,11 @@ class Checkpoint:
 
     @property
     def unusual(self) -> dict[str, str]:
-        """Which weights it is made of, for fingerprints and manifests; nothing where they are the stored ones."""
-        return {"weights": self.weights} if self.weights != "stored" else {}
+        """How it was read, for fingerprints and manifests, so far as there was a choice: nothing for most sources."""
+        weights = {"weights": self.weights} if self.weights != "stored" else {}
+        layouts = [fused.layout for fused in self.fused if fused.layout]
+        found = {"qkv_layout": layouts[0]} if layouts and self.config.kv_heads else {}
+        return weights | self.opening.settled | found
 
     @property
     def parameters(self) -> int:

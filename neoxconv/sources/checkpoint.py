@@ -71,6 +71,8 @@ def reopen(opening: Opening) -> Checkpoint:
     check_known(index, named, left, architecture)
     measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening)
+    if opening.rmsnorm and (config.norm == "layernorm" or SOURCES[index.format].naming != "neox"):
+        raise PlanError(f"--rmsnorm {opening.rmsnorm}: {index.where} leaves no choice; leave it out.")
     fused = fused_tensors(index, named, architecture, config, opening)
     named = taken_apart(index, named, fused, architecture, config)
     again = stored_head(index, named, architecture, config)

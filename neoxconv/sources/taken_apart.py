@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from neoxconv.arch.fused import apart
 from neoxconv.core.model import Architecture, Fused, Index, ModelConfig, Opening, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.errors import CheckpointError, PlanError, raise_all
+from neoxconv.errors import CheckpointError, PlanError, UntoldError, raise_all
 from neoxconv.formats.neox.numbers import FIRST_LAYER
 from neoxconv.sources.naming import home
 
@@ -18,32 +18,27 @@ def fused_tensors(
 ) -> tuple[Fused, ...]:
     """The fused tensors that a source holds, each in the layout that it has there.
 
-    Raises CheckpointError where neither the files nor --qkv-layout tell which of several it is.
+    Raises UntoldError where neither the files nor --qkv-layout tell which of several it is, PlanError for a layout
+    that is none of them.
     """
     there = [fused for fused in architecture.fused if any(fused.name_at(0) in rank for rank in named)]
     layouts = list(dict.fromkeys(fused.layout for fused in there if fused.layout))
-    if opening.qkv_layout not in (None, *layouts) and layouts:
-        raise PlanError(f"--qkv-layout {opening.qkv_layout}: expected {' or '.join(layouts)}.")
-    if len(layouts) < 2:
+    if opening.qkv_layout and opening.qkv_layout not in layouts:
+        expected = f"expected {' or '.join(layouts)}" if layouts else f"{index.where} has one only; leave it out"
+        raise PlanError(f"--qkv-layout {opening.qkv_layout}: {expected}.")
+    if not layouts:
         return tuple(there)
     layout = opening.qkv_layout or architecture.layout_of(index, config)
-    if layout is None and _alike(there, config):
-        layout = layouts[0]
     if layout is None:
-        raise CheckpointError(
-            f"{index.where}: nothing in the files tells the order of rows in {there[0].source}, which gpt-neox changed "
-            f"on 2024-11-14. Give --qkv-layout {' or '.join(layouts)} (docs/formats.md), and see by the loss with "
-            "`verify --level logits --text FILE` whether it was the right one."
+        name = next(fused.source for fused in there if fused.layout)
+        raise UntoldError(
+            f"{index.where}: nothing in the files tells the order of rows in {name}, which gpt-neox changed on "
+            f"2024-11-14. Give --qkv-layout {' or '.join(layouts)} (docs/formats.md); `inspect --try TEXT` shows "
+            "with which one it is a language model.",
+            "qkv_layout",
+            tuple(layouts),
         )
     return tuple(fused for fused in there if fused.layout in (None, layout))
-
-
-def _alike(fused: Sequence[Fused], config: ModelConfig) -> bool:
-    """Whether all layouts of a name are one order of rows."""
-    orders: dict[str, list[bytes]] = {}
-    for tensor in fused:
-        orders.setdefault(tensor.source, []).append(tensor.order(config, 1).tobytes())
-    return all(len(set(found)) == 1 for found in orders.values())
 
 
 def taken_apart(
@@ -85,10 +80,11 @@ def _problem(
         return "does not belong to a model of this configuration; give the right one with --config."
     if twice := [name for name in names if name in others]:
         return f"gives {twice[0]} a second time; remove one of them."
-    rows = len(fused.order(config, degree))
-    if tensor.rows != rows:
+    whole = [config.sizes[weight.shape[0]] for weight in weights]
+    if tensor.rows * degree != sum(whole) or any(rows % degree for rows in whole) or config.key_heads % degree:
+        heads = f"{config.heads} heads, {config.key_heads} of keys and values"
         return (
-            f"is {list(tensor.shape)} but the configuration gives it {rows} rows on each of {degree} ranks. "
-            "Give the right configuration with --config or --preset."
+            f"is {list(tensor.shape)}, but the configuration ({heads}) makes {sum(whole)} rows of {degree} equal "
+            "ranks; give the right one with --config or --preset."
         )
     return None

@@ -59,7 +59,7 @@ TARGETS: dict[str, Target] = {
             make=slim.to_slim,
             entries=slim.slim_entries,
             recipes=slim.RECIPES,
-            options=("dtype", "tp", "pp", "as_family", "allow_nonfinite"),
+            options=("dtype", "tp", "pp", "current_names", "as_family", "allow_nonfinite"),
         ),
         Target(
             name="gguf",

@@ -16,6 +16,7 @@ class Recipe:
     dtype: str | None = None
     tp: int | None = None  # slim: tensor-parallel degree, the source's by default
     pp: int | None = None  # slim: pipeline stages, the source's by default; 0: sequential files
+    current_names: bool = False  # slim: made anew for gpt-neox since 2024-09; else as SRC's files, or those of 2022
     shard_size: int = 5_000_000_000  # hf, bnb, float8
     split_size: int | None = None  # gguf
     mix: str = "current"  # gguf: or classic, the older recipe for attn_qkv

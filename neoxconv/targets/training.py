@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neoxconv.core.model import Checkpoint, ModelConfig
+from neoxconv.core.model import OWN_STATE, Checkpoint, ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats.neox import folder as neox
@@ -54,7 +54,12 @@ def degrees_of(checkpoint: Checkpoint) -> Degrees:
 def degrees_for(recipe: Recipe, before: Degrees, config: ModelConfig) -> Degrees:
     """The target's degrees. Raises PlanError where they do not divide what is split."""
     after = Degrees(recipe.tp or before.tp, before.pp if recipe.pp is None else recipe.pp)
-    sizes = {"attention heads": config.heads, "MLP rows": config.ff, "vocabulary rows": config.rows}
+    sizes = {
+        "attention heads": config.heads,
+        "heads of keys and values": config.key_heads,
+        "MLP rows": config.ff,
+        "vocabulary rows": config.rows,
+    }
     whole = math.gcd(*sizes.values())
     fits = ", ".join(str(degree) for degree in range(1, whole + 1) if whole % degree == 0)
     problems = [
@@ -85,7 +90,14 @@ def bookkeeping(checkpoint: Checkpoint, before: Degrees, after: Degrees) -> Stat
     ]
     split = vocabulary(checkpoint.config, after.tp) if before.tp != after.tp else {}
     changed = [kept[place] if before == after else _resized(kept[place], after, split) for place in places]
-    return {neox.states_file(rank): state for rank, state in enumerate(changed)}
+    said = checkpoint.opening.settled
+    return {neox.states_file(rank): _with_what_was_said(state, said) for rank, state in enumerate(changed)}
+
+
+def _with_what_was_said(state: dict[str, Any], said: Mapping[str, str]) -> dict[str, Any]:
+    """The bookkeeping, and what no file of gpt-neox's tells, so that it need not be said again."""
+    own = state.get(OWN_STATE)
+    return state | {OWN_STATE: {**(own if isinstance(own, Mapping) else {}), **said}} if said else state
 
 
 def _stripped(state: Mapping[str, Any], moved: bool) -> dict[str, Any]:

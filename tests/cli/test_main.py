@@ -28,8 +28,8 @@ from tests.fixtures import fixture
 from tests.helpers import cli, digests, writable_copy
 
 ROOT = Path(__file__).parents[2]
-VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "only": ["a"], "shard_size": ["1MB"],
-          "split_size": ["1MB"], "pure": [],
+VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "current_names": [], "only": ["a"],
+          "shard_size": ["1MB"], "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
           "imatrix": ["m.gguf"], "calibration": ["c.gguf"], "effort": ["high"], "double_quant": [],
           "compute_dtype": ["f16"],

@@ -110,6 +110,7 @@ GPT_NEOX = Architecture(
     unset_ids={"eos": 2},
     to_gguf=to_gguf,
     to_neox=to_neox,
+    renamed={UP: "mlp.linear1.", DOWN: "mlp.linear2."},
     trained=lambda settings: settings.get("norm", "layernorm") == "layernorm",
     forward="neoxconv.arch.gpt_neox.forward",
     unused=_unused,

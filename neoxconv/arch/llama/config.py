@@ -1,4 +1,4 @@
-"""Llama's and Mistral's hyperparameters in the words of gpt-neox's YAML, Hugging Face's config.json and GGUF's keys."""
+"""Llama's and Mistral's hyperparameters in the words of config.json and of GGUF's keys; gpt-neox's: training.py."""
 
 from __future__ import annotations
 
@@ -8,104 +8,35 @@ from typing import Any
 from neoxconv.arch.gguf_keys import GgufKeys, rounded
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import Settings, agreed_rotary, rope_types, stale
-from neoxconv.arch.training_settings import refused
 from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 
 PRESETS: dict[str, ModelConfig] = {}
 
-# What each key of gpt-neox's YAML is where the file is silent, and the values that give the function implemented here.
-_ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "pos_emb": ("learned", ("rotary",)),
-    "rotary_pct": (1.0, (1, 1.0)),
-    "norm": ("layernorm", ("rmsnorm", "te_rmsnorm")),
-    "gpt_j_residual": (False, (False,)),
-    "use_qk_layernorm": (False, (False,)),
-    "use_mup": (False, (False,)),
-    "moe_num_experts": (1, (0, 1)),
-    "rotary_interleaved": (False, (False,)),
-    "rope_scaling": (None, (None,)),
-    "train_impl": ("normal", ("normal", "dpo", "kto", "reinforce")),
-}
-_INSIDE, _OUTSIDE = "inside", "outside"  # where RMSNorm adds its epsilon: of the root, as all do since 2025-05-09
-_VANISHING = 1e-7  # an epsilon of RMSNorm up to which both forms are one within float32
-_TINY = 1e-12  # the epsilon that other programs get where the trained one lies outside of the root
+TINY = 1e-12  # the epsilon that other programs get where the trained one lies outside of the root
 
 
-def is_older(index: Index) -> bool:
-    """Whether the MLP has the names of before 2024-09."""
-    return any(".mlp.w1." in name for name in index.ranks[0])
-
-
-def _holds(index: Index, *endings: str) -> bool:
+def holds(index: Index, *endings: str) -> bool:
     """Whether a tensor's name ends so."""
     return any(name.endswith(endings) for name in index.ranks[0])
 
 
-def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The hyperparameters from --preset, else the YAML; which biases there are, the files tell."""
-    if opening.preset or not index.settings:
-        return from_preset(index, measured, opening, PRESETS)
-    settings, where = index.settings, ", ".join(map(str, index.configs))
-    read = Settings(where, settings)
-    gated = settings.get("activation") == "swiglu" or settings.get("mlp_type") == "llama"
-    problems = refused(settings, _ALLOWED)
-    problems += [] if gated else [f"activation: {settings.get('activation', 'gelu')} is not supported, only swiglu"]
-    raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems))
-    heads = read.count("num_attention_heads")
-    epsilon = read.number("rms_norm_epsilon", 1e-8)
-    window = settings.get("sliding_window_width")
-    norm, notes = _norm(index, epsilon, opening.rmsnorm)
-    config = ModelConfig(
-        layers=read.count("num_layers"),
-        hidden=read.count("hidden_size"),
-        heads=heads,
-        kv_heads=_grouped(read.count("num_kv_heads", heads) if settings.get("num_kv_heads") else heads, heads),
-        ff=measured.ff,
-        rows=measured.rows,
-        context=read.count("max_position_embeddings", settings.get("seq_length")),
-        rotary_pct=1.0,
-        rotary_base=read.number("rotary_emb_base", 10000),
-        norm=norm,
-        norm_eps=epsilon,
-        parallel_residual=False,
-        activation="silu",
-        attention_bias=_holds(index, "attention.query_key_value.bias", "attention.qkv.bias"),
-        mlp_bias=_holds(index, "mlp.linear1.bias", "mlp.fc1_bias"),
-        tied=not read.truth("no_weight_tying", False),
-        window=read.count("sliding_window_width") + 1 if window else None,  # i - j <= W
-    )
-    return config, (*notes, *stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows))
+def grouped(read: Settings, key: str, heads: int) -> int | None:
+    """Heads of keys and values as a setting says them; None where every query has its own.
 
-
-def _grouped(kv_heads: int, heads: int) -> int | None:
-    """Heads of keys and values; None where every query has its own."""
-    return None if kv_heads == heads else kv_heads
-
-
-def _norm(index: Index, epsilon: float, asked: str | None) -> tuple[str, tuple[str, ...]]:
-    """RMSNorm in the form that the model was trained with, and a note; raises CheckpointError where nothing tells."""
-    if asked not in (None, _INSIDE, _OUTSIDE):
-        raise PlanError(f"--rmsnorm {asked}: expected {_INSIDE} or {_OUTSIDE}.")
-    settings = index.settings
-    known = _INSIDE if settings.get("rmsnorm_fusion") or settings.get("norm") == "te_rmsnorm" else None
-    form = asked or known or (_INSIDE if epsilon <= _VANISHING else _OUTSIDE if is_older(index) else None)
-    if form is None:
-        raise CheckpointError(
-            f"{index.where}: nothing in the files tells where RMSNorm adds its epsilon ({epsilon:g}), which gpt-neox "
-            "changed on 2025-05-09. Give --rmsnorm inside for x / sqrt(ms + eps), as since then, or --rmsnorm outside "
-            "for x / (rms + eps), as before (docs/formats.md)."
-        )
-    if form == _INSIDE:
-        return "rmsnorm", ()
-    return "rmsnorm_outside", (
-        f"trained with RMSNorm as x / (rms + {epsilon:g}); other programs have x / sqrt(ms + eps), and get {_TINY:g}",
-    )
+    Raises CheckpointError where the queries cannot be shared out among them.
+    """
+    if read.values.get(key) is None:
+        return None
+    found = read.count(key)
+    if heads % found:
+        read.refuse(key, found, f"a number that divides the {heads} heads")
+    return None if found == heads else found
 
 
 def sayable(config: ModelConfig) -> ModelConfig:
     """The hyperparameters for programs that have RMSNorm's epsilon inside of the root only."""
-    return replace(config, norm="rmsnorm", norm_eps=_TINY) if config.norm == "rmsnorm_outside" else config
+    return replace(config, norm="rmsnorm", norm_eps=TINY) if config.norm == "rmsnorm_outside" else config
 
 
 def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -130,14 +61,13 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         if found != expected
     ]
     raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems))
-    kv_heads = read.count("num_key_value_heads", heads) if settings.get("num_key_value_heads") else heads
     mistral = settings.get("model_type") == "mistral"
     window = settings.get("sliding_window", 4096) if mistral else None  # MistralConfig's default
     config = ModelConfig(
         layers=read.count("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        kv_heads=_grouped(kv_heads, heads),
+        kv_heads=grouped(read, "num_key_value_heads", heads),
         ff=read.count("intermediate_size"),
         rows=measured.rows or read.count("vocab_size"),
         context=read.count("max_position_embeddings", 2048),
@@ -147,12 +77,43 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         norm_eps=read.number("rms_norm_eps", 1e-6),
         parallel_residual=False,
         activation="silu",
-        attention_bias=not mistral and read.truth("attention_bias", False),
-        mlp_bias=not mistral and read.truth("mlp_bias", False),
+        attention_bias=_says_biases(index, read, "attention_bias", mistral),
+        mlp_bias=_says_biases(index, read, "mlp_bias", mistral),
         tied=read.truth("tie_word_embeddings", False),
         window=None if window is None else read.count("sliding_window", window),
     )
     return config, stale(where, "vocab_size", read.count("vocab_size"), config.rows)
+
+
+_BIASED = {
+    "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _says_biases(index: Index, read: Settings, key: str, mistral: bool) -> bool:
+    """Whether a config.json gives linears biases; raises CheckpointError where it does not, and they are there."""
+    said = not mistral and read.truth(key, False)
+    found = [f"{name}.bias" for name in _BIASED[key] if holds(index, f"{name}.bias")]
+    if found and not said:
+        why = "Mistral has none" if mistral else f"{key} is false"
+        raise CheckpointError(
+            f"{read.where}: {why}, but the files hold {', '.join(found)}; correct the configuration. Models with "
+            "some of them only, such as Qwen2, are not supported."
+        )
+    return said
+
+
+def _has_biases(index: Index, where: str, linears: tuple[str, ...]) -> bool:
+    """Whether a GGUF gives linears biases; raises CheckpointError where some have one and others have none."""
+    found = [name for name in linears if holds(index, f"{name}.bias")]
+    if found and len(found) < len(linears):
+        bare = [f"{name}.bias" for name in linears if name not in found]
+        raise CheckpointError(
+            f"{where}: holds {', '.join(f'{name}.bias' for name in found)} but no {', '.join(bare)}; expected all or "
+            "none. Models with some of them only, such as Qwen2, are not supported."
+        )
+    return bool(found)
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -205,7 +166,7 @@ def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         layers=read.count("block_count"),
         hidden=hidden,
         heads=heads,
-        kv_heads=_grouped(read.count("attention.head_count_kv", heads), heads),
+        kv_heads=grouped(read, "attention.head_count_kv", heads),
         ff=read.count("feed_forward_length"),
         rows=measured.rows,
         context=read.count("context_length"),
@@ -215,8 +176,8 @@ def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         norm_eps=rounded(read.number("attention.layer_norm_rms_epsilon")),
         parallel_residual=False,
         activation="silu",
-        attention_bias=_holds(index, "attn_q.bias"),
-        mlp_bias=_holds(index, "ffn_gate.bias"),
+        attention_bias=_has_biases(index, read.where, ("attn_q", "attn_k", "attn_v", "attn_output")),
+        mlp_bias=_has_biases(index, read.where, ("ffn_gate", "ffn_up", "ffn_down")),
         tied=measured.tied,
     )
     return config, keys.notes(_READ, config.rows)
@@ -237,35 +198,4 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
         "llama.rope.freq_base": config.rotary_base,
         "llama.rope.dimension_count": config.head_size,
         "llama.vocab_size": config.rows,
-    }
-
-
-def to_neox(config: ModelConfig) -> dict[str, Any]:
-    """The settings that make gpt-neox compute this model, in today's keys (since 2024-11-14).
-
-    gpt-neox takes two thirds of `intermediate_size` for a gated MLP, so three times as much as there is makes one.
-    Raises PlanError for what they cannot say.
-    """
-    if not config.rotary_base.is_integer():
-        raise PlanError(f"--to slim: the rotary base is {config.rotary_base}; gpt-neox's is a whole number.")
-    return {
-        "num_layers": config.layers,
-        "hidden_size": config.hidden,
-        "num_attention_heads": config.heads,
-        **({"num_kv_heads": config.key_heads} if config.kv_heads else {}),
-        "intermediate_size": 3 * config.ff,
-        "mlp_multiple_of": 1,
-        "seq_length": config.context,
-        "max_position_embeddings": config.context,
-        "norm": "rmsnorm",
-        "rms_norm_epsilon": config.norm_eps,
-        "pos_emb": "rotary",
-        "rotary_pct": 1.0,
-        "rotary_emb_base": int(config.rotary_base),
-        "no_weight_tying": not config.tied,
-        "gpt_j_residual": False,
-        "activation": "swiglu",
-        "use_bias_in_attn_linear": config.attention_bias,
-        "use_bias_in_mlp": config.mlp_bias,
-        **({"sliding_window_width": config.window - 1} if config.window else {}),
     }

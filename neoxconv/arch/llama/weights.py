@@ -12,25 +12,17 @@ megatron/model/transformer.py and TransformerEngine's multi_head_attention.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.arch.llama.config import (
-    PRESETS,
-    from_gguf,
-    from_hf,
-    from_neox,
-    is_older,
-    sayable,
-    to_gguf,
-    to_hf,
-    to_neox,
-)
-from neoxconv.core.model import Architecture, Fused, Index, ModelConfig, Weight
+from neoxconv.arch.llama.config import PRESETS, from_gguf, from_hf, sayable, to_gguf, to_hf
+from neoxconv.arch.llama.training import from_neox, to_neox, told
+from neoxconv.core.model import Architecture, Fused, ModelConfig, Weight
 
 Rows = npt.NDArray[np.int64]
 
@@ -154,9 +146,9 @@ def _fused() -> Iterator[Fused]:
         yield Fused("mlp.fc1_" + kind, (GATE + kind, UP + kind), _halves)
 
 
-def _layout_of(index: Index, config: ModelConfig) -> str | None:
-    """per-head where the names of the MLP are those of before 2024-09; later ones have seen both."""
-    return "per-head" if is_older(index) else None
+def _has_rmsnorm(settings: Mapping[str, Any]) -> bool:
+    """Whether a YAML of gpt-neox makes such a model, as far as one setting tells."""
+    return settings.get("norm") in ("rmsnorm", "te_rmsnorm")
 
 
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
@@ -181,8 +173,8 @@ LLAMA = Architecture(
     to_gguf=to_gguf,
     gguf_head=False,
     to_neox=to_neox,
-    trained=lambda settings: settings.get("norm") == "rmsnorm" and not settings.get("sliding_window_width"),
-    layout_of=_layout_of,
+    trained=lambda settings: _has_rmsnorm(settings) and not settings.get("sliding_window_width"),
+    layout_of=lambda index, config: told(index, "qkv_layout") if config.kv_heads else "per-head",
     forward="neoxconv.arch.llama.forward",
     contradictions=lambda index, config: iter(()),
 )
@@ -190,5 +182,5 @@ MISTRAL = replace(
     LLAMA,
     name="mistral",
     title="Mistral",
-    trained=lambda settings: settings.get("norm") == "rmsnorm" and bool(settings.get("sliding_window_width")),
+    trained=lambda settings: _has_rmsnorm(settings) and bool(settings.get("sliding_window_width")),
 )

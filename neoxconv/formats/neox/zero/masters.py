@@ -18,7 +18,7 @@ from neoxconv.formats.neox.zero.files import ADVICE, Shard, collected, counts_in
 from neoxconv.formats.neox.zero.flat import Master, Padding, joined, misfit
 from neoxconv.storage import Place
 
-_BUFFERS = "inv_freq"  # the ending of names that no optimizer has
+_BUFFERS = ("inv_freq", "_extra_state")  # endings of names that no optimizer has
 
 _Shapes = Mapping[str, tuple[int, ...]]
 Masters = Mapping[str, Master]  # by `N.name`
