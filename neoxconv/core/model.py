@@ -244,6 +244,8 @@ class Architecture:
     to_gguf: Callable[[ModelConfig], dict[str, Any]]
     to_neox: Callable[[ModelConfig], dict[str, Any]]
     forward: str
+    # What gpt-neox computes and does not store, by unified name.
+    made: Callable[[Index, ModelConfig], Mapping[str, LazyTensor]] = lambda index, config: {}
     # What a source stores and a configuration contradicts: the tensor's rank and source name, both values in words.
     contradictions: Callable[[Index, ModelConfig], Iterator[tuple[int, str, str]]]
 

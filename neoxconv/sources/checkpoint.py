@@ -72,6 +72,8 @@ def reopen(opening: Opening) -> Checkpoint:
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening)
     fused = fused_tensors(index, named, architecture, config, opening)
     named = taken_apart(index, named, fused, architecture, config)
+    if SOURCES[index.format].naming == "neox":
+        named = [{**architecture.made(index, config), **rank} for rank in named]
     again = stored_head(index, named, architecture, config)
     if again:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]

@@ -93,7 +93,7 @@ GPT_NEOX = Architecture(
     to_hf=to_hf,
     to_gguf=to_gguf,
     to_neox=to_neox,
-    trained=lambda settings: settings.get("norm", "layernorm") == "layernorm",
+    trained=lambda settings: (settings.get("norm", "layernorm"), settings.get("pos_emb")) == ("layernorm", "rotary"),
     forward="neoxconv.arch.gpt_neox.forward",
     contradictions=contradictions,
 )
