@@ -20,6 +20,7 @@ import numpy as np
 
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns
+from neoxconv.core.encoding import copied
 from neoxconv.core.layout import Digest, Entry, FileLayout
 from neoxconv.core.model import Buffer, ModelConfig, Weight
 from neoxconv.core.tensor import LazyTensor, slabs
@@ -30,7 +31,6 @@ from neoxconv.formats.pt import layout_pt
 from neoxconv.formats.tokenizer import END, PADDING, Tokenizer
 from neoxconv.formats.tokenizer.byte_level import NFC
 from neoxconv.formats.tokenizer.made import added_token, alphabet, tokenizer_json
-from neoxconv.targets.slim import copied
 
 _BLOCK = 1 << 20
 _STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import Array, DType, Floats
+from neoxconv.dtypes import Array, Bytes, DType, Floats
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,53 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """The second moments E[x x^T] of what a matrix is multiplied with, which are read when they are needed.
+
+    `read` gives [columns, columns] float32, symmetric; `digest` is the SHA-256 of their bytes.
+    """
+
+    columns: int
+    digest: str
+    read: Callable[[], Floats]
+
+
+@dataclass(frozen=True)
 class Context:
     """What an encoder may use besides the rows; nothing of it is needed to decode.
 
     `importance` [columns] float32: how much an error in each column matters, of any scale; `thorough`: take more time
-    for less error.
+    for less error; `moments`: codes are chosen together, so that their errors make up for each other.
     """
 
     importance: Floats | None = None
     thorough: bool = False
+    moments: Moments | None = None
 
     @property
     def digest(self) -> str:
         """SHA-256 of all of it."""
         columns = b"" if self.importance is None else self.importance.tobytes()
-        return hashlib.sha256(columns + bytes([self.thorough])).hexdigest()
+        moments = self.moments.digest.encode() if self.moments else b""
+        return hashlib.sha256(columns + bytes([self.thorough]) + moments).hexdigest()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of a type of blocks, as feedback chooses them.
+
+    A code stands for table[code] * scale - least. `find(rows, importance)` gives for rows [n, group], whose columns
+    have that importance, the numbers [n, group / block, 4] of which scale and least are made: an integer of each, then
+    the step of each, float32. `pack(codes, numbers)` makes stored rows of codes [n, columns] and all their numbers;
+    `unpack(stored)` gives codes, scales and least weights [n, blocks] of stored rows.
+    """
+
+    block: int  # weights that share a scale
+    group: int  # columns whose scales are found together
+    table: Floats  # [codes] ascending
+    find: Callable[[Floats, Floats], Floats]
+    pack: Callable[[Array, Floats], Array]
+    unpack: Callable[[Array], tuple[Bytes, Floats, Floats]]
 
 
 class _Check(Protocol):
@@ -110,8 +142,8 @@ class Encoding:
 
     `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.numpy` (for block types [n, row bytes] of uint8);
     `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
-    an encoder that makes use of a context; None where there is nothing to choose. Weights of a magnitude beyond `limit`
-    are cut to the largest that the type holds.
+    an encoder that makes use of a context; None where there is nothing to choose. `grid` is what codes can be chosen
+    from together. Weights of a magnitude beyond `limit` are cut to the largest that the type holds.
     """
 
     name: str
@@ -120,6 +152,7 @@ class Encoding:
     decode: Callable[[Array], Floats]
     wrong: _Check
     search: Callable[[Floats, Context], Array] | None = None
+    grid: Grid | None = None
     limit: float = math.inf
     bound: Bound | None = None
 
@@ -127,6 +160,17 @@ class Encoding:
     def bits(self) -> float:
         """Bits for each weight."""
         return 8 * self.dtype.nbytes / self.dtype.block
+
+
+def copied(dtype: DType) -> Encoding:
+    """An encoding for bytes that are only copied."""
+    return Encoding(
+        name=dtype.name,
+        dtype=dtype,
+        encode=lambda rows: rows,
+        decode=lambda rows: rows.astype(np.float32),
+        wrong=lambda rows, stored, weighted=False: rows != stored,
+    )
 
 
 @dataclass(frozen=True)

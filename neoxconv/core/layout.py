@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from neoxconv.core.encoding import Context, Encoding, Part, Scaled
+from neoxconv.core.encoding import Context, Encoding, Grid, Part, Scaled
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Array, Floats
+
+FACTORS = 20  # bytes for each number of second moments while they are read and factored
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Entry:
     def search(self) -> Callable[[Floats, Context], Array] | None:
         """The encoder that makes use of a context, if there is one."""
         return self.encoding.search if isinstance(self.encoding, Encoding) else None
+
+    @property
+    def grid(self) -> Grid | None:
+        """The codes that may be chosen together, if there are such."""
+        return self.encoding.grid if isinstance(self.encoding, Encoding) else None
 
     @property
     def copied(self) -> bool:
@@ -57,8 +64,10 @@ class Entry:
 
     @property
     def kept(self) -> int:
-        """Bytes that are held until the last row is encoded: sizes, and what is made of them."""
-        return 2 * 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+        """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
+        if isinstance(self.encoding, Scaled):
+            return 2 * 4 * self.encoding.count_groups(self.tensor)
+        return FACTORS * self.tensor.columns**2 if self.context and self.context.moments else 0
 
 
 def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:

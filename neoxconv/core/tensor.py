@@ -76,6 +76,18 @@ def in_memory(values: Floats) -> LazyTensor:
     return LazyTensor(values.shape, F32, lambda start, stop: values[start:stop], F32)
 
 
+def alike(tensors: Sequence[LazyTensor]) -> list[LazyTensor]:
+    """Tensors of plain types as they are where all are stored alike, else as numbers, so that they can be stacked."""
+    if len({tensor.dtype.name for tensor in tensors}) == 1:
+        return list(tensors)
+    return [computed(tensor, tensor.floats) for tensor in tensors]
+
+
+def zeros(count: int, like: LazyTensor) -> LazyTensor:
+    """A vector of zeros in the type of `like`, a tensor of a plain type."""
+    return LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), like.native)
+
+
 def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Rows `start` to `stop` as a tensor."""
     return replace(tensor, shape=(stop - start, *tensor.shape[1:]), read=lambda a, b: tensor.read(start + a, start + b))

@@ -116,7 +116,7 @@ def origin_of(plan: Plan) -> _Origin:
     opening, recipe = plan.checkpoint.opening, plan.recipe
     config = tuple(path.absolute() for path in opening.config)
     opening = replace(opening, path=opening.path.absolute(), config=config)
-    found = {"tokenizer": recipe.tokenizer, "imatrix": recipe.imatrix}
+    found = {"tokenizer": recipe.tokenizer, "imatrix": recipe.imatrix, "calibration": recipe.calibration}
     files: Any = {name: path.absolute() for name, path in found.items() if is_here(path)}
     return _Origin(opening, replace(recipe, **files), plan.fingerprint, _versions_of(plan))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,11 @@ from neoxconv.core.tensor import slabs
 from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
 from neoxconv.quant import floats
 from neoxconv.quant.bands import bands, sizes_of
+from neoxconv.quant.feedback import encode as feedback
+from neoxconv.quant.feedback.encode import factors_of
 
 _LARGEST_HALF = 65504
+_FEEDBACK_SLAB = 8 << 20  # bytes: the more rows, the more use is made of factors that were fetched from memory
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,31 @@ def pieces(entry: Entry, slab: int) -> Iterator[_Piece]:
     if isinstance(encoding, Scaled):
         yield from _scaled_pieces(entry, encoding, slab)
         return
+    encoder, slab = _encoder_of(entry, encoding, slab)
     for start, stop in slabs(entry.tensor, slab):
-        yield _plain_piece(entry, encoding, entry.tensor.read(start, stop))
+        yield _plain_piece(entry, encoding, entry.tensor.read(start, stop), encoder)
 
 
-def _plain_piece(entry: Entry, encoding: Encoding, rows: Array) -> _Piece:
+_Encoder = Callable[[Floats], Array]
+
+
+def _encoder_of(entry: Entry, encoding: Encoding, slab: int) -> tuple[_Encoder, int]:
+    """What encodes rows as the entry's context says, and how many bytes of them at a time."""
+    context, search, grid = entry.context, entry.search, entry.grid
+    if context is None or search is None:
+        return encoding.encode, slab
+    if context.moments is None or grid is None:
+        return lambda rows: search(rows, context), slab
+    factors = factors_of(context.moments, entry.name)
+    return lambda rows: feedback.encode(grid, rows, factors), max(slab, _FEEDBACK_SLAB)
+
+
+def _plain_piece(entry: Entry, encoding: Encoding, rows: Array, encoder: _Encoder) -> _Piece:
     """A band of rows as a type of its own stores them."""
     if entry.copied:
         return _Piece(0, _as_bytes(rows), _count_bad(entry, encoding, rows=rows, data=rows))
     values = floats(rows, entry.tensor.dtype)
-    search = entry.search
-    data = search(values, entry.context) if search and entry.context else encoding.encode(values)
+    data = encoder(values)
     overflow = int(np.count_nonzero(np.abs(values) > encoding.limit)) if encoding.limit < np.inf else 0
     return _Piece(0, _as_bytes(data), _count_bad(entry, encoding, rows=rows, data=data, values=values), overflow)
 

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +25,9 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.storage import Storage, open_storage
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+SUMS, COUNTS = ".in_sum2", ".counts"
 # Far above any model.
+_BAND = 16 << 20  # bytes
 _MAX_ENTRIES, _MAX_NAME, _MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # MAX_NAME in bytes
 
 
@@ -42,14 +44,31 @@ class Matrix:
 def read(path: Path) -> Matrix:
     """The matrix in a file of either form. Raises CheckpointError where it is damaged or holds no importances."""
     file = open_storage(path)
-    if file.size > _MAX_ENTRIES * 256:
-        raise CheckpointError(f"{path}: has {file.size} bytes, too many for an importance matrix; give another file.")
-    data = file.text()
-    found, chunks = _read_gguf(file) if data[:4] == gguf.MAGIC else _read_dat(file, data)
+    if file.text(0, min(4, file.size)) == gguf.MAGIC:
+        found, chunks = _read_gguf(file)
+    else:
+        found, chunks = _read_dat(file, _whole(file))
     if not found:
         raise CheckpointError(f"{path}: holds no importances; make it with llama-imatrix.")
     entries = {name: _with_mean_1(path, name, values) for name, values in found.items()}
-    return Matrix(path, hashlib.sha256(data).hexdigest(), entries, chunks)
+    return Matrix(path, _digest(file), entries, chunks)
+
+
+def _whole(file: Storage) -> bytes:
+    """All bytes of a file. Raises CheckpointError where they are too many."""
+    if file.size > _MAX_ENTRIES * 256:
+        raise CheckpointError(
+            f"{file.path}: has {file.size} bytes, too many for an importance matrix; give another file."
+        )
+    return file.text()
+
+
+def _digest(file: Storage) -> str:
+    """The SHA-256 of a file, a band of its bytes at a time: a calibration may have many."""
+    found = hashlib.sha256()
+    for start in range(0, file.size, _BAND):
+        found.update(file.text(start, min(_BAND, file.size - start)))
+    return found.hexdigest()
 
 
 def _with_mean_1(path: Path, name: str, values: Floats) -> Floats:
@@ -78,9 +97,9 @@ def _read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
         raise CheckpointError(f"{file.path}: general.type is {kind!r:.40}, expected 'imatrix'; give another file.")
     entries = {}
     for name, tensor in header.tensors.items():
-        entry = name.removesuffix(_SUMS)
+        entry = name.removesuffix(SUMS)
         if entry != name:
-            count = numbers(file, header.tensors.get(entry + _COUNTS), entry + _COUNTS)
+            count = numbers(file, header.tensors.get(entry + COUNTS), entry + COUNTS)
             sums = numbers(file, tensor, name)
             if count.size != 1:
                 raise CheckpointError(
@@ -144,6 +163,14 @@ def _count_at(data: bytes, offset: int, limit: int) -> int:
     return count
 
 
+_DATASETS, _CHUNKS, _LENGTH = (f"imatrix.{name}" for name in ("datasets", "chunk_count", "chunk_size"))
+
+
+def facts(text: str, tokens: Numbers) -> dict[str, Any]:
+    """The keys that say what tokens [batch, time] a matrix is of."""
+    return {_DATASETS: [text], _CHUNKS: len(tokens), _LENGTH: tokens.shape[1]}
+
+
 def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> None:
     """Write the GGUF form that llama.cpp's tools read: `sums` [columns] over all `tokens` [batch, time] of a text.
 
@@ -153,12 +180,13 @@ def write(path: Path, sums: dict[str, Doubles], tokens: Numbers, text: str) -> N
 
     writer = GGUFWriter(path, "")
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [text])
-    writer.add_uint32("imatrix.chunk_count", len(tokens))
-    writer.add_uint32("imatrix.chunk_size", tokens.shape[1])
+    told = facts(text, tokens)
+    writer.add_array(_DATASETS, told[_DATASETS])
+    for key in (_CHUNKS, _LENGTH):
+        writer.add_uint32(key, told[key])
     for name in sorted(sums):
-        writer.add_tensor(name + _SUMS, sums[name].astype(np.float32))
-        writer.add_tensor(name + _COUNTS, np.array([tokens.size], np.float32))
+        writer.add_tensor(name + SUMS, sums[name].astype(np.float32))
+        writer.add_tensor(name + COUNTS, np.array([tokens.size], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -31,6 +31,7 @@ from neoxconv.sources.naming import count_named, home, name_tensors
 from neoxconv.sources.taken_apart import fused_tensors, taken_apart
 from neoxconv.sources.tied import stored_head
 from neoxconv.storage import Place, is_here, open_storage, place, together
+from neoxconv.words import shell
 
 
 def open_checkpoint(
@@ -79,6 +80,7 @@ def reopen(opening: Opening) -> Checkpoint:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]
         notes += (f"{again} is the embedding once more, as tie_word_embeddings says, and is left out",)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
+    named = _with_acting(named, architecture, config)
     doubts = _doubts(index, architecture, config, opening)
     asked = bool(opening.config or opening.preset)  # and so it decides
     dropped = tuple(dict.fromkeys([*(name for names in left for name in names), *filter(None, [again])]))
@@ -95,6 +97,14 @@ def reopen(opening: Opening) -> Checkpoint:
         fused=fused,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
+
+
+def _with_acting(named: RankTensors, architecture: Architecture, config: ModelConfig) -> RankTensors:
+    """Each rank's tensors, what acts in the place of each that the configuration leaves unused."""
+    unused = architecture.unused(config).items()
+    numbers = range(config.layers) if unused else ()
+    acting = {left.replace("{i}", str(i)): used.replace("{i}", str(i)) for left, used in unused for i in numbers}
+    return [rank | {left: rank[used] for left, used in acting.items()} for rank in named]
 
 
 def _doubts(index: Index, architecture: Architecture, config: ModelConfig, opening: Opening) -> tuple[str, ...]:
@@ -122,7 +132,8 @@ def _hint(path: Place) -> str:
     """What may be meant by a place where nothing is: ORG/NAME, as the Hugging Face hub calls its models."""
     if not is_here(path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         return ""
-    return f" If it is a model of the Hugging Face hub, download it (hf download {path}), or give hf://{path}."
+    fetch = shell(["hf", "download", str(path)])
+    return f" If it is a model of the Hugging Face hub, download it ({fetch}), or give hf://{path}."
 
 
 def _read_file(path: Place, config: Sequence[Path]) -> Index:
@@ -161,13 +172,14 @@ def _read_folder(path: Place, config: Sequence[Path]) -> Index:
 
 def _find_architecture(index: Index) -> Architecture:
     """The family that a source says it is, else the one whose names most of its tensors have."""
-    key = SOURCES[index.format].family
+    key, naming = SOURCES[index.format].family, SOURCES[index.format].naming
+    families = [architecture for architecture in ARCHITECTURES if naming in architecture.config_of]
     if key is None or key not in index.settings:
-        return max(ARCHITECTURES, key=lambda each: (count_named(index, each), each.trained(index.settings)))
+        return max(families, key=lambda each: (count_named(index, each), each.trained(index.settings)))
     told = index.settings[key]
     known: dict[str, Architecture] = {}
-    for architecture in ARCHITECTURES:
-        for name in (architecture.name, architecture.gguf_name):
+    for architecture in families:
+        for name in filter(None, (architecture.name, architecture.gguf_name)):
             known.setdefault(name, architecture)  # of families that share a name the first
     if not isinstance(told, str) or told not in known:
         raise CheckpointError(

@@ -29,7 +29,10 @@ RECIPES = tuple(Recipe("hf", dtype=dtype) for dtype in DTYPES)
 SAFETENSORS_RECIPES = tuple(Recipe("safetensors", dtype=dtype) for dtype in DTYPES)
 
 # Fields of config.json for which we have defaults only: training and use, not the function.
-_UNDECIDED = ("attention_dropout", "hidden_dropout", "initializer_range", "use_cache")
+_UNDECIDED = (
+    "attention_dropout", "attn_pdrop", "embd_pdrop", "embed_dropout", "hidden_dropout", "initializer_range",
+    "resid_dropout", "resid_pdrop", "use_cache",
+)  # fmt: skip
 
 
 def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:

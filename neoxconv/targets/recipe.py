@@ -25,15 +25,17 @@ class Recipe:
     tensor_type: tuple[tuple[str, str], ...] = ()  # gguf: (pattern of names, type)
     effort: str = "normal"  # gguf: or high, a longer search for less error
     imatrix: Path | None = None  # gguf: an importance matrix
+    calibration: Path | None = None  # gguf: one with second moments, by which codes are chosen together
     allow_other_tokens: bool = False  # gguf: the nearest tokenizer where llama.cpp has not the same
     double_quant: bool = False  # bnb: 4-bit types with quantized scales
     compute_dtype: str | None = None  # bnb: the type in which transformers multiplies 4-bit weights
     scale: str | None = None  # float8: none, tensor or channel
     only: tuple[str, ...] = ()  # hf, safetensors: patterns of the unified names that the target holds; else all
     tokenizer: Path | None = None
+    as_family: str | None = None  # gguf, slim: the family to write the model as, where the format lacks its own
 
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the target's bytes; tokenizer and matrix act through what they hold, not where they are."""
-        files = ("tokenizer", "imatrix")
+        files = ("tokenizer", "imatrix", "calibration")
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in files}

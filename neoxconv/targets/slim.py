@@ -12,14 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from neoxconv.arch.fused import split
-from neoxconv.core.encoding import Encoding
+from neoxconv.core.encoding import Encoding, copied
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Stored
 from neoxconv.core.tensor import LazyTensor, in_memory
-from neoxconv.dtypes import FLOATS, DType
+from neoxconv.dtypes import FLOATS
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
@@ -29,6 +27,7 @@ from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
 from neoxconv.targets.carried import carried, tokenizer_facts
 from neoxconv.targets.recipe import Recipe
+from neoxconv.targets.stand_in import written_as
 from neoxconv.targets.training import Degrees, States
 
 RECIPES = tuple(Recipe("slim", dtype=dtype) for dtype in training.PRECISION)  # all that `formats` lists
@@ -75,6 +74,7 @@ def _from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 
 def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """Step 0, as gpt-neox would have written it in 2022, with a YAML made for it."""
+    checkpoint, stands_in = written_as(checkpoint, "neox", recipe.as_family)
     before = Degrees(1, 1)
     after = training.degrees_for(recipe, before, checkpoint.config)
     dtype, notes = _number_type(checkpoint, recipe)
@@ -86,7 +86,7 @@ def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
     none = () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
     sidecars |= words
-    notes = (*notes, *none, *beside.notes, *beside.left_out(words))
+    notes = (*stands_in, *notes, *none, *beside.notes, *beside.left_out(words))
     return Content(
         tuple(layout_pt(f"global_step0/{name}", value) for name, value in files(ranks, states, after, False).items()),
         sidecars,
@@ -118,17 +118,6 @@ def _encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
     if tensor.native.name not in FLOATS:
         return copied(tensor.native)
     return ENCODINGS.get(dtype or tensor.native.name) or copied(tensor.dtype)
-
-
-def copied(dtype: DType) -> Encoding:
-    """An encoding for bytes that are only copied."""
-    return Encoding(
-        name=dtype.name,
-        dtype=dtype,
-        encode=lambda rows: rows,
-        decode=lambda rows: rows.astype(np.float32),
-        wrong=lambda rows, stored, weighted=False: rows != stored,
-    )
 
 
 def _as_stored(checkpoint: Checkpoint, recipe: Recipe) -> _RankEntries:

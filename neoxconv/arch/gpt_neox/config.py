@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neoxconv.arch.gpt_neox.shared_norm import shared_norm
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import GELUS, Settings, agreed_rotary, rope_types, stale
 from neoxconv.arch.training_settings import refused
@@ -66,9 +67,8 @@ ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "pos_emb": ("learned", ("rotary",)),
     "norm": ("layernorm", ("layernorm",)),
     "activation": ("gelu", ("gelu",)),
-    "gpt_j_tied": (False, (False,)),
+    "gpt_j_tied": (False, (False, True)),
     "apply_layernorm_1p": (False, (False,)),
-    "use_bias_in_norms": (True, (True,)),
     "use_bias_in_attn_linear": (True, (True,)),
     "use_bias_in_mlp": (True, (True,)),
     "use_qk_layernorm": (False, (False,)),
@@ -96,6 +96,7 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         (f"{where}: {problem}." for problem in problems + refused(settings, ALLOWED) + _grouped(settings)),
     )
     read = Settings(where, settings)
+    shared, notes = shared_norm(index, read, asked=bool(opening.config))
     config = ModelConfig(
         layers=read.count("num_layers"),
         hidden=read.count("hidden_size"),
@@ -109,8 +110,9 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         parallel_residual=read.truth("gpt_j_residual", False),
         activation="gelu_tanh" if read.truth("bias_gelu_fusion", False) else "gelu",
         tied=not read.truth("no_weight_tying", False),
+        shared_norm=shared,
     )
-    return config, stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows)
+    return config, (*notes, *stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows))
 
 
 _HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_fast"}

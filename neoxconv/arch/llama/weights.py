@@ -19,7 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.arch.llama.config import PRESETS, from_gguf, from_hf, from_neox, is_older, to_gguf, to_hf, to_neox
+from neoxconv.arch.llama.config import (
+    PRESETS,
+    from_gguf,
+    from_hf,
+    from_neox,
+    is_older,
+    sayable,
+    to_gguf,
+    to_hf,
+    to_neox,
+)
 from neoxconv.core.model import Architecture, Fused, Index, ModelConfig, Weight
 
 Rows = npt.NDArray[np.int64]
@@ -152,6 +162,8 @@ def _layout_of(index: Index, config: ModelConfig) -> str | None:
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
 _DROPPED = ("*rotary_emb.inv_freq", "*rotary_emb.*_cached", "*_extra_state", "rope_freqs.weight")
 
+_IDS = {"bos": 1, "eos": 2}  # <s> and </s> of sentencepiece's; a Llama 3 tokenizer brings its own
+
 LLAMA = Architecture(
     name="llama",
     gguf_name="llama",
@@ -163,7 +175,11 @@ LLAMA = Architecture(
     presets=PRESETS,
     config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
+    token_ids=_IDS,
+    unset_ids=_IDS,
+    sayable=sayable,
     to_gguf=to_gguf,
+    gguf_head=False,
     to_neox=to_neox,
     trained=lambda settings: settings.get("norm") == "rmsnorm" and not settings.get("sliding_window_width"),
     layout_of=_layout_of,

@@ -5,11 +5,13 @@ The kernels are in fit_line.py and fit_scale.py; this file says what each type a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from neoxconv.core.encoding import Context
+from neoxconv.core.encoding import Context, Grid
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.ggml.searches import Search
+from neoxconv.quant.ggml.searches import CURVE, Search
 
 
 def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]:
@@ -31,6 +33,21 @@ def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]
         kind = (search.lowest, search.highest, search.curve)
         scales(blocks, worth, (search.subs, search.levels, kind), candidates, codes, numbers)
     return codes, numbers
+
+
+def grid(
+    search: Search,
+    pack: Callable[[Bytes, Floats], Bytes],
+    unpack: Callable[[Bytes], tuple[Bytes, Floats, Floats]],
+) -> Grid:
+    """A type's codes for feedback; `pack` and `unpack` as a Grid has them."""
+    group = search.block * search.subs
+
+    def found(rows: Floats, importance: Floats) -> Floats:
+        return find(search, rows, Context(importance, True))[1].reshape(len(rows), search.subs, 4)
+
+    values = CURVE if search.curve else range(search.lowest, search.highest + 1)
+    return Grid(search.block, group, np.array(values, np.float32), found, pack, unpack)
 
 
 def _importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from neoxconv.core.encoding import Context, Encoding
 from neoxconv.dtypes import Bytes, DType, Floats
 from neoxconv.errors import CheckpointError
-from neoxconv.quant.ggml.search import find
+from neoxconv.quant.ggml.search import find, grid
 from neoxconv.quant.ggml.searches import SEARCHES, check_columns
 
 _BLOCK = 32
@@ -89,6 +89,13 @@ def search(form: _BlockForm, rows: Floats, context: Context) -> Bytes:
     """The same with the scales that err least, found as a super-block's are. Raises PlanError as `encode` does."""
     check_columns(form.name, _BLOCK, rows)
     codes, numbers = find(SEARCHES[form.name], rows, context)
+    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), -1, 4))
+
+
+def _pack(form: _BlockForm, codes: Bytes, numbers: Floats) -> Bytes:
+    """Rows of blocks [n, bytes] of codes [n, columns] from 0 on and [n, blocks, 4] integers and steps."""
+    rows, columns = codes.shape
+    codes, numbers = codes.reshape(-1, _BLOCK), numbers.reshape(-1, 4)
     blocks = np.zeros(len(codes), form.layout)
     blocks["step"] = numbers[:, 0] * numbers[:, 2]
     if form.least:
@@ -96,7 +103,14 @@ def search(form: _BlockForm, rows: Floats, context: Context) -> Bytes:
     blocks["nibbles"] = codes[:, :16] & 15 | codes[:, 16:] << 4
     if form.fifth:
         blocks["fifth"] = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return blocks.view(np.uint8).reshape(len(rows), rows.shape[1] // _BLOCK * form.layout.itemsize)
+    return blocks.view(np.uint8).reshape(rows, columns // _BLOCK * form.layout.itemsize)
+
+
+def _unpack(form: _BlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Codes [n, columns] from 0 on, scales and least weights [n, blocks] of rows of blocks [n, bytes]."""
+    taken, rows = _take_apart(form, stored), len(stored)
+    codes = (taken.codes - np.float32(form.lowest)).astype(np.uint8)
+    return codes.reshape(rows, -1), taken.step.reshape(rows, -1), -taken.least.reshape(rows, -1)
 
 
 def decode(form: _BlockForm, stored: Bytes) -> Floats:
@@ -180,6 +194,7 @@ def encoding(form: _BlockForm) -> Encoding:
         decode=partial(decode, form),
         wrong=partial(wrong, form),
         search=searched,
+        grid=grid(SEARCHES[form.name], partial(_pack, form), partial(_unpack, form)) if searched else None,
     )
 
 

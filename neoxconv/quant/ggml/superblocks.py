@@ -21,7 +21,7 @@ from neoxconv.core.encoding import Context, Encoding
 from neoxconv.dtypes import Bytes, DType, Floats
 from neoxconv.errors import CheckpointError
 from neoxconv.quant.ggml.planes import Plane, pack, pack_sixes, unpack, unpack_sixes
-from neoxconv.quant.ggml.search import find
+from neoxconv.quant.ggml.search import find, grid
 from neoxconv.quant.ggml.searches import CURVE, SEARCHES, Search, check_columns
 
 _NOTHING = Context()
@@ -62,16 +62,16 @@ class _SuperBlockForm:
 def encode(form: _SuperBlockForm, rows: Floats, context: Context = _NOTHING) -> Bytes:
     """Rows [n, columns] as super-blocks [n, bytes]. Raises PlanError where they do not divide the columns."""
     check_columns(form.name, form.weights, rows)
-    count, columns = rows.shape
     codes, numbers = find(form.search, rows, context)
+    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), -1, 4))
+
+
+def _pack(form: _SuperBlockForm, codes: Bytes, numbers: Floats) -> Bytes:
+    """Rows of super-blocks [n, bytes] of codes [n, columns] and [n, blocks, 4] integers and steps."""
+    count, columns = codes.shape
     supers = count * columns // form.weights
-    stored = _put_together(form, codes.reshape(supers, form.weights), numbers.reshape(supers, form.search.subs, 4))
-    return stored.reshape(count, columns // form.weights * form.layout.itemsize)
-
-
-def _put_together(form: _SuperBlockForm, codes: Bytes, numbers: Floats) -> Bytes:
-    """Super-blocks [n, bytes] of codes [n, weights] and [n, blocks, 4] integers and steps of scale and least weight."""
-    stored = np.zeros(len(codes), form.layout)
+    codes, numbers = codes.reshape(supers, form.weights), numbers.reshape(supers, form.search.subs, 4)
+    stored = np.zeros(supers, form.layout)
     stored["step"] = numbers[:, 0, 2]
     integers = numbers[..., 0].astype(np.int32)
     if form.search.least:
@@ -82,7 +82,7 @@ def _put_together(form: _SuperBlockForm, codes: Bytes, numbers: Floats) -> Bytes
     elif form.search.least:
         stored["scales"] = pack_sixes(integers.astype(np.uint8))
     pack(stored, form.codes, codes)
-    return stored.view(np.uint8).reshape(len(codes), form.layout.itemsize)
+    return stored.view(np.uint8).reshape(count, columns // form.weights * form.layout.itemsize)
 
 
 def offset(form: _SuperBlockForm) -> int:
@@ -126,6 +126,14 @@ def _take_apart(form: _SuperBlockForm, stored: Bytes) -> _SuperBlocks:
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
         least = floor * numbers[:, 1] if how.least else np.zeros_like(step)
         return _SuperBlocks(codes, step * numbers[:, 0], least, step, floor)
+
+
+def _unpack(form: _SuperBlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Codes [n, columns], scales and least weights [n, blocks] of rows of super-blocks [n, bytes]."""
+    taken, rows = _take_apart(form, stored), len(stored)
+    shape = (len(taken.codes), form.search.subs, 1)
+    scale, least = (np.broadcast_to(each, shape).reshape(rows, -1) for each in (taken.scale, taken.least))
+    return taken.codes.reshape(rows, -1), scale, least
 
 
 def _values_of(form: _SuperBlockForm, codes: Bytes) -> Floats:
@@ -220,6 +228,7 @@ def encoding(form: _SuperBlockForm) -> Encoding:
         decode=partial(decode, form),
         wrong=partial(wrong, form),
         search=encoder,
+        grid=grid(form.search, partial(_pack, form), partial(_unpack, form)),
     )
 
 

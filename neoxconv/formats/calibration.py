@@ -1,0 +1,165 @@
+"""A calibration: an importance matrix with the second moments of what each matrix is multiplied with, as one GGUF file.
+
+    NAME.in_sum2 [columns], NAME.counts [1]    as llama.cpp's importance matrix has them (imatrix.py); it reads no more
+    NAME.moments [columns (columns + 1) / 2]   E[x x^T], the upper triangle row after row; once for all that share x
+    neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
+
+The file is written layer after layer. Its size is known before the first, and a run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neoxconv.core.encoding import Moments, copied
+from neoxconv.core.layout import Entry, FileLayout
+from neoxconv.core.tensor import LazyTensor
+from neoxconv.dtypes import F32, Floats
+from neoxconv.errors import CheckpointError
+from neoxconv.formats.gguf import read as gguf
+from neoxconv.formats.gguf import write as gguf_write
+from neoxconv.formats.imatrix import COUNTS, SUMS
+from neoxconv.storage import open_storage
+
+_MOMENTS = ".moments"
+_OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256"))
+_UNKNOWN = "0" * 64  # a digest that is not known yet
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What several matrices are multiplied with: the GGUF names of these, the first of which names it, and its size."""
+
+    names: tuple[str, ...]
+    columns: int
+
+    @property
+    def owner(self) -> str:
+        return self.names[0]
+
+    @property
+    def packed(self) -> int:
+        """Numbers in a triangle."""
+        return self.columns * (self.columns + 1) // 2
+
+
+class Writer:
+    """A calibration that is written input after input, at `path`, which is made or, with `again`, gone on with."""
+
+    def __init__(self, path: Path, inputs: tuple[Inputs, ...], keys: Mapping[str, Any], tokens: int) -> None:
+        self.path, self.inputs, self.keys, self.tokens = path, inputs, keys, tokens
+        self.digests = dict.fromkeys((each.owner for each in inputs), _UNKNOWN)
+
+    def layout(self) -> FileLayout:
+        """Where everything lies; of the same size whatever the digests are."""
+        entries = [_vector(name + SUMS, each.columns) for each in self.inputs for name in each.names]
+        entries += [_vector(name + COUNTS, 1) for each in self.inputs for name in each.names]
+        entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
+        owners = {name: each.owner for each in self.inputs for name in each.names}
+        told = {
+            _OF: list(owners),
+            _IN: list(owners.values()),
+            _SHA256: [self.digests[owner] for owner in owners.values()],
+        }
+        (file,) = gguf_write.layout("calibration", {"general.type": "imatrix", **self.keys, **told}, entries, None)
+        return file
+
+    def begin(self) -> None:
+        """Make the file, without what is still to come."""
+        with open(self.path, "wb") as stream:
+            stream.truncate(self.layout().size)
+        self._write({})
+
+    def add(self, each: Inputs, moments: Floats) -> None:
+        """Write the second moments [columns, columns] of inputs. Raises CheckpointError where they are not finite."""
+        if not np.isfinite(moments).all():
+            raise CheckpointError(
+                f"{self.path}: what {each.owner} is multiplied with is not finite; check the weights."
+            )
+        packed = np.concatenate([moments[row, row:] for row in range(len(moments))], dtype=np.float32)
+        self.digests[each.owner] = hashlib.sha256(packed.data).hexdigest()
+        sums = (np.diag(moments).astype(np.float64) * self.tokens).astype(np.float32)
+        found = {each.owner + _MOMENTS: packed}
+        for name in each.names:
+            found |= {name + SUMS: sums, name + COUNTS: np.array([self.tokens], np.float32)}
+        self._write(found)
+
+    def finish(self) -> None:
+        """Write the digests, and have all of it on disk."""
+        self._write({})
+
+    def _write(self, tensors: Mapping[str, Floats]) -> None:
+        """Write the header and tensors at their places."""
+        file = self.layout()
+        offsets = {slot.entry.name: slot.offset for slot in file.slots}
+        with open(self.path, "r+b") as stream:
+            for offset, data in file.pieces:
+                stream.seek(offset)
+                stream.write(data)
+            for name, values in tensors.items():
+                stream.seek(offsets[name])
+                stream.write(np.ascontiguousarray(values).data)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _vector(name: str, count: int) -> Entry:
+    """A vector of float32 that nobody reads yet."""
+    return Entry(
+        name, name, LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), F32), copied(F32)
+    )
+
+
+def moments_in(path: Path) -> dict[str, Moments]:
+    """The second moments in a calibration by the GGUF names of matrices; nothing is read of them yet.
+
+    Raises CheckpointError where it holds none.
+    """
+    file = open_storage(path)
+    header = gguf.read_header(file)
+    owners, names, digests = (header.keys.get(key) for key in (_IN, _OF, _SHA256))
+    if not (isinstance(owners, list) and isinstance(names, list) and isinstance(digests, list)):
+        raise CheckpointError(
+            f"{path}: holds no second moments; make a calibration with `neoxconv calibrate --covariance`, "
+            "or give an importance matrix with --imatrix."
+        )
+    found = {}
+    for name, owner, digest in zip(names, owners, digests, strict=True):
+        tensor = header.tensors.get(f"{owner}{_MOMENTS}")
+        if tensor is None or tensor.dtype is not F32 or digest == _UNKNOWN:
+            raise CheckpointError(f"{path}: the second moments of {owner} are missing; calibrate again.")
+        found[str(name)] = Moments(_side(tensor.rows), str(digest), _Reader(path, str(owner), tensor, str(digest)))
+    return found
+
+
+def _side(packed: int) -> int:
+    """The columns of a square of which a triangle has so many numbers."""
+    return int((8 * packed + 1) ** 0.5 - 1) // 2
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one tensor of moments when it is called, and checks its digest."""
+
+    path: Path
+    owner: str
+    tensor: LazyTensor
+    digest: str
+
+    def __call__(self) -> Floats:
+        packed = self.tensor.floats(0, self.tensor.rows)
+        if hashlib.sha256(np.ascontiguousarray(packed).data).hexdigest() != self.digest:
+            raise CheckpointError(f"{self.path}: the second moments of {self.owner} are damaged; calibrate again.")
+        side = _side(packed.size)
+        square = np.empty((side, side), np.float32)
+        ends = np.cumsum(np.arange(side, 0, -1))
+        for row, end in enumerate(ends.tolist()):
+            square[row, row:] = square[row:, row] = packed[end - side + row : end]
+        return square

@@ -1,0 +1,133 @@
+"""Rows in the grid of a type, their codes chosen together.
+
+With H = R R^T, R upper, and A[j, k] = R[j, k] / R[k, k] for j < k, rounding column after column to
+
+    Q_k = the nearest to W_k + sum over j < k of (W_j - Q_j) A[j, k]
+
+is GPTQ (arXiv 2210.17323) without its inverse; it is LDLQ of QuIP (arXiv 2307.13304), there proved equal. Scales are
+found on the weights as they are asked for by then, group of columns after group. Afterwards every code in turn becomes
+the best one given all the others, which lowers tr(E H E^T) until no change does, or for `_PASSES` passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from neoxconv.core.encoding import Grid, Moments
+from neoxconv.dtypes import Array, Bytes, Floats
+from neoxconv.errors import CheckpointError
+
+# Added to the diagonal of H, as a part of its mean: 0.05 was better than 0.01 in 15 of 16 matrices of a real model by
+# held-out loss (docs/numerics.md).
+DAMPING = 0.05
+_PASSES = 100  # of the descent at most; 20 to 40 end it (benchmarks/feedback.py)
+_BAND = 256  # columns of a product at a time, so that the operands stay in a cache
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What feedback needs of the inputs of a matrix with n columns.
+
+    `moments` [n, n] float32: H, damped, its mean diagonal 1; `ahead` [n, n] float32: A, strictly upper; `importance`
+    [n] float32: H's diagonal before damping, of mean 1.
+    """
+
+    moments: Floats
+    ahead: Floats
+    importance: Floats
+
+
+def damped_moments(moments: Moments, name: str) -> Floats:
+    """H [columns, columns], its mean diagonal 1 before it was damped. Raises CheckpointError where it is none."""
+    found = moments.read()
+    mean = np.diag(found).mean(dtype=np.float64)
+    if not np.isfinite(found).all() or not mean > 0:
+        raise CheckpointError(f"{name}: its calibration holds no finite second moments; calibrate again.")
+    found /= np.float32(mean)
+    found[np.diag_indices(len(found))] += np.float32(DAMPING)
+    return found
+
+
+def factors_of(moments: Moments, name: str) -> Factors:
+    """The factors of second moments. Raises CheckpointError where there can be none; `name` is the tensor's."""
+    from neoxconv.quant.feedback.kernels import ahead_of, factor
+
+    damped = damped_moments(moments, name)
+    triangle = np.ascontiguousarray(damped[::-1, ::-1], np.float64)
+    if factor(triangle) < len(triangle):
+        raise CheckpointError(f"{name}: its second moments are not positive; calibrate again, with more tokens.")
+    ahead = np.empty(damped.shape, np.float32)
+    ahead_of(triangle, ahead)
+    return Factors(damped, ahead, np.diag(damped) - np.float32(DAMPING))
+
+
+def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
+    """Rows [n, columns] as stored rows of the grid's type."""
+    weights = np.where(np.isfinite(rows), rows, np.float32(0)).astype(np.float32)
+    codes, numbers = _fed(grid, weights, factors)
+    _descended(grid, weights, codes, numbers, factors.moments)
+    return grid.pack(codes, numbers)
+
+
+def scales(numbers: Floats) -> tuple[Floats, Floats]:
+    """Scale and least weight of blocks, each in the shape of `numbers` but for its last axis."""
+    return numbers[..., 0] * numbers[..., 2], numbers[..., 1] * numbers[..., 3]
+
+
+def _fed(grid: Grid, weights: Floats, factors: Factors) -> tuple[Bytes, Floats]:
+    """Codes [n, columns] by feedback, and numbers [n, blocks, 4]."""
+    from neoxconv.quant.feedback.kernels import add_product, feed
+
+    count, columns = weights.shape
+    codes = np.empty(weights.shape, np.uint8)
+    numbers = np.empty((count, columns // grid.block, 4), np.float32)
+    errors = np.empty(weights.shape, np.float32)
+    for start in range(0, columns, grid.group):
+        stop = start + grid.group
+        blocks = slice(start // grid.block, stop // grid.block)
+        own = np.ascontiguousarray(weights[:, start:stop])
+        asked, chosen, wrong = own.copy(), np.empty(own.shape, np.uint8), np.empty_like(own)
+        add_product(asked, errors[:, :start], np.ascontiguousarray(factors.ahead[:start, start:stop]))
+        numbers[:, blocks] = grid.find(asked, factors.importance[start:stop])
+        scale, least = scales(numbers[:, blocks])
+        feed(asked, own, scale, least, grid.table, factors.ahead[start:stop, start:stop].copy(), chosen, wrong)
+        codes[:, start:stop], errors[:, start:stop] = chosen, wrong
+    return codes, numbers
+
+
+def _descended(grid: Grid, weights: Floats, codes: Bytes, numbers: Floats, moments: Floats) -> None:
+    """Bring the codes to where no single change lowers the error, or near it."""
+    from neoxconv.quant.feedback.kernels import descend
+
+    scale, least = scales(numbers)
+    moving = np.ones((len(weights), 2), np.bool_)
+    slopes = slopes_of(weights - values_of(grid, codes, scale, least), moments)
+    for _ in range(_PASSES):
+        moving[:, 1] = False
+        for start in range(0, weights.shape[1], _BAND):
+            stop = min(start + _BAND, weights.shape[1])
+            descend(moments, scale, grid.table, codes, slopes, moving, start, stop)
+        moving[:, 0] = moving[:, 1]
+        if not moving.any():
+            break
+
+
+def values_of(grid: Grid, codes: Bytes, scale: Floats, least: Floats) -> Floats:
+    """What codes [n, columns] stand for, with the scales and least weights [n, blocks]."""
+    values = grid.table[codes].reshape(*scale.shape, grid.block) * scale[..., None] - least[..., None]
+    return np.asarray(values, np.float32).reshape(codes.shape)
+
+
+def slopes_of(errors: Floats, moments: Floats) -> Floats:
+    """Errors [n, columns] times the moments [columns, columns]: half the slope of tr(E H E^T) by each weight."""
+    from neoxconv.quant.feedback.kernels import add_product
+
+    slopes = np.empty(errors.shape, np.float32)
+    for start in range(0, errors.shape[1], _BAND):
+        band = np.ascontiguousarray(moments[:, start : start + _BAND])
+        found = np.zeros((len(errors), band.shape[1]), np.float32)
+        add_product(found, errors, band)
+        slopes[:, start : start + _BAND] = found
+    return slopes

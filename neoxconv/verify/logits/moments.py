@@ -1,0 +1,166 @@
+"""A calibration by the same streamed forward pass that verifies: layer after layer, and resumed where it stopped.
+
+After each layer its second moments are in the calibration, and the tokens' streams in a file beside it: a run that was
+interrupted, asked for the same again, goes on with the next layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Numbers
+from neoxconv.errors import PlanError
+from neoxconv.formats.calibration import Inputs, Writer
+from neoxconv.verify.logits.stream import running, side
+
+_Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
+
+
+def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
+    """For each layer what its matrices are multiplied with, by the unified name of the first of them that has it."""
+    layers: list[dict[str, Inputs]] = [{} for _ in range(checkpoint.config.layers)]
+    first: dict[str, str] = {}  # by the norm that makes it
+    for layer, weight in checkpoint.architecture.names(checkpoint.config):
+        if layer is None or not weight.linear:
+            continue
+        owner = first.setdefault(weight.norm or weight.unified, weight.unified)
+        before = layers[layer][owner].names if owner in layers[layer] else ()
+        columns = checkpoint.config.sizes[weight.shape[1]]
+        layers[layer][owner] = Inputs((*before, weight.gguf), columns)
+    return tuple(layers)
+
+
+def needed(checkpoint: Checkpoint, tokens: int) -> int:
+    """Bytes that a calibration holds at most: the moments of a layer, and the tokens' streams."""
+    moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in inputs_of(checkpoint))
+    return moments + 2 * 4 * tokens * checkpoint.config.hidden
+
+
+@dataclass
+class _Sums:
+    """The sums of x x^T of one layer's inputs, by the unified name of the first weight that they multiply."""
+
+    owners: _Owners
+    device: str
+    found: dict[str, Tensor] = field(default_factory=dict)
+
+    def watch(self, name: str, x: Tensor) -> None:
+        """Add what a weight is multiplied with."""
+        if name not in self.owners:
+            return
+        flat = x.reshape(-1, x.shape[-1])
+        if name not in self.found:
+            self.found[name] = torch.zeros(flat.shape[1], flat.shape[1], device=self.device)
+        self.found[name].addmm_(flat.T, flat)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a calibration has come: the layers that are done, the streams after them and the digests so far."""
+
+    path: Path
+    key: str  # of all that decides the calibration
+
+    def save(self, layers: int, streams: list[Tensor], digests: Mapping[str, str]) -> None:
+        """Write it whole, in place of what was there."""
+        told = json.dumps({"key": self.key, "layers": layers, "digests": dict(digests)})
+        arrays: dict[str, Any] = {f"stream{i}": x.cpu().numpy() for i, x in enumerate(streams)}
+        partial = self.path.with_name(self.path.name + ".new")
+        with open(partial, "wb") as stream:
+            np.savez(stream, told=np.array(told), **arrays)
+        os.replace(partial, self.path)
+
+    def load(self, device: str) -> tuple[int, list[Tensor], dict[str, str]] | None:
+        """What was saved by a run that was asked for the same; None where there is none."""
+        if not self.path.exists():
+            return None
+        with np.load(self.path, allow_pickle=False) as found:
+            told = json.loads(str(found["told"]))
+            if told["key"] != self.key:
+                return None
+            count = sum(name.startswith("stream") for name in found.files)
+            streams = [torch.from_numpy(found[f"stream{i}"]).to(device) for i in range(count)]
+        return told["layers"], streams, told["digests"]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    tokens: Numbers,
+    path: Path,
+    keys: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+) -> int:
+    """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
+
+    The ranks are joined first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
+    """
+    checkpoint.refuse_doubts()
+    layers = inputs_of(checkpoint)
+    partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
+    writer = Writer(partial, tuple(each for layer in layers for each in layer.values()), keys, tokens.size)
+    state = Progress(beside, _key(checkpoint, tokens, keys))
+    with running(tokens, device) as (pool, ids):
+        sums = _Sums({}, device)
+        model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
+        if (known := state.load(device)) and partial.exists():
+            done, streams, writer.digests = known
+            progress(done)
+        else:
+            _refuse_strangers(partial, beside)
+            done, streams = 0, model.embed(ids)
+            writer.begin()
+        for number in range(done, len(layers)):
+            sums = _Sums(layers[number], device)
+            streams = model.layer(number, streams)
+            for name, each in layers[number].items():
+                writer.add(each, (sums.found.pop(name) / tokens.size).cpu().numpy())
+            state.save(number + 1, streams, writer.digests)
+            progress(1)
+    writer.finish()
+    os.replace(partial, path)
+    beside.unlink()
+    return sum(len(each.names) for layer in layers for each in layer.values())
+
+
+def _refuse_strangers(*paths: Path) -> None:
+    """Raise PlanError where a file of ours would take the place of one that is not known to be ours."""
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise PlanError(
+                f"{path}: is there already, of another calibration or not ours; remove it, or give another -o."
+            )
+
+
+def _key(checkpoint: Checkpoint, tokens: Numbers, keys: Mapping[str, Any]) -> str:
+    """SHA-256 over all that decides a calibration: the source, how it was opened, the tokens."""
+    digest = hashlib.sha256(np.ascontiguousarray(tokens).data)
+    for part in _source_facts(checkpoint):
+        digest.update(repr(part).encode())
+    digest.update(json.dumps(dict(keys), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _source_facts(checkpoint: Checkpoint) -> Iterator[Any]:
+    """What a source is: its files' names, sizes and headers, its configuration, and how its ranks were joined."""
+    for file in checkpoint.index.files:
+        yield file.storage.name, file.storage.size, file.checksum
+    yield sorted(checkpoint.config.facts.items(), key=lambda item: item[0])
+    yield checkpoint.norms, checkpoint.unusual
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """The SHA-256 of what a source is, for the keys of a calibration."""
+    return hashlib.sha256(repr(list(_source_facts(checkpoint))).encode()).hexdigest()
