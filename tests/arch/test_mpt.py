@@ -12,7 +12,7 @@ import pytest
 from neoxconv import open_checkpoint, verify_weights
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.errors import CheckpointError, PlanError
-from tests.arch.test_gpt2 import LAYERS, SETTINGS, TOKENS, converted, gpt2, shards_of
+from tests.gpt2 import LAYERS, SETTINGS, TOKENS, converted, gpt2, shards_of
 from tests.oracles import Logits, llama_logits, program
 from tests.relatives import CLOSE, LLAMA_CPP, Shards, native_logits, write_shards
 
