@@ -63,7 +63,8 @@ PRESETS: dict[str, ModelConfig] = {
         _Preset("pythia-2.8b", 32, 2560, 32, 50304),
         _Preset("pythia-6.9b", 32, 4096, 32, 50432),
         _Preset("pythia-12b", 36, 5120, 40, 50688),
-        # As their config.json says; read from lit-gpt's table of them (Lightning-AI/litgpt, lit_gpt/config.py).
+        # As their config.json says; read from lit-gpt's table of them (Lightning-AI/litgpt, lit_gpt/config.py,
+        # and the erf GELU of its GptNeoxMLP).
         _Preset("redpajama-incite-3b", 32, 2560, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
         _Preset("redpajama-incite-7b", 32, 4096, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
         _Preset("stablelm-alpha-3b", 16, 4096, 32, 50688, context=4096, activation="gelu"),
