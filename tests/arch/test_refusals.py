@@ -14,6 +14,7 @@ from tests.toy import toy
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scalenorm": ({"norm": "scalenorm"}, "norm: scalenorm"),
+    "layernorm with swiglu": ({"activation": "swiglu"}, "activation: swiglu"),
     "geglu": ({"activation": "geglu"}, "activation: geglu"),
     "reglu": ({"activation": "reglu"}, "activation: reglu"),
     "glu": ({"activation": "glu"}, "activation: glu"),
