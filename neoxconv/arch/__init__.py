@@ -5,6 +5,7 @@ from neoxconv.arch.gpt_neo.weights import GPT_NEO
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.gptj.weights import GPT_J
 from neoxconv.arch.llama.weights import LLAMA, MISTRAL
+from neoxconv.arch.mpt.weights import MPT
 from neoxconv.core.model import Architecture
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT_NEOX, LLAMA, MISTRAL, GPT2, GPT_NEO, GPT_J)
+ARCHITECTURES: tuple[Architecture, ...] = (GPT_NEOX, LLAMA, MISTRAL, GPT2, GPT_NEO, GPT_J, MPT)

@@ -272,6 +272,8 @@ class Architecture:
     # Weights that a configuration leaves unused, each with the one that acts in its place; by their unified names.
     unused: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     forward: str
+    # What gpt-neox computes and does not store, by unified name.
+    made: Callable[[Index, ModelConfig], Mapping[str, LazyTensor]] = lambda index, config: {}
     # What a source stores and a configuration contradicts: the tensor's rank and source name, both values in words.
     contradictions: Callable[[Index, ModelConfig], Iterator[tuple[int, str, str]]]
 

@@ -75,6 +75,8 @@ def reopen(opening: Opening) -> Checkpoint:
         raise PlanError(f"--rmsnorm {opening.rmsnorm}: {index.where} leaves no choice; leave it out.")
     fused = fused_tensors(index, named, architecture, config, opening)
     named = taken_apart(index, named, fused, architecture, config)
+    if SOURCES[index.format].naming == "neox":
+        named = [{**architecture.made(index, config), **rank} for rank in named]
     again = stored_head(index, named, architecture, config)
     if again:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]

@@ -20,15 +20,15 @@ SERIAL: Allowed = {
     "gpt_j_residual": (False, (False,)),
     "opt_pos_emb_offset": (0, (0,)),
 }
-_LEARNED: Allowed = {**SERIAL, "pos_emb": ("learned", ("learned",))}
+_PLACED: Allowed = {**SERIAL, "pos_emb": ("learned", ("learned", "none", "sinusoidal"))}
 _HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
 def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The hyperparameters from --preset, else the YAML."""
+    """The hyperparameters from --preset, else the YAML; for positions that are not learned see positions.py."""
     if opening.preset or not index.settings:
         return from_preset(index, measured, opening, PRESETS)
-    return serial_from_neox(index, measured, _LEARNED, "learned")
+    return serial_from_neox(index, measured, _PLACED, "learned")
 
 
 def serial_from_neox(

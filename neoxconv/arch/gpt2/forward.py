@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +20,8 @@ from neoxconv.core.model import ModelConfig
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:
     """The streams before the first layer: tokens [batch, time] and their places looked up, and added."""
     words = looked_up(ranks, EMBEDDING, tokens, config)
+    if config.positions == "alibi":
+        return [words] * len(ranks)
     return [words + rank.rows(POSITIONS, range(tokens.shape[1])) for rank in ranks]
 
 
@@ -26,7 +29,11 @@ def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConf
     """The streams after a layer."""
     norm1, norm2, dense, down = (name.format(i=layer) for name in (NORM1, NORM2, DENSE, DOWN))
     pairs = list(zip(ranks, streams, strict=True))
-    total = sum(_attention(rank, _normalise(rank, x, norm1, config), layer, config) for rank, x in pairs)
+    normed = [_normalise(rank, x, norm1, config) for rank, x in pairs]
+    part = config.heads // len(ranks)
+    total = sum(
+        _attention(rank, x, layer, r * part, config) for r, (rank, x) in enumerate(zip(ranks, normed, strict=True))
+    )
     pairs = [(rank, x + total + rank.vector(dense + "bias")) for rank, x in pairs]
     total = sum(_mlp(rank, _normalise(rank, x, norm2, config), layer, config) for rank, x in pairs)
     return [x + total + rank.vector(down + "bias") for rank, x in pairs]
@@ -39,13 +46,31 @@ def _normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
     )
 
 
-def _attention(rank: Rank, x: Tensor, layer: int, config: ModelConfig) -> Tensor:
-    """A rank's heads, and its part of the sum that the output is, without the bias."""
+def _attention(rank: Rank, x: Tensor, layer: int, first: int, config: ModelConfig) -> Tensor:
+    """A rank's heads, the model's from `first` on, and its part of the sum that the output is, without the bias."""
     name = QKV.format(i=layer)
     mixed = rank.linear(x, name[:-1]) + rank.vector(name + "bias")
     heads = mixed.reshape(*x.shape[:2], 3, -1, config.head_size).permute(2, 0, 3, 1, 4)  # qkv, batch, head, time, size
-    attended = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+    mask = _alibi(x, config)[first : first + heads.shape[2]] if config.positions == "alibi" else None
+    attended = functional.scaled_dot_product_attention(
+        heads[0], heads[1], heads[2], attn_mask=mask, is_causal=mask is None
+    )
     return rank.linear(attended.transpose(1, 2).flatten(2), DENSE.format(i=layer)[:-1])
+
+
+def _alibi(x: Tensor, config: ModelConfig) -> Tensor:
+    """What ALiBi adds to the scores [head, time, time]: less for tokens further back, nothing reaches later ones.
+
+    The slopes of n heads are 2 ^ (-8 i / n); where n is no power of 2, those of the next lower one and then every
+    second of the next higher one (gpt-neox's megatron/model/positional_embeddings.py).
+    """
+    lower = 1 << (config.heads.bit_length() - 1)
+    slopes = [2 ** (-8 * i / lower) for i in range(1, lower + 1)]
+    slopes += [2 ** (-4 * i / lower) for i in range(1, 2 * (config.heads - lower), 2)]
+    places = torch.arange(x.shape[1], device=x.device)
+    distance = places[:, None] - places
+    bias = -torch.tensor(slopes, device=x.device)[:, None, None] * distance
+    return bias.masked_fill(distance < 0, float("-inf"))
 
 
 def _mlp(rank: Rank, x: Tensor, layer: int, config: ModelConfig) -> Tensor:

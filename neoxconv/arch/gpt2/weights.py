@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.gpt2.config import PRESETS, from_gguf, from_hf, from_neox, to_gguf, to_hf, to_neox
+from neoxconv.arch.gpt2.positions import MADE, made_positions
 from neoxconv.arch.joins import (
     by_rows,
     column_parallel,
@@ -114,7 +115,13 @@ def fused(names: Sequence[str] = (_QKV, "attention.qkv.")) -> tuple[Fused, ...]:
 
 
 # Buffers of transformers' attention, and of TransformerEngine: `fnmatch` patterns of every format's names.
-DROPPED = ("*.attn.bias", "*.attn.masked_bias", "*attention.masked_bias", "*_extra_state")
+DROPPED = (
+    "*.attn.bias",
+    "*.attn.masked_bias",
+    "*attention.masked_bias",
+    "*_extra_state",
+    "0.position_embeddings.inv_freq",
+)
 
 GPT2 = Architecture(
     name="gpt2",
@@ -129,7 +136,8 @@ GPT2 = Architecture(
     to_hf=to_hf,
     to_gguf=to_gguf,
     to_neox=to_neox,
-    trained=lambda settings: False,  # its positions are among the tensors, and tell it
+    trained=lambda settings: settings.get("pos_emb") in MADE,  # learned ones are among the tensors, and tell it
+    made=lambda index, config: {POSITIONS + ".weight": table} if (table := made_positions(index, config)) else {},
     forward="neoxconv.arch.gpt2.forward",
     contradictions=lambda index, config: iter(()),
 )

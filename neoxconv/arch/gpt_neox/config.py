@@ -19,13 +19,17 @@ from neoxconv.errors import CheckpointError, raise_all
 
 @dataclass(frozen=True)
 class _Preset:
-    """A released model: a quarter of each head rotated, parallel residual, tanh GELU, context 2048, no tying."""
+    """A released model, its head not tied; unless it says otherwise with the 20B model's settings."""
 
     name: str
     layers: int
     hidden: int
     heads: int
     rows: int
+    context: int = 2048
+    rotary_pct: float = 0.25
+    parallel_residual: bool = True
+    activation: str = "gelu_tanh"
 
     @property
     def config(self) -> ModelConfig:
@@ -35,12 +39,12 @@ class _Preset:
             heads=self.heads,
             ff=4 * self.hidden,
             rows=self.rows,
-            context=2048,
-            rotary_pct=0.25,
+            context=self.context,
+            rotary_pct=self.rotary_pct,
             rotary_base=1e4,
             norm_eps=1e-5,
-            parallel_residual=True,
-            activation="gelu_tanh",
+            parallel_residual=self.parallel_residual,
+            activation=self.activation,
             tied=False,
         )
 
@@ -59,6 +63,12 @@ PRESETS: dict[str, ModelConfig] = {
         _Preset("pythia-2.8b", 32, 2560, 32, 50304),
         _Preset("pythia-6.9b", 32, 4096, 32, 50432),
         _Preset("pythia-12b", 36, 5120, 40, 50688),
+        # As their config.json says; read from lit-gpt's table of them (Lightning-AI/litgpt, lit_gpt/config.py,
+        # and the erf GELU of its GptNeoxMLP).
+        _Preset("redpajama-incite-3b", 32, 2560, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
+        _Preset("redpajama-incite-7b", 32, 4096, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
+        _Preset("stablelm-alpha-3b", 16, 4096, 32, 50688, context=4096, activation="gelu"),
+        _Preset("stablelm-alpha-7b", 16, 6144, 48, 50432, context=4096, activation="gelu"),
     )
 }
 

@@ -111,7 +111,7 @@ GPT_NEOX = Architecture(
     to_gguf=to_gguf,
     to_neox=to_neox,
     renamed={UP: "mlp.linear1.", DOWN: "mlp.linear2."},
-    trained=lambda settings: settings.get("norm", "layernorm") == "layernorm",
+    trained=lambda settings: (settings.get("norm", "layernorm"), settings.get("pos_emb")) == ("layernorm", "rotary"),
     forward="neoxconv.arch.gpt_neox.forward",
     unused=_unused,
     contradictions=_contradictions,

@@ -89,7 +89,7 @@ def search(form: _BlockForm, rows: Floats, context: Context) -> Bytes:
     """The same with the scales that err least, found as a super-block's are. Raises PlanError as `encode` does."""
     check_columns(form.name, _BLOCK, rows)
     codes, numbers = find(SEARCHES[form.name], rows, context)
-    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), -1, 4))
+    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), rows.shape[1] // _BLOCK, 4))
 
 
 def _pack(form: _BlockForm, codes: Bytes, numbers: Floats) -> Bytes:

@@ -63,7 +63,8 @@ def encode(form: _SuperBlockForm, rows: Floats, context: Context = _NOTHING) -> 
     """Rows [n, columns] as super-blocks [n, bytes]. Raises PlanError where they do not divide the columns."""
     check_columns(form.name, form.weights, rows)
     codes, numbers = find(form.search, rows, context)
-    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), -1, 4))
+    blocks = rows.shape[1] // form.search.block
+    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), blocks, 4))
 
 
 def _pack(form: _SuperBlockForm, codes: Bytes, numbers: Floats) -> Bytes:
