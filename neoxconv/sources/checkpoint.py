@@ -185,7 +185,7 @@ def _find_architecture(index: Index) -> Architecture:
             known.setdefault(name, architecture)  # of families that share a name the first
     if not isinstance(told, str) or told not in known:
         raise CheckpointError(
-            f"{index.where}: is a {told} model; expected {' or '.join(known)}, others are not supported."
+            f"{index.where}: is a {str(told)[:60]} model; expected {' or '.join(known)}, others are not supported."
         )
     return known[told]
 

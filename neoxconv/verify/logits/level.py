@@ -43,7 +43,7 @@ def verify_logits(
     """
     source.refuse_doubts()
     source = _as_short(source, candidate)
-    tokens, text = tokens_for(source, _within_windows(trial.sample, source, candidate))
+    tokens, text = tokens_for(_within_windows(source, candidate, trial.sample), trial.sample)
     check_sizes(source, candidate)
     _check_window(tokens.shape[1], source, candidate, trial.sample)
     engine, device = trial.engine, trial.device
@@ -83,9 +83,11 @@ def _common(source: Checkpoint, candidate: Checkpoint) -> int | None:
     return None if windows[0] == windows[1] else min(filter(None, windows))
 
 
-def _within_windows(sample: Sample, source: Checkpoint, candidate: Checkpoint) -> Sample:
-    """The sample with sequences that are no longer than what the two have in common."""
-    return replace(sample, length=min(sample.length, _common(source, candidate) or sample.length))
+def _within_windows(source: Checkpoint, candidate: Checkpoint, sample: Sample) -> Checkpoint:
+    """The source with no more context than the two have in common, where sequences are cut from a text."""
+    common = None if sample.tokens else _common(source, candidate)
+    context = min(source.config.context, common or source.config.context)
+    return replace(source, config=replace(source.config, context=context))
 
 
 def _check_window(length: int, source: Checkpoint, candidate: Checkpoint, sample: Sample) -> None:
