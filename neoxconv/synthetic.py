@@ -11,18 +11,21 @@ import json
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neoxconv.arch.fused import split
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns
+from neoxconv.arch.llama.training import to_neox
+from neoxconv.arch.llama.weights import LLAMA
 from neoxconv.core.encoding import copied
 from neoxconv.core.layout import Digest, Entry, FileLayout
-from neoxconv.core.model import Buffer, ModelConfig, Weight
+from neoxconv.core.model import Architecture, Buffer, ModelConfig, Stored, Weight
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats.neox import folder as neox
@@ -43,7 +46,8 @@ _STEP = 10
 class Synthetic:
     """What to make; `rows` counts all ranks'.
 
-    `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09, 2 TransformerEngine's.
+    With `llama` it is a Llama as gpt-neox trains it today, with `kv_heads` and an MLP of `ff`; `generation`, residual,
+    activation and rotary part are then its own. `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09, 2 TransformerEngine's.
     """
 
     layers: int = 2
@@ -62,15 +66,32 @@ class Synthetic:
     rotary_pct: float = 0.25
     norm_noise: float = 0.002
     seed: int = 0
+    llama: bool = False
+    kv_heads: int | None = None
+    ff: int | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family of the model."""
+        return LLAMA if self.llama else GPT_NEOX
 
     @property
     def config(self) -> ModelConfig:
         """The hyperparameters of the model."""
+        if not self.llama:
+            return self._neox
+        changes: Any = dict.fromkeys(("parallel_residual", "attention_bias", "mlp_bias"), False)
+        changes |= {"norm": "rmsnorm", "activation": "silu", "rotary_pct": 1.0, "kv_heads": self.kv_heads}
+        return replace(self._neox, **changes)
+
+    @property
+    def _neox(self) -> ModelConfig:
+        """The hyperparameters of a model of these sizes in GPT-NeoX's own family."""
         return ModelConfig(
             layers=self.layers,
             hidden=self.hidden,
             heads=self.heads,
-            ff=4 * self.hidden,
+            ff=self.ff or 4 * self.hidden,
             rows=self.rows,
             context=self.context,
             rotary_pct=self.rotary_pct,
@@ -132,9 +153,13 @@ def contents(model: Synthetic) -> dict[str, Any]:
 
 def _rank_entries(model: Synthetic, rank: int) -> Iterator[tuple[str, Entry]]:
     """`N.name` and contents of every tensor of a rank, in the order in which gpt-neox stores them."""
-    for stored in GPT_NEOX.in_layer_files(model.config):
+    for stored in model.architecture.in_layer_files(model.config):
         weight, buffer = stored.weights[0], stored.buffer
         if buffer and model.generation:
+            continue
+        if stored.fused:
+            name = number_name(weight, stored.layer, model.layers, stored.name)
+            yield name, _entry_of(name, _fused_tensor(model, stored, name, rank))
             continue
         spelled = buffer.source if buffer else _spellings(weight)[model.generation]
         name = number_name(weight, stored.layer, model.layers, spelled)
@@ -152,16 +177,27 @@ def _entry_of(name: str, tensor: LazyTensor) -> Entry:
     return Entry(name, name, tensor, copied(tensor.dtype))
 
 
-def _rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyTensor:
-    """What one rank holds of a weight."""
+def _fused_tensor(model: Synthetic, stored: Stored, name: str, rank: int) -> LazyTensor:
+    """What one rank holds of several weights in one tensor."""
+    parts = [_whole(model, weight, f"{name}/{weight.unified}/{model.seed}") for weight in stored.weights]
+    return split(stored, parts, model.tp, model.config)[rank]
+
+
+def _whole(model: Synthetic, weight: Weight, name: str) -> LazyTensor:
+    """A weight of all ranks together."""
     shape = tuple(model.config.sizes[size] for size in weight.shape)
     centre = 1.0 if weight.role == "norm" and weight.unified.endswith("weight") else 0.0
-    whole = _random_tensor(model, f"{name}/{model.seed}", shape, (centre, _SPREAD.get(weight.role, 0.02)))
+    return _random_tensor(model, name, shape, (centre, _SPREAD.get(weight.role, 0.02)))
+
+
+def _rank_tensor(model: Synthetic, weight: Weight, name: str, rank: int) -> LazyTensor:
+    """What one rank holds of a weight."""
+    whole = _whole(model, weight, f"{name}/{model.seed}")
     if weight.role == "norm":
         return _with_noise(model, whole, f"{name}/{model.seed}/{rank}")
     if weight.join.name == "row-parallel bias":
         own = f"{name}/{model.seed}/{rank if model.parallel_residual else 0}"
-        return _random_tensor(model, own, shape, (0.0, _SPREAD["bias"]))
+        return _random_tensor(model, own, whole.shape, (0.0, _SPREAD["bias"]))
     split = by_columns if weight.role == "head" and model.head_by_columns else weight.join.split
     return split(whole, model.tp, model.config)[rank]
 
@@ -259,6 +295,7 @@ def _yaml_settings(model: Synthetic) -> dict[str, Any]:
         "make_vocab_size_divisible_by": model.rows // model.tp,
         "tokenizer_type": "HFTokenizer",
         "vocab-file": "./tokenizer.json",
+        **(to_neox(model.config) if model.llama else {}),
     }
 
 

@@ -140,3 +140,23 @@ def test_without_a_yaml_a_released_model_is_recognised_and_said_so(tmp_path: Pat
     (step / "configs" / "model.yml").unlink()
     checkpoint = open_checkpoint(tmp_path / "x")
     assert checkpoint.config.heads == 12 and "pythia-160m" in checkpoint.notes[0]
+
+
+LLAMA_70B = Synthetic(llama=True, layers=80, hidden=8192, heads=64, kv_heads=8, ff=28672, rows=32000, tp=8, pp=4)
+
+
+def test_a_llama_of_70b_opens_in_seconds_and_its_parameters_are_counted(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "70B", LLAMA_70B, sparse=True)
+    checkpoint = open_checkpoint(tmp_path / "70B")
+    assert checkpoint.architecture.name == "llama" and checkpoint.parameters == 68_976_648_192
+    assert checkpoint.config == LLAMA_70B.config
+
+
+def test_a_small_llama_is_the_same_at_every_degree_and_loads_in_transformers(tmp_path: Path) -> None:
+    small = replace(MODEL, llama=True, kv_heads=2, ff=96, norm_noise=0.0)
+    made = {tp: write_checkpoint(tmp_path / f"{tp}", replace(small, tp=tp, sequential=tp == 2)) for tp in (1, 2)}
+    sources = {tp: open_checkpoint(folder) for tp, folder in made.items()}
+    assert verify_weights(sources[1], sources[2]).passed
+    tokens = np.arange(64).reshape(2, 32)
+    logits = transformers_logits(run(make_plan(sources[2], Recipe("hf")), tmp_path / "hf"), tokens)
+    assert np.isfinite(logits).all() and logits.std() > 0.01
