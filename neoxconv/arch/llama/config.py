@@ -50,7 +50,6 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
     wanted: dict[str, tuple[Any, Any]] = {
         "hidden_act": ("silu", settings.get("hidden_act", "silu")),
         "head_dim": (hidden // heads, settings.get("head_dim") or hidden // heads),
-        "pretraining_tp": (1, settings.get("pretraining_tp", 1)),
     }
     problems = [
         f"rope_type is {kind!r:.80}, which is not supported; expected 'default'" for kind in rope_types(settings)
