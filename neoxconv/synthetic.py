@@ -46,8 +46,9 @@ _STEP = 10
 class Synthetic:
     """What to make; `rows` counts all ranks'.
 
-    With `llama` it is a Llama as gpt-neox trains it today, with `kv_heads` and an MLP of `ff`; `generation`, residual,
-    activation and rotary part are then its own. `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09, 2 TransformerEngine's.
+    With `llama` it is a Llama as gpt-neox trains it today, with `kv_heads` and an MLP of `ff`; generation, residual,
+    activation and rotary part are then its own. `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09, 2
+    TransformerEngine's.
     """
 
     layers: int = 2
