@@ -16,6 +16,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Doubles = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.int64]
 
 

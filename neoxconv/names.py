@@ -15,10 +15,13 @@ TARGET_TYPES = (*MIXES, *BNB_TYPES, *FLOAT8_TYPES)  # of any target
 SCALES = ("none", "tensor", "channel")
 DTYPES = ("F16", "BF16", "F32")
 NORMS = ("mean", "fold", "rank0")
+STAND_INS = ("gpt_neox", "gpt2")  # families that others are written as
 WEIGHTS = ("stored", "master")
 QKV_LAYOUTS = ("per-head", "blocks")
 RMSNORMS = ("inside", "outside")
 PRESETS = (
     "20B", "pythia-14m", "pythia-31m", "pythia-70m", "pythia-160m", "pythia-410m",
     "pythia-1b", "pythia-1.4b", "pythia-2.8b", "pythia-6.9b", "pythia-12b",
+    "redpajama-incite-3b", "redpajama-incite-7b", "stablelm-alpha-3b", "stablelm-alpha-7b",
+    "gpt-neo-125m", "gpt-neo-1.3B", "gpt-neo-2.7B", "gpt-j-6B",
 )  # fmt: skip

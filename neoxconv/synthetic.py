@@ -23,6 +23,7 @@ from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns
 from neoxconv.arch.llama.training import to_neox
 from neoxconv.arch.llama.weights import LLAMA
+from neoxconv.core.encoding import copied
 from neoxconv.core.layout import Digest, Entry, FileLayout
 from neoxconv.core.model import Architecture, Buffer, ModelConfig, Stored, Weight
 from neoxconv.core.tensor import LazyTensor, slabs
@@ -33,7 +34,6 @@ from neoxconv.formats.pt import layout_pt
 from neoxconv.formats.tokenizer import END, PADDING, Tokenizer
 from neoxconv.formats.tokenizer.byte_level import NFC
 from neoxconv.formats.tokenizer.made import added_token, alphabet, tokenizer_json
-from neoxconv.targets.slim import copied
 
 _BLOCK = 1 << 20
 _STRIDE = 611_953  # a prime: how far apart in the block neighbouring rows begin
@@ -46,7 +46,7 @@ _STEP = 10
 class Synthetic:
     """What to make; `rows` counts all ranks'.
 
-    With `llama` it is a Llama as gpt-neox trains it today, with `kv_heads` and an MLP of `ff`; generation, residual,
+    With `llama` it is a Llama as gpt-neox trains it today, with `kv_heads` and an MLP of `ff`; `generation`, residual,
     activation and rotary part are then its own. `generation` 0 has gpt-neox's legacy names, 1 those since 2024-09, 2
     TransformerEngine's.
     """

@@ -39,6 +39,8 @@ from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
 from neoxconv.formats.pt.tensors import Record, View, tensor_in
 from neoxconv.formats.pt.unpickle import load_pickle
+from neoxconv.formats.tokenizer import Tokenizer, charsmap, spiece
+from neoxconv.formats.tokenizer.from_spiece import of_spiece
 from neoxconv.sources.checkpoint import open_checkpoint
 from neoxconv.storage import open_storage
 from neoxconv.verify import verify_bytes
@@ -174,6 +176,14 @@ def of_imatrix(path: Path) -> None:
     assert all(values.dtype == "f4" for values in imatrix.read(path).entries.values())
 
 
+def of_sentencepiece(path: Path) -> None:
+    """What would be written of it, and its map of characters."""
+    file = spiece.read(path.read_bytes(), str(path))
+    found = of_spiece(Tokenizer(b"", path, {path.name: path.read_bytes()}), file)
+    assert {*found.types} == {*found.ids} and found.unknown in found.ids
+    assert charsmap.makes_spaces(file.charsmap) in (True, False)
+
+
 def of_hf(path: Path) -> None:
     checkpoint = open_checkpoint(path)
     read_bands([*checkpoint.tensors.values(), *checkpoint.index.ranks[0].values()])
@@ -232,6 +242,7 @@ PARSERS = {
     "safetensors": Parser(in_file("x.safetensors"), of_safetensors),
     "gguf": Parser(in_file("x.gguf"), of_gguf),
     "imatrix": Parser(in_file("x.dat"), of_imatrix),
+    "sentencepiece": Parser(in_file("x.model"), of_sentencepiece),
     "hf": Parser(in_model, of_hf),
     "yaml": Parser(in_file("x.yml"), of_yaml),
     "manifest": Parser(in_file("manifest.json"), of_manifest),

@@ -657,6 +657,20 @@ def odd_yaml(rng: Random, pieces: list[bytes], seeds: Sequence[Pieces]) -> None:
     pieces[at : at + rng.getrandbits(1)] = [rng.choice((*YAML_ODD, *ODD[-40:])), *rng.choice(((), (b" ",), (b"\n",)))]
 
 
+def sized(number: int, *inner: bytes) -> Pieces:
+    """A field of sentencepiece's file that holds others; all shorter than 128 bytes."""
+    return bytes([number << 3 | 2, len(b"".join(inner))]), *inner
+
+
+def piece(text: bytes, score: float, kind: int) -> Pieces:
+    return sized(1, *sized(1, text), b"\x15" + struct.pack("<f", score), bytes([3 << 3, kind]))
+
+
+SPIECE_TOKENS = *piece(b"<unk>", 0, 2), *piece(b"</s>", 0, 3), *piece("▁a".encode(), -1.5, 1)
+MAP = struct.pack("<I3I", 12, 1 << 10, 0x100, 7) + b" \0"
+SPIECE_SETTINGS = *sized(2, b"\x18\1", b"\x98\2\1", *sized(5, b"<s>")), *sized(3, *sized(2, MAP), b"\x18\0", b"\x20\1")
+SPIECE = (Kind((SPIECE_TOKENS + piece(b"<0x41>", 0, 6) + SPIECE_SETTINGS, SPIECE_TOKENS), joined),)
+
 YAML = (
     Kind(tuple(tuple(YAML_TOKEN.findall(text.encode())) for text in (SETTING, BLOCK_SETTING)), joined, (odd_yaml,) * 8),
 )
@@ -676,6 +690,7 @@ KINDS_OF: dict[str, Callable[[], Sequence[Kind]]] = {
     "safetensors": lambda: SAFETENSORS,
     "gguf": lambda: GGUF,
     "imatrix": lambda: IMATRIX,
+    "sentencepiece": lambda: SPIECE,
     "hf": hf,
     "yaml": lambda: YAML,
     "manifest": lambda: MANIFEST,

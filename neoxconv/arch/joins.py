@@ -128,6 +128,7 @@ column_parallel = Join("column-parallel", stacked, by_rows)
 row_parallel = Join("row-parallel", abreast, by_columns)
 vocab_parallel = Join("vocab-parallel", stacked, by_rows)
 head_parallel = Join("vocab-parallel head", head_join, by_rows)
+replica = Join("replica", averaged, copies)
 row_bias = Join("row-parallel bias", _row_bias_join, _row_bias_split)
 norm_mean = Join("replicated norm", averaged, copies)
 

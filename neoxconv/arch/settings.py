@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -10,6 +10,8 @@ from neoxconv.errors import CheckpointError
 
 # Of transformers 5, and what it reads in its place where that is given.
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
+# Hugging Face's names of ungated activations, and the function that each names.
+GELUS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class Settings:
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             self.refuse(key, value, "true or false")
+        return value
+
+    def one_of(self, key: str, default: str, known: Collection[str]) -> str:
+        """One of the words that are known."""
+        value = self.values.get(key, default)
+        if not isinstance(value, str) or value not in known:
+            self.refuse(key, value, " or ".join(known))
         return value
 
     def refuse(self, key: str, value: Any, expected: str) -> NoReturn:

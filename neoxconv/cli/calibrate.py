@@ -9,10 +9,12 @@ import click
 
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, chosen, opened
+from neoxconv.core.model import Checkpoint
 from neoxconv.engine.side_file import check_side_file, whole
 from neoxconv.errors import escaped
 from neoxconv.formats.imatrix import facts, write
 from neoxconv.storage import Place
+from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits import moments
 from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.moments import source_digest
@@ -29,6 +31,7 @@ class _Calibration:
     reading: Reading
     samples: tuple[Sample, ...]  # mixed
     covariance: bool
+    as_family: str | None  # that it will be written as, where GGUF lacks its own
     device: str
     overwrite: bool
     quiet: bool
@@ -38,7 +41,7 @@ def asked_for(source: Place, given: Given) -> _Calibration:
     """The request that the options make. Raises UsageError for two kinds of tokens."""
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
-    plain = {name: given[name] for name in ("output", "covariance", "device", "overwrite", "quiet")}
+    plain = {name: given[name] for name in ("output", "covariance", "as_family", "device", "overwrite", "quiet")}
     texts = given["text"] or (None,)
     samples = tuple(chosen(Sample, {**given, "text": text}) for text in texts)
     return _Calibration(source, reading=chosen(Reading, given), samples=samples, **plain)
@@ -49,9 +52,9 @@ def make_matrix(asked: _Calibration) -> str:
     output, samples = asked.output, asked.samples
     read = [path for sample in samples for path in (sample.text, sample.tokens)]
     check_side_file(output, (asked.source, *read), asked.overwrite)
-    checkpoint = opened(asked.source, asked.reading)
+    checkpoint, _ = written_as(opened(asked.source, asked.reading), "gguf", asked.as_family)
     tokens, text = mixed(checkpoint, samples)
-    made = f"from {tokens.size} tokens of {escaped(text)}"
+    made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
     with progress_bar(checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
         if asked.covariance:
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}
@@ -61,3 +64,14 @@ def make_matrix(asked: _Calibration) -> str:
     with whole(output) as partial:
         write(partial, sums, tokens, text)
     return f"{escaped(output)}: importances of {len(sums)} tensors {made}"
+
+
+_ENOUGH = 5  # tokens for each column of the widest matrix: fewer cost more than they save (docs/numerics.md)
+
+
+def _advice(checkpoint: Checkpoint, tokens: int) -> str:
+    """A word on tokens that are few for the model."""
+    widest = max(checkpoint.config.hidden, checkpoint.config.ff)
+    if tokens >= _ENOUGH * widest:
+        return ""
+    return f"; that is little for a model of this width, {_ENOUGH * widest} or more would make it better"

@@ -25,6 +25,8 @@ from neoxconv.targets.carried import tokenizer_line
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural, shell, size, table
 
+_SPELLED = {"as_family": "--as"}  # options that are not named as what they set
+
 
 def _check_options(given: Given) -> None:
     """Raise UsageError where an option is for another format, or for another of its types, than the one asked for."""
@@ -48,7 +50,7 @@ def _check_options(given: Given) -> None:
 
 def _flag(option: str) -> str:
     """An option as it stands on the command line."""
-    return f"--{option.replace('_', '-')}"
+    return _SPELLED.get(option, f"--{option.replace('_', '-')}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,11 +25,17 @@ from neoxconv.storage import Place, size_of, together
 from neoxconv.targets.carried import tokenizer_facts, tokenizer_line
 from neoxconv.words import first_of, plural, size, table
 
-_GENERATIONS = ("legacy", "gpt-neox since 2024-09", "TransformerEngine")  # the order of `Weight.source`
+# Whose names a gpt-neox checkpoint has: by what some tensor's holds, the first that fits.
+_GENERATIONS = {
+    "TransformerEngine": (".attention.qkv.", ".mlp.fc1_", ".mlp.fc2_"),
+    "gpt-neox since 2024-09": (".mlp.linear1.", ".mlp.linear2."),
+    "legacy": (".mlp.dense_h_to_4h.", ".mlp.w1."),
+}
 _KINDS = ("weights", "optimizer states", "bookkeeping", "config and tokenizer", "other")
 _SUFFIXES = (".yml", ".yaml", ".json", ".txt", ".model", ".jinja")
-# Where settings say the size of the vocabulary: GGUF (its tokens, or their number), config.json, gpt-neox's YAML.
-_VOCABULARY = ("tokenizer.ggml.tokens", "gptneox.vocab_size", "vocab_size", "padded_vocab_size")
+# Where settings say the size of the vocabulary: GGUF (its tokens, or their number by the family), config.json,
+# gpt-neox's YAML.
+_VOCABULARY = ("tokenizer.ggml.tokens", "{family}.vocab_size", "vocab_size", "padded_vocab_size")
 _STEPS = ("global_steps", "iteration")  # in DeepSpeed's bookkeeping
 _BOOKKEEPING = ("latest", MANIFEST)
 
@@ -94,11 +100,9 @@ def source(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def generation(checkpoint: Checkpoint) -> str:
-    """Which gpt-neox's names the tensors have: told by the weight with the most spellings."""
-    spelled = max((weight.source for weight in checkpoint.architecture.weights), key=len)
-    endings = {name.split(".", 1)[1] for name in checkpoint.index.ranks[0]}
-    eras = zip(_GENERATIONS, spelled, strict=False)  # an architecture need not have been there from the first
-    return next((era for era, name in eras if name in endings), "unknown")
+    """Which gpt-neox's names the tensors have."""
+    names = "\n".join(checkpoint.index.ranks[0])
+    return next((era for era, parts in _GENERATIONS.items() if any(part in names for part in parts)), "unknown")
 
 
 def _type_of(tensor: LazyTensor, index: Index) -> DType:
@@ -119,7 +123,8 @@ def _bytes_by_type(checkpoint: Checkpoint) -> Counter[str]:
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int | None]:
     """The embedding's rows, and the size of the vocabulary as the source's settings say it; None where they do not."""
     settings = checkpoint.index.settings
-    said = next((settings[key] for key in _VOCABULARY if key in settings), None)
+    keys = [key.format(family=checkpoint.architecture.gguf_name) for key in _VOCABULARY]
+    said = next((settings[key] for key in keys if key in settings), None)
     tokens = len(said) if isinstance(said, list) else said if type(said) is int else None
     return {"rows": checkpoint.config.rows, "said": tokens}
 
@@ -188,7 +193,7 @@ def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
     """The tables that a person reads; `every_tensor` lists each one by name."""
     sections = [
         ("source", table("<<", _what_it_is(facts))),
-        ("config", table("<<", list(facts["config"].items()))),
+        ("config", table("<<", _config_lines(facts["config"]))),
         ("tensors", _tensor_table(facts)),
         *([("every tensor", every(facts))] if every_tensor else []),
         ("files", _file_table(facts)),
@@ -196,6 +201,12 @@ def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
         *([("notes", "\n".join(f"  {note}" for note in facts["notes"]))] if facts["notes"] else []),
     ]
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
+
+
+def _config_lines(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The hyperparameters that this model has; how queries share keys and values, in words."""
+    words = {"kv_heads": f"{config['kv_heads']}, each for {config['heads'] // (config['kv_heads'] or 1)} heads"}
+    return [(name, words.get(name, value)) for name, value in config.items() if value is not None]
 
 
 def _what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,9 +23,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from neoxconv.cli.options import of_calibrate, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
+from neoxconv.cli.options import (
+    FOLDER_GONE,
+    of_calibrate,
+    of_convert,
+    of_demo,
+    of_formats,
+    of_inspect,
+    of_verify,
+    verbose,
+)
 from neoxconv.cli.printing import say
-from neoxconv.errors import NeoxconvError, VerifyError, one_line
+from neoxconv.errors import NeoxconvError, PlanError, VerifyError, one_line
 from neoxconv.version import __version__
 from neoxconv.words import table
 
@@ -75,7 +85,10 @@ def convert(source: Place, target: Place, **given: Any) -> None:
     gguf, here or in an object store (s3://, gs://, ...).
     """
     from neoxconv.cli.convert import prepare
+    from neoxconv.storage import is_here
 
+    if click.get_current_context().find_root().obj["gone"] and not is_here(target):  # made in the working folder
+        raise PlanError(FOLDER_GONE)
     request = prepare(source, target, given)
     if given["dry_run"]:
         if given["json"] or not given["quiet"]:
@@ -193,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "this system cannot read files at an offset (no os.preadv): Windows is not supported.", _FAILED
         )
     signal.signal(signal.SIGTERM, _terminate)
-    session = {"verbose": False}
+    session = {"verbose": False, "gone": _leave_removed_folder()}
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
         return commands.main(words, "neoxconv", standalone_mode=False, obj=session) or 0
@@ -237,7 +250,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, NeoxconvError):
         return str(error), _DIFFERS if isinstance(error, VerifyError) else _FAILED
     if isinstance(error, OSError) and _is_folder_gone():
-        return "the working folder was removed; change to one that exists, and run the command there.", _FAILED
+        return FOLDER_GONE, _FAILED
     if isinstance(error, OSError) and error.strerror:
         return one_line(f"{_file_of(error)}: {error.strerror}."), _FAILED
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
@@ -247,8 +260,19 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _file_of(error: OSError) -> str:
-    """The file that an error of the operating system is about."""
-    return "standard output" if error.filename is None else os.fsdecode(error.filename)
+    """The file that an error of the operating system is about, or the network."""
+    if error.filename is not None:
+        return os.fsdecode(error.filename)
+    network = isinstance(error, ConnectionError | socket.gaierror) and not isinstance(error, BrokenPipeError)
+    return "the network" if network else "standard output"
+
+
+def _leave_removed_folder() -> bool:
+    """Whether the working folder is gone. Then we work in another, as libraries and processes need one that exists."""
+    gone = _is_folder_gone()
+    if gone:
+        os.chdir("/")  # relative paths are refused
+    return gone
 
 
 def _is_folder_gone() -> bool:

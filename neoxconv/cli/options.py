@@ -12,12 +12,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from neoxconv.names import DTYPES, FORMATS, NORMS, PRESETS, QKV_LAYOUTS, RMSNORMS, SCALES, TARGET_TYPES, TYPES, WEIGHTS
+from neoxconv.errors import PlanError
+from neoxconv.names import (
+    DTYPES,
+    FORMATS,
+    NORMS,
+    PRESETS,
+    QKV_LAYOUTS,
+    RMSNORMS,
+    SCALES,
+    STAND_INS,
+    TARGET_TYPES,
+    TYPES,
+    WEIGHTS,
+)
 from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
     from neoxconv.storage import Place
 
+FOLDER_GONE = "the working folder was removed; change to one that exists, and run the command there."
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -26,6 +40,7 @@ class _Path(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         _check_named(value)
+        _check_found(Path(value))
         return super().convert(value, param, ctx)
 
 
@@ -33,6 +48,13 @@ def _check_named(text: object) -> None:
     """Raise BadParameter for a text that names nothing."""
     if not str(text).strip():
         raise click.BadParameter("the name is empty; give a file or a folder (is a variable unset?).")
+
+
+def _check_found(path: Place) -> None:
+    """Raise PlanError for a path from a working folder that is not there any more."""
+    session = click.get_current_context().find_root().obj or {}
+    if session.get("gone") and isinstance(path, Path) and not path.is_absolute():
+        raise PlanError(FOLDER_GONE)
 
 
 _PATH = _Path(path_type=Path)
@@ -45,7 +67,9 @@ def _location(text: str) -> Place:
     from neoxconv.storage import place
 
     _check_named(text)
-    return place(text)
+    found = place(text)
+    _check_found(found)
+    return found
 
 
 def byte_count(text: str) -> int:
@@ -77,8 +101,11 @@ def _override(text: str) -> tuple[str, str]:
 
 def scheduler(text: str) -> str:
     """The address of a Dask scheduler."""
-    if not re.fullmatch(r"dask://[^/\s]+:\d+", text):
+    found = re.fullmatch(r"dask://[^/\s]+:(\d+)", text)
+    if not found:
         raise click.BadParameter(f"{text!r} is no scheduler; write it as dask://HOST:PORT.")
+    if not 1 <= int(found[1]) <= 65535:
+        raise click.BadParameter(f"{text!r}: {found[1]} is no port; they go from 1 to 65535.")
     return text
 
 
@@ -162,7 +189,7 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; of calibrate --covariance."
+        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
     ),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
     click.option(
@@ -172,6 +199,10 @@ _of_gguf = _options(
         help="gguf: the nearest tokenizer where llama.cpp has not SRC's; ids may differ.",
     ),
 )
+_as_family = _choice_option(
+    "--as", "as_family", choices=STAND_INS, metavar="NAME",
+    help="gguf, slim: write SRC as another family where the format lacks its own (docs/formats.md).",
+)  # fmt: skip
 of_convert = _options(
     source,
     click.argument("target", type=_location, metavar="DST"),
@@ -183,6 +214,7 @@ of_convert = _options(
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
     ),
     _of_gguf,
+    _as_family,
     click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
     _choice_option(
         "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
@@ -203,8 +235,13 @@ of_convert = _options(
         metavar="M",
         help="slim: pipeline stages; 0 for sequential files.  [default: as SRC, else 1]",
     ),
+    click.option(
+        "--current-names", is_flag=True, default=None, help="slim: made anew, as gpt-neox names tensors since 2024-09."
+    ),
     configuration,
-    click.option("--tokenizer", type=_PATH, metavar="FILE", help="tokenizer.json.  [default: the one near SRC]"),
+    click.option(
+        "--tokenizer", type=_PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
+    ),
     _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
     jobs,
@@ -225,7 +262,11 @@ of_calibrate = _options(
     source,
     click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
     click.option(
-        "--text", type=_PATH, multiple=True, metavar="FILE", help="A text such as the model will meet; repeat to mix."
+        "--text",
+        type=_PATH,
+        multiple=True,
+        metavar="FILE",
+        help="A text such as the model will meet; repeat to mix.  [default: a built-in one]",
     ),
     click.option(
         "--covariance", is_flag=True, help="Also what `convert --calibration` needs; FILE grows by columns squared."
@@ -233,6 +274,7 @@ of_calibrate = _options(
     click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
     click.option("--sequences", type=_COUNT, metavar="N", help="Sequences at most."),
+    _as_family,
     norms,
     configuration,
     click.option("--device", default="cpu", metavar="NAME", show_default=True, help="cpu or cuda."),
@@ -244,7 +286,12 @@ of_calibrate = _options(
 of_formats = _options(_as_json, verbose)
 
 _of_logits = _options(
-    click.option("--text", type=_PATH, metavar="FILE", help="logits: a text to compare on.  [default: a built-in one]"),
+    click.option(
+        "--text",
+        type=_PATH,
+        metavar="FILE",
+        help="A text whose token ids are compared; logits: whose predictions are.  [default: a built-in one]",
+    ),
     click.option("--tokens", type=_PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
     click.option("--sequences", type=_COUNT, metavar="N", help="logits: sequences, and questions, at most."),
@@ -260,7 +307,7 @@ _of_logits = _options(
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits: what runs TARGET: native, transformers or llama.cpp.",
+        help="logits, and --text: what runs TARGET: native, transformers or llama.cpp.",
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),
@@ -272,9 +319,14 @@ _of_logits = _options(
 )
 of_verify = _options(
     click.argument("paths", type=_location, nargs=-1, required=True, metavar="[SRC] TARGET"),
-    _choice_option("--level", choices=("bytes", "weights", "logits"), help="[default: weights, or bytes without SRC]"),
+    _choice_option(
+        "--level",
+        choices=("bytes", "tokenizer", "weights", "logits"),
+        help="weights and logits have those before them.  [default: weights, or bytes without SRC]",
+    ),
     norms,
     configuration,
+    click.option("--calibration", type=_PATH, metavar="FILE", help="weights: the one that `convert` was given."),
     _of_logits,
     click.option(
         "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."

@@ -29,7 +29,10 @@ class _Tried:
 
 @dataclass(frozen=True)
 class _Trials:
-    """All readings, the best first; `guess` is the loss of a guess among all words."""
+    """All readings, the best first: by stored logits where there are any, else by the loss on the text.
+
+    `guess` is the loss of a guess among all words.
+    """
 
     readings: tuple[_Tried, ...]
     guess: float
@@ -47,6 +50,8 @@ class _Trials:
     @property
     def verdict(self) -> str:
         best = self.readings[0]
+        if best.off is not None:
+            return f"{best.options}: gives the logits that gpt-neox stored with the model, or is the nearest to them."
         if best.loss > _SAYS_NOTHING * self.guess:
             return f"None is a language model of this text: a guess among all words has a loss of {self.guess:.4f}."
         return f"{best.options}: predicts the text best."
@@ -71,9 +76,9 @@ def tried(source: Place, how: Reading, text: Path) -> _Trials:
     from neoxconv.verify.logits.tokens import tokens_for
     from neoxconv.verify.logits.trial import Sample
 
-    found, rows = [], 0
+    found, rows, sample = [], 0, Sample(text=text, sequences=_SEQUENCES)
     for options, checkpoint in _readings(source, how):
-        tokens, _ = tokens_for(checkpoint, Sample(text=text, sequences=_SEQUENCES))
+        tokens, _ = tokens_for(checkpoint, sample)
         found.append(_Tried(options, loss_of(checkpoint, tokens), off_stored(checkpoint)))
         rows = checkpoint.config.rows
-    return _Trials(tuple(sorted(found, key=lambda one: one.loss)), math.log(rows))
+    return _Trials(tuple(sorted(found, key=lambda one: one.loss if one.off is None else one.off)), math.log(rows))

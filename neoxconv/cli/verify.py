@@ -23,12 +23,13 @@ from neoxconv.storage import Place
 from neoxconv.verify import verify_bytes, verify_weights
 from neoxconv.verify.beside import verify_beside
 from neoxconv.verify.bytes import sha256sums
+from neoxconv.verify.ids import verify_ids
 from neoxconv.verify.logits.trial import Limits, Sample, Task, Trial
-from neoxconv.verify.report import Finding, Report, TensorError, verdicts
+from neoxconv.verify.report import Report, TensorError, findings_of, together, verdicts
 from neoxconv.words import first_of, table
 
 _LOGITS_ONLY = (
-    "text", "tokens", "length", "sequences", "task", "data", "device",
+    "tokens", "length", "sequences", "task", "data", "device",
     "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html",
 )  # fmt: skip
 
@@ -38,9 +39,10 @@ class _Audit:
     """What `verify` is asked to do: the paths are the target's alone, or the source's and the target's."""
 
     paths: tuple[Place, ...]
-    level: str  # the last that is run: bytes, weights or logits
+    level: str  # the last that is run: bytes, tokenizer (by itself), weights or logits
     reading: Reading  # of the source
     trial: Trial  # of the logits level
+    calibration: Path | None  # by which the target's codes were chosen
     jobs: int | None
     quiet: bool  # no bars
 
@@ -132,15 +134,21 @@ def asked_for(paths: Sequence[Place], given: Given) -> _Audit:
         html=given["html"],
     )
     quiet = given["json"] or given["quiet"]
-    return _Audit(tuple(paths), level, chosen(Reading, given), trial=trial, jobs=given["jobs"], quiet=quiet)
+    plain = {"calibration": given["calibration"], "jobs": given["jobs"], "quiet": quiet}
+    return _Audit(tuple(paths), level, chosen(Reading, given), trial=trial, **plain)
 
 
 def _check_logits_options(level: str, given: Given) -> None:
     """Raise UsageError for options of the logits level where another is run, and for two sources of tokens."""
     idle = [name for name in _LOGITS_ONLY if given[name] not in (None, False)]
-    if level != "logits" and (idle or given["engine"] != "native"):
-        name = (idle or ["engine"])[0].replace("_", "-")
-        raise click.UsageError(f"--{name} is for --level logits.")
+    if level != "logits" and idle:
+        raise click.UsageError(f"--{idle[0].replace('_', '-')} is for --level logits.")
+    if level == "bytes" and given["text"]:
+        raise click.UsageError(
+            "--text compares TARGET with SRC, which --level bytes does not: give both, leave it out."
+        )
+    if level != "logits" and given["engine"] != "native" and not given["text"]:
+        raise click.UsageError("--engine is for --level logits, or for the ids of a text (--text).")
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
     if given["bisect"] and given["engine"] != "native":
@@ -161,13 +169,16 @@ def digests(paths: Sequence[Place], given: Given) -> Iterator[str]:
 
 def audit(asked: _Audit) -> _Outcome:
     """The levels up to the one asked for: bytes (where the target has a manifest), then against the source."""
+    if asked.trial.sample.text:
+        _ = asked.trial.sample.content  # what cannot be read fails here, and not after an hour of weights
     if asked.level == "logits":
-        import_module("neoxconv.verify.logits.level")  # without torch this fails, before an hour of weights
+        import_module("neoxconv.verify.logits.level")  # and so does a torch that is missing
     target = asked.target
     manifest = read_manifest(target) if target.exists() else None
     if asked.level == "bytes":
         return _Outcome({}, (_check_bytes(asked, manifest),))
-    reports: tuple[Report, ...] = (_check_bytes(asked, manifest),) if manifest else ()
+    alone = asked.level == "tokenizer"
+    reports: tuple[Report, ...] = (_check_bytes(asked, manifest),) if manifest and not alone else ()
     norms, whence = _policy("norms", "mean", manifest, asked.reading.norms)
     weights, told = _policy("weights", "stored", manifest, asked.reading.weights)
     untold: dict[str, Any] = {
@@ -181,25 +192,40 @@ def audit(asked: _Audit) -> _Outcome:
         check_side_file(asked.trial.html, (*asked.paths, *asked.files))
     try:
         made = open_target(target, asked.reading.preset)
-        reports = (*reports, _check_weights(source, made, asked))
-        beside = verify_beside(source, made)
-        reports += (beside,) if beside else ()
+        reports += () if alone else (_check_weights(source, made, asked),)
+        outcome = _with_tokenizer(_Outcome(basis, reports), source, made, asked)
     except CheckpointError as error:
         if all(report.passed for report in reports):
             raise
-        return _Outcome(basis, (*reports, Report("weights", "cannot be opened", problems(target, error), ran=False)))
-    if asked.level == "logits":
-        return _with_logits(_Outcome(basis, reports), source, made, asked)
-    return _Outcome(basis, reports)
+        return _Outcome(basis, (*reports, Report("weights", "cannot be opened", findings_of(target, error), ran=False)))
+    return _with_logits(outcome, source, made, asked) if asked.level == "logits" else outcome
+
+
+def _with_tokenizer(before: _Outcome, source: Checkpoint, made: Checkpoint, asked: _Audit) -> _Outcome:
+    """The outcome with what lies beside the weights, and the ids of a text or why they could not be compared."""
+    found, error = [*filter(None, [verify_beside(source, made)])], ""
+    trial, target = asked.trial, asked.target
+    try:
+        if trial.sample.text:
+            found.append(verify_ids(source, made, trial.sample, target=target, engine=trial.engine))
+    except NeoxconvError as problem:
+        error = str(problem)
+        found.append(Report("tokenizer", "the text's ids could not be compared", (), ran=False))
+    if asked.level == "tokenizer" and not found:
+        raise PlanError(f"{target}: there is no tokenizer and no setting to compare; choose another --level.")
+    return replace(before, reports=(*before.reports, *([together(found)] if found else [])), error=error)
 
 
 def _with_logits(before: _Outcome, source: Checkpoint, made: Checkpoint, asked: _Audit) -> _Outcome:
-    """The outcome with the third level, or with why it could not be carried out: the others' verdicts stand."""
-    try:
-        return replace(before, reports=(*before.reports, _check_logits(source, made, asked, before.reports)))
-    except NeoxconvError as error:
-        undone = Report("logits", "could not be carried out", (), ran=False)
-        return _Outcome(before.basis, (*before.reports, undone), str(error))
+    """The outcome with the last level, or with why it could not be carried out: the others' verdicts stand."""
+    error = before.error
+    if not error:
+        try:
+            return replace(before, reports=(*before.reports, _check_logits(source, made, asked, before.reports)))
+        except NeoxconvError as problem:
+            error = str(problem)
+    undone = Report("logits", "could not be carried out", (), ran=False)
+    return _Outcome(before.basis, (*before.reports, undone), error)
 
 
 def _policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: str | None) -> tuple[str, str]:
@@ -223,7 +249,7 @@ def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Repor
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", asked.quiet) as progress:
         threads = max(threads_for(checkpoint, asked.jobs) for checkpoint in (source, made))
-        return verify_weights(source, made, jobs=threads, progress=progress)
+        return verify_weights(source, made, calibration=asked.calibration, jobs=threads, progress=progress)
 
 
 def _check_logits(source: Checkpoint, made: Checkpoint, asked: _Audit, before: Sequence[Report]) -> Report:
@@ -239,13 +265,7 @@ def _check_logits(source: Checkpoint, made: Checkpoint, asked: _Audit, before: S
         try:
             return verify_logits(source, made, asked.trial, target=target, before=before, progress=progress)
         except VerifyError as error:
-            return Report("logits", "cannot be compared", problems(target, error), ran=False)
-
-
-def problems(target: Place, error: NeoxconvError) -> tuple[Finding, ...]:
-    """A finding for each problem that an error tells; most name the file themselves."""
-    parts = [str(problem).partition(": ") for problem in error.args]
-    return tuple(Finding(where, what) if what else Finding(str(target), where) for where, _, what in parts)
+            return Report("logits", "cannot be compared", findings_of(target, error), ran=False)
 
 
 def open_target(target: Place, preset: str | None) -> Checkpoint:

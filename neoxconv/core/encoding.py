@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import Array, DType, Floats
+from neoxconv.dtypes import Array, Bytes, DType, Floats
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Grid:
 
     A code stands for table[code] * scale - least. `find(rows, importance)` gives for rows [n, group], whose columns
     have that importance, the numbers [n, group / block, 4] of which scale and least are made: an integer of each, then
-    the step of each, float32. `pack(codes, numbers)` makes stored rows of codes [n, columns] and all their numbers.
+    the step of each, float32. `pack(codes, numbers)` makes stored rows of codes [n, columns] and all their numbers;
+    `unpack(stored)` gives codes, scales and least weights [n, blocks] of stored rows.
     """
 
     block: int  # weights that share a scale
@@ -78,6 +79,7 @@ class Grid:
     table: Floats  # [codes] ascending
     find: Callable[[Floats, Floats], Floats]
     pack: Callable[[Array, Floats], Array]
+    unpack: Callable[[Array], tuple[Bytes, Floats, Floats]]
 
 
 class _Check(Protocol):
@@ -158,6 +160,17 @@ class Encoding:
     def bits(self) -> float:
         """Bits for each weight."""
         return 8 * self.dtype.nbytes / self.dtype.block
+
+
+def copied(dtype: DType) -> Encoding:
+    """An encoding for bytes that are only copied."""
+    return Encoding(
+        name=dtype.name,
+        dtype=dtype,
+        encode=lambda rows: rows,
+        decode=lambda rows: rows.astype(np.float32),
+        wrong=lambda rows, stored, weighted=False: rows != stored,
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from neoxconv.core.encoding import Context, Encoding, Grid, Part, Scaled
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Array, Floats
 
-FACTORS = 20  # bytes for each number of second moments while they are factored: twice float32, float64, float32
+FACTORS = 20  # bytes for each number of second moments while they are read and factored
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class ModelConfig:
     attention_bias: bool = True  # whether attention's matrices have biases
     mlp_bias: bool = True  # whether the MLP's have
     window: int | None = None  # how many tokens a token attends to, itself included; None: all before it
+    positions: str = "rotary"  # or "learned", a row for each place added to the embedding; "alibi"
+    unwindowed: tuple[int, ...] = ()  # the layers in which tokens attend to all before them, whatever `window` is
+    scaled_scores: bool = True  # attention divides its scores by the root of a head's size
+    shared_norm: bool = False  # attention and MLP read one norm's output, in gpt-neox: gpt_j_tied
 
     @property
     def head_size(self) -> int:
@@ -53,7 +57,10 @@ class ModelConfig:
     def sizes(self) -> dict[str, int]:
         """What the words in a weight's `shape` stand for."""
         kv = self.key_heads * self.head_size
-        return {"rows": self.rows, "hidden": self.hidden, "kv": kv, "qkv": self.hidden + 2 * kv, "ff": self.ff}
+        qkv = self.hidden + 2 * kv
+        return {
+            "rows": self.rows, "hidden": self.hidden, "kv": kv, "qkv": qkv, "ff": self.ff, "context": self.context
+        }  # fmt: skip
 
     @property
     def rotary_dims(self) -> int:
@@ -90,15 +97,17 @@ class Weight:
     source: tuple[str, ...]  # names in a layer file of what holds it, alone or with others: first the one to write
     join: Join
     unified: str  # its Hugging Face name, used in every message
-    gguf: str
+    gguf: str  # empty where GGUF has no such family
     _: KW_ONLY
-    # What a mix asks for: qkv, or attn_q, attn_k, attn_v; attn_out, mlp_in, mlp_out, embedding, head, norm, bias.
+    # What a mix asks for: qkv, or attn_q, attn_k, attn_v; attn_out, mlp_in, mlp_out, embedding, positions, head, norm,
+    # bias.
     role: str
     shape: tuple[str, ...]  # of the unified tensor, in words of `ModelConfig.sizes`
     gguf_order: _Order | None = None  # the order of rows in GGUF, as indices of unified rows
     norm: str | None = None  # the norm (unified, without .weight) whose output it multiplies
     also: tuple[str, ...] = ()  # its other names in Hugging Face's files
     when: Callable[[ModelConfig], bool] = lambda config: True  # whether a model has it, apart from a tied head
+    transposed: bool = False  # whether Hugging Face's files hold it [inputs, outputs] (transformers' Conv1D)
 
     @property
     def linear(self) -> bool:
@@ -198,7 +207,7 @@ def _weights_of_model(weights: tuple[Weight, ...], layers: int, tied: bool) -> t
     """Every weight of a model with so many layers, in the order of the forward pass; a tied head is left out."""
     before = [(None, w) for w in weights if w.stage == "embed"]
     inside = [(i, w.at(i)) for i in range(layers) for w in weights if w.stage == "layer"]
-    after = [(None, w) for w in weights if w.stage == "norm" or (w.stage == "head" and not tied)]
+    after = [(None, w) for w in weights if w.stage in ("norm", "head") and not (tied and w.role == "head")]
     return (*before, *inside, *after)
 
 
@@ -213,6 +222,18 @@ class Stored:
     buffer: Buffer | None = None
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """Another family that computes the same function: `make` writes a checkpoint as one of it.
+
+    The result has other tensors and hyperparameters. `note` says up to where a model's function is the same; where
+    there is something to say, it is written so only when it is asked for.
+    """
+
+    make: Callable[[Checkpoint], Checkpoint]
+    note: Callable[[ModelConfig], str | None] = lambda config: None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One model family: the table of its weights, its names, and its hyperparameters in every format's words.
@@ -222,7 +243,7 @@ class Architecture:
     """
 
     name: str  # as Hugging Face's model_type
-    gguf_name: str  # as GGUF's general.architecture
+    gguf_name: str | None  # as GGUF's general.architecture; None where llama.cpp runs no such family
     title: str  # for people
     weights: tuple[Weight, ...]
     base: str  # what its unified names begin with but for the head's: a model saved without one has names without it
@@ -235,9 +256,24 @@ class Architecture:
     layout_of: Callable[[Index, ModelConfig], str | None] = lambda index, config: None
     config_of: Mapping[str, Callable[[Index, Measured, Opening], tuple[ModelConfig, tuple[str, ...]]]]
     to_hf: Callable[[ModelConfig, str], dict[str, Any]]
-    to_gguf: Callable[[ModelConfig], dict[str, Any]]
-    to_neox: Callable[[ModelConfig], dict[str, Any]]
+    # The tokens that begin and end a text (bos, eos): where nothing tells them, not even a tokenizer; and those that
+    # transformers' configuration has where nobody set them.
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+    unset_ids: Mapping[str, int] = field(default_factory=dict)
+    # None where a format has no words for the family; `stand_ins[naming]` are those of other families, by name.
+    to_gguf: Callable[[ModelConfig], dict[str, Any]] | None
+    gguf_head: bool = True  # whether llama.cpp wants a head of a tied model too, which is its embedding once more
+    to_neox: Callable[[ModelConfig], dict[str, Any]] | None
+    # Names that gpt-neox changed on 2024-09-07, with today's: parts of those in the layer files.
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    stand_ins: Mapping[str, Mapping[str, StandIn]] = field(default_factory=dict)
+    # The hyperparameters as every format but gpt-neox's can say them.
+    sayable: Callable[[ModelConfig], ModelConfig] = lambda config: config
+    # Weights that a configuration leaves unused, each with the one that acts in its place; by their unified names.
+    unused: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     forward: str
+    # What gpt-neox computes and does not store, by unified name.
+    made: Callable[[Index, ModelConfig], Mapping[str, LazyTensor]] = lambda index, config: {}
     # What a source stores and a configuration contradicts: the tensor's rank and source name, both values in words.
     contradictions: Callable[[Index, ModelConfig], Iterator[tuple[int, str, str]]]
 

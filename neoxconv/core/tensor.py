@@ -76,6 +76,18 @@ def in_memory(values: Floats) -> LazyTensor:
     return LazyTensor(values.shape, F32, lambda start, stop: values[start:stop], F32)
 
 
+def alike(tensors: Sequence[LazyTensor]) -> list[LazyTensor]:
+    """Tensors of plain types as they are where all are stored alike, else as numbers, so that they can be stacked."""
+    if len({tensor.dtype.name for tensor in tensors}) == 1:
+        return list(tensors)
+    return [computed(tensor, tensor.floats) for tensor in tensors]
+
+
+def zeros(count: int, like: LazyTensor) -> LazyTensor:
+    """A vector of zeros in the type of `like`, a tensor of a plain type."""
+    return LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), like.native)
+
+
 def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Rows `start` to `stop` as a tensor."""
     return replace(tensor, shape=(stop - start, *tensor.shape[1:]), read=lambda a, b: tensor.read(start + a, start + b))
@@ -92,6 +104,27 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
     return replace(tensor, shape=(len(order), *tensor.shape[1:]), read=read)
+
+
+@dataclass(frozen=True)
+class _Across:
+    """Reads rows of a matrix's transpose."""
+
+    matrix: LazyTensor
+
+    def __call__(self, start: int, stop: int) -> Array:
+        """Columns `start` to `stop`, read in bands of rows that hold no more numbers than are asked for."""
+        rows, columns = self.matrix.shape
+        step = max(1, (stop - start) * rows // columns)
+        bands = (self.matrix.read(a, min(a + step, rows)) for a in range(0, rows, step))
+        return np.ascontiguousarray(np.concatenate([rows[:, start:stop].copy() for rows in bands]).T)
+
+
+def transposed(matrix: LazyTensor) -> LazyTensor:
+    """The tensor [columns, rows] of a matrix of a plain type; of a transpose it is the matrix itself."""
+    if isinstance(matrix.read, _Across):
+        return replace(matrix.read.matrix, native=matrix.native)
+    return replace(matrix, shape=matrix.shape[::-1], read=_Across(matrix))
 
 
 def slabs(tensor: LazyTensor, slab: int, unit: int = 1) -> Iterator[tuple[int, int]]:

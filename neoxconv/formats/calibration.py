@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv.core.encoding import Moments
+from neoxconv.core.encoding import Moments, copied
 from neoxconv.core.layout import Entry, FileLayout
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats
@@ -26,7 +26,6 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.gguf import write as gguf_write
 from neoxconv.formats.imatrix import COUNTS, SUMS
-from neoxconv.quant.plain import F32 as AS_F32
 from neoxconv.storage import open_storage
 
 _MOMENTS = ".moments"
@@ -114,7 +113,7 @@ class Writer:
 def _vector(name: str, count: int) -> Entry:
     """A vector of float32 that nobody reads yet."""
     return Entry(
-        name, name, LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), F32), AS_F32
+        name, name, LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), F32), copied(F32)
     )
 
 

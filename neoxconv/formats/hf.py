@@ -237,8 +237,9 @@ def weight_index(files: Sequence[FileLayout]) -> bytes:
 
 
 def generation_config(config: Mapping[str, Any]) -> bytes:
-    """generation_config.json: the tokens at which text begins and ends."""
-    value = {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id")}}
+    """generation_config.json: the tokens at which text begins and ends, as far as the configuration has them."""
+    said = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    value = {"_from_model_config": True, **said}
     return (json.dumps(value, indent=2) + "\n").encode()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from neoxconv.core.encoding import Encoding, Scaled
+from neoxconv.core.tensor import LazyTensor, computed
 from neoxconv.dtypes import PLAIN, Array, Bytes, DType, Floats, widen
 from neoxconv.errors import CheckpointError
 from neoxconv.quant.ggml.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
@@ -39,6 +40,13 @@ def floats(rows: Array, dtype: DType) -> Floats:
     if dtype.name in PLAIN:
         return widen(rows, dtype)
     return decode_any(dtype.name, rows)
+
+
+def decoded(tensor: LazyTensor) -> LazyTensor:
+    """A quantized tensor as numbers, whose columns can be taken apart; another one as it is."""
+    if not tensor.dtype.quantized:
+        return tensor
+    return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
 
 
 def decode_any(name: str, rows: Bytes) -> Floats:

@@ -17,7 +17,7 @@ from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.fold import folded
 from neoxconv.arch.joins import NORMS, join
 from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, RankTensors
-from neoxconv.core.tensor import LazyTensor, reordered
+from neoxconv.core.tensor import LazyTensor, reordered, transposed
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats import hf
 from neoxconv.formats.neox import folder as neox
@@ -31,6 +31,7 @@ from neoxconv.sources.naming import count_named, home, name_tensors
 from neoxconv.sources.taken_apart import fused_tensors, taken_apart
 from neoxconv.sources.tied import stored_head
 from neoxconv.storage import Place, is_here, open_storage, place, together
+from neoxconv.words import shell
 
 
 def open_checkpoint(
@@ -66,6 +67,7 @@ def reopen(opening: Opening) -> Checkpoint:
         raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
     architecture = _find_architecture(index)
     named, left = name_tensors(index, architecture)
+    named = _with_outputs_as_rows(index, named, architecture)
     check_known(index, named, left, architecture)
     measured = _measure(named, architecture)
     config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening)
@@ -73,11 +75,14 @@ def reopen(opening: Opening) -> Checkpoint:
         raise PlanError(f"--rmsnorm {opening.rmsnorm}: {index.where} leaves no choice; leave it out.")
     fused = fused_tensors(index, named, architecture, config, opening)
     named = taken_apart(index, named, fused, architecture, config)
+    if SOURCES[index.format].naming == "neox":
+        named = [{**architecture.made(index, config), **rank} for rank in named]
     again = stored_head(index, named, architecture, config)
     if again:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]
         notes += (f"{again} is the embedding once more, as tie_word_embeddings says, and is left out",)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
+    named = _with_acting(named, architecture, config)
     doubts = _doubts(index, architecture, config, opening)
     asked = bool(opening.config or opening.preset)  # and so it decides
     dropped = tuple(dict.fromkeys([*(name for names in left for name in names), *filter(None, [again])]))
@@ -94,6 +99,14 @@ def reopen(opening: Opening) -> Checkpoint:
         fused=fused,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
+
+
+def _with_acting(named: RankTensors, architecture: Architecture, config: ModelConfig) -> RankTensors:
+    """Each rank's tensors, what acts in the place of each that the configuration leaves unused."""
+    unused = architecture.unused(config).items()
+    numbers = range(config.layers) if unused else ()
+    acting = {left.replace("{i}", str(i)): used.replace("{i}", str(i)) for left, used in unused for i in numbers}
+    return [rank | {left: rank[used] for left, used in acting.items()} for rank in named]
 
 
 def _doubts(index: Index, architecture: Architecture, config: ModelConfig, opening: Opening) -> tuple[str, ...]:
@@ -121,7 +134,8 @@ def _hint(path: Place) -> str:
     """What may be meant by a place where nothing is: ORG/NAME, as the Hugging Face hub calls its models."""
     if not is_here(path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         return ""
-    return f" If it is a model of the Hugging Face hub, download it (hf download {path}), or give hf://{path}."
+    fetch = shell(["hf", "download", str(path)])
+    return f" If it is a model of the Hugging Face hub, download it ({fetch}), or give hf://{path}."
 
 
 def _read_file(path: Place, config: Sequence[Path]) -> Index:
@@ -160,19 +174,34 @@ def _read_folder(path: Place, config: Sequence[Path]) -> Index:
 
 def _find_architecture(index: Index) -> Architecture:
     """The family that a source says it is, else the one whose names most of its tensors have."""
-    key = SOURCES[index.format].family
+    key, naming = SOURCES[index.format].family, SOURCES[index.format].naming
+    families = [architecture for architecture in ARCHITECTURES if naming in architecture.config_of]
     if key is None or key not in index.settings:
-        return max(ARCHITECTURES, key=lambda each: (count_named(index, each), each.trained(index.settings)))
+        return max(families, key=lambda each: (count_named(index, each), each.trained(index.settings)))
     told = index.settings[key]
     known: dict[str, Architecture] = {}
-    for architecture in ARCHITECTURES:
-        for name in (architecture.name, architecture.gguf_name):
+    for architecture in families:
+        for name in filter(None, (architecture.name, architecture.gguf_name)):
             known.setdefault(name, architecture)  # of families that share a name the first
     if not isinstance(told, str) or told not in known:
         raise CheckpointError(
-            f"{index.where}: is a {told} model; expected {' or '.join(known)}, others are not supported."
+            f"{index.where}: is a {str(told)[:60]} model; expected {' or '.join(known)}, others are not supported."
         )
     return known[told]
+
+
+def _with_outputs_as_rows(index: Index, named: RankTensors, architecture: Architecture) -> RankTensors:
+    """Each rank's tensors, those that Hugging Face's files hold the other way turned; quantized ones never are."""
+    across = [weight.unified for weight in architecture.weights if weight.transposed]
+    if not across or SOURCES[index.format].naming != "unified":
+        return named
+    patterns = [re.compile(re.escape(name).replace(re.escape("{i}"), r"\d+")) for name in across]
+
+    def turned(name: str, tensor: LazyTensor) -> LazyTensor:
+        turn = len(tensor.shape) == 2 and not tensor.dtype.quantized and any(p.fullmatch(name) for p in patterns)
+        return transposed(tensor) if turn else tensor
+
+    return [{name: turned(name, tensor) for name, tensor in rank.items()} for rank in named]
 
 
 def _measure(named: RankTensors, architecture: Architecture) -> Measured:

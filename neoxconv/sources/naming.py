@@ -76,7 +76,11 @@ def _patterns(
     shift = FIRST_LAYER if is_neox else 0
     found: dict[str, Weight | Fused] = {tensor.source: tensor for tensor in fused} if is_neox else {}
     for weight in weights:
-        names = {"neox": weight.source, "unified": (weight.unified, *weight.also), "gguf": (weight.gguf,)}
+        names = {
+            "neox": weight.source,
+            "unified": (weight.unified, *weight.also),
+            "gguf": (weight.gguf,) if weight.gguf else (),
+        }
         found |= {name: weight for name in names[spelling.naming] if name not in found}
     return tuple(_Pattern(re.compile(spelling.regex(name, base)), each, shift) for name, each in found.items())
 

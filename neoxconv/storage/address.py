@@ -30,7 +30,7 @@ def place(text: Place | str) -> Place:
     protocol = match[1].lower()
     url = _parse_url(text)
     if url is None or match[2] == "::":
-        raise PlanError(f"{protocol}: this URL cannot be understood; write a password's odd characters as %40, %2F ...")
+        raise PlanError(f"{protocol}: {_misread(text)}.")
     if protocol in _LOCAL:
         return Path(url.path)
     if {".", ".."} & set(url.path.split("/")):
@@ -52,6 +52,19 @@ def _parse_url(text: str) -> SplitResult | None:
     except ValueError:
         return None
     return None if doubtful else url
+
+
+def _misread(text: str) -> str:
+    """Why a URL cannot be understood; nothing of it is shown where a password may be in it."""
+    server = re.fullmatch(r"\w+://([^/?@]*?)(?::([^/?@:]*))?(?:[/?].*)?", text)
+    if "@" in text or not server:
+        return "this URL cannot be understood; write a password's odd characters as %40, %2F and so on"
+    host, port = server[1], server[2] or ""
+    if not host:
+        return "this URL names no host; write it as http://HOST/PATH"
+    if not (port.isdecimal() and 1 <= int(port) <= 65535):
+        return f"{port!r} is no port of {host}; they go from 1 to 65535"
+    return "this URL cannot be understood; correct it"
 
 
 def _file_system(protocol: str, shown: str) -> Any:

@@ -104,7 +104,7 @@ class Remote:
 
     def anew(self) -> Remote:
         """The same place, with nothing known of it: fsspec forgets too what it was told of the store."""
-        self.fs.invalidate_cache()
+        retrying(self, lambda: self.fs.invalidate_cache(), "reached")  # ftp and the like connect here
         return replace(self, cache=_Cache())
 
     def resolve(self) -> Remote:

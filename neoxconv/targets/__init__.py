@@ -59,7 +59,7 @@ TARGETS: dict[str, Target] = {
             make=slim.to_slim,
             entries=slim.slim_entries,
             recipes=slim.RECIPES,
-            options=("dtype", "tp", "pp", "allow_nonfinite"),
+            options=("dtype", "tp", "pp", "current_names", "as_family", "allow_nonfinite"),
         ),
         Target(
             name="gguf",
@@ -67,7 +67,7 @@ TARGETS: dict[str, Target] = {
             make=gguf.to_gguf,
             entries=gguf.gguf_entries,
             recipes=gguf.RECIPES,
-            options=("type", "split_size", *gguf.OPTIONS, "allow_nonfinite"),
+            options=("type", "split_size", "as_family", *gguf.OPTIONS, "allow_nonfinite"),
         ),
         Target(
             name="bnb",

@@ -22,7 +22,6 @@ from neoxconv.storage import Place, is_file, open_storage
 GENERATION = "generation_config.json"
 _LARGEST = 1 << 20  # bytes of a generation_config.json
 _KINDS = ("bos", "eos", "pad")  # of the tokens that config.json names
-_UNSET_END = 2  # eos_token_id of transformers' GPTNeoXConfig where nobody set it
 # Fields of config.json that are decided here: by the target's types, or not at all, since they would be untrue.
 _DECIDED = ("quantization_config", "rope_scaling", "transformers_version")
 
@@ -109,23 +108,33 @@ def _is_hugging_face(checkpoint: Checkpoint) -> bool:
 def _token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[dict[str, Any], list[str]]:
     """The tokens at which text begins and ends, and that fill it: as the source says, else the tokenizer's; notes.
 
-    gpt-neox says nothing of them; without a tokenizer they are 0 then, as for the 20B model.
+    gpt-neox says nothing of them; where no tokenizer tells them either, they are the architecture's. Of one that the
+    tokenizer does not have, that is said, as otherwise transformers would take its default.
     """
     settings, found, notes = checkpoint.index.settings, {}, []
+    architecture, theirs = checkpoint.architecture, _is_hugging_face(checkpoint)
+    untold = not (tokenizer and tokenizer.ids)
     own = {kind: tokenizer.special(kind) if tokenizer else None for kind in _KINDS}
     for kind in _KINDS:
         name = f"{kind}_token_id"
         said = settings.get(PREFIX + KEYS[kind], settings.get(name))
-        unset = kind == "eos" and said == _UNSET_END and own[kind] not in (None, _UNSET_END)
+        unset = _nobodys(said, kind, checkpoint, tokenizer) and own[kind] not in (None, said)
         if unset:
             notes.append(f"{name} is {said}, transformers' default; the tokenizer's own, {own[kind]}, is taken")
-        silent = _is_hugging_face(checkpoint) and name in settings  # it says that there is none
+        silent = theirs and name in settings  # it says that there is none
         value = own[kind] if unset or (said is None and not silent) else said
-        if value is None and kind != "pad" and tokenizer is None and not _is_hugging_face(checkpoint):
-            value = 0
-        if value is not None or silent:
+        if value is None and untold and not theirs:
+            value = architecture.token_ids.get(kind)
+        if value is not None or silent or (not theirs and kind in architecture.unset_ids):
             found[name] = value
     return found, notes
+
+
+def _nobodys(said: Any, kind: str, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> bool:
+    """Whether an id is the one that transformers writes where nobody set it, and no special token by the tokenizer."""
+    if said is None or said != checkpoint.architecture.unset_ids.get(kind):
+        return False
+    return tokenizer is None or said not in tokenizer.special_ids
 
 
 def _further_fields(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -146,8 +155,9 @@ def generation(checkpoint: Checkpoint, ids: Mapping[str, Any]) -> bytes | None:
         raise CheckpointError(f"{path}: has {file.size} bytes, at most {_LARGEST} are expected; give another file.")
     data = file.text()
     said = object_in(data)
-    repeats = said.get("_from_model_config") and said.get("eos_token_id") == _UNSET_END
-    return None if repeats and ids.get("eos_token_id") != _UNSET_END else data
+    ends = {key: said.get(f"{key}_token_id") for key in checkpoint.architecture.unset_ids}
+    repeats = said.get("_from_model_config") and ends == checkpoint.architecture.unset_ids
+    return None if repeats and any(ids.get(f"{key}_token_id") != end for key, end in ends.items()) else data
 
 
 def _other_size(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:

@@ -30,7 +30,15 @@ def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 
 
 def float8_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
-    """Every tensor, the layers' matrices in the encoding that the recipe asks for."""
+    """Every tensor, the layers' matrices in the encoding that the recipe asks for.
+
+    Raises PlanError for a model whose matrices are none to compressed-tensors.
+    """
+    if any(weight.transposed for weight in checkpoint.architecture.weights):
+        raise PlanError(
+            f"--to float8: {checkpoint.architecture.title}'s layers are transformers' Conv1D, which compressed-tensors "
+            "does not know; give --to bnb or --to gguf."
+        )
     return quantized_entries(checkpoint, recipe, _encoding_of(recipe))
 
 

@@ -18,18 +18,19 @@ from neoxconv.formats.gguf import write
 from neoxconv.formats.imatrix import Matrix
 from neoxconv.formats.tokenizer import differences, gguf_keys
 from neoxconv.formats.tokenizer.from_keys import Keys
-from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX
+from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
+from neoxconv.targets.stand_in import written_as
 from neoxconv.words import plural
 
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
-_CALIBRATION_KEY = "neoxconv.calibration"
+CALIBRATION = "neoxconv.calibration"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
 _COMPOSED = ("olmo", "mpt")  # names in `pre` of tokenizers that compose characters first
@@ -45,9 +46,11 @@ OPTIONS = (  # what changes the mix, and what may be written of the tokenizer
 
 def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A GGUF file (or several, with --split-size), with the tokenizer that llama.cpp needs."""
+    own = checkpoint
+    checkpoint, stands_in = written_as(own, "gguf", recipe.as_family)
     choice = _choice_of(checkpoint, recipe)
     kept = _kept_keys(checkpoint, recipe)
-    beside = None if _TOKENS in kept else carried(checkpoint, recipe.tokenizer)
+    beside = None if _TOKENS in kept else carried(own, recipe.tokenizer)
     source = recipe.calibration or recipe.imatrix
     matrix = imatrix.read(source) if source else None
     entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, recipe)
@@ -55,24 +58,31 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     keys = {
         "general.architecture": checkpoint.architecture.gguf_name,
         "general.type": "model",
-        "general.name": title(checkpoint),
-        "general.size_label": size_label(checkpoint.parameters),
-        **checkpoint.architecture.to_gguf(checkpoint.config),
+        "general.name": title(own),
+        "general.size_label": size_label(own.parameters),
+        **_hyperparameters(checkpoint),
         "general.file_type": MIXES[choice.mix].file_type,
         "general.quantization_version": 2,
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({_CALIBRATION_KEY: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     notes = (
+        *stands_in,
         *_gguf_notes(checkpoint, choice, entries),
         *(_matrix_notes(matrix, entries) if matrix else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
     )
     chosen = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
     return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes, chosen)
+
+
+def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The keys of a family that GGUF has."""
+    assert checkpoint.architecture.to_gguf
+    return checkpoint.architecture.to_gguf(checkpoint.config)
 
 
 def _kept_keys(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
@@ -106,6 +116,7 @@ def _notes_beside(beside: Carried, keys: Mapping[str, Any], recipe: Recipe) -> l
             notes.append(f"{name} is {said} in the source, {written} by the tokenizer's settings, which GGUF takes")
     if keys.get(PREFIX + "pre") in _COMPOSED:
         notes.append(_NFC)
+    notes += told(beside.tokenizer) if beside.tokenizer else []
     faults = differences(beside.tokenizer) if beside.tokenizer and recipe.allow_other_tokens else []  # else refused
     notes += [f"llama.cpp gives some texts other ids than the source's tokenizer: it has no {f}" for f in faults]
     return notes + ([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])
@@ -121,18 +132,20 @@ def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
 
 
 def _gguf_tensors(checkpoint: Checkpoint) -> list[tuple[GgufTensor, Weight]]:
-    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head always, as llama.cpp wants one."""
-    config = replace(checkpoint.config, tied=False)
-    rows = checkpoint.architecture.names(config)
+    """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head where llama.cpp wants one."""
+    config, architecture = checkpoint.config, checkpoint.architecture
+    config = replace(config, tied=config.tied and not architecture.gguf_head)
+    rows, queries = architecture.names(config), config.heads // config.key_heads
     columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
     return [
-        (GgufTensor(weight.gguf, weight.role, layer, config.layers, width), weight)
-        for (layer, weight), width in zip(rows, columns, strict=True)
+        (GgufTensor(w.gguf, w.role, layer, config.layers, width, queries, config.tied and w.role == "embedding"), w)
+        for (layer, w), width in zip(rows, columns, strict=True)
     ]
 
 
 def gguf_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     """Every tensor under its GGUF name, in GGUF's order of rows, with the encoding that the mix gives it."""
+    checkpoint, _ = written_as(checkpoint, "gguf", recipe.as_family)
     choice, tied_head = _choice_of(checkpoint, recipe), checkpoint.architecture.tied_head
     entries = []
     for described, weight in _gguf_tensors(checkpoint):
@@ -203,6 +216,9 @@ def _gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]
         block = ENCODINGS[name].dtype.block
         count = plural(len(tensors), "tensor")
         notes.append(f"{count} as {instead}: no rows of {name}'s {block} weights: {listed(tensors)}")
+    window = checkpoint.config.window
+    if window and window < checkpoint.config.context:
+        notes.append(f"llama.cpp has no window for such a model: it computes the same up to {window} tokens only")
     if checkpoint.config.activation == "gelu":
         notes.append("the model uses the erf GELU; llama.cpp computes the tanh form, so logits differ slightly")
     return notes

@@ -11,14 +11,14 @@ from typing import Any
 from neoxconv.core.encoding import Encoding
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.core.tensor import LazyTensor
+from neoxconv.core.tensor import LazyTensor, transposed
 from neoxconv.dtypes import TORCH_NAMES
 from neoxconv.errors import PlanError
 from neoxconv.formats import hf, safetensors
 from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer import hf_files
 from neoxconv.names import DTYPES
-from neoxconv.quant import ENCODINGS
+from neoxconv.quant import ENCODINGS, decoded
 from neoxconv.sources.coverage import PARTIAL
 from neoxconv.targets.about import provenance, title
 from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
@@ -29,7 +29,10 @@ RECIPES = tuple(Recipe("hf", dtype=dtype) for dtype in DTYPES)
 SAFETENSORS_RECIPES = tuple(Recipe("safetensors", dtype=dtype) for dtype in DTYPES)
 
 # Fields of config.json for which we have defaults only: training and use, not the function.
-_UNDECIDED = ("attention_dropout", "hidden_dropout", "initializer_range", "use_cache")
+_UNDECIDED = (
+    "attention_dropout", "attn_pdrop", "embd_pdrop", "embed_dropout", "hidden_dropout", "initializer_range",
+    "resid_dropout", "resid_pdrop", "use_cache",
+)  # fmt: skip
 
 
 def kept(tensor: LazyTensor, dtype: str | None) -> Encoding:
@@ -47,7 +50,9 @@ def unified_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     tensors = {name: t for name, t in checkpoint.tensors.items() if any(pattern.search(name) for pattern in wanted)}
     if not tensors:
         raise PlanError(f"--only {' '.join(recipe.only)}: no tensor's name holds it; `inspect --tensors` lists them.")
-    return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in tensors.items()]
+    across = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.transposed}
+    files = {name: transposed(decoded(t)) if name in across else t for name, t in tensors.items()}
+    return [Entry(name, name, tensor, kept(tensor, recipe.dtype)) for name, tensor in files.items()]
 
 
 def _partly(checkpoint: Checkpoint, recipe: Recipe, entries: Sequence[Entry]) -> tuple[str, ...]:

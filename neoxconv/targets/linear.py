@@ -12,10 +12,12 @@ from neoxconv.targets.recipe import Recipe
 
 
 def quantized_entries(checkpoint: Checkpoint, recipe: Recipe, encoding: Encoding | Scaled) -> list[Entry]:
-    """Every tensor under its unified name, the layers' matrices in this encoding."""
+    """Every tensor under its unified name, the layers' matrices, their rows outputs, in this encoding."""
     names = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.linear}
     # The type in which a plain target would keep a weight is the one that it is rounded to, and said to have been.
     return [
-        replace(e, tensor=replace(e.tensor, native=e.encoding.dtype), encoding=encoding) if e.name in names else e
+        replace(e, tensor=replace(checkpoint.tensors[e.name], native=e.encoding.dtype), encoding=encoding)
+        if e.name in names
+        else e
         for e in unified_entries(checkpoint, recipe)
     ]

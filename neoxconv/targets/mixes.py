@@ -2,6 +2,7 @@
 
 The rows are what llama-quantize does, with and without an importance matrix; it treats the fused attn_qkv like attn_v.
 The `classic` rows for attn_qkv are as they were until early 2025, better known and a little smaller or larger.
+Source: llama.cpp's llama-quant.cpp (llama_tensor_get_type_impl).
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from neoxconv.errors import PlanError, raise_all
 from neoxconv.quant import ENCODINGS
 
 _ANY = "*"
-_VECTORS = ("norm", "bias")  # always F32 in GGUF
+_VECTORS = ("norm", "bias", "positions")  # always F32 in GGUF
 _PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Where:
-    """Where a weight is: in `layer` of `layers`, in a file that is made with an importance matrix or without."""
+    """Where a weight is: in `layer` of `layers`, in a file that is made with an importance matrix or without.
+
+    `queries` are the heads of queries for each one of keys and values.
+    """
 
     layer: int
     layers: int
     imatrix: bool
+    queries: int = 1
 
 
 _When = Callable[[Where], bool]
@@ -56,7 +61,18 @@ def share(divisor: int, imatrix: bool | None = None) -> _When:
     return lambda where: where.layer < where.layers // divisor and imatrix in (None, where.imatrix)
 
 
+def grouped(where: Where) -> bool:
+    """Four queries or more for each key, so that attn_v is small."""
+    return where.queries >= 4
+
+
+def of_70b(where: Where) -> bool:
+    """Llama 70B, as llama.cpp tells it: 80 layers and grouped queries; types below Q5_K are raised to it."""
+    return where.layers == 80 and where.queries > 1
+
+
 HEAD = _Row("head", "Q6_K")
+_ALIKE = {"qkv": "attn_v"}  # roles that share rows
 
 
 @dataclass(frozen=True)
@@ -79,26 +95,32 @@ MIXES: dict[str, _Mix] = {
     "BF16": simple(32, "BF16"),
     "Q8_0": simple(7, "Q8_0"),
     "Q6_K": simple(18, "Q6_K"),
-    "Q5_K_M": simple(17, "Q5_K", HEAD, _Row("qkv", "Q6_K", more), _Row("mlp_out", "Q6_K", more),
+    "Q5_K_M": simple(17, "Q5_K", HEAD, _Row("attn_v", "Q6_K", more), _Row("mlp_out", "Q6_K", more),
                      classic=(_Row("qkv", "Q6_K"),)),
     "Q5_K_S": simple(16, "Q5_K", HEAD),
     "Q5_1": simple(9, "Q5_1", HEAD),
     "Q5_0": simple(8, "Q5_0", HEAD, _Row("mlp_out", "Q5_1", share(8, imatrix=True))),
-    "Q4_K_M": simple(15, "Q4_K", HEAD, _Row("qkv", "Q6_K", more), _Row("mlp_out", "Q6_K", more),
+    "Q4_K_M": simple(15, "Q4_K", HEAD, _Row("attn_v", "Q6_K", more), _Row("attn_v", "Q5_K", of_70b),
+                     _Row("mlp_out", "Q6_K", more),
                      classic=(_Row("qkv", "Q5_K"),)),
-    "Q4_K_S": simple(14, "Q4_K", HEAD, _Row("qkv", "Q5_K", first(4)), _Row("mlp_out", "Q5_K", share(8)),
+    "Q4_K_S": simple(14, "Q4_K", HEAD, _Row("attn_v", "Q5_K", first(4)), _Row("attn_v", "Q5_K", of_70b),
+                     _Row("mlp_out", "Q5_K", share(8)),
                      classic=(_Row("qkv", "Q4_K"),)),
     "Q4_1": simple(3, "Q4_1", HEAD),
     "Q4_0": simple(2, "Q4_0", HEAD, _Row("mlp_out", "Q4_1", share(8, imatrix=True))),
-    "IQ4_NL": simple(25, "IQ4_NL", HEAD, _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
-    "IQ4_XS": simple(30, "IQ4_XS", HEAD, _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
-    "Q3_K_L": simple(13, "Q3_K", HEAD, _Row("qkv", "Q5_K"), _Row("attn_out", "Q5_K"), _Row("mlp_out", "Q5_K"),
+    "IQ4_NL": simple(25, "IQ4_NL", HEAD, _Row("attn_v", "Q5_K", grouped),
+                     _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
+    "IQ4_XS": simple(30, "IQ4_XS", HEAD, _Row("attn_v", "Q5_K", grouped),
+                     _Row("mlp_out", "Q5_K", share(8, imatrix=False))),
+    "Q3_K_L": simple(13, "Q3_K", HEAD, _Row("attn_v", "Q5_K"), _Row("attn_out", "Q5_K"), _Row("mlp_out", "Q5_K"),
                      classic=(_Row("qkv", "Q4_K"),)),
-    "Q3_K_M": simple(12, "Q3_K", HEAD, _Row("qkv", "Q5_K", first(2)), _Row("qkv", "Q4_K"), _Row("attn_out", "Q4_K"),
+    "Q3_K_M": simple(12, "Q3_K", HEAD, _Row("attn_v", "Q5_K", first(2)), _Row("attn_v", "Q5_K", of_70b),
+                     _Row("attn_v", "Q4_K"), _Row("attn_out", "Q4_K"),
                      _Row("mlp_out", "Q5_K", share(16)), _Row("mlp_out", "Q4_K"),
                      classic=(_Row("qkv", "Q4_K"),)),
-    "Q3_K_S": simple(11, "Q3_K", HEAD),
-    "Q2_K": simple(10, "Q2_K", HEAD, _Row("qkv", "Q3_K"), _Row("attn_out", "Q3_K"), _Row("mlp_out", "Q3_K"),
+    "Q3_K_S": simple(11, "Q3_K", HEAD, _Row("attn_v", "Q5_K", of_70b)),
+    "Q2_K": simple(10, "Q2_K", HEAD, _Row("attn_v", "Q5_K", of_70b), _Row("attn_v", "Q4_K", grouped),
+                   _Row("attn_v", "Q3_K"), _Row("attn_out", "Q3_K"), _Row("mlp_out", "Q3_K"),
                    classic=(_Row("qkv", "Q2_K"),)),
 }  # fmt: skip
 
@@ -144,13 +166,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as a mix sees it; `layer` of `layers`, None outside of them."""
+    """A tensor as a mix sees it; `layer` of `layers`, None outside of them; `queries` as in `Where`.
+
+    The embedding of a tied model is the head as well, if the file has none, and counts as both.
+    """
 
     name: str
     role: str
     layer: int | None
     layers: int
     columns: int
+    queries: int = 1
+    tied: bool = False
 
 
 def choose(choice: Choice, tensor: GgufTensor) -> Encoding:
@@ -166,13 +193,14 @@ def wanted(choice: Choice, tensor: GgufTensor) -> str:
     for pattern, name in choice.overrides:
         if re.search(pattern, tensor.name):
             return name
-    special = {"head": choice.output, "embedding": choice.embedding}.get(tensor.role)
-    if special:
-        return special
-    mix = MIXES[choice.mix]
+    special = {"head": [choice.output], "embedding": [choice.embedding, choice.output if tensor.tied else None]}
+    if asked := [*filter(None, special.get(tensor.role, []))]:
+        return asked[0]
+    mix, role = MIXES[choice.mix], "head" if tensor.tied else tensor.role
     rows = mix.rows[-1:] if choice.pure else (*(mix.classic if choice.classic else ()), *mix.rows)
-    where = Where(-1 if tensor.layer is None else tensor.layer, tensor.layers, choice.imatrix)
-    return next(row.encoding for row in rows if row.role in (tensor.role, _ANY) and row.when(where))
+    where = Where(-1 if tensor.layer is None else tensor.layer, tensor.layers, choice.imatrix, tensor.queries)
+    roles = role, _ALIKE.get(role), _ANY
+    return next(row.encoding for row in rows if row.role in roles and row.when(where))
 
 
 def check_patterns(choice: Choice, tensors: Sequence[GgufTensor]) -> list[str]:
@@ -190,7 +218,7 @@ def check_patterns(choice: Choice, tensors: Sequence[GgufTensor]) -> list[str]:
             notes.append(f"--tensor-type {pattern}={name} has no effect: {before} before it took all that it matches")
         taken |= set(held[pattern])
     for option, role, type_ in (("output", "head", choice.output), ("embedding", "embedding", choice.embedding)):
-        own = {tensor.name for tensor in tensors if tensor.role == role}
+        own = {tensor.name for tensor in tensors if tensor.role == role or (tensor.tied and role == "head")}
         if type_ and own and own <= taken:
             notes.append(f"--{option}-type {type_} has no effect: --tensor-type decides {', '.join(sorted(own))}")
     return notes
@@ -211,5 +239,5 @@ def _stand_ins(name: str, tensor: GgufTensor) -> Iterator[str]:
     """The type itself, then what replaces it where its blocks do not divide the rows."""
     yield name
     if name in _FALLBACK:
-        yield "Q8_0" if tensor.role == "head" else _FALLBACK[name]
+        yield "Q8_0" if tensor.tied or tensor.role == "head" else _FALLBACK[name]
     yield _LAST_RESORT

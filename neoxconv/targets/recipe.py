@@ -16,6 +16,7 @@ class Recipe:
     dtype: str | None = None
     tp: int | None = None  # slim: tensor-parallel degree, the source's by default
     pp: int | None = None  # slim: pipeline stages, the source's by default; 0: sequential files
+    current_names: bool = False  # slim: made anew for gpt-neox since 2024-09; else as SRC's files, or those of 2022
     shard_size: int = 5_000_000_000  # hf, bnb, float8
     split_size: int | None = None  # gguf
     mix: str = "current"  # gguf: or classic, the older recipe for attn_qkv
@@ -32,6 +33,7 @@ class Recipe:
     scale: str | None = None  # float8: none, tensor or channel
     only: tuple[str, ...] = ()  # hf, safetensors: patterns of the unified names that the target holds; else all
     tokenizer: Path | None = None
+    as_family: str | None = None  # gguf, slim: the family to write the model as, where the format lacks its own
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -12,33 +12,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from neoxconv.arch.fused import split
-from neoxconv.core.encoding import Encoding
+from neoxconv.core.encoding import Encoding, copied
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Index, ModelConfig, Stored
-from neoxconv.core.tensor import LazyTensor, computed, in_memory
-from neoxconv.dtypes import FLOATS, DType
+from neoxconv.core.tensor import LazyTensor, in_memory
+from neoxconv.dtypes import FLOATS
 from neoxconv.formats.neox import folder as neox
 from neoxconv.formats.neox.numbers import number_name
 from neoxconv.formats.pt import layout_pt
-from neoxconv.quant import ENCODINGS, floats
+from neoxconv.quant import ENCODINGS, decoded
 from neoxconv.sources import SOURCES
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.targets import training
 from neoxconv.targets.carried import carried, tokenizer_facts
 from neoxconv.targets.recipe import Recipe
+from neoxconv.targets.stand_in import written_as
 from neoxconv.targets.training import Degrees, States
 
 RECIPES = tuple(Recipe("slim", dtype=dtype) for dtype in training.PRECISION)  # all that `formats` lists
+_DATED = "named as gpt-neox did until 2024; for its code of today give --current-names"
 _RankEntries = list[dict[str, Entry]]  # per rank: `N.name` -> entry, in the stored order
 
 
 def to_slim(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """A folder with `latest`, one global_stepN, its YAML and its tokenizer."""
     shards = SOURCES[checkpoint.index.format].naming == "neox"
-    return _from_shards(checkpoint, recipe) if shards else _from_others(checkpoint, recipe)
+    return _from_shards(checkpoint, recipe) if shards and not recipe.current_names else _from_others(checkpoint, recipe)
 
 
 def slim_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
@@ -74,19 +74,23 @@ def _from_shards(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 
 
 def _from_others(checkpoint: Checkpoint, recipe: Recipe) -> Content:
-    """Step 0, as gpt-neox would have written it in 2022, with a YAML made for it."""
-    before = Degrees(1, 1)
+    """Step 0, as gpt-neox would have written it in 2022, or today, with a YAML made for it."""
+    checkpoint, stands_in = written_as(checkpoint, "neox", recipe.as_family)
+    before = training.degrees_of(checkpoint)
+    checkpoint = replace(checkpoint, index=replace(checkpoint.index, states={}))  # they tell of another step and names
     after = training.degrees_for(recipe, before, checkpoint.config)
     dtype, notes = _number_type(checkpoint, recipe)
     beside = carried(checkpoint, recipe.tokenizer)
     words = training.tokenizer_files(beside)
     config = training.new_config(checkpoint, after, dtype, words)
-    ranks = _split_anew(_named_anew(checkpoint), after.tp, checkpoint.config, dtype)
+    ranks = _split_anew(_named_anew(checkpoint, recipe.current_names), after.tp, checkpoint.config, dtype)
     states = training.bookkeeping(checkpoint, before, after)
     sidecars = {"latest": b"global_step0", "global_step0/configs/model.yml": config}
     none = () if words else ("no tokenizer found; give one with --tokenizer to have it included",)
     sidecars |= words
-    notes = (*notes, *none, *beside.notes, *beside.left_out(words))
+    older = checkpoint.architecture.renamed and not recipe.current_names
+    dated = (_DATED,) if older else ()
+    notes = (*stands_in, *notes, *dated, *none, *beside.notes, *beside.left_out(words))
     return Content(
         tuple(layout_pt(f"global_step0/{name}", value) for name, value in files(ranks, states, after, False).items()),
         sidecars,
@@ -118,17 +122,6 @@ def _encoding_for(tensor: LazyTensor, dtype: str | None) -> Encoding:
     if tensor.native.name not in FLOATS:
         return copied(tensor.native)
     return ENCODINGS.get(dtype or tensor.native.name) or copied(tensor.dtype)
-
-
-def copied(dtype: DType) -> Encoding:
-    """An encoding for bytes that are only copied."""
-    return Encoding(
-        name=dtype.name,
-        dtype=dtype,
-        encode=lambda rows: rows,
-        decode=lambda rows: rows.astype(np.float32),
-        wrong=lambda rows, stored, weighted=False: rows != stored,
-    )
 
 
 def _as_stored(checkpoint: Checkpoint, recipe: Recipe) -> _RankEntries:
@@ -187,23 +180,23 @@ def _stored_as_found(checkpoint: Checkpoint) -> dict[str, Stored]:
     return found
 
 
-def _named_anew(checkpoint: Checkpoint) -> Iterator[_Whole]:
-    """The unified tensors as numbers, and the buffers, under the names and in the order of the architecture's table."""
+def _named_anew(checkpoint: Checkpoint, current: bool) -> Iterator[_Whole]:
+    """The unified tensors as numbers, and the buffers, under the names and in the order of the architecture's table.
+
+    With `current` the names are those of since 2024-09, when gpt-neox had no buffers in its files any more.
+    """
     config = checkpoint.config
+    renamed = checkpoint.architecture.renamed if current else {}
     for stored in checkpoint.architecture.in_layer_files(config):
         name = number_name(stored.weights[0], stored.layer, config.layers, stored.name)
+        for before, after in renamed.items():
+            name = name.replace(before, after)
+        if stored.buffer and current:
+            continue
         if stored.buffer:
             yield _Whole(name, None, (in_memory(stored.buffer.values(config)),))
         else:
-            whole = (checkpoint.tensors[weight.unified] for weight in stored.weights)
-            yield _Whole(
-                name, stored, tuple(_decoded(tensor) if tensor.dtype.quantized else tensor for tensor in whole)
-            )
-
-
-def _decoded(tensor: LazyTensor) -> LazyTensor:
-    """A quantized tensor as numbers, whose columns can be taken apart."""
-    return computed(tensor, lambda start, stop: floats(tensor.read(start, stop), tensor.dtype))
+            yield _Whole(name, stored, tuple(decoded(checkpoint.tensors[weight.unified]) for weight in stored.weights))
 
 
 def _split_anew(tensors: Iterable[_Whole], degree: int, config: ModelConfig, dtype: str | None) -> _RankEntries:

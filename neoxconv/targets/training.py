@@ -192,11 +192,17 @@ def new_config(checkpoint: Checkpoint, after: Degrees, dtype: str, words: Collec
     settings = {
         "pipe_parallel_size": after.pp,
         **vocabulary(config, after.tp),
-        **checkpoint.architecture.to_neox(config),
+        **_hyperparameters(checkpoint),
         **PRECISION[dtype],
         **_tokenizer_settings(words),
     }
     return as_yaml(settings)
+
+
+def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of a family that gpt-neox trains."""
+    assert checkpoint.architecture.to_neox
+    return checkpoint.architecture.to_neox(checkpoint.config)
 
 
 def _tokenizer_settings(words: Collection[str]) -> dict[str, str]:

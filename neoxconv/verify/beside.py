@@ -16,7 +16,7 @@ from neoxconv.formats.json_text import object_in
 from neoxconv.formats.tokenizer import Tokenizer, gguf_keys
 from neoxconv.formats.tokenizer.byte_level import merge
 from neoxconv.formats.tokenizer.files import KINDS, SETTINGS, TEMPLATE
-from neoxconv.formats.tokenizer.gguf import PREFIX
+from neoxconv.formats.tokenizer.gguf import PREFIX, SPLITTERS
 from neoxconv.targets.carried import GENERATION, Carried, carried
 from neoxconv.verify.report import Finding, Report
 
@@ -25,7 +25,6 @@ _STAGES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MOST = 80  # characters of a value in a message
 _TOKENS, PRE = PREFIX + "tokens", PREFIX + "pre"
 _SPACES = (PREFIX + "add_space_prefix", PREFIX + "remove_extra_whitespaces")
-_ALIKE = {"olmo", "mpt"}  # names in `pre` that mean the same: llama.cpp's converter has given the 20B both
 _NEVER_UNLESS_SAID = {PREFIX + f"add_{kind}_token" for kind in KINDS}
 _BY_THE_WAY = ("_from_model_config", "transformers_version")  # fields of generation_config.json without an effect
 
@@ -58,7 +57,15 @@ def same(name: str, wanted: Any, found: Any) -> bool:
     """Whether a fact is the same; what is never added may be left unsaid."""
     if name in _NEVER_UNLESS_SAID:
         return bool(wanted) == bool(found)
-    return bool(wanted == found) or (name == PRE and {wanted, found} == _ALIKE)
+    return bool(wanted == found) or (name == PRE and _split_alike(wanted, found))
+
+
+def _split_alike(*names: Any) -> bool:
+    """Whether names in `pre` mean the same splitter; the default is llama.cpp's own, and no other's."""
+    # llama.cpp's converter has given the 20B both of these.
+    told = ["olmo" if name == "mpt" else name for name in names if isinstance(name, str) and name != "default"]
+    found = {splitter.pre for name in told for splitter in [SPLITTERS.get(name)] if splitter}
+    return len(told) == len(names) and len(found) == 1 and all(name in SPLITTERS for name in told)
 
 
 def difference(name: str, wanted: Any, found: Any) -> str:
@@ -83,7 +90,9 @@ def _shown(value: Any) -> str:
 def _gguf_facts(source: Checkpoint, ours: Carried) -> _Facts:
     """The keys of a GGUF file of the source; of a tokenizer that we have no words for, its tokens alone."""
     if source.index.format == "gguf":
-        return {name: value for name, value in source.index.settings.items() if name.startswith("tokenizer.")}
+        keys = {name: value for name, value in source.index.settings.items() if name.startswith("tokenizer.")}
+        idle = _SPACES if keys.get(PREFIX + "model") == "gpt2" else ()  # llama.cpp leaves its spaces alone
+        return {name: value for name, value in keys.items() if name not in idle}
     if ours.tokenizer is None:
         return {}
     try:

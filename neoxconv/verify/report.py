@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from neoxconv.errors import one_line
+from neoxconv.errors import NeoxconvError, one_line
+from neoxconv.storage import Place
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,24 @@ class Report:
     def relative(self) -> float:
         """The largest relative error of any tensor."""
         return max((tensor.relative for tensor in self.tensors), default=0.0)
+
+
+def findings_of(target: Place, error: NeoxconvError) -> tuple[Finding, ...]:
+    """A finding for each problem that an error tells; most name the file themselves."""
+    parts = [str(problem).partition(": ") for problem in error.args]
+    return tuple(Finding(where, what) if what else Finding(str(target), where) for where, _, what in parts)
+
+
+def together(reports: Sequence[Report]) -> Report:
+    """Reports of one level as one, which ran where all of them did, or where one found something."""
+    return Report(
+        reports[0].level,
+        "; ".join(report.checked for report in reports),
+        tuple(finding for report in reports for finding in report.findings),
+        lines=tuple(line for report in reports for line in report.lines),
+        facts={name: value for report in reports for name, value in report.facts.items()},
+        ran=all(report.ran for report in reports) or any(report.findings for report in reports),
+    )
 
 
 def verdicts(reports: Iterable[Report]) -> str:

@@ -4,42 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.core.encoding import Scaled
+from neoxconv.core.encoding import Grid, Moments, Scaled
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import Floats, narrow
+from neoxconv.errors import PlanError
+from neoxconv.formats import imatrix
+from neoxconv.formats.calibration import moments_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded, sizes_of
+from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
-from neoxconv.targets.gguf import SEARCHED
+from neoxconv.targets.gguf import CALIBRATION, SEARCHED
+from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
+from neoxconv.verify.together import not_the_best, too_far
 
 _Progress = Callable[[int], None]
 SLAB = 4 << 20
 _EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
-# What must agree for the two to be one function; GGUF does not say which GELU, llama.cpp computes the tanh form.
+# What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
+# of a window (llama.cpp has none).
 _COMPARED = (
     "layers",
     "hidden",
     "heads",
+    "key_heads",
     "ff",
     "rows",
     "context",
     "rotary_dims",
     "rotary_base",
+    "norm",
     "norm_eps",
     "parallel_residual",
     "activation",
     "tied",
+    "window",
 )
 _SIZES = ("layers", "hidden", "ff", "rows")
-_UNSAID = {"gguf": ("activation", "tied")}
+_UNSAID = {"gguf": ("activation", "tied", "window")}
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class _Pair:
     """A tensor of the source and the target's of the same name.
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
-    `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's.
+    `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
+    chose codes of this grid together, by the `moments` of the inputs, where they are at hand.
     """
 
     name: str
@@ -55,21 +67,32 @@ class _Pair:
     target: LazyTensor
     joined: bool
     weighted: bool = False
+    together: Grid | None = None
+    moments: Moments | None = None
 
 
 def verify_weights(
-    source: Checkpoint, target: Checkpoint, *, jobs: int = 2, progress: _Progress = lambda count: None
+    source: Checkpoint,
+    target: Checkpoint,
+    *,
+    calibration: Path | None = None,
+    jobs: int = 2,
+    progress: _Progress = lambda count: None,
 ) -> Report:
     """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
 
-    `source` must have been opened with the target's norms policy. `progress` gets counts of source bytes compared.
-    Raises CheckpointError where its settings are in doubt.
+    `source` must have been opened with the target's norms policy; where the target's format lacks its family, it is
+    compared as the one that stands in. `calibration` is the file by which codes were chosen
+    together, without which these have bounds only. `progress` gets counts of source bytes compared. Raises
+    CheckpointError where its settings are in doubt.
     """
     source.refuse_doubts()
+    source = as_the_targets(source, target)
     differences = list(_compare_configs(source, target))
     if any(getattr(source.config, size) != getattr(target.config, size) for size in _SIZES):
         return Report("weights", "no tensor, because the models have other shapes", tuple(differences))
     pairs, findings = _pair_up(source, target)
+    pairs = _with_moments(pairs, source, target, calibration)
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda pair: compare(pair, progress), pairs))
     findings += [finding for _, finding in results if finding]
@@ -99,6 +122,25 @@ def _pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[_Pair], list[
     return pairs, findings
 
 
+def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, calibration: Path | None) -> list[_Pair]:
+    """The pairs, those whose codes were chosen together marked so. Raises PlanError for another calibration's file."""
+    made_with = target.index.settings.get(CALIBRATION)
+    if calibration and made_with != imatrix.read(calibration).sha256:
+        raise PlanError(f"{target.index.where}: was made with another calibration than {calibration}, or without one.")
+    if made_with is None:
+        return pairs
+    moments = moments_in(calibration) if calibration else {}
+    matrices = {w.unified: w.gguf for _, w in source.architecture.names(source.config) if w.linear}
+
+    def marked(pair: _Pair) -> _Pair:
+        encoding = ENCODINGS.get(pair.target.dtype.name)
+        if encoding is None or encoding.grid is None or pair.name not in matrices:
+            return pair
+        return replace(pair, together=encoding.grid, moments=moments.get(matrices[pair.name]))
+
+    return list(map(marked, pairs))
+
+
 def _by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Every rank's tensors by their unified names, and its buffers by their own."""
     tensors: dict[str, LazyTensor] = {}
@@ -116,6 +158,7 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
     check = _ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
+    moments = damped_moments(pair.moments, pair.name) if pair.moments else None
     for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
@@ -125,6 +168,9 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
             stored = narrow(values, pair.target.native)
         if check:
             bad = check.wrong(weights, values, start, stop)
+        elif pair.together:
+            bad = too_far(pair.together, weights, stored)
+            bad |= not_the_best(pair.together, weights, stored, moments) if moments is not None else False
         elif encoding in ENCODINGS:
             bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
         else:
@@ -194,8 +240,11 @@ def differs(pair: _Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool
 
 
 def _compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
-    """Hyperparameters that differ."""
+    """Hyperparameters that differ, as far as the target's format can say the source's."""
+    own, made = source.config, target.config
+    if target.index.format != "neox":
+        own = source.architecture.sayable(own)
     for name in _COMPARED:
-        ours, theirs = getattr(source.config, name), getattr(target.config, name)
+        ours, theirs = getattr(own, name), getattr(made, name)
         if ours != theirs and name not in _UNSAID.get(target.index.format, ()):
             yield Finding("configuration", f"{name} is {theirs} in the target and {ours} in the source")

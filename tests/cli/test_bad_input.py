@@ -95,7 +95,10 @@ BAD_INPUT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "reward head": (edited(10, 0, lambda t: t.update({"rm_linear.weight": torch.ones(3)})), ("rm_linear.weight",)),
     "alibi": (with_setting("pos-emb", "alibi"), ("pos_emb: alibi",)),
     "rmsnorm": (with_setting("norm", "rmsnorm"), ("norm: rmsnorm",)),
-    "gpt_j_tied": (with_setting("gpt_j_tied", True), ("gpt_j_tied: True",)),
+    "gpt_j_tied": (
+        with_setting("gpt_j_tied", True),
+        ("layernorm.weight was trained", "gpt_j_tied is true"),
+    ),
     "relu": (with_setting("activation", "relu"), ("activation: relu",)),
     "no heads": (with_setting("num-attention-heads", 0), (".yml: num_attention_heads is '0'", "whole number")),
     "null heads": (with_setting("num-attention-heads", None), (".yml: num_attention_heads is missing",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,28 @@ from neoxconv.cli.main import main
 from neoxconv.formats import imatrix
 from neoxconv.verify.logits.importance import calibrate
 from tests.fixtures import fixture
+from tests.little_llamas import little_llama
 from tests.oracles import llama_quantize
 from tests.toy import toy
 
-LINEAR = {"query_key_value": "attn_qkv", "dense": "attn_output", "dense_h_to_4h": "ffn_up", "dense_4h_to_h": "ffn_down"}
+# transformers' modules, by the GGUF name of what they multiply with.
+LINEAR = {
+    "query_key_value": "attn_qkv", "dense": "attn_output", "dense_h_to_4h": "ffn_up", "dense_4h_to_h": "ffn_down",
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+}  # fmt: skip
 
 
-def test_importances_are_what_transformers_multiplies_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "matrices"), [
+    (lambda folder: toy(folder, hidden=64), 8), (lambda folder: little_llama(folder / "hf"), 14),
+], ids=["neox", "llama"])  # fmt: skip
+def test_importances_are_what_transformers_multiplies_with(
+    make: Callable[[Path], Path], matrices: int, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    checkpoint = open_checkpoint(toy(tmp_path, hidden=64))
+    checkpoint = open_checkpoint(make(tmp_path))
     tokens = np.arange(96, dtype=np.int64).reshape(3, 32) * 5 % 512
-    folder = run(make_plan(checkpoint, Recipe("hf", dtype="F32")), tmp_path / "hf")
+    folder = run(make_plan(checkpoint, Recipe("hf", dtype="F32")), tmp_path / "f32")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected: dict[str, np.ndarray] = {}
 
@@ -40,7 +52,7 @@ def test_importances_are_what_transformers_multiplies_with(tmp_path: Path) -> No
     with torch.inference_mode():
         model(torch.from_numpy(tokens))
     found = calibrate(checkpoint, tokens)
-    assert set(found) == set(expected) and len(found) == 8
+    assert set(found) == set(expected) and len(found) == matrices
     for name, sums in found.items():
         assert np.allclose(sums, expected[name], rtol=1e-4), name
 
@@ -67,8 +79,28 @@ def test_a_matrix_is_made_read_used_and_accepted_by_llama_quantize(
     llama_quantize(f16, tmp_path / "theirs.gguf", "Q3_K_M", imatrix=read.entries)
 
 
+@pytest.mark.oracle
+def test_llama_quantize_uses_a_matrix_of_separate_queries_keys_and_values(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    source, matrix = little_llama(tmp_path / "hf", hidden_size=256, intermediate_size=256), tmp_path / "m.gguf"
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 512, (8, 64)))
+    assert main(["calibrate", str(source), "--tokens", str(tmp_path / "ids.npy"), "-o", str(matrix)]) == 0
+    entries, checkpoint = imatrix.read(matrix).entries, open_checkpoint(source)
+    plan = make_plan(checkpoint, Recipe("gguf", type="Q4_K_M", imatrix=matrix))
+    assert verify_weights(checkpoint, open_checkpoint(run(plan, tmp_path / "ours.gguf"))).passed
+    f16 = run(make_plan(checkpoint, Recipe("gguf", type="F16")), tmp_path / "f16.gguf")
+    llama_quantize(f16, tmp_path / "with.gguf", "Q4_K_M", imatrix=entries)
+    llama_quantize(f16, tmp_path / "without.gguf", "Q4_K_M")
+    ours, used, unused = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("ours", "with", "without")
+    )
+    assert {name: t.tensor_type for name, t in ours.items()} == {name: t.tensor_type for name, t in used.items()}
+    for name in entries:
+        assert used[name].data.tobytes() != unused[name].data.tobytes(), name
+
+
 @pytest.mark.parametrize(("words", "code", "message"), [
-    ([], 2, "give either --text FILE or --tokens FILE"),
     (["--text", "{folder}/short.txt"], 1, "at least 2 are needed"),
     (["--text", "{folder}/bytes"], 1, "is not UTF-8 text"),
 ])  # fmt: skip

@@ -234,3 +234,14 @@ def test_old_files_without_a_zip_are_read(tmp_path: Path) -> None:
     expected = load_file(convert(shards(name), tmp_path / "a", format="hf") / "model.safetensors")
     found = load_file(convert(copy, tmp_path / "b", format="hf") / "model.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["neox_2022_tp2_pp4", "neox_2022_sequential_tp2"])
+def test_slim_with_today_s_names_is_the_same_model(name: str, tmp_path: Path) -> None:
+    slim = convert(shards(name), tmp_path / "slim", format="slim", tp=1, current_names=True)
+    stored = open_checkpoint(slim).index.ranks[0]
+    assert not [each for each in stored if "dense_h_to_4h" in each or "dense_4h_to_h" in each or "inv_freq" in each]
+    assert sum(each.endswith(("mlp.linear1.weight", "mlp.linear2.bias")) for each in stored) > 2
+    before = load_file(convert(shards(name), tmp_path / "a", format="hf") / "model.safetensors")
+    after = load_file(convert(slim, tmp_path / "b", format="hf") / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

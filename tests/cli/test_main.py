@@ -28,11 +28,12 @@ from tests.fixtures import fixture
 from tests.helpers import cli, digests, writable_copy
 
 ROOT = Path(__file__).parents[2]
-VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "only": ["a"], "shard_size": ["1MB"],
-          "split_size": ["1MB"], "pure": [],
+VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "current_names": [], "only": ["a"],
+          "shard_size": ["1MB"], "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
-          "imatrix": ["m.gguf"], "effort": ["high"], "double_quant": [], "compute_dtype": ["f16"],
-          "scale": ["none"], "allow_other_tokens": [],
+          "imatrix": ["m.gguf"], "calibration": ["c.gguf"], "effort": ["high"], "double_quant": [],
+          "compute_dtype": ["f16"],
+          "scale": ["none"], "allow_other_tokens": [], "as_family": ["gpt2"],
           "allow_nonfinite": []}  # fmt: skip
 
 
@@ -47,9 +48,10 @@ def source(tmp_path: Path) -> Path:
 def test_an_option_of_another_format_is_a_usage_error(
     option: str, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("convert", "here", "there", "--to", format, f"--{option.replace('_', '-')}", *VALUES[option])
+    flag = "--as" if option == "as_family" else f"--{option.replace('_', '-')}"
+    words = ("convert", "here", "there", "--to", format, flag, *VALUES[option])
     assert cli(*words) == 2
-    assert f"is for {', '.join(TAKEN_BY[option])}" in capsys.readouterr().err
+    assert f"{flag} is for {', '.join(TAKEN_BY[option])}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("verify a --level logits", "verify SRC TARGET"),
         ("verify a b --level layers", "is not one of"),
         ("verify a b --level logits --bisect --engine llama.cpp", "needs the native engine"),
-        ("calibrate a -o b", "give either --text FILE or --tokens FILE"),
+        ("calibrate a -o b --text c --tokens d", "--text and --tokens exclude each other"),
         ("invent", "invent"),
     ],
 )

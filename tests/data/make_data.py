@@ -18,6 +18,8 @@ KEPT = {
     "neox_2022_tp2_pp4": ((), [0, 4]),
     "neox_2022_sequential_tp2": (("*optim_states.pt",), [0, 1]),
     "neox_2026_bf16_tp2_pp2": ((), [0, 2]),
+    "llama_2026_bf16_tp2_pp2": ((), [0, 2]),
+    "llama_2024_bf16_tp2_pp2": (("*optim_states.pt",), [0, 2]),
 }
 UNREAD = ("optimizer_state_*", "logits_native_*", "*stored_inv_freq.npy")
 TOKENIZERS = "trained_tp2_pp4/tokenizer.json", "tokenizers/20B_tokenizer.json"  # the second lies beside the fixtures
@@ -64,7 +66,8 @@ def main() -> None:
     with tarfile.open(HERE / "tokenizers.tar.xz", "w:xz", preset=9, format=tarfile.PAX_FORMAT) as archive:
         for name, folder in zip(TOKENIZERS, (source, source.parent), strict=True):
             add(archive, name, (folder / name.removeprefix("tokenizers/")).read_bytes())
-    MASTERS.write_text(json.dumps({name: masters(source / name) for name in KEPT}, indent=1) + "\n")
+    digests = {name: masters(source / name) for name in KEPT}
+    MASTERS.write_text(json.dumps({name: found for name, found in digests.items() if found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

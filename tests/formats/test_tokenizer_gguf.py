@@ -1,11 +1,8 @@
 """Tokenizers in GGUF: llama.cpp gives the ids that the tokenizers library gives; settings are as gguf reads them."""
 
-# ruff: noqa: RUF001  (strings in many scripts are the point)
-
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,53 +16,11 @@ from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import END, PADDING, Tokenizer, differences, from_gguf, gguf_keys
 from neoxconv.formats.tokenizer.gguf import GPT_4, QWEN_2
+from neoxconv.formats.tokenizer.special import TAKEN_FOR_SPECIAL
 from neoxconv.synthetic import tiny
 from tests.oracles import program
+from tests.texts import SCRIPTS, odd_strings, of_llama_cpp, strings
 from tests.toy import toy
-
-SCRIPTS = (
-    "The quick brown fox jumps over the lazy dog. I've told you it's 3:45 o'clock; WE'LL see, they'd say.",
-    "Größe und Übermut täten selten gut, sagte der Bär um 12 Uhr.",
-    "L'été dernier, j'ai mangé des crêpes à Orléans où il pleuvait.",
-    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
-    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία. Ποιος είναι;",
-    "いろはにほへと ちりぬるを。東京タワーは333メートルです。カタカナ",
-    "我想在apple工作1314151天～你好，世界！",
-    "키스의 고유조건은 입술끼리 만나야 하고 특별한 기술은 필요치 않다.",
-    "نص حكيم له سر قاطع وذو شأن عظيم ١٢٣٤",
-    "דג סקרן שט בים מאוכזב ולפתע מצא חברה",
-    "ऋषियों को सताने वाले दुष्ट राक्षसों के राजा रावण का सर्वनाश",
-    "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า กว่าบรรดาฝูงสัตว์เดรัจฉาน",
-    "அறிவியலும் தொழில்நுட்பமும்",
-    "আমি বাংলায় গান গাই ১২৩",
-    "ሰላም ለሁሉም",
-    "ვეპხის ტყაოსანი",
-    "Բել դղյակի ձախ ժամն օֆ",
-    "កាន់តែពិសេសអាច",
-    "မြန်မာဘာသာ",
-    "Tiếng Việt rất đẹp và khó",
-    "İstanbul'da ılık bir gün",
-    "བོད་སྐད་ ᏣᎳᎩ ᎦᏬᏂᎯᏍᏗ ພາສາລາວ සිංහල",
-    'def f(x):\n    return x ** 2 + 0xFF  # note\n\n\tif (a<=b && c!=d) { printf("%d\\n", 42); }',
-    "🚀 (normal) 😶‍🌫️ 👩‍👩‍👧‍👦 ✅ 🦙🦙 ❤️🇯🇵",
-    "∑ᵢ xᵢ² ≤ √2 · π ≈ 3.14159e-10",
-    "a  b   c    d\t\te\n\n\nf \n g   ",
-    "3 33 333 3333 33333 333333 3.3 3..3 1,000,000 ²³ Ⅷ ½",
-    "------======= '''''```\"\"\"......!!!!!!?????? «quoted» “quotes” …—–",
-    f"{END}Hello{END} there {PADDING}",
-    "I'M you'RE it'S\r\n\r\n \u00a0nbsp\u3000wide\u2003em",
-)
-
-
-def strings() -> list[str]:
-    """Those, six pieces of each cut anywhere, and runs of white space: more than two hundred."""
-    draw = random.Random(7)
-    pieces = []
-    for text in SCRIPTS:
-        for _ in range(6):
-            start = draw.randrange(len(text))
-            pieces.append(text[start : draw.randrange(start, len(text)) + 1])
-    return [*SCRIPTS, *pieces, *(" " * n for n in range(1, 9)), *("\n" * n for n in range(1, 4))]
 
 
 @cache
@@ -92,21 +47,6 @@ def trained(kind: str) -> Any:
 
 
 KINDS = ("gpt-2", "olmo", "starcoder", "llama-bpe", "dbrx", "qwen2")
-
-
-def of_llama_cpp(keys: dict[str, Any], folder: Path, texts: list[str]) -> list[list[int]]:
-    """The ids that llama.cpp gives for texts with the tokenizer that the keys describe."""
-    llama_cpp, gguf = program("llama_cpp"), program("gguf")
-    writer = gguf.GGUFWriter(folder / "words.gguf", "gptneox")
-    writer.add_context_length(64)
-    for key, value in keys.items():
-        add = {list: writer.add_array, str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
-        add[type(value)](key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    model = llama_cpp.Llama(str(folder / "words.gguf"), vocab_only=True, verbose=False)
-    return [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
 
 
 @pytest.mark.oracle
@@ -186,13 +126,6 @@ SPECIAL = [*NAMES.values()]
 PIECES = ("Unigram", "Unigram in words", "BPE", "BPE with a space first")
 
 
-def odd_strings() -> list[str]:
-    """Characters of all scripts, and few ones often, in any order."""
-    draw = random.Random(3)
-    pools = "".join(SCRIPTS), " aaeb▁<s>/"
-    return ["".join(draw.choice(draw.choice(pools)) for _ in range(draw.randrange(1, 40))) for _ in range(500)]
-
-
 @cache
 def of_pieces(kind: str) -> str:
     """A tokenizer.json of a family of sentencepiece's, trained on the strings."""
@@ -270,7 +203,7 @@ UNLIKE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "bytes": ("Unigram", lambda p: p["model"].update(byte_fallback=True), "byte_fallback"),
     "float64": ("Unigram", lambda p: p["model"]["vocab"][9].__setitem__(1, -3.1), "scores of more than float32"),
     "inner spaces": ("Unigram", lambda p: p["pre_tokenizer"].update(split=True), "tokens with spaces inside"),
-    "end of text": ("Unigram", lambda p: p["model"]["vocab"].append([END, -9.0]), "takes for a special one"),
+    "end of text": ("Unigram", lambda p: p["model"]["vocab"].append([END, -9.0]), "as ordinary tokens and not special"),
     "no merge": ("BPE", lambda p: p["model"]["merges"].pop(5), "merges that are not all ways"),
     "other order": ("BPE", lambda p: p["model"]["merges"].append(p["model"]["merges"][0]), "merges that are not all"),
     "no byte": ("BPE", lambda p: p["model"]["vocab"].update({"<x>": p["model"]["vocab"].pop("<0x41>")}), "<0x41>"),
@@ -302,6 +235,38 @@ def test_the_differences_are_real(tmp_path: Path) -> None:
     texts = ["a b", " a b"]
     same = [x == library.encode(text).ids for text, x in zip(texts, of_llama_cpp(keys, tmp_path, texts), strict=True)]
     assert same == [True, False]
+
+
+def with_ordinary(text: str) -> Tokenizer:
+    """The tiny tokenizer with one more ordinary token, which no merges make."""
+    parsed = json.loads(tiny().data)
+    parsed["model"]["vocab"][text] = 272
+    for token in parsed["added_tokens"]:
+        token["id"] += token["id"] >= 272
+    return Tokenizer(json.dumps(parsed).encode())
+
+
+@pytest.mark.oracle
+def test_which_texts_llama_cpp_takes_for_special_tokens(tmp_path: Path) -> None:
+    """By ids: llama.cpp finds such a token within a text, the library makes it of its bytes; others are alike."""
+    plain = ("<|fim_sep|>", "<fim_repo>", "<fim-sep>", "<s>", "<unk>", "<pad>", "<mask>", "▁<EOT>", "<|user|>", "the")
+    taken = set()
+    for text in [*TAKEN_FOR_SPECIAL - {END}, *plain]:
+        words = with_ordinary(text)
+        library = program("tokenizers").Tokenizer.from_str(words.data.decode())
+        keys = gguf_keys(words, 300, others=True)
+        [found] = of_llama_cpp(keys, tmp_path, [f"a{text}b"])
+        taken |= {text} if found != library.encode(f"a{text}b").ids else set()
+        assert (272 in found) == (text in taken)
+        assert bool(differences(words)) == (text in taken)
+    assert taken == TAKEN_FOR_SPECIAL - {END}
+
+
+def test_ordinary_tokens_that_llama_cpp_takes_for_special_ones_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"byte-level BPE and has '</s>' as ordinary tokens and not special ones"):
+        gguf_keys(with_ordinary("</s>"), 300)
+    assert gguf_keys(with_ordinary("</s>"), 300, others=True)["tokenizer.ggml.token_type"][272] == 1
+    assert not differences(with_ordinary("<s>"))
 
 
 def test_other_words_of_byte_level_are_the_nearest_only_where_allowed() -> None:

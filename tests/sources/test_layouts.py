@@ -102,6 +102,22 @@ def test_buffers_under_a_prefix_are_dropped(model: Path, weights: Tensors, tmp_p
     assert assert_read(saved(tmp_path, model, stored), weights).dropped == (f"_orig_mod.{BUFFER}",)
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_frequencies_under_a_prefix_are_held_against_the_settings(
+    spelling: str, model: Path, weights: Tensors, tmp_path: Path
+) -> None:
+    """As the rotary base of the settings they say nothing, else the tensor is named as it is in the file."""
+    settings = settings_of(model)
+    dims = int(settings["hidden_size"] / settings["num_attention_heads"] * settings["rotary_pct"])
+    exponents = torch.arange(0, dims, 2) / dims
+    for base in (10000.0, 500000.0):
+        stored = renamed({**weights, BUFFER: base**-exponents}, SPELLINGS[spelling])
+        doubts = assert_read(saved(tmp_path / f"{base:.0f}", model, stored), weights).doubts
+        assert len(doubts) == (base != 10000)
+    [doubt] = doubts
+    assert f": {SPELLINGS[spelling](BUFFER)} holds rotary frequencies of base 500000 and {dims} dimensions" in doubt
+
+
 @pytest.mark.parametrize("odd", [EMBEDDING, HEAD, "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"])
 @pytest.mark.parametrize(("most", "one"), [("module.", ""), ("", "module."), ("_orig_mod.", "module.")])
 def test_a_mixture_of_prefixes_names_the_tensor_as_it_is_in_the_file(

@@ -14,6 +14,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.tokenizer import END, PADDING
 from neoxconv.synthetic import tiny
 from neoxconv.targets import TARGETS
+from tests.little_llamas import little_llama
 from tests.toy import toy
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -191,3 +192,58 @@ def test_whatever_a_tokenizer_holds_folders_take_it_and_gguf_refuses_it(
         assert content(folder, recipe).sidecars["tokenizer.json"] == data
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         content(folder, Recipe("gguf", type="F16"))
+
+
+# --- ids of other families -------------------------------------------------------------------------------------------
+
+
+def llama_with(folder: Path, **settings: Any) -> Path:
+    """A Llama whose config.json says this; its tokenizer's token 0 begins and ends a text, token 1 fills it."""
+    source = little_llama(folder)
+    (source / "generation_config.json").unlink()
+    config = {k: v for k, v in table((source / "config.json").read_bytes()).items() if not k.endswith("_token_id")}
+    (source / "config.json").write_text(json.dumps(config | settings))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"bos_token_id": 1, "eos_token_id": 2}, {"bos_token_id": 1, "eos_token_id": 0}),  # 1 is special, 2 is a letter
+        ({"bos_token_id": 5, "eos_token_id": [5, 6]}, {"bos_token_id": 5, "eos_token_id": [5, 6]}),
+        ({"bos_token_id": None, "eos_token_id": 0}, {"bos_token_id": None, "eos_token_id": 0}),
+    ],
+    ids=["unset", "set", "none"],
+)
+def test_ids_of_llama_that_nobody_set_are_the_tokenizers(
+    said: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    made = content(llama_with(tmp_path / "hf", **said), Recipe("hf"))
+    found = table(made.sidecars["config.json"])
+    assert {name: found[name] for name in expected} == expected
+    assert any("transformers' default" in note for note in made.notes) == (said["eos_token_id"] == 2)
+
+
+def test_a_llama_without_tokenizer_has_sentencepieces_ids(tmp_path: Path) -> None:
+    shards = run(make_plan(open_checkpoint(llama_with(tmp_path / "hf")), Recipe("slim")), tmp_path / "shards")
+    source = open_checkpoint(shards, qkv_layout="blocks", rmsnorm="inside")
+    with_tokens = table(TARGETS["hf"].make(source, Recipe("hf")).sidecars["config.json"])
+    assert (with_tokens["bos_token_id"], with_tokens["eos_token_id"]) == (0, 0)
+    for path in shards.rglob("*tokenizer*"):
+        path.unlink()
+    without = TARGETS["hf"].make(source, Recipe("hf")).sidecars
+    assert table(without["generation_config.json"])["eos_token_id"] == 2
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    (tmp_path / "config.json").write_bytes(without["config.json"])
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+
+
+def test_no_beginning_is_said_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    """Else transformers would begin a text with its default, which is an ordinary token here."""
+    source = llama_with(tmp_path / "hf")
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    (source / "special_tokens_map.json").unlink(missing_ok=True)
+    file = run(make_plan(open_checkpoint(source), Recipe("gguf", type="F16")), tmp_path / "x.gguf")
+    config = table(content(file, Recipe("hf")).sidecars["config.json"])
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 0)

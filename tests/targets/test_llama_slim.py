@@ -11,9 +11,11 @@ import torch
 import yaml
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
+from neoxconv.arch.llama.config import TINY
 from neoxconv.arch.llama.training import to_neox
 from neoxconv.errors import CheckpointError, PlanError
 from tests.arch.llama_config import CONFIG
+from tests.fixtures import real
 from tests.llama_shards import Era, files, llama, write
 from tests.oracles import program
 
@@ -126,3 +128,17 @@ def test_a_yaml_made_here_tells_the_date_of_its_code(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(CheckpointError, match="--rmsnorm"):
         open_checkpoint(made)
+
+
+def test_today_s_names_turn_older_layer_files_into_today_s(tmp_path: Path) -> None:
+    """w1, w2, w3, heads' rows and the older RMSNorm become linear1, blocks and an epsilon that vanishes."""
+    source = open_checkpoint(real("llama_2024_bf16_tp2_pp2") / "checkpoints")
+    made = run(make_plan(source, Recipe("slim", tp=2, pp=1, current_names=True)), tmp_path / "slim")
+    layer = stored_in(made)["layer_02-model_00-model_states.pt"]
+    assert {name for name in layer if name.startswith("mlp.")} == {"mlp.linear1.weight", "mlp.linear2.weight"}
+    told = yaml.safe_load((made / "global_step0" / "configs" / "model.yml").read_text())
+    assert told["rms_norm_epsilon"] == TINY and told["activation"] == "swiglu"
+    again = open_checkpoint(made, qkv_layout="blocks")
+    for name, tensor in source.tensors.items():
+        if len(tensor.shape) == 2:
+            assert (again.tensors[name].read(0, tensor.rows) == tensor.read(0, tensor.rows)).all(), name

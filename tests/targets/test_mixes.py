@@ -20,6 +20,7 @@ from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.targets.divergences import DIVERGENCES
 from neoxconv.targets.mixes import MIXES
 from tests.fixtures import real
+from tests.little_llamas import little_llama
 from tests.oracles import llama_logits, llama_quantize, llama_types, program, write_imatrix
 from tests.toy import toy
 
@@ -55,6 +56,44 @@ def test_types_are_those_of_llama_quantize(layers: int, hidden: int, tmp_path: P
         for mix in PACKED:
             expected = llama_types(f16, mix, given)
             assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize(("layers", "keys"), [(6, 8), (24, 4), (24, 2), (80, 8), (80, 4), (80, 1)])
+def test_types_of_separate_queries_keys_and_values_are_those_of_llama_quantize(
+    layers: int, keys: int, tied: bool, tmp_path: Path
+) -> None:
+    source = little_llama(
+        tmp_path / "hf", hidden_size=256, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=keys, tie_word_embeddings=tied, vocab_size=300,
+    )  # fmt: skip
+    f16 = run(planned(source, type="F16"), tmp_path / "f16.gguf")
+    matrix = tmp_path / "imatrix.gguf"
+    importances = write_imatrix(matrix, f16)
+    for given in (None, importances):
+        for mix in PACKED:
+            expected = llama_types(f16, mix, given)
+            assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "Q6_K"),
+        ({"output_type": "Q5_K"}, "Q5_K"),
+        ({"output_type": "Q5_K", "embedding_type": "Q8_0"}, "Q8_0"),
+        ({"pure": True}, "Q4_K"),
+    ],
+    ids=["mix", "output", "both", "pure"],
+)
+def test_an_embedding_that_is_the_head_too_counts_as_both(
+    options: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    source = little_llama(tmp_path / "hf", hidden_size=256, tie_word_embeddings=True)
+    plan = planned(source, type="Q4_K_M", **options)
+    assert types(plan)["token_embd.weight"] == expected and "output.weight" not in types(plan)
+    assert not any("no effect" in note for note in plan.notes)
 
 
 def test_a_dry_run_tells_the_types_that_a_file_gets(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,10 @@ import pytest
 import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
-from neoxconv.core.model import Checkpoint
 from neoxconv.verify.logits import stream
-from neoxconv.verify.logits.stream import side
 from tests.fixtures import fixture, real
 from tests.oracles import transformers_logits
+from tests.streamed import logits_of
 from tests.toy import toy
 
 RECORDED = (
@@ -29,19 +26,6 @@ RECORDED = (
     ("neox_2022_sequential_tp2",   "logits_fp32",                           True),
     ("neox_2026_bf16_tp2_pp2",     "logits_fp32",                           True),
 )  # fmt: skip
-
-
-def logits_of(checkpoint: Checkpoint, tokens: np.ndarray, merged: bool = False) -> np.ndarray:
-    """The logits [batch, time, words] of the streamed pass, the head in three bands."""
-    rows = checkpoint.config.rows
-    with torch.inference_mode(), ThreadPoolExecutor(2) as pool:
-        model = side(checkpoint, pool, merged=merged)
-        streams = model.embed(torch.from_numpy(tokens))
-        for layer in range(checkpoint.config.layers):
-            streams = model.layer(layer, streams)
-        normed = model.final(streams)
-        borders = [0, rows // 3 + 1, rows // 2 + 7, rows]
-        return np.concatenate([model.logits(normed, *ends) for ends in pairwise(borders)], axis=-1)
 
 
 @pytest.mark.parametrize(("name", "file", "merged"), RECORDED, ids=lambda value: str(value))

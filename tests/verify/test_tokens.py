@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 
 from neoxconv import open_checkpoint
-from neoxconv.errors import CheckpointError
+from neoxconv.core.model import Checkpoint
+from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.verify.logits.tokens import blamed, encode, library, tokens_for
+from neoxconv.verify.logits.tokens import blamed, encode, library, speller, tokens_for
 from neoxconv.verify.logits.trial import Sample
+from tests.fuzz_inputs import seeds
 from tests.helpers import cli
+from tests.oracles import program
 from tests.toy import toy
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -82,6 +86,37 @@ def test_an_exam_tells_it_too(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 def test_what_the_library_cannot_build_is_named(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="tokenizers library cannot"):
         library(Tokenizer(data))
+
+
+def with_sentencepiece(folder: Path) -> Checkpoint:
+    """A checkpoint whose tokenizer is sentencepiece's file alone."""
+    source = toy(folder)
+    [path] = source.rglob("*tokenizer*.json")
+    path.unlink()
+    path.with_name("spiece.model").write_bytes(seeds("sentencepiece")[1])
+    return open_checkpoint(source)
+
+
+@pytest.mark.oracle
+def test_sentencepieces_file_is_asked_of_its_library(tmp_path: Path) -> None:
+    made = program("sentencepiece").SentencePieceProcessor(model_proto=seeds("sentencepiece")[1])
+    source = with_sentencepiece(tmp_path)
+    (tmp_path / "a.txt").write_text("a a b a a")
+    found, where = tokens_for(source, Sample(text=tmp_path / "a.txt"))
+    assert found.tolist() == [made.encode("a a b a a")] and where == "a.txt"
+    assert speller(source)([2, 2]) == "a a"
+
+
+def test_without_that_library_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    source = with_sentencepiece(tmp_path)
+    (tmp_path / "a.txt").write_text("a a a")
+    with pytest.raises(
+        PlanError, match=r"spiece\.model: is sentencepiece's.* pip install sentencepiece, or .*--tokens"
+    ):
+        tokens_for(source, Sample(text=tmp_path / "a.txt"))
+    assert tokens_for(source, Sample())[1] == "invented token ids"
+    assert speller(source)([2, 2, 99]) == " a a#99"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CheckpointError, MemoryError])

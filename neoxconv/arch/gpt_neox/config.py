@@ -1,6 +1,6 @@
 """GPT-NeoX's hyperparameters in the words of gpt-neox's YAML and Hugging Face's config.json; GGUF's: config_gguf.py.
 
-A setting that changes the function is either implemented or refused by name: _ALLOWED lists what is.
+A setting that changes the function is either implemented or refused by name: ALLOWED lists what is.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neoxconv.arch.gpt_neox.shared_norm import shared_norm
 from neoxconv.arch.presets import from_preset
-from neoxconv.arch.settings import Settings, agreed_rotary, rope_types, stale
+from neoxconv.arch.settings import GELUS, Settings, agreed_rotary, rope_types, stale
 from neoxconv.arch.training_settings import refused
 from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.errors import CheckpointError, raise_all
@@ -18,13 +19,17 @@ from neoxconv.errors import CheckpointError, raise_all
 
 @dataclass(frozen=True)
 class _Preset:
-    """A released model: a quarter of each head rotated, parallel residual, tanh GELU, context 2048, no tying."""
+    """A released model, its head not tied; unless it says otherwise with the 20B model's settings."""
 
     name: str
     layers: int
     hidden: int
     heads: int
     rows: int
+    context: int = 2048
+    rotary_pct: float = 0.25
+    parallel_residual: bool = True
+    activation: str = "gelu_tanh"
 
     @property
     def config(self) -> ModelConfig:
@@ -34,12 +39,12 @@ class _Preset:
             heads=self.heads,
             ff=4 * self.hidden,
             rows=self.rows,
-            context=2048,
-            rotary_pct=0.25,
+            context=self.context,
+            rotary_pct=self.rotary_pct,
             rotary_base=1e4,
             norm_eps=1e-5,
-            parallel_residual=True,
-            activation="gelu_tanh",
+            parallel_residual=self.parallel_residual,
+            activation=self.activation,
             tied=False,
         )
 
@@ -58,15 +63,21 @@ PRESETS: dict[str, ModelConfig] = {
         _Preset("pythia-2.8b", 32, 2560, 32, 50304),
         _Preset("pythia-6.9b", 32, 4096, 32, 50432),
         _Preset("pythia-12b", 36, 5120, 40, 50688),
+        # As their config.json says; read from lit-gpt's table of them (Lightning-AI/litgpt, lit_gpt/config.py,
+        # and the erf GELU of its GptNeoxMLP).
+        _Preset("redpajama-incite-3b", 32, 2560, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
+        _Preset("redpajama-incite-7b", 32, 4096, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
+        _Preset("stablelm-alpha-3b", 16, 4096, 32, 50688, context=4096, activation="gelu"),
+        _Preset("stablelm-alpha-7b", 16, 6144, 48, 50432, context=4096, activation="gelu"),
     )
 }
 
 # gpt-neox's YAML: what each key is where the file is silent, and the values that give the function implemented here.
-_ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+ALLOWED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "pos_emb": ("learned", ("rotary",)),
     "norm": ("layernorm", ("layernorm",)),
     "activation": ("gelu", ("gelu",)),
-    "gpt_j_tied": (False, (False,)),
+    "gpt_j_tied": (False, (False, True)),
     "apply_layernorm_1p": (False, (False,)),
     "use_bias_in_attn_linear": (True, (True,)),
     "use_bias_in_mlp": (True, (True,)),
@@ -92,9 +103,10 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
     ]
     raise_all(
         CheckpointError,
-        (f"{where}: {problem}." for problem in problems + refused(settings, _ALLOWED) + _grouped(settings)),
+        (f"{where}: {problem}." for problem in problems + refused(settings, ALLOWED) + _grouped(settings)),
     )
     read = Settings(where, settings)
+    shared, notes = shared_norm(index, read, asked=bool(opening.config))
     config = ModelConfig(
         layers=read.count("num_layers"),
         hidden=read.count("hidden_size"),
@@ -108,12 +120,11 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         parallel_residual=read.truth("gpt_j_residual", False),
         activation="gelu_tanh" if read.truth("bias_gelu_fusion", False) else "gelu",
         tied=not read.truth("no_weight_tying", False),
+        shared_norm=shared,
     )
-    return config, stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows)
+    return config, (*notes, *stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows))
 
 
-# Hugging Face's hidden_act and the function it names.
-_ACTIVATIONS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_fast"}
 
 
@@ -136,10 +147,10 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         f"{where}: {key} is {found!r:.80}, which is not supported; expected {expected}."
         for key, found, expected in (
             *(("rope_type", rope_type, "default") for rope_type in rope_types(settings)),
-            ("hidden_act", activation, " or ".join(_ACTIVATIONS)),
+            ("hidden_act", activation, " or ".join(GELUS)),
             ("attention_bias", settings.get("attention_bias", True), True),
         )
-        if found not in ((*_ACTIVATIONS,) if key == "hidden_act" else (expected,))
+        if found not in ((*GELUS,) if key == "hidden_act" else (expected,))
     ]
     raise_all(CheckpointError, problems)
     read = Settings(where, settings)
@@ -154,7 +165,7 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         rotary_base=agreed_rotary(read, "rotary_emb_base", "rope_theta", 10000),
         norm_eps=read.number("layer_norm_eps", 1e-5),
         parallel_residual=read.truth("use_parallel_residual", True),
-        activation=_ACTIVATIONS[activation],
+        activation=GELUS[activation],
         tied=read.truth("tie_word_embeddings", False),
     )
     return config, stale(where, "vocab_size", read.count("vocab_size"), config.rows)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.gpt_neox.config import PRESETS, from_hf, from_neox, to_hf
 from neoxconv.arch.gpt_neox.config_gguf import from_gguf, to_gguf
 from neoxconv.arch.gpt_neox.evidence import contradictions
+from neoxconv.arch.gpt_neox.shared_norm import trained_in_vain
 from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.core.model import Architecture, Buffer, ModelConfig, Weight
+from neoxconv.core.model import Architecture, Buffer, Index, ModelConfig, Weight
 
 
 def _qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
@@ -80,6 +83,18 @@ _DROPPED = (
     "rope_freqs.weight",
 )
 
+
+def _unused(config: ModelConfig) -> dict[str, str]:
+    """With one norm in a layer the first stands in the second's place."""
+    return {f"{NORM2}.{part}": f"{NORM1}.{part}" for part in ("weight", "bias")} if config.shared_norm else {}
+
+
+def _contradictions(index: Index, config: ModelConfig) -> Iterator[tuple[int, str, str]]:
+    """Stored frequencies and norms that are not what the configuration says."""
+    yield from contradictions(index, config)
+    yield from trained_in_vain(index, config)
+
+
 GPT_NEOX = Architecture(
     name="gpt_neox",
     gguf_name="gptneox",
@@ -91,9 +106,13 @@ GPT_NEOX = Architecture(
     presets=PRESETS,
     config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
+    token_ids={"bos": 0, "eos": 0},  # <|endoftext|> of the 20B model's tokenizer
+    unset_ids={"eos": 2},
     to_gguf=to_gguf,
     to_neox=to_neox,
-    trained=lambda settings: settings.get("norm", "layernorm") == "layernorm",
+    renamed={UP: "mlp.linear1.", DOWN: "mlp.linear2."},
+    trained=lambda settings: (settings.get("norm", "layernorm"), settings.get("pos_emb")) == ("layernorm", "rotary"),
     forward="neoxconv.arch.gpt_neox.forward",
-    contradictions=contradictions,
+    unused=_unused,
+    contradictions=_contradictions,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from neoxconv.arch.gguf_keys import GgufKeys, rounded
@@ -33,9 +34,9 @@ def grouped(read: Settings, key: str, heads: int) -> int | None:
     return None if found == heads else found
 
 
-def _told(config: ModelConfig) -> float:
-    """The epsilon for programs that add it inside of the root."""
-    return config.norm_eps if config.norm == "rmsnorm" else TINY
+def sayable(config: ModelConfig) -> ModelConfig:
+    """The hyperparameters for programs that have RMSNorm's epsilon inside of the root only."""
+    return replace(config, norm="rmsnorm", norm_eps=TINY) if config.norm == "rmsnorm_outside" else config
 
 
 def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -49,7 +50,6 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
     wanted: dict[str, tuple[Any, Any]] = {
         "hidden_act": ("silu", settings.get("hidden_act", "silu")),
         "head_dim": (hidden // heads, settings.get("head_dim") or hidden // heads),
-        "pretraining_tp": (1, settings.get("pretraining_tp", 1)),
     }
     problems = [
         f"rope_type is {kind!r:.80}, which is not supported; expected 'default'" for kind in rope_types(settings)
@@ -137,7 +137,7 @@ def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "num_hidden_layers": config.layers,
         "num_key_value_heads": config.key_heads,
-        "rms_norm_eps": _told(config),
+        "rms_norm_eps": sayable(config).norm_eps,
         "rope_parameters": {"rope_theta": config.rotary_base, "rope_type": "default"},
         "rope_theta": config.rotary_base,
         "tie_word_embeddings": config.tied,
@@ -191,7 +191,9 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
         "llama.feed_forward_length": config.ff,
         "llama.attention.head_count": config.heads,
         "llama.attention.head_count_kv": config.key_heads,
-        "llama.attention.layer_norm_rms_epsilon": _told(config),
+        "llama.attention.key_length": config.head_size,
+        "llama.attention.value_length": config.head_size,
+        "llama.attention.layer_norm_rms_epsilon": sayable(config).norm_eps,
         "llama.rope.freq_base": config.rotary_base,
         "llama.rope.dimension_count": config.head_size,
         "llama.vocab_size": config.rows,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neoxconv.arch.forward import Rank, Streams, looked_up, rotated, vocabulary
+from neoxconv.arch.forward import Rank, Streams, looked_up, rotated, vocabulary, windowed
 from neoxconv.arch.llama.weights import DENSE, DOWN, EMBEDDING, GATE, HEAD, NORM, NORM1, NORM2, UP, K, Q, V
 from neoxconv.core.model import ModelConfig
 
@@ -55,15 +55,9 @@ def _attention(rank: Rank, x: Tensor, names: dict[str, str], config: ModelConfig
     query, key = rotated(heads(names[Q]), config), rotated(heads(names[K]), config)
     groups = config.heads // config.key_heads
     key, value = (part.repeat_interleave(groups, 1) for part in (key, heads(names[V])))
-    mask = _window(x.shape[1], config.window, x.device) if config.window else None
+    mask = windowed(x.shape[1], config.window, x.device) if config.window else None
     mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
     return rank.linear(mixed.transpose(1, 2).flatten(2), names[DENSE][:-1])
-
-
-def _window(time: int, window: int, device: torch.device) -> Tensor:
-    """Which tokens [time, time] a token attends to: the last `window`, itself included."""
-    distance = torch.arange(time, device=device)[:, None] - torch.arange(time, device=device)
-    return (distance >= 0) & (distance < window)
 
 
 def _mlp(rank: Rank, x: Tensor, names: dict[str, str], config: ModelConfig) -> Tensor:

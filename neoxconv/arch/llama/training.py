@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neoxconv.arch.llama.config import PRESETS, TINY, grouped, holds
+from neoxconv.arch.llama.config import PRESETS, TINY, grouped, holds, sayable
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import Settings, stale
 from neoxconv.arch.training_settings import refused
@@ -174,7 +174,7 @@ def to_neox(config: ModelConfig) -> dict[str, Any]:
         "seq_length": config.context,
         "max_position_embeddings": config.context,
         "norm": "rmsnorm",
-        "rms_norm_epsilon": config.norm_eps,
+        "rms_norm_epsilon": sayable(config).norm_eps,
         "pos_emb": "rotary",
         "rotary_pct": 1.0,
         "rotary_emb_base": int(config.rotary_base),

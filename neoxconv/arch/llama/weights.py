@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.arch.llama.config import PRESETS, from_gguf, from_hf, to_gguf, to_hf
+from neoxconv.arch.llama.config import PRESETS, from_gguf, from_hf, sayable, to_gguf, to_hf
 from neoxconv.arch.llama.training import from_neox, to_neox, told
 from neoxconv.core.model import Architecture, Fused, ModelConfig, Weight
 
@@ -154,6 +154,8 @@ def _has_rmsnorm(settings: Mapping[str, Any]) -> bool:
 # Recomputed from the hyperparameters, or left by libraries: `fnmatch` patterns of every format's names.
 _DROPPED = ("*rotary_emb.inv_freq", "*rotary_emb.*_cached", "*_extra_state", "rope_freqs.weight")
 
+_IDS = {"bos": 1, "eos": 2}  # <s> and </s> of sentencepiece's; a Llama 3 tokenizer brings its own
+
 LLAMA = Architecture(
     name="llama",
     gguf_name="llama",
@@ -165,7 +167,11 @@ LLAMA = Architecture(
     presets=PRESETS,
     config_of={"neox": from_neox, "unified": from_hf, "gguf": from_gguf},
     to_hf=to_hf,
+    token_ids=_IDS,
+    unset_ids=_IDS,
+    sayable=sayable,
     to_gguf=to_gguf,
+    gguf_head=False,
     to_neox=to_neox,
     trained=lambda settings: _has_rmsnorm(settings) and not settings.get("sliding_window_width"),
     layout_of=lambda index, config: told(index, "qkv_layout") if config.kv_heads else "per-head",

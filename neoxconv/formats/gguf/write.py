@@ -17,13 +17,14 @@ from neoxconv.formats.gguf.read import ALIGNMENT, ARRAY, MAGIC, MAX_DIMS, NUMBER
 
 _VERSION = 3
 # The types of keys' values, beside STRING and ARRAY; Python's types that have one; the numbers that whole ones hold.
-_U16, _U32, I32, F32, BOOL, _U64, I64 = 2, 4, 5, 6, 7, 10, 11
+_U8, _U16, _U32, I32, F32, BOOL, _U64, I64 = 0, 2, 4, 5, 6, 7, 10, 11
 _KINDS = ((bool, BOOL), (float, F32), (str, STRING), (list, ARRAY))
 _RANGES = {_U32: (0, 2**32 - 1), I32: (-(2**31), 2**31 - 1), _U64: (0, 2**64 - 1), I64: (-(2**63), 2**63 - 1)}
 # Whole numbers take the first type that holds them; gguf-py gives single ones U32 and those of lists I32.
 _SINGLE, _LISTED = (_U32, I32, _U64, I64), (I32, _U32, I64, _U64)
 # Keys whose type is not what their value suggests.
 _KEY_TYPES = {"split.no": _U16, "split.count": _U16, "split.tensors.count": I32}
+_ITEM_TYPES = {"tokenizer.ggml.precompiled_charsmap": _U8}  # the same of the items of a list
 _SECTIONS = {"general": 0, "tokenizer": 2}  # the architecture's keys stand between
 _MAX_PARTS = 0xFFFF  # what split.count, a U16, holds
 
@@ -116,7 +117,7 @@ def _packed(key: str, kind: int, values: Sequence[Any]) -> bytes:
         return b"".join(_string(key, value) for value in values)
     if kind != ARRAY:
         return numbers(key, kind, values)
-    inner = [_kind_of(key, value, _LISTED) for value in values]
+    inner = [_ITEM_TYPES[key] if key in _ITEM_TYPES else _kind_of(key, value, _LISTED) for value in values]
     return b"".join(
         struct.pack("<IQ", kind, len(value)) + _packed(key, kind, value)
         for kind, value in zip(inner, values, strict=True)

@@ -18,7 +18,7 @@ _AFTER_LAYERS = {"norm": 3, "head": 4}  # by the weight's stage, counted from th
 def number_name(weight: Weight, layer: int | None, layers: int, name: str | None = None) -> str:
     """`N.name` of a weight in transformer layer `layer` of `layers`, or outside of them (None).
 
-    `name` is one of the weight's names in a layer file, the oldest by default.
+    `name` is one of the weight's names in a layer file, the first by default, and its unified one where it has none.
     """
     if layer is not None:
         number = layer + FIRST_LAYER
@@ -26,4 +26,4 @@ def number_name(weight: Weight, layer: int | None, layers: int, name: str | None
         number = _EMBEDDING
     else:
         number = layers + _AFTER_LAYERS[weight.stage]
-    return f"{number}.{name or weight.source[0]}"
+    return f"{number}.{name or next(iter(weight.source), weight.unified)}"

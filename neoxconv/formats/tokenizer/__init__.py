@@ -1,5 +1,5 @@
 """Tokenizers: files carried as they are (`files`), byte-level BPE looked into (`byte_level`), sentencepiece's
-families (`pieces`), GGUF's keys written (`gguf`) and read (`from_keys`).
+families (`pieces`: of a tokenizer.json or of its own file), GGUF's keys written (`gguf`) and read (`from_keys`).
 """
 
 from neoxconv.formats.tokenizer.byte_level import SURROGATE, check_rows, hf_files

@@ -18,15 +18,16 @@ from typing import Any
 
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.json_text import object_in
+from neoxconv.formats.tokenizer import spiece
 from neoxconv.formats.tokenizer.made import added_token, tokenizer_json
 from neoxconv.storage import Place, is_file, open_storage
 
 JSON, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
 SENTENCEPIECE = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
-TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+ADDED, TEMPLATE, _TEMPLATES = "added_tokens.json", "chat_template.jinja", "additional_chat_templates"
 _CARRIED = (
-    JSON, SETTINGS, SPECIAL, "added_tokens.json", TEMPLATE, "chat_template.json", VOCAB, MERGES, "vocab.txt",
+    JSON, SETTINGS, SPECIAL, ADDED, TEMPLATE, "chat_template.json", VOCAB, MERGES, "vocab.txt",
     *sorted(SENTENCEPIECE),
 )  # fmt: skip
 
@@ -52,10 +53,22 @@ class Tokenizer:
         """How messages call it."""
         return str(self.path or "tokenizer")
 
+    @property
+    def own_sentencepiece(self) -> bytes:
+        """sentencepiece's file where there is no tokenizer.json; else empty."""
+        names = [] if self.data else sorted(name for name in self.beside if name.endswith(".model"))
+        return self.beside[names[0]] if names else b""
+
+    @cached_property
+    def sentencepiece(self) -> spiece.Spiece | None:
+        """What that file says; None without one. Raises CheckpointError where it is damaged."""
+        data = self.own_sentencepiece
+        return spiece.read(data, self.name) if data else None
+
     @cached_property
     def parsed(self) -> dict[str, Any]:
         """What `data` says. Raises CheckpointError where that is no tokenizer.json."""
-        if not self.data and SENTENCEPIECE & self.beside.keys():
+        if self.own_sentencepiece:
             raise CheckpointError(f"{self.name}: is sentencepiece's, and there is no {JSON} beside it; make one.")
         try:
             parsed = json.loads(self.data.decode())
@@ -68,20 +81,30 @@ class Tokenizer:
 
     @property
     def added(self) -> list[dict[str, Any]]:
-        """The added tokens, as far as they are objects. Raises CheckpointError as `parsed` does."""
-        found = self.parsed["added_tokens"]
+        """The added tokens, as far as they are objects, as tokenizer.json has them. Raises CheckpointError as `parsed`.
+
+        sentencepiece's are in files beside it.
+        """
+        found = _added_beside(self) if self.own_sentencepiece else self.parsed["added_tokens"]
         return [token for token in found if isinstance(token, dict)] if isinstance(found, list) else []
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json and what special_tokens_map.json adds to it; empty where there are none."""
+        """tokenizer_config.json and what special_tokens_map.json, and sentencepiece's file, add to it."""
         special, settings = (object_in(self.beside.get(name, b"{}")) for name in (SPECIAL, SETTINGS))
-        return {**special, **settings}
+        try:
+            own = self.sentencepiece.special if self.sentencepiece else {}
+        except CheckpointError:
+            own = {}
+        return {**{f"{kind}_token": text for kind, text in own.items()}, **special, **settings}
 
     @cached_property
     def ids(self) -> dict[str, int]:
         """The id of every text, as far as the files tell without the library that reads them; empty for others."""
         try:
+            if self.sentencepiece:
+                own = {piece.text: i for i, piece in enumerate(self.sentencepiece.pieces)}
+                return {**{token["content"]: token["id"] for token in self.added}, **own}
             vocab, added = self.parsed["model"].get("vocab"), self.added
         except CheckpointError:
             return {}
@@ -90,6 +113,17 @@ class Tokenizer:
             pairs = [(entry[0], i) for i, entry in enumerate(vocab) if isinstance(entry, list) and entry]
         pairs += [(token.get("content"), token.get("id")) for token in added]
         return {text: i for text, i in pairs if isinstance(text, str) and type(i) is int}
+
+    @property
+    def special_ids(self) -> set[int]:
+        """The ids of the special tokens, as far as a tokenizer.json or sentencepiece's file tells them."""
+        kinds = (spiece.CONTROL, spiece.UNKNOWN)
+        try:
+            pieces = self.sentencepiece.pieces if self.sentencepiece else ()
+            added = {token["id"] for token in self.added if token.get("special") and type(token.get("id")) is int}
+        except CheckpointError:
+            return set()
+        return added | {number for number, piece in enumerate(pieces) if piece.type in kinds}
 
     @property
     def count(self) -> int | None:
@@ -103,6 +137,21 @@ class Tokenizer:
         if text is None and kind in ("bos", "eos") and SETTINGS not in self.beside:
             text = END
         return self.ids.get(text) if isinstance(text, str) else None
+
+
+def _added_beside(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The tokens that added_tokens.json and tokenizer_config.json add to sentencepiece's, in the order of their ids."""
+    settings = tokenizer.settings
+    further = settings.get("additional_special_tokens")
+    named = [settings.get(f"{kind}_token") for kind in KINDS] + (further if isinstance(further, list) else [])
+    special = [token.get("content") if isinstance(token, Mapping) else token for token in named]
+    table = object_in(tokenizer.beside.get(ADDED, b"{}"))
+    found = {i: added_token(i, text, special=text in special) for text, i in table.items() if type(i) is int and i >= 0}
+    detailed = settings.get("added_tokens_decoder")
+    for number, token in detailed.items() if isinstance(detailed, dict) else ():
+        if number.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str):
+            found[int(number)] = {"id": int(number), **token}
+    return [found[i] for i in sorted(found)]
 
 
 def load(path: Place, merges: Place | None = None) -> Tokenizer:

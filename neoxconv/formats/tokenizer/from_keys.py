@@ -8,30 +8,14 @@ from typing import Any
 
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.json_text import as_json
-from neoxconv.formats.tokenizer.byte_level import (
-    byte_level,
-)
+from neoxconv.formats.tokenizer.byte_level import byte_level
+from neoxconv.formats.tokenizer.charsmap import makes_spaces
 from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, TEMPLATE, Tokenizer
-from neoxconv.formats.tokenizer.gguf import (
-    BYTE,
-    CONTROL,
-    KEYS,
-    NORMAL,
-    PREFIX,
-    SPLITTERS,
-    TYPES,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    differences,
-)
+from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, SPLITTERS, TYPES, differences
 from neoxconv.formats.tokenizer.made import added_token, tokenizer_json
-from neoxconv.formats.tokenizer.pieces import (
-    BPE,
-    UNIGRAM,
-    bpe_json,
-    unigram_json,
-)
+from neoxconv.formats.tokenizer.pieces import BPE, UNIGRAM
+from neoxconv.formats.tokenizer.pieces_json import bpe_json, unigram_json
+from neoxconv.formats.tokenizer.spiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 _WANTED = "Give the tokenizer.json of the model with --tokenizer."
 
@@ -74,7 +58,8 @@ def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
     model, pre = keys.get("model"), keys.get("pre")
     splitter = SPLITTERS.get("default" if pre is None else pre) if isinstance(pre, str | None) else None
     if model != "gpt2" or splitter is None:
-        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {[*SPLITTERS]}. {_WANTED}")
+        known = [*dict.fromkeys(splitter.pre for splitter in SPLITTERS.values())]  # without their other names
+        raise CheckpointError(f"{where}: tokenizer {model!r} of kind {pre!r} is not gpt2 of {known}. {_WANTED}")
     tokens, types, merges = (keys.texts(name) for name in ("tokens", "token_type", "merges"))
     if all(isinstance(text, str) for text in tokens) and not types:
         types = [_guessed(text) for text in tokens]
@@ -98,7 +83,8 @@ def from_gguf(values: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
 
 def _from_pieces(keys: Keys) -> Tokenizer:
     """A tokenizer of sentencepiece's families, where the library can do what llama.cpp does with it."""
-    model, prefix = keys.get("model"), keys.get("add_space_prefix") is not False
+    model, prefix = keys.get("model"), keys.get("add_space_prefix")
+    prefix = prefix is True or (prefix is None and model == BPE)  # llama.cpp's defaults
     tokens, types, scores = (keys.texts(name) for name in ("tokens", "token_type", "scores"))
     while types and len(types) <= len(tokens) and types[-1] == UNUSED:
         tokens, types, scores = tokens[: len(types) - 1], types[:-1], scores[: len(types) - 1]
@@ -106,7 +92,9 @@ def _from_pieces(keys: Keys) -> Tokenizer:
     fits = fits and {*types} <= {*TYPES, UNKNOWN, BYTE}
     if not fits or UNUSED in types or not all(isinstance(text, str) for text in tokens):
         raise CheckpointError(f"{keys.where}: tokens, types and scores of its {model} tokenizer do not fit. {_WANTED}")
-    if (model == UNIGRAM and prefix) or keys.get("remove_extra_whitespaces") or keys.get("precompiled_charsmap"):
+    charsmap, merged = _bytes(keys.texts("precompiled_charsmap")), keys.get("remove_extra_whitespaces") is True
+    whole = prefix and merged and makes_spaces(charsmap)
+    if model == UNIGRAM and not whole and (prefix or merged or charsmap):
         what = "treats spaces or characters as no tokenizer.json can"
         raise CheckpointError(f"{keys.where}: its {model} tokenizer {what}. {_WANTED}")
     named = [*enumerate(zip(tokens, types, strict=True))]
@@ -119,13 +107,19 @@ def _from_pieces(keys: Keys) -> Tokenizer:
     known = type(unknown) is int and 0 <= unknown < len(tokens)
     pairs = [(text, float(score)) for text, score in zip(tokens, scores, strict=True)]
     if model == UNIGRAM:
-        data = unigram_json(pairs, unknown if known else None, added)
+        data = unigram_json(pairs, unknown if known else None, added, charsmap if whole else None)
     else:
         data = bpe_json(dict(pairs), tokens[unknown] if known else None, added, prefix=prefix)
     tokenizer = Tokenizer(data, beside=_settings(keys, tokens))
     if faults := differences(tokenizer):
         raise CheckpointError(f"{keys.where}: its {model} tokenizer has {faults[0]}. {_WANTED}")
     return tokenizer
+
+
+def _bytes(values: Sequence[Any]) -> bytes:
+    """The bytes of an array of int8 or uint8; none of other arrays."""
+    fits = all(type(value) is int and -128 <= value < 256 for value in values)
+    return bytes(value & 255 for value in values) if fits else b""
 
 
 def _guessed(text: str) -> int:

@@ -3,7 +3,7 @@
 llama.cpp splits text by the name in `pre`, of which it knows about a hundred. _SPLITTERS has those that cut as a
 tokenizers file does: the regular expressions were compared with llama.cpp's (src/llama-vocab.cpp, llm_tokenizer_bpe),
 and ids with its own on strings in twenty scripts. llama.cpp never composes characters (NFC), whatever `pre` says.
-Tokenizers of sentencepiece's families are in `pieces`.
+Tokenizers of sentencepiece's families are in `pieces_json` and `from_spiece`.
 What begins and ends a text, and the template, are read as llama.cpp's converter reads them: by gguf's SpecialVocab.
 """
 
@@ -28,21 +28,16 @@ from neoxconv.formats.tokenizer.byte_level import (
     merge,
     same_splitter,
 )
-from neoxconv.formats.tokenizer.files import END, KINDS, SETTINGS, Tokenizer
+from neoxconv.formats.tokenizer.files import END, JSON, KINDS, SETTINGS, Tokenizer
+from neoxconv.formats.tokenizer.from_spiece import of_spiece
 from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING
-from neoxconv.formats.tokenizer.pieces import (
-    BPE,
-    BYTES,
-    UNIGRAM,
-    UNUSED_SCORE,
-    Pieces,
-    as_float32,
-    pieces,
-)
+from neoxconv.formats.tokenizer.pieces import BPE, UNIGRAM, UNUSED_SCORE, Pieces, as_float32, type_of
+from neoxconv.formats.tokenizer.pieces_json import of_json
+from neoxconv.formats.tokenizer.special import mistaken
+from neoxconv.formats.tokenizer.spiece import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 PREFIX = "tokenizer.ggml."
-TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokens
-UNKNOWN, BYTE = 2, 6  # and these of sentencepiece's families
+TYPES = NORMAL, CONTROL, USER_DEFINED, UNUSED  # of tokens; sentencepiece's families have two more
 # How settings call a special token, and how GGUF does (gguf.Keys.Tokenizer; `seperator` is its spelling).
 KEYS = {kind: f"{kind}_token_id" for kind in KINDS} | {
     "unk": "unknown_token_id", "pad": "padding_token_id", "sep": "seperator_token_id",
@@ -80,7 +75,21 @@ _SPLITTERS = (
     _Splitter("dbrx", _split_by(GPT_4)),
     _Splitter("qwen2", _split_by(QWEN_2)),
 )
-SPLITTERS = {splitter.pre: splitter for splitter in _SPLITTERS} | {"default": _SPLITTERS[1]}
+# Other names of the same: llama.cpp has one case for each line.
+_ALSO = {
+    "gpt-2": ("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "exaone4",
+              "modern-bert", "jais", "trillion", "granite-docling"),
+    "starcoder": ("smollm", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "dbrx": ("smaug-bpe",),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open"),
+}  # fmt: skip
+_BY_NAME = {splitter.pre: splitter for splitter in _SPLITTERS}
+SPLITTERS = {
+    **_BY_NAME,
+    "default": _BY_NAME["gpt-2"],
+    **{name: _BY_NAME[pre] for pre, names in _ALSO.items() for name in names},
+}
 _UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
 
 
@@ -95,13 +104,26 @@ def gguf_keys(
     text.
     """
     vocabulary = _vocabulary_keys(tokenizer, rows, others=others)
-    special = _special_keys(tokenizer, {**hf_files(tokenizer, 0), "config.json": as_json(config or {})}, rows)
+    files = _sentencepiece_files(tokenizer) if tokenizer.own_sentencepiece else hf_files(tokenizer, 0)
+    special = _special_keys(tokenizer, {**files, "config.json": as_json(config or {})}, rows)
     ids = {key: value for key, value in special.items() if key.endswith("_token_id")}
     if PREFIX + "eos_token_id" not in ids:
         what = f"nothing says which token ends a text, and there is no {END}"
         raise CheckpointError(f"{tokenizer.name}: {what}; name it in {SETTINGS} as eos_token.")
-    silent = dict.fromkeys((PREFIX + "add_bos_token", PREFIX + "add_eos_token"), False)
+    silent = {PREFIX + "add_bos_token": False, PREFIX + "add_eos_token": _class_adds_end(tokenizer)}
     return {**vocabulary, **ids, **silent, **special}
+
+
+def _sentencepiece_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files beside sentencepiece's, with its texts and their ids where gguf looks for them."""
+    texts = [{"id": i, "content": text} for text, i in tokenizer.ids.items()]
+    return {**tokenizer.beside, JSON: as_json({"added_tokens": texts}), SETTINGS: as_json(tokenizer.settings)}
+
+
+def _class_adds_end(tokenizer: Tokenizer) -> bool:
+    """Whether transformers' class for sentencepiece's file ends a text: T5's does, with no setting that says so."""
+    kind = str(tokenizer.settings.get("tokenizer_class"))
+    return bool(tokenizer.own_sentencepiece) and kind.removesuffix("Fast") == "T5Tokenizer"
 
 
 def _vocabulary_keys(tokenizer: Tokenizer, rows: int, *, others: bool = False) -> dict[str, Any]:
@@ -112,8 +134,20 @@ def _vocabulary_keys(tokenizer: Tokenizer, rows: int, *, others: bool = False) -
         "target, another --tokenizer, or --allow-other-tokens for the nearest."
         for fault in faults
     ))  # fmt: skip
-    found = pieces(tokenizer)
+    found = _pieces(tokenizer)
     return _piece_keys(tokenizer, found, rows) if found else _byte_level_keys(tokenizer, rows)
+
+
+def _pieces(tokenizer: Tokenizer) -> Pieces | None:
+    """What a tokenizer of sentencepiece's families says; None for byte-level BPE."""
+    file = tokenizer.sentencepiece
+    return of_spiece(tokenizer, file) if file else of_json(tokenizer)
+
+
+def told(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Where few texts get other ids from llama.cpp, though it has all that the tokenizer has: notes."""
+    found = _pieces(tokenizer)
+    return found.told if found else ()
 
 
 def differences(tokenizer: Tokenizer) -> list[str]:
@@ -121,22 +155,26 @@ def differences(tokenizer: Tokenizer) -> list[str]:
 
     Raises CheckpointError where it is of no family that llama.cpp has.
     """
-    found = pieces(tokenizer)
+    found = _pieces(tokenizer)
+    if tokenizer.own_sentencepiece and found:
+        return [*found.faults]
     own = found.faults if found else _byte_level_faults(byte_level(tokenizer))
     parsed = tokenizer.parsed
     framing = _framing(parsed.get("post_processor"))
     strange = sorted(framing - {_content(tokenizer, "bos"), _content(tokenizer, "eos")})
     greedy = [token["content"] for token in parsed["added_tokens"] if any(token.get(key) for key in STRIPPING)]
+    ordinary = mistaken(tokenizer.ids, [token["content"] for token in parsed["added_tokens"]])
     common = (
         (strange, f"a post_processor that adds {', '.join(map(repr, strange))}, which neither begins nor ends a text,"),
         (greedy, f"added tokens that take neighbouring characters ({greedy[:3]})"),
+        (ordinary, f"{', '.join(map(repr, ordinary[:3]))} as ordinary tokens and not special ones"),
     )
     return [*own, *(fault for wrong, fault in common if wrong)]
 
 
 def _family(tokenizer: Tokenizer) -> str:
     """What messages call a tokenizer's family."""
-    found = pieces(tokenizer)
+    found = _pieces(tokenizer)
     return {UNIGRAM: "Unigram", BPE: "BPE with byte fallback"}[found.model] if found else "byte-level BPE"
 
 
@@ -145,7 +183,7 @@ def _byte_level_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     parsed = byte_level(tokenizer)
     ids = check_rows(tokenizer, rows)
     texts = {index: text for text, index in ids.items()}
-    types = dict.fromkeys(texts, NORMAL) | {ids[token["content"]]: _type(token) for token in parsed["added_tokens"]}
+    types = dict.fromkeys(texts, NORMAL) | {ids[token["content"]]: type_of(token) for token in parsed["added_tokens"]}
     keys = {
         "model": "gpt2",
         "pre": (_splitter(parsed) or SPLITTERS["gpt-2"]).pre,
@@ -160,18 +198,16 @@ def _piece_keys(tokenizer: Tokenizer, found: Pieces, rows: int) -> dict[str, Any
     """The keys of sentencepiece's families; `pre` is their converter's, and says nothing."""
     check_ids(tokenizer, found.ids, rows)
     texts = {index: text for text, index in found.ids.items()}
-    types = {text: _type(token) for token in tokenizer.parsed["added_tokens"] for text in [token["content"]]}
-    types |= dict.fromkeys(BYTES, BYTE) if found.model == BPE else {}
-    types |= {found.unknown: UNKNOWN} if found.unknown else {}
     keys = {
         "model": found.model,
         "pre": "default",
         "tokens": [texts.get(i, f"[PAD{i}]") for i in range(rows)],
         "scores": [as_float32(found.scores.get(texts[i], 0.0)) if i in texts else UNUSED_SCORE for i in range(rows)],
-        "token_type": [types.get(texts[i], NORMAL) if i in texts else UNUSED for i in range(rows)],
+        "token_type": [found.types.get(texts[i], NORMAL) if i in texts else UNUSED for i in range(rows)],
         **({"unknown_token_id": found.ids[found.unknown]} if found.unknown else {}),
         "add_space_prefix": found.prefix,
-        "remove_extra_whitespaces": False,
+        "remove_extra_whitespaces": found.merged,
+        **({"precompiled_charsmap": [*found.charsmap]} if found.charsmap else {}),
     }
     return {PREFIX + key: value for key, value in keys.items()}
 
@@ -278,9 +314,3 @@ def _framing(after: Any) -> set[str]:
         parts = [part.get("SpecialToken") for part in after.get("single") or () if isinstance(part, dict)]
         return {str(part.get("id")) for part in parts if isinstance(part, dict)}
     return set() if after.get("type") == "ByteLevel" else {str(after.get("type"))}
-
-
-def _type(token: Mapping[str, Any]) -> int:
-    """llama.cpp's converter also takes a token that merely looks special (`<|...|>`) for one."""
-    text = token["content"]
-    return CONTROL if token.get("special") or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED

@@ -22,7 +22,7 @@ from neoxconv.errors import CheckpointError
 # Added to the diagonal of H, as a part of its mean: 0.05 was better than 0.01 in 15 of 16 matrices of a real model by
 # held-out loss (docs/numerics.md).
 DAMPING = 0.05
-_PASSES = 8  # of the descent; the codes that still change then are few
+_PASSES = 100  # of the descent at most; 20 to 40 end it (benchmarks/feedback.py)
 _BAND = 256  # columns of a product at a time, so that the operands stay in a cache
 
 
@@ -39,23 +39,28 @@ class Factors:
     importance: Floats
 
 
+def damped_moments(moments: Moments, name: str) -> Floats:
+    """H [columns, columns], its mean diagonal 1 before it was damped. Raises CheckpointError where it is none."""
+    found = moments.read()
+    mean = np.diag(found).mean(dtype=np.float64)
+    if not np.isfinite(found).all() or not mean > 0:
+        raise CheckpointError(f"{name}: its calibration holds no finite second moments; calibrate again.")
+    found /= np.float32(mean)
+    found[np.diag_indices(len(found))] += np.float32(DAMPING)
+    return found
+
+
 def factors_of(moments: Moments, name: str) -> Factors:
     """The factors of second moments. Raises CheckpointError where there can be none; `name` is the tensor's."""
     from neoxconv.quant.feedback.kernels import ahead_of, factor
 
-    found = moments.read()
-    diagonal = np.diag(found).astype(np.float64)
-    mean = diagonal.mean()
-    if not np.isfinite(found).all() or not mean > 0:
-        raise CheckpointError(f"{name}: its calibration holds no finite second moments; calibrate again.")
-    damped = found / np.float32(mean)
-    damped[np.diag_indices(len(damped))] += np.float32(DAMPING)
+    damped = damped_moments(moments, name)
     triangle = np.ascontiguousarray(damped[::-1, ::-1], np.float64)
     if factor(triangle) < len(triangle):
         raise CheckpointError(f"{name}: its second moments are not positive; calibrate again, with more tokens.")
     ahead = np.empty(damped.shape, np.float32)
     ahead_of(triangle, ahead)
-    return Factors(damped, ahead, (diagonal / mean).astype(np.float32))
+    return Factors(damped, ahead, np.diag(damped) - np.float32(DAMPING))
 
 
 def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
@@ -97,14 +102,15 @@ def _descended(grid: Grid, weights: Floats, codes: Bytes, numbers: Floats, momen
     from neoxconv.quant.feedback.kernels import descend
 
     scale, least = scales(numbers)
+    moving = np.ones((len(weights), 2), np.bool_)
     slopes = slopes_of(weights - values_of(grid, codes, scale, least), moments)
     for _ in range(_PASSES):
-        bands = range(0, weights.shape[1], _BAND)
-        ends = (min(start + _BAND, weights.shape[1]) for start in bands)
-        changes = (
-            descend(moments, scale, least, grid.table, codes, slopes, *band) for band in zip(bands, ends, strict=True)
-        )
-        if not sum(changes):
+        moving[:, 1] = False
+        for start in range(0, weights.shape[1], _BAND):
+            stop = min(start + _BAND, weights.shape[1])
+            descend(moments, scale, grid.table, codes, slopes, moving, start, stop)
+        moving[:, 0] = moving[:, 1]
+        if not moving.any():
             break
 
 

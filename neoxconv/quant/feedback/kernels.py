@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.dtypes import Bytes, Doubles, Floats
+from neoxconv.dtypes import Bools, Bytes, Doubles, Floats
 from neoxconv.quant.kernels import HALF, ZERO, f32, kernel, u8
 
 _AT_ONCE = 8  # terms added in a pass over the results; their operands stay in the registers and the first cache
@@ -84,16 +84,25 @@ def feed(
 
 @kernel
 def descend(
-    moments: Floats, scales: Floats, least: Floats, table: Floats, codes: Bytes, slopes: Floats, start: int, stop: int
-) -> int:
+    moments: Floats,
+    scales: Floats,
+    table: Floats,
+    codes: Bytes,
+    slopes: Floats,
+    moving: Bools,
+    start: int,
+    stop: int,
+) -> None:
     """One pass over columns `start` to `stop` of rows [m, n]: every code becomes the best one given all the others.
 
-    `slopes` [m, n] are the rows' errors times `moments` [n, n], and are brought up to date. Returns how many changed.
+    `slopes` [m, n] are the rows' errors times `moments` [n, n], and are brought up to date. Only rows that are `moving`
+    [m, 2] in its first column are looked at; those in which a code changed are noted in its second.
     """
     columns = slopes.shape[1]
     block = columns // scales.shape[1]
-    changed = 0
     for r in range(slopes.shape[0]):
+        if not moving[r, 0]:
+            continue
         for j in range(start, stop):
             scale = scales[r, j // block]
             if scale == ZERO:
@@ -103,10 +112,9 @@ def descend(
             if code != old:
                 change = (table[code] - table[old]) * scale
                 codes[r, j] = u8(code)
-                changed += 1
+                moving[r, 1] = True
                 for k in range(columns):
                     slopes[r, k] -= change * moments[j, k]
-    return changed
 
 
 @kernel

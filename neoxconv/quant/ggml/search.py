@@ -35,15 +35,19 @@ def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]
     return codes, numbers
 
 
-def grid(search: Search, pack: Callable[[Bytes, Floats], Bytes]) -> Grid:
-    """A type's codes for feedback; `pack` makes stored rows of codes [n, columns] and numbers [n, blocks, 4]."""
+def grid(
+    search: Search,
+    pack: Callable[[Bytes, Floats], Bytes],
+    unpack: Callable[[Bytes], tuple[Bytes, Floats, Floats]],
+) -> Grid:
+    """A type's codes for feedback; `pack` and `unpack` as a Grid has them."""
     group = search.block * search.subs
 
     def found(rows: Floats, importance: Floats) -> Floats:
         return find(search, rows, Context(importance, True))[1].reshape(len(rows), search.subs, 4)
 
     values = CURVE if search.curve else range(search.lowest, search.highest + 1)
-    return Grid(search.block, group, np.array(values, np.float32), found, pack)
+    return Grid(search.block, group, np.array(values, np.float32), found, pack, unpack)
 
 
 def _importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:

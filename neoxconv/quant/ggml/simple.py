@@ -89,7 +89,7 @@ def search(form: _BlockForm, rows: Floats, context: Context) -> Bytes:
     """The same with the scales that err least, found as a super-block's are. Raises PlanError as `encode` does."""
     check_columns(form.name, _BLOCK, rows)
     codes, numbers = find(SEARCHES[form.name], rows, context)
-    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), -1, 4))
+    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), rows.shape[1] // _BLOCK, 4))
 
 
 def _pack(form: _BlockForm, codes: Bytes, numbers: Floats) -> Bytes:
@@ -104,6 +104,13 @@ def _pack(form: _BlockForm, codes: Bytes, numbers: Floats) -> Bytes:
     if form.fifth:
         blocks["fifth"] = np.packbits(codes >> 4, axis=1, bitorder="little")
     return blocks.view(np.uint8).reshape(rows, columns // _BLOCK * form.layout.itemsize)
+
+
+def _unpack(form: _BlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Codes [n, columns] from 0 on, scales and least weights [n, blocks] of rows of blocks [n, bytes]."""
+    taken, rows = _take_apart(form, stored), len(stored)
+    codes = (taken.codes - np.float32(form.lowest)).astype(np.uint8)
+    return codes.reshape(rows, -1), taken.step.reshape(rows, -1), -taken.least.reshape(rows, -1)
 
 
 def decode(form: _BlockForm, stored: Bytes) -> Floats:
@@ -187,7 +194,7 @@ def encoding(form: _BlockForm) -> Encoding:
         decode=partial(decode, form),
         wrong=partial(wrong, form),
         search=searched,
-        grid=grid(SEARCHES[form.name], partial(_pack, form)) if searched else None,
+        grid=grid(SEARCHES[form.name], partial(_pack, form), partial(_unpack, form)) if searched else None,
     )
 
 

@@ -63,7 +63,8 @@ def encode(form: _SuperBlockForm, rows: Floats, context: Context = _NOTHING) -> 
     """Rows [n, columns] as super-blocks [n, bytes]. Raises PlanError where they do not divide the columns."""
     check_columns(form.name, form.weights, rows)
     codes, numbers = find(form.search, rows, context)
-    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), -1, 4))
+    blocks = rows.shape[1] // form.search.block
+    return _pack(form, codes.reshape(rows.shape), numbers.reshape(len(rows), blocks, 4))
 
 
 def _pack(form: _SuperBlockForm, codes: Bytes, numbers: Floats) -> Bytes:
@@ -126,6 +127,14 @@ def _take_apart(form: _SuperBlockForm, stored: Bytes) -> _SuperBlocks:
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
         least = floor * numbers[:, 1] if how.least else np.zeros_like(step)
         return _SuperBlocks(codes, step * numbers[:, 0], least, step, floor)
+
+
+def _unpack(form: _SuperBlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Codes [n, columns], scales and least weights [n, blocks] of rows of super-blocks [n, bytes]."""
+    taken, rows = _take_apart(form, stored), len(stored)
+    shape = (len(taken.codes), form.search.subs, 1)
+    scale, least = (np.broadcast_to(each, shape).reshape(rows, -1) for each in (taken.scale, taken.least))
+    return taken.codes.reshape(rows, -1), scale, least
 
 
 def _values_of(form: _SuperBlockForm, codes: Bytes) -> Floats:
@@ -220,7 +229,7 @@ def encoding(form: _SuperBlockForm) -> Encoding:
         decode=partial(decode, form),
         wrong=partial(wrong, form),
         search=encoder,
-        grid=grid(form.search, partial(_pack, form)),
+        grid=grid(form.search, partial(_pack, form), partial(_unpack, form)),
     )
 
 

@@ -1,7 +1,7 @@
 """A program of somebody else's in a process of its own, so that its death is a message here and nothing more.
 
-Tokens go to it and logits come back as .npy files in a private folder. What it prints is kept, and its last line shown
-if it dies.
+Tokens go to it and logits come back as .npy files in a private folder, or a text and its ids. What it prints is kept,
+and its last line shown if it dies. torch is needed for logits only.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError
 from neoxconv.storage import Place
-from neoxconv.verify.logits.compare import Logits
-from neoxconv.verify.logits.programs import LOGITS, PROGRAMS, TOKENS
+from neoxconv.verify.logits.programs import IDS, LOGITS, PROGRAMS, TEXT, TOKENS
 
-_Ask = Callable[[Numbers], Logits]  # the logits of tokens [batch, time]
+if TYPE_CHECKING:
+    from neoxconv.verify.logits.compare import Logits
+
 # The child looks for modules where this process does, and not in the folder that it happens to be started in.
 _BEGIN = """
 import sys
@@ -46,28 +47,53 @@ _REASONS: dict[int, str] = {
 
 
 @contextmanager
-def program(name: str, target: Place, candidate: Checkpoint) -> Iterator[_Ask]:
-    """A program with the target's model, loaded once for all that it is asked; it ends with this block.
+def program(name: str, target: Place, candidate: Checkpoint) -> Iterator[Callable[[Numbers], Logits]]:
+    """What gives the logits of tokens [batch, time]: a program with the target's model, loaded once for all questions.
 
-    Raises PlanError where it is not installed or is for other targets; asking raises NeoxconvError where it dies.
+    It ends with this block. Raises PlanError where it is not installed or is for other targets; asking raises
+    NeoxconvError where it dies.
     """
+    with _started(name, LOGITS, target, candidate) as child:
+        yield child.logits
+
+
+def ids_by(name: str, target: Place, candidate: Checkpoint, text: str) -> list[int]:
+    """The ids of a text by a program with the target's tokenizer. Raises as `program` and asking it do."""
+    with _started(name, IDS, target, candidate) as child:
+        return child.ids(text)
+
+
+@contextmanager
+def _started(name: str, answers: str, target: Place, candidate: Checkpoint) -> Iterator[_Child]:
+    """The program in a process of its own, which writes files named `answers`; it ends with this block."""
     path = _model_for(name, target, candidate)
     with TemporaryDirectory(prefix="neoxconv-") as folder, open(Path(folder, _SAID), "wb") as said:
-        command = [sys.executable, "-c", _BEGIN, *sys.path, "--", name, str(path), folder]
+        command = [sys.executable, "-c", _BEGIN, *sys.path, "--", name, answers, str(path), folder]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=said) as process:
             try:
-                yield _Child(name, target, process, Path(folder)).logits
+                yield _Child(name, target, process, Path(folder))
             finally:
                 process.kill()
 
 
+def runs(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a program runs models of this format, from where this one lies."""
+    return checkpoint.index.format == PROGRAMS[name].format and isinstance(_place_of(checkpoint), Path)
+
+
+def _place_of(checkpoint: Checkpoint) -> Place:
+    """What a program opens: a folder, or the first file."""
+    index = checkpoint.index
+    return index.files[0].storage.path if index.format == "gguf" else index.folder
+
+
 def _model_for(name: str, target: Place, candidate: Checkpoint) -> Path:
     """What the program is to open. Raises PlanError where it runs no such targets, or the target is at a URL."""
-    index, wanted = candidate.index, PROGRAMS[name]
-    if index.format != wanted.format:
-        raise PlanError(f"{target}: --engine {name} runs {wanted.runs}, not {index.format}; leave it out.")
-    path = index.files[0].storage.path if index.format == "gguf" else index.folder
+    found, wanted = candidate.index.format, PROGRAMS[name]
+    if found != wanted.format:
+        raise PlanError(f"{target}: --engine {name} runs {wanted.runs}, not {found}; leave it out.")
+    path = _place_of(candidate)
     if not isinstance(path, Path):
         raise PlanError(f"{target}: other engines read local files only; download it, or leave --engine out.")
     return path
@@ -84,7 +110,22 @@ class _Child:
 
     def logits(self, tokens: Numbers) -> Logits:
         """The logits of tokens [batch, time], which stay on disk. Raises what went wrong in the child, or its death."""
+        import torch
+
         np.save(self.folder / TOKENS, tokens)
+        self.answer()
+        mapped = np.load(self.folder / LOGITS, mmap_mode="r")
+        (self.folder / LOGITS).unlink()  # the mapping keeps the bytes for as long as they are used
+        return lambda start, stop: torch.from_numpy(np.array(mapped[..., start:stop]))
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text. Raises what went wrong in the child, or its death."""
+        (self.folder / TEXT).write_bytes(text.encode())
+        self.answer()
+        return [int(number) for number in np.load(self.folder / IDS)]
+
+    def answer(self) -> None:
+        """Wait until the child has done what lies in the folder. Raises what went wrong in it, or its death."""
         assert self.process.stdin and self.process.stdout
         with contextlib.suppress(BrokenPipeError):  # its answer says why it does not listen
             self.process.stdin.write(b"?")
@@ -94,9 +135,6 @@ class _Child:
         answer = json.loads(line)
         if answer:
             raise _KINDS.get(answer["kind"], NeoxconvError)(*answer["problems"])
-        mapped = np.load(self.folder / LOGITS, mmap_mode="r")
-        (self.folder / LOGITS).unlink()  # the mapping keeps the bytes for as long as they are used
-        return lambda start, stop: torch.from_numpy(np.array(mapped[..., start:stop]))
 
     def death(self) -> str:
         """How the process ended, what that usually means, and the last that it said."""

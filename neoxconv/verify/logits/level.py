@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import whole
+from neoxconv.errors import PlanError
 from neoxconv.storage import Place
+from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.logits.bisect import bisect
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
 from neoxconv.verify.logits.limits import Limit, judged, type_of
 from neoxconv.verify.logits.tokens import speller, tokens_for
-from neoxconv.verify.logits.trial import Trial
+from neoxconv.verify.logits.trial import Sample, Trial
 from neoxconv.verify.page.page import page
 from neoxconv.verify.report import Finding, Report, verdicts
 from neoxconv.verify.tasks.exam import examine
@@ -40,8 +42,10 @@ def verify_logits(
     or the engine dies, PlanError or CheckpointError where the trial cannot be done.
     """
     source.refuse_doubts()
-    tokens, text = tokens_for(source, trial.sample)
+    source = _as_short(source, candidate)
+    tokens, text = tokens_for(_within_windows(source, candidate, trial.sample), trial.sample)
     check_sizes(source, candidate)
+    _check_window(tokens.shape[1], source, candidate, trial.sample)
     engine, device = trial.engine, trial.device
     logits = _logits_of(engine, target, candidate, tokens)
     predictions = compare_predictions(
@@ -50,7 +54,7 @@ def verify_logits(
     limits = judged(predictions, source, candidate, trial.limits)
     findings = _found_wrong(predictions, limits, target)
     if trial.bisect and findings and engine == "native":
-        suspect = bisect(source, candidate, predictions.broken, tokens, device=device)
+        suspect = bisect(as_the_targets(source, candidate), candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
     told = lines(predictions, limits)
@@ -65,6 +69,35 @@ def verify_logits(
         with whole(trial.html) as partial:
             partial.write_text(page({"text": text} | shown), "utf-8")
     return report
+
+
+def _as_short(source: Checkpoint, candidate: Checkpoint) -> Checkpoint:
+    """The source with the target's context where that is shorter: a family that stands in may have room for less."""
+    context = min(source.config.context, candidate.config.context)
+    return replace(source, config=replace(source.config, context=context))
+
+
+def _common(source: Checkpoint, candidate: Checkpoint) -> int | None:
+    """Tokens in a row up to which the two are one function, though one of them has another window; None for all."""
+    windows = source.config.window, candidate.config.window
+    return None if windows[0] == windows[1] else min(filter(None, windows))
+
+
+def _within_windows(source: Checkpoint, candidate: Checkpoint, sample: Sample) -> Checkpoint:
+    """The source with no more context than the two have in common, where sequences are cut from a text."""
+    common = None if sample.tokens else _common(source, candidate)
+    context = min(source.config.context, common or source.config.context)
+    return replace(source, config=replace(source.config, context=context))
+
+
+def _check_window(length: int, source: Checkpoint, candidate: Checkpoint, sample: Sample) -> None:
+    """Raise PlanError where token ids in longer rows were given."""
+    most = _common(source, candidate)
+    if most is not None and length > most:
+        raise PlanError(
+            f"{sample.tokens}: has rows of {length} tokens; source and target have another window, so that they are "
+            f"equal up to {most} tokens only. Give rows of at most {most}."
+        )
 
 
 def _logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:

@@ -1,4 +1,4 @@
-"""The programs that will run a target, where they are installed: what each runs, and how it gives logits.
+"""The programs that will run a target, where they are installed: what each runs, how it gives logits and token ids.
 
 They are somebody else's code, which may die and take its process along. So `child` starts a process of its own for
 them, which begins with `main` here; only numpy is imported at the top.
@@ -13,7 +13,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -26,22 +26,30 @@ import numpy.typing as npt
 from neoxconv.dtypes import Numbers
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError
 
-TOKENS, LOGITS = "tokens.npy", "logits.npy"  # files in the folder that both processes know
+# Files in the folder that both processes know: what is asked, and what is answered.
+TOKENS, LOGITS = "tokens.npy", "logits.npy"
+TEXT, IDS = "text.txt", "ids.npy"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a share of it, or what one file may hold
 _Words = npt.NDArray[np.float32]  # the logits of one sequence, [time, words]
 Run = Callable[[Numbers], _Words]  # what a loaded model makes of one sequence of token ids [time]
+_Encode = Callable[[str], Sequence[int]]  # the ids of a text by a loaded tokenizer, with none that begins or ends it
+
+
+_Work = Callable[[Path], None]  # answers a question in a folder that both processes know
 
 
 @dataclass(frozen=True)
 class _Program:
-    """A program by the format that it runs: as `Index.format` and in words; `load` opens a model in this process.
+    """A program by the format that it runs: as `Index.format` and in words.
 
-    `load` raises PlanError where the program is not installed or cannot load such a model, VerifyError where it fails.
+    `load` opens a model in this process, `words` its tokenizer alone. They raise PlanError where the program is not
+    installed or cannot load such a model, VerifyError where it fails.
     """
 
     format: str
     runs: str
     load: Callable[[Path], Run]
+    words: Callable[[Path], _Encode]
 
 
 def needed(module: str, package: str) -> ModuleType:
@@ -76,6 +84,17 @@ def transformers(folder: Path) -> Run:
     return run
 
 
+def transformers_words(folder: Path) -> _Encode:
+    """The tokenizer of a Hugging Face folder, as the class that the folder names makes it."""
+    library = needed("transformers", "transformers")
+    words = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def encode(text: str) -> Sequence[int]:
+        return [*words(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]]
+
+    return encode
+
+
 def llama_cpp(path: Path) -> Run:
     """A GGUF file, or the first of several, on the CPU."""
     llama = needed("llama_cpp", "llama-cpp-python")
@@ -83,10 +102,30 @@ def llama_cpp(path: Path) -> Run:
     return lambda tokens: one_sequence(llama, model, tokens)
 
 
-def llama_model(llama: ModuleType, path: Path) -> Any:
-    """llama.cpp's own handle of the model. Raises VerifyError where it does not load it."""
+def llama_cpp_words(path: Path) -> _Encode:
+    """The vocabulary of a GGUF file, or of the first of several; special tokens in a text count as such."""
+    llama = needed("llama_cpp", "llama-cpp-python")
+    vocabulary = llama.llama_model_get_vocab(llama_model(llama, path, words_only=True))
+
+    def encode(text: str) -> Sequence[int]:
+        data = text.encode()
+        room = len(data) + 1
+        for _ in range(2):  # where there is no room it tells how much is needed, below zero
+            ids = (llama.llama_token * room)()
+            count = llama.llama_tokenize(vocabulary, data, len(data), ids, room, False, True)
+            if count >= 0:
+                return list(ids[:count])
+            room = -count
+        raise VerifyError(f"{path}: llama.cpp gives no ids for the text; see why with llama.cpp's own tools.")
+
+    return encode
+
+
+def llama_model(llama: ModuleType, path: Path, *, words_only: bool = False) -> Any:
+    """llama.cpp's own handle of the model, or of its vocabulary. Raises VerifyError where it does not load it."""
     settings = llama.llama_model_default_params()
     settings.n_gpu_layers = 0
+    settings.vocab_only = words_only
     model = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
         raise VerifyError(f"{path}: llama.cpp cannot load it; see why with llama.cpp's own tools.")
@@ -115,34 +154,35 @@ def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> _Words:
 
 
 PROGRAMS = {
-    "transformers": _Program("hf", "Hugging Face folders", transformers),
-    "llama.cpp": _Program("gguf", "GGUF files", llama_cpp),
+    "transformers": _Program("hf", "Hugging Face folders", transformers, transformers_words),
+    "llama.cpp": _Program("gguf", "GGUF files", llama_cpp, llama_cpp_words),
 }
 
 
 # --- the child process ------------------------------------------------------------------------------------------------
 
 
-def main(name: str, path: str, folder: str) -> None:
-    """Load the model at `path`; then, for every byte on stdin, run the tokens in `folder` and answer on stdout.
+def main(name: str, answers: str, path: str, folder: str) -> None:
+    """Load the model at `path`, or its tokenizer; then, for every byte on stdin, do the work and answer on stdout.
 
-    An answer is a line of JSON: nothing where LOGITS is written, or the kind of an error and its problems, which is
-    the last. Whatever a program prints goes to stderr.
+    The work by the file that answers: LOGITS of the TOKENS in `folder`, or IDS of the TEXT there. An answer is a line
+    of JSON: nothing where the file is written, or the kind of an error and its problems, which is the last. Whatever a
+    program prints goes to stderr.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
     asked = questions()
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as told:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        for answer in _answered(name, Path(path), Path(folder), asked):
-            print(json.dumps(answer), file=answers, flush=True)
+        for answer in _answered(name, answers, Path(path), Path(folder), asked):
+            print(json.dumps(answer), file=told, flush=True)
 
 
-def _answered(name: str, path: Path, folder: Path, asked: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+def _answered(name: str, answers: str, path: Path, folder: Path, asked: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     """An answer to each byte of `asked`, up to the first error."""
     try:
-        run = PROGRAMS[name].load(path)
+        work = _WORK[answers](PROGRAMS[name], path)
         for _ in asked:
-            run_all(run, np.load(folder / TOKENS), folder / LOGITS)
+            work(folder)
             yield {}
     except NeoxconvError as error:
         yield {"kind": type(error).__name__, "problems": [*map(str, error.args)]}
@@ -152,6 +192,21 @@ def _answered(name: str, path: Path, folder: Path, asked: Iterator[bytes]) -> It
             "kind": "NeoxconvError",
             "problems": [f"{path}: {name} cannot run it ({what:.300}); leave --engine out."],
         }
+
+
+def _running(program: _Program, path: Path) -> _Work:
+    """What writes the logits of tokens."""
+    run = program.load(path)
+    return lambda folder: run_all(run, np.load(folder / TOKENS), folder / LOGITS)
+
+
+def _encoding(program: _Program, path: Path) -> _Work:
+    """What writes the ids of a text."""
+    encode = program.words(path)
+    return lambda folder: np.save(folder / IDS, np.array(encode((folder / TEXT).read_bytes().decode()), np.int64))
+
+
+_WORK: dict[str, Callable[[_Program, Path], _Work]] = {LOGITS: _running, IDS: _encoding}
 
 
 def run_all(run: Run, tokens: Numbers, file: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zipfile import BadZipFile
 
@@ -19,7 +21,7 @@ from neoxconv.dtypes import Numbers
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.sources.tokenizer import tokenizer_of
-from neoxconv.storage import check_size, open_storage, read_bounded
+from neoxconv.storage import check_size, open_storage
 from neoxconv.verify.logits.trial import Sample
 
 _SEQUENCES = 2  # of our own text
@@ -58,9 +60,16 @@ Der Wind kam aus Westen. Le vent tourna enfin. El barco se movió despacio, como
 """
 
 
-def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
+def package_text() -> str:
+    """The source of this package: code and plain English, a megabyte of them, the same in every installation of it."""
+    root = Path(__file__).parents[2]
+    return "".join(file.read_text("utf-8") for file in sorted(root.rglob("*.py")))
+
+
+def tokens_for(checkpoint: Checkpoint, sample: Sample, own: str | None = None) -> tuple[Numbers, str]:
     """Tokens [sequences, length] and where they are from; sequences are cut to what there is and the model's context.
 
+    Without a text they are from `own`, all of it, by default from two sequences of a short one.
     Raises PlanError or CheckpointError where there is no tokenizer, or the ids are not the model's.
     """
     text, sequences = sample.text, sample.sequences
@@ -68,19 +77,19 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
     if sample.tokens:
         return _from_file(checkpoint, sample.tokens, sequences)
     words = tokenizer_of(checkpoint)
-    if text is None and words is None:
+    if text is None and (words is None or (words.own_sentencepiece and not find_spec("sentencepiece"))):
         count = (sequences or _SEQUENCES) * length
         return _invented(checkpoint.config.rows, count).reshape(-1, length), "invented token ids"
     if words is None:
         raise PlanError(f"{checkpoint.index.folder}: has no tokenizer; give token ids with --tokens FILE.npy.")
-    found = encode(words, _read_text(text) if text else _TEXT)
+    found = encode(words, sample.lines if text else own or _TEXT)
     if found.max(initial=0) >= checkpoint.config.rows:
         raise CheckpointError(
             f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
             "it is another model's."
         )
-    wanted = sequences or (len(found) if text else _SEQUENCES)
-    if text is None:
+    wanted = sequences or (len(found) if text or own else _SEQUENCES)
+    if text is None and own is None:
         found = np.tile(found, -(-length * wanted // len(found)))
     rows = min(len(found) // length, wanted)
     if rows == 0:
@@ -93,9 +102,11 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample) -> tuple[Numbers, str]:
 def mixed(checkpoint: Checkpoint, samples: Sequence[Sample]) -> tuple[Numbers, str]:
     """The tokens of several samples [sequences, length] in turn, as many of each, and where they are from.
 
+    A sample of nothing is of this package's source.
+
     Raises what `tokens_for` raises, and PlanError where one sample is too short for sequences of the others' length.
     """
-    found = [tokens_for(checkpoint, sample) for sample in samples]
+    found = [tokens_for(checkpoint, sample, package_text()) for sample in samples]
     lengths = {tokens.shape[1] for tokens, _ in found}
     if len(lengths) > 1:
         raise PlanError(f"the texts give sequences of {sorted(lengths)} tokens; give longer texts, or a --length.")
@@ -104,11 +115,46 @@ def mixed(checkpoint: Checkpoint, samples: Sequence[Sample]) -> tuple[Numbers, s
     return np.stack(rows), ", ".join(name for _, name in found)
 
 
+@dataclass(frozen=True)
+class _Sentencepiece:
+    """sentencepiece's library in the words of the tokenizers library's that are used here; special tokens are text."""
+
+    words: Tokenizer
+    made: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> Any:
+        return SimpleNamespace(ids=self.made.encode(text), offsets=())
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return str(self.made.decode([number for number in ids if number < self.made.get_piece_size()]))
+
+    def token_to_id(self, text: str) -> int | None:
+        return self.words.ids.get(text, self.words.special("eos"))
+
+
+def _sentencepiece(words: Tokenizer) -> _Sentencepiece:
+    """Raises PlanError where the library is not installed, CheckpointError where it cannot read the file."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        instead = "pip install sentencepiece, or give token ids with --tokens FILE.npy"
+        raise PlanError(f"{words.name}: is sentencepiece's, which is not installed; {instead}.") from error
+    try:
+        with _without_stderr():
+            return _Sentencepiece(words, SentencePieceProcessor(model_proto=words.own_sentencepiece))
+    except (RuntimeError, OSError) as error:
+        what = f"the sentencepiece library cannot work with it ({str(error)[:200]})"
+        raise CheckpointError(f"{words.name}: {what}; give token ids with --tokens FILE.npy.") from error
+
+
 def library(words: Tokenizer) -> Any:
     """The tokenizers library's own, which neither truncates nor pads: that is of training data, not of the model.
 
-    Raises CheckpointError where the library cannot build it.
+    Of sentencepiece's file its own library. Raises CheckpointError where the library cannot build it, PlanError where
+    sentencepiece is not installed.
     """
+    if words.own_sentencepiece:
+        return _sentencepiece(words)
     import tokenizers
 
     try:
@@ -166,17 +212,6 @@ def encode(words: Tokenizer, text: str) -> Numbers:
         return np.array(made.encode(text).ids, np.int64)
 
 
-def _read_text(path: Path) -> str:
-    """The file's text, with line ends as Python reads them. Raises CheckpointError where it is none, or too large."""
-    data = read_bounded(path)
-    try:
-        return io.TextIOWrapper(io.BytesIO(data), "utf-8").read()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); give another file."
-        ) from error
-
-
 def _from_file(checkpoint: Checkpoint, path: Path, sequences: int | None) -> tuple[Numbers, str]:
     """Ids [batch, time] or [time] that numpy saved."""
     no_ids = "is no .npy file of token ids; make one with numpy.save."
@@ -215,6 +250,9 @@ def speller(checkpoint: Checkpoint) -> Callable[[Sequence[int]], str]:
     words = tokenizer_of(checkpoint)
     if words is None:
         return lambda ids: " ".join(f"#{number}" for number in ids)
+    if words.own_sentencepiece and not find_spec("sentencepiece"):
+        names = {number: text.replace("▁", " ") for text, number in words.ids.items()}
+        return lambda ids: "".join(names.get(number, f"#{number}") for number in ids)
     decode = library(words).decode
 
     def spelled(ids: Sequence[int]) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+from neoxconv.errors import CheckpointError
+from neoxconv.storage import read_bounded
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,26 @@ class Sample:
     tokens: Path | None = None
     length: int = 256  # tokens in a sequence of text
     sequences: int | None = None  # at most; by default all of a file, two of our own text
+
+    @cached_property
+    def content(self) -> str:
+        """The text as the file has it, line ends and all; read once, as it may come through a pipe.
+
+        Raises CheckpointError where it is none, or too large.
+        """
+        assert self.text
+        data = read_bounded(self.text)
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(
+                f"{self.text}: is not UTF-8 text ({error.reason} at byte {error.start}); give another file."
+            ) from error
+
+    @property
+    def lines(self) -> str:
+        """The text with line ends as Python reads them."""
+        return io.StringIO(self.content, newline=None).read()
 
 
 @dataclass(frozen=True)

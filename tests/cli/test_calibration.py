@@ -1,0 +1,199 @@
+"""`calibrate --covariance`, `convert --calibration`, `verify --calibration`: what they make of each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neoxconv import open_checkpoint
+from neoxconv.formats import imatrix
+from neoxconv.formats.calibration import moments_in
+from neoxconv.verify.logits import moments
+from neoxconv.verify.logits.importance import calibrate
+from neoxconv.verify.logits.stream import Side
+from tests.fixtures import fixture
+from tests.helpers import PowerCut, cli, digests
+from tests.oracles import llama_quantize
+from tests.toy import toy
+
+TOKENS = (np.arange(6 * 64) * 7 % 512).reshape(6, 64)
+WIDTHS = {"hidden": 64, "layers": 3}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    return toy(tmp_path, **WIDTHS)
+
+
+def calibration(source: Path, name: str = "cal.gguf", *words: str) -> Path:
+    """A calibration of the source by the tokens beside it."""
+    made = source.parent / name
+    assert cli("calibrate", source, "-o", made, "--tokens", source.parent / "tokens.npy", "--covariance", *words) == 0
+    return made
+
+
+def test_moments_are_those_of_what_transformers_multiplies_with(source: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    assert cli("convert", source, tmp_path / "hf", "--to", "hf", "--dtype", "f32") == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    expected: dict[str, np.ndarray] = {}
+
+    def hook(name: str) -> object:
+        def seen(module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+            flat = inputs[0].double().flatten(0, 1)
+            expected[name] = (flat.T @ flat / len(flat)).numpy()
+
+        return seen
+
+    layers = model.gpt_neox.layers
+    for i, layer in enumerate(layers):
+        for module, gguf in (
+            (layer.attention.query_key_value, "attn_qkv"), (layer.attention.dense, "attn_output"),
+            (layer.mlp.dense_h_to_4h, "ffn_up"), (layer.mlp.dense_4h_to_h, "ffn_down"),
+        ):  # fmt: skip
+            module.register_forward_pre_hook(hook(f"blk.{i}.{gguf}.weight"))
+    with torch.inference_mode():
+        model(torch.from_numpy(TOKENS))
+    found = moments_in(calibration(source))
+    assert set(found) == set(expected) and len(found) == 12
+    for name, square in expected.items():
+        assert np.allclose(found[name].read(), square, rtol=1e-3, atol=1e-4 * np.abs(square).max()), name
+
+
+def test_it_is_an_importance_matrix_too(source: Path) -> None:
+    made = calibration(source)
+    sums = calibrate(open_checkpoint(source), TOKENS)
+    read = imatrix.read(made)
+    assert read.chunks == 6 and set(read.entries) == set(sums)
+    for name, values in sums.items():
+        assert np.allclose(read.entries[name], values / values.mean(), rtol=1e-4), name
+
+
+def test_llama_quantize_takes_it(tmp_path: Path) -> None:
+    source = fixture("trained_tp2_pp4/checkpoints")
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    made, f16 = tmp_path / "cal.gguf", tmp_path / "f16.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--covariance") == 0
+    assert cli("convert", source, f16, "--to", "gguf", "--type", "f16") == 0
+    llama_quantize(f16, tmp_path / "theirs.gguf", "Q3_K_M", imatrix=imatrix.read(made).entries)
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bytes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = digests(calibration(source))
+    run = Side.layer
+    counted = []
+
+    def cut(self: Side, number: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        counted.append(number)
+        if len(counted) == 3:
+            raise PowerCut
+        return run(self, number, streams)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Side, "layer", cut)
+        with pytest.raises(PowerCut):
+            calibration(source, "cut.gguf")
+    assert not (source.parent / "cut.gguf").exists()
+    counted.clear()
+    monkeypatch.setattr(
+        Side, "layer", lambda self, number, streams: (counted.append(number), run(self, number, streams))[1]
+    )
+    assert digests(calibration(source, "cut.gguf")) == whole
+    assert counted == [2]
+    assert not list(source.parent.glob("cut.gguf.*"))
+
+
+def test_what_is_not_ours_is_left_alone(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stranger = source.parent / "cal.gguf.partial"
+    stranger.write_text("mine")
+    words = ("calibrate", source, "-o", source.parent / "cal.gguf", "--tokens", source.parent / "tokens.npy")
+    assert cli(*words, "--covariance") == 1
+    assert "cal.gguf.partial" in capsys.readouterr().err and stranger.read_text() == "mine"
+    stranger.unlink()
+    stranger.symlink_to(source.parent / "elsewhere")
+    assert cli(*words, "--covariance") == 1 and not (source.parent / "elsewhere").exists()
+
+
+def converted(source: Path, made: Path, *words: str) -> Path:
+    target = source.parent / "model.gguf"
+    options = (
+        "--to",
+        "gguf",
+        "--type",
+        "f16",
+        "--tensor-type",
+        "blk.*weight=q4_0",
+        "--calibration",
+        made,
+        "--overwrite",
+    )
+    assert cli("convert", source, target, *options, *words) == 0
+    return target
+
+
+def test_a_file_of_codes_chosen_together_is_verified(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = calibration(source)
+    target = converted(source, made)
+    first = digests(target)
+    assert digests(converted(source, made, "--jobs", "1")) == first
+    assert cli("verify", source, target) == 0
+    assert cli("verify", source, target, "--calibration", made) == 0
+    other = calibration(source, "other.gguf", "--sequences", "3")
+    capsys.readouterr()
+    assert cli("verify", source, target, "--calibration", other) == 1
+    assert "another calibration" in capsys.readouterr().err
+
+
+def test_a_moved_code_is_found_with_the_calibration(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gguf
+
+    made = calibration(source)
+    target = converted(source, made)
+    tensor = next(t for t in gguf.GGUFReader(target).tensors if t.name == "blk.1.ffn_up.weight")
+    data = bytearray(target.read_bytes())
+    at = int(tensor.data_offset) + 40 * 18 + 2 + 5  # a byte of two codes
+    data[at] = (data[at] & 0xF0) | ((data[at] & 0x0F) ^ 1)
+    target.write_bytes(bytes(data))
+    (target.parent / "model.gguf.manifest.json").unlink(missing_ok=True)
+    for manifest in target.parent.glob("*manifest*"):
+        manifest.unlink()
+    capsys.readouterr()
+    assert cli("verify", source, target, "--calibration", made) == 3
+    assert "layers.1.mlp.dense_h_to_4h.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--imatrix", "{cal}", "--calibration", "{cal}"), "leave --imatrix out"),
+    (("--calibration", "{plain}"), "holds no second moments"),
+    (("--calibration", "{nowhere}"), "cannot be opened"),
+])  # fmt: skip
+def test_wrong_files_are_told(
+    words: tuple[str, ...], message: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, plain = calibration(source), source.parent / "plain.gguf"
+    assert cli("calibrate", source, "-o", plain, "--tokens", source.parent / "tokens.npy") == 0
+    told = [word.format(cal=made, plain=plain, nowhere=source.parent / "nowhere") for word in words]
+    assert cli("convert", source, source.parent / "m.gguf", "--to", "gguf", "--type", "q4_0", *told) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_damage_is_found_when_moments_are_read(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = calibration(source)
+    data = bytearray(made.read_bytes())
+    data[-200] ^= 1
+    made.write_bytes(bytes(data))
+    words = ("--to", "gguf", "--type", "f16", "--tensor-type", "blk.*weight=q4_0", "--calibration", made)
+    assert cli("convert", source, source.parent / "m.gguf", *words) == 1
+    assert "are damaged" in capsys.readouterr().err
+
+
+def test_what_shares_its_inputs_is_measured_once(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(toy(tmp_path, **WIDTHS))
+    layers = moments.inputs_of(checkpoint)
+    assert [[each.names for each in layer.values()] for layer in layers][1] == [
+        ("blk.1.attn_qkv.weight",), ("blk.1.attn_output.weight",), ("blk.1.ffn_up.weight",), ("blk.1.ffn_down.weight",),
+    ]  # fmt: skip

@@ -1,0 +1,201 @@
+"""Codes chosen together: against GPTQ as its paper has it, in numpy; no single change makes the result better."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+
+from neoxconv.core.encoding import Context, Encoding, Moments
+from neoxconv.dtypes import Doubles, Floats
+from neoxconv.errors import CheckpointError
+from neoxconv.quant import ENCODINGS
+from neoxconv.quant.feedback import encode as feedback
+from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
+from neoxconv.quant.feedback.kernels import add_product
+from neoxconv.verify.together import not_the_best, too_far
+from tests.machines import PLAIN
+
+GRIDS = [row for row in ENCODINGS.values() if row.grid]
+COLUMNS = 512
+
+
+def moments_of(inputs: Floats) -> Moments:
+    square = (inputs.T @ inputs / np.float32(len(inputs))).astype(np.float32)
+    return Moments(len(square), "", lambda: square.copy())
+
+
+@cache
+def case() -> tuple[Floats, Moments, Factors]:
+    """Weights [96, columns], and moments of inputs that go together as a model's do: a few directions have most."""
+    rng = np.random.default_rng(5)
+    mixing = rng.standard_normal((COLUMNS, COLUMNS)) * np.exp(-np.arange(COLUMNS) / 60)[:, None]
+    inputs = rng.standard_normal((4 * COLUMNS, COLUMNS)) @ mixing / 8 + 0.3 * rng.standard_normal((2048, COLUMNS))
+    weights = (rng.standard_normal((96, COLUMNS)) * 0.05).astype(np.float32)
+    moments = moments_of(inputs.astype(np.float32))
+    return weights, moments, factors_of(moments, "a")
+
+
+def loss(moments: Floats, weights: Floats, stored: Floats) -> Doubles:
+    """e H e^T of each row, in float64."""
+    errors = (weights - stored).astype(np.float64)
+    return np.asarray(((errors @ moments) * errors).sum(1))
+
+
+@pytest.mark.parametrize("row", GRIDS, ids=lambda row: row.name)
+def test_the_error_of_products_falls_by_half_at_the_same_bytes(row: Encoding) -> None:
+    weights, moments, factors = case()
+    assert row.grid and row.search
+    alone = row.search(weights, Context(factors.importance, True))
+    together = feedback.encode(row.grid, weights, factors)
+    assert together.shape == alone.shape and together.dtype == alone.dtype
+    before, after = (loss(moments.read(), weights, row.decode(rows)) for rows in (alone, together))
+    assert after.sum() < 0.6 * before.sum()
+    assert (after < before).all()
+
+
+def gptq(table: Floats, weights: Floats, scale: Floats, moments: Floats) -> Doubles:
+    """What GPTQ (arXiv 2210.17323, algorithm 1) makes of weights whose scales [rows, columns] are known, in float64."""
+    inverse = np.linalg.inv(moments.astype(np.float64))
+    upper = np.linalg.cholesky(inverse).T
+    left, found = weights.astype(np.float64), np.empty(weights.shape)
+    for j in range(weights.shape[1]):
+        found[:, j] = scale[:, j] * table[np.abs(left[:, j] / scale[:, j] - table[:, None]).argmin(0)]
+        error = (left[:, j] - found[:, j]) / upper[j, j]
+        left[:, j:] -= error[:, None] * upper[j, j:]
+    return found
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "IQ4_NL", "Q6_K"])
+def test_feedback_is_gptq(name: str) -> None:
+    weights, _, factors = case()
+    grid = ENCODINGS[name].grid
+    assert grid
+    codes, numbers = feedback._fed(grid, weights, factors)
+    scale, least = feedback.scales(numbers)
+    expected = gptq(grid.table, weights, np.repeat(scale, grid.block, 1), factors.moments)
+    found = feedback.values_of(grid, codes, scale, least)
+    same = np.isclose(found, expected, atol=1e-3 * np.abs(scale).max())
+    first = np.where(same.all(1), same.shape[1], (~same).argmax(1))  # a tie in float32 changes all that follows
+    assert (first == same.shape[1]).mean() > 0.8
+    assert np.median(first) == same.shape[1]
+
+
+@pytest.mark.parametrize("row", GRIDS, ids=lambda row: row.name)
+def test_no_single_code_can_be_better_and_planted_faults_are_seen(row: Encoding) -> None:
+    weights, _, factors = case()
+    grid = row.grid
+    assert grid
+    stored = feedback.encode(grid, weights, factors)
+    assert not not_the_best(grid, weights, stored, factors.moments).any()
+    assert not too_far(grid, weights, stored).any()
+    exchanged = stored.copy()
+    exchanged[[3, 7]] = exchanged[[7, 3]]
+    assert not_the_best(grid, weights, exchanged, factors.moments)[[3, 7]].any(1).all()
+    assert too_far(grid, weights, exchanged)[[3, 7]].any(1).all()
+    codes, scale, least = grid.unpack(stored)
+    moved = codes.copy()
+    moved[5, 40] += 1 if moved[5, 40] < len(grid.table) - 1 else -1
+    values = feedback.values_of(grid, codes, scale, least)
+    assert np.array_equal(values, row.decode(stored))
+    numbers = np.stack([scale, least, np.ones_like(scale), np.ones_like(scale)], -1)
+    if grid.group == grid.block:  # the others' integers and steps cannot be told apart from their products
+        planted = grid.pack(moved, numbers)
+        assert not_the_best(grid, weights, planted, factors.moments)[5, 40]
+        doubled = numbers.copy()
+        doubled[9, 2, :2] *= 2
+        assert not_the_best(grid, weights, grid.pack(codes, doubled), factors.moments)[9].any()
+
+
+@pytest.mark.parametrize("row", GRIDS, ids=lambda row: row.name)
+def test_bands_of_rows_change_nothing(row: Encoding) -> None:
+    weights, _, factors = case()
+    assert row.grid
+    whole = feedback.encode(row.grid, weights, factors)
+    parts = [feedback.encode(row.grid, weights[a:b], factors) for a, b in ((0, 1), (1, 40), (40, 96))]
+    assert np.array_equal(whole, np.concatenate(parts))
+
+
+def test_products_are_numpys_whatever_their_size() -> None:
+    rng = np.random.default_rng(1)
+    for m, k, g in ((1, 1, 1), (3, 7, 5), (4, 8, 16), (5, 19, 33), (2, 0, 4)):
+        left, right = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (k, g)))
+        result = np.ones((m, g), np.float32)
+        add_product(result, left, right)
+        assert np.allclose(result, 1 + left.astype(float) @ right, atol=1e-5)
+
+
+def test_inputs_that_do_not_go_together_change_almost_nothing() -> None:
+    weights, _, _ = case()
+    factors = factors_of(Moments(COLUMNS, "", lambda: np.eye(COLUMNS, dtype=np.float32)), "a")
+    row = ENCODINGS["Q4_0"]
+    assert row.grid and row.search
+    together = feedback.encode(row.grid, weights, factors)
+    alone = np.abs(weights - row.decode(row.search(weights, Context(np.ones(COLUMNS, np.float32), True))))
+    assert np.abs(weights - row.decode(together)).sum() <= 1.001 * alone.sum()
+
+
+@pytest.mark.parametrize("rows", [np.zeros((2, COLUMNS)), np.full((2, COLUMNS), 1e-30), np.full((1, COLUMNS), np.nan)])
+@pytest.mark.parametrize("row", GRIDS, ids=lambda row: row.name)
+def test_rows_without_anything_in_them_are_stored(row: Encoding, rows: Floats) -> None:
+    _, _, factors = case()
+    assert row.grid
+    values = row.decode(feedback.encode(row.grid, rows.astype(np.float32), factors))
+    assert np.isfinite(values).all() and np.abs(values).max() <= 1e-6
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
+def test_moments_that_are_none_are_refused(value: float) -> None:
+    square = np.eye(64, dtype=np.float32) * np.float32(value)
+    with pytest.raises(CheckpointError, match=r"blk\.0"):
+        factors_of(Moments(64, "", lambda: square), "blk.0")
+
+
+def test_damping_is_a_part_of_the_mean_diagonal() -> None:
+    _, moments, factors = case()
+    square = moments.read().astype(np.float64)
+    square = square / np.diag(square).mean() + DAMPING * np.eye(COLUMNS)
+    assert np.allclose(factors.moments, square, atol=1e-6)
+    triangle = np.triu(factors.ahead.astype(np.float64), 1) + np.eye(COLUMNS)
+    inverse = np.linalg.inv(triangle)
+    diagonal = inverse @ square @ inverse.T
+    assert np.allclose(diagonal, np.diag(np.diag(diagonal)), atol=1e-4)
+
+
+SCRIPT = """
+import hashlib
+from tests.quant import test_feedback as t
+weights, moments, factors = t.case_of_whole_numbers()
+digest = hashlib.sha256()
+for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):
+    digest.update(t.feedback.encode(t.ENCODINGS[name].grid, weights, factors).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def case_of_whole_numbers() -> tuple[Floats, Moments, Factors]:
+    """Weights and moments that every processor's numpy makes alike: no product of its own is rounded."""
+    numbers = (np.arange(16 * 256) * 2654435761 % 4093 - 2046).reshape(16, 256)
+    inputs = (np.arange(640 * 256) * 40503 % 251 - 125).reshape(640, 256)
+    inputs[:, 1::2] += inputs[:, ::2]
+    square = (inputs.T @ inputs).astype(np.float32)
+    moments = Moments(256, "", lambda: square.copy())
+    return (numbers / 16384).astype(np.float32), moments, factors_of(moments, "a")
+
+
+def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
+    digest = hashlib.sha256()
+    weights, _, factors = case_of_whole_numbers()
+    for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):
+        grid = ENCODINGS[name].grid
+        assert grid
+        digest.update(feedback.encode(grid, weights, factors).tobytes())
+    child = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True
+    )
+    assert child.stdout.strip() == digest.hexdigest()
