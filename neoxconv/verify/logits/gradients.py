@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class _Traced(StreamedRank):
     seen: Callable[[str, Tensor], None] = lambda name, gradient: None
 
     def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        result: Tensor = _Product.apply(x, self, name, start, stop)
+        result: Tensor = _Product.apply(x, self, name, start, stop)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -78,7 +79,9 @@ def squares_of_gradients(
     with ThreadPoolExecutor(READERS) as pool:
         ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
         plain = side(checkpoint, pool, merged=True, device=device)
-        ranks = [_Traced(rank.tensors, rank.device, rank.pool, rank.progress, seen=seen) for rank in plain.ranks]
+        ranks: list[StreamedRank] = [
+            _Traced(rank.tensors, rank.device, rank.pool, rank.progress, seen=seen) for rank in plain.ranks
+        ]
         model = replace(plain, ranks=ranks)
         with torch.no_grad():
             streams = [plain.embed(ids)]
@@ -87,7 +90,7 @@ def squares_of_gradients(
                 progress(1)
         gradients = _of_labels(model, streams.pop())
         for number in reversed(range(checkpoint.config.layers)):
-            gradients = _back(lambda before, at=number: model.layer(at, before), streams.pop(), gradients)
+            gradients = _back(partial(model.layer, number), streams.pop(), gradients)
             progress(1)
     names = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.linear}
     return {name: value for name, value in found.items() if name in names}
