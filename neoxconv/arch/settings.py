@@ -6,12 +6,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from neoxconv.errors import CheckpointError
+from neoxconv.errors import CheckpointError, raise_all
 
 # Of transformers 5, and what it reads in its place where that is given.
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
 # Hugging Face's names of ungated activations, and the function that each names.
 GELUS = {"gelu": "gelu", "gelu_fast": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# Other names of what GPT-2's and GPT-J's configurations say, with their own. Source: attribute_map in transformers.
+OF_GPT2 = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,22 @@ class Settings:
             if value is None
             else f"{self.where}: {self.prefix}{key} is {str(value)[:60]!r}; expected {expected}."
         )
+
+
+def by_own_names(read: Settings, others: Mapping[str, str]) -> Settings:
+    """The settings under a family's own names, where transformers takes `others` (its attribute_map) for them too.
+
+    Raises CheckpointError where two names say two things.
+    """
+    values = read.values
+    found = {own: (other, values[other]) for other, own in others.items() if other in values}
+    raise_all(CheckpointError, (
+        f"{read.where}: {own} is {str(values[own])[:60]} but {other}, another name for it, is {str(value)[:60]}. "
+        "Remove the wrong one, or make them equal."
+        for own, (other, value) in found.items()
+        if own in values and values[own] != value
+    ))  # fmt: skip
+    return Settings(read.where, {**values, **{own: value for own, (_, value) in found.items()}}, read.prefix)
 
 
 def _as_number(value: Any) -> float:

@@ -224,6 +224,7 @@ def test_a_transpose_is_read_in_bands(tmp_path: Path) -> None:
         ({"scale_attn_weights": False}, "scale_attn_weights is False"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"num_attention_heads": 2}, "n_head is 4 but num_attention_heads, another name for it, is 2"),
     ],
 )
 def test_another_function_is_refused_by_name(settings: dict[str, Any], word: str, tmp_path: Path) -> None:
@@ -248,3 +249,18 @@ def test_shards_of_another_function_are_refused_by_name(settings: dict[str, Any]
     source = write_shards(tmp_path / "neox", shards_of(gpt2(), 2), LAYERS, SETTINGS | settings)
     with pytest.raises(CheckpointError, match=word):
         open_checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [("n_head", "num_attention_heads"), ("n_positions", "max_position_embeddings")]
+)
+def test_a_setting_may_have_transformers_other_name(own: str, other: str, tmp_path: Path) -> None:
+    """transformers takes both, so what it computes is what counts, not the default of a name that is not there."""
+    folder = saved(gpt2(), tmp_path / "hf")
+    expected = transformers_logits(folder, TOKENS)
+    config = json.loads((folder / "config.json").read_text())
+    config[other] = config.pop(own)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert np.array_equal(transformers_logits(folder, TOKENS), expected)
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.config.heads, checkpoint.config.context) == (4, config.get(other) if "pos" in other else 64)

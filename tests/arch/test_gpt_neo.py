@@ -191,6 +191,7 @@ def test_other_targets(format: str, type: str | None, tmp_path: Path) -> None:
         ({"attention_types": None, "num_layers": 4}, "attention_types is .* for 4 layers"),
         ({"attention_layers": ["global"] * 4}, "attention_layers is .* but attention_types is"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"num_attention_heads": 8}, "num_heads is 4 but num_attention_heads, another name for it, is 8"),
         ({"window_size": 0}, "window_size is '0'; expected a whole number above zero"),
     ],
 )

@@ -148,6 +148,14 @@ def test_what_transformers_cannot_run_is_refused(changed: dict[str, Any], tmp_pa
         open_checkpoint(source)
 
 
+def test_a_setting_of_two_names_says_one_thing(tmp_path: Path) -> None:
+    source = saved(gptj(), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2 * config["n_head"]}))
+    with pytest.raises(CheckpointError, match=r"config.json: n_head is \d+ but num_attention_heads, another name"):
+        open_checkpoint(source)
+
+
 @pytest.mark.parametrize("family", ["gptj", "gpt_neo"])
 def test_gguf_of_a_family_that_it_lacks_is_refused_by_name(family: str, tmp_path: Path) -> None:
     """The name `gptj` stands in llama.cpp's list, with no model behind it."""

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.core.model import Checkpoint
+from neoxconv.errors import CheckpointError
 from neoxconv.verify.logits.compare import compare_predictions
 from tests.llama_shards import Era, llama, write
 from tests.oracles import causal_logits, program
@@ -90,3 +92,20 @@ def test_biases_tied_heads_other_bases_odd_widths_and_windows(settings: dict[str
     model = llama(**settings)
     source = check(write(tmp_path / "run", model, Era(inside=True)), model, tmp_path, qkv_layout="blocks")
     assert source.architecture.name == ("mistral" if "window" in settings else "llama")
+
+
+@pytest.mark.parametrize(("era", "changes", "told"), [
+    ("per-head", {"activation": None}, "activation: gelu is not supported"),  # the default of gpt-neox
+    ("per-head", {"activation": "gelu"}, "activation: gelu is not supported"),
+    ("blocks", {"activation": "silu"}, "activation: silu is not supported"),  # since 2024-09 it gates nothing
+    ("blocks", {"sliding_window_width": 0}, "sliding_window_width is '0'; expected a whole number above zero"),
+], ids=str)  # fmt: skip
+def test_shards_of_another_function_are_refused_by_name(
+    era: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "run", llama(), ERAS[era])
+    [path] = source.rglob("*.yml")
+    settings = yaml.safe_load(path.read_text()) | changes
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+    with pytest.raises(CheckpointError, match=told):
+        open_checkpoint(source, qkv_layout=ERAS[era].qkv)

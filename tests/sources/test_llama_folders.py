@@ -88,3 +88,20 @@ def test_what_an_old_configuration_leaves_out_is_transformers_default(tmp_path: 
     config = open_checkpoint(written(source, weights, "model.safetensors", **left_out)).config
     assert (config.key_heads, config.norm_eps, config.rotary_base) == (4, 1e-6, 10000)
     assert not (config.tied or config.attention_bias or config.mlp_bias) and config.activation == "silu"
+
+
+@pytest.mark.parametrize("settings", [
+    {"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+], ids=" ".join)  # fmt: skip
+def test_rotation_of_a_part_is_refused_because_programs_differ(settings: dict[str, Any], tmp_path: Path) -> None:
+    source = little_llama(tmp_path / "hf")
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | settings))
+    with pytest.raises(CheckpointError, match=r"config.json: partial_rotary_factor is 0.5, which is not supported"):
+        open_checkpoint(source)
+
+
+def test_a_window_of_no_named_family_is_refused(tmp_path: Path) -> None:
+    source = little_llama(tmp_path / "hf", mistral=True, sliding_window=8)
+    weights = load_file(source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config.json: model_type is missing; expected llama"):
+        open_checkpoint(written(source, weights, "model.safetensors", model_type=...))

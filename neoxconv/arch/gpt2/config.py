@@ -7,7 +7,7 @@ from typing import Any
 from neoxconv.arch.gguf_keys import GgufKeys, rounded
 from neoxconv.arch.gpt_neox.config import ALLOWED
 from neoxconv.arch.presets import from_preset
-from neoxconv.arch.settings import GELUS, Settings, stale
+from neoxconv.arch.settings import GELUS, OF_GPT2, Settings, by_own_names, stale
 from neoxconv.arch.training_settings import Allowed, refused
 from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.errors import CheckpointError, PlanError, raise_all
@@ -78,7 +78,7 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         for key, (values, found) in wanted.items()
         if found not in values
     ))  # fmt: skip
-    read = Settings(where, settings)
+    read = by_own_names(Settings(where, settings), OF_GPT2)
     hidden = read.count("n_embd", 768)
     config = ModelConfig(
         layers=read.count("n_layer", 12),

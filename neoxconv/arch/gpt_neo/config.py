@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from neoxconv.arch.presets import from_preset
-from neoxconv.arch.settings import GELUS, Settings, stale
+from neoxconv.arch.settings import GELUS, Settings, by_own_names, stale
 from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.errors import CheckpointError
 
 _ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+_OTHERS = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}  # its attribute_map in transformers
 _GLOBAL, _LOCAL = "global", "local"  # kinds of attention
 _DEEPEST = 1 << 16  # layers that a list of kinds may be for
 
@@ -63,7 +64,7 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
     if opening.preset or not settings:
         return from_preset(index, measured, opening, PRESETS)
     where = str(index.folder / "config.json")
-    read = Settings(where, settings)
+    read = by_own_names(Settings(where, settings), _OTHERS)
     hidden, layers = read.count("hidden_size", 2048), read.count("num_layers", 24)
     kinds = _attention_layers(read, layers)
     config = ModelConfig(

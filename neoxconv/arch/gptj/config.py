@@ -6,7 +6,7 @@ from typing import Any
 
 from neoxconv.arch.gguf_keys import share
 from neoxconv.arch.presets import from_preset
-from neoxconv.arch.settings import GELUS, Settings, stale
+from neoxconv.arch.settings import GELUS, OF_GPT2, Settings, by_own_names, stale
 from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 
 _ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
@@ -37,7 +37,7 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
     if opening.preset or not settings:
         return from_preset(index, measured, opening, PRESETS)
     where = str(index.folder / "config.json")
-    read = Settings(where, settings)
+    read = by_own_names(Settings(where, settings), OF_GPT2)
     hidden, heads = read.count("n_embd", 4096), read.count("n_head", 16)
     config = ModelConfig(
         layers=read.count("n_layer", 28),

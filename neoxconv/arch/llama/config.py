@@ -47,19 +47,7 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
     where = str(index.folder / "config.json")
     read = Settings(where, settings)
     heads, hidden = read.count("num_attention_heads"), read.count("hidden_size")
-    wanted: dict[str, tuple[Any, Any]] = {
-        "hidden_act": ("silu", settings.get("hidden_act", "silu")),
-        "head_dim": (hidden // heads, settings.get("head_dim") or hidden // heads),
-    }
-    problems = [
-        f"rope_type is {kind!r:.80}, which is not supported; expected 'default'" for kind in rope_types(settings)
-    ]
-    problems += [
-        f"{key} is {found!r:.80}, which is not supported; expected {expected!r}"
-        for key, (expected, found) in wanted.items()
-        if found != expected
-    ]
-    raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems))
+    _refuse_others(read, hidden // heads)
     mistral = settings.get("model_type") == "mistral"
     window = settings.get("sliding_window", 4096) if mistral else None  # MistralConfig's default
     config = ModelConfig(
@@ -82,6 +70,28 @@ def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelCo
         window=None if window is None else read.count("sliding_window", window),
     )
     return config, stale(where, "vocab_size", read.count("vocab_size"), config.rows)
+
+
+def _refuse_others(read: Settings, head: int) -> None:
+    """Raise CheckpointError for settings that make another function; `head` is a head's size."""
+    settings = read.values
+    wanted: dict[str, tuple[Any, Any]] = {
+        "hidden_act": ("silu", settings.get("hidden_act", "silu")),
+        "head_dim": (head, settings.get("head_dim") or head),
+        # transformers 5 leaves it unread, 4 cannot run it, and others rotate a part only.
+        "partial_rotary_factor": (1, agreed_rotary(read, "partial_rotary_factor", "partial_rotary_factor", 1)),
+    }
+    if settings.get("sliding_window") is not None and "model_type" not in settings:
+        read.refuse("model_type", None, "llama, which has no sliding_window, or mistral")
+    problems = [
+        f"rope_type is {kind!r:.80}, which is not supported; expected 'default'" for kind in rope_types(settings)
+    ]
+    problems += [
+        f"{key} is {found!r:.80}, which is not supported; expected {expected!r}"
+        for key, (expected, found) in wanted.items()
+        if found != expected
+    ]
+    raise_all(CheckpointError, (f"{read.where}: {problem}." for problem in problems))
 
 
 _BIASED = {

@@ -73,9 +73,7 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         return from_preset(index, measured, opening, PRESETS)
     settings, where = index.settings, ", ".join(map(str, index.configs))
     read = Settings(where, settings)
-    gated = settings.get("activation") == "swiglu" or settings.get("mlp_type") == "llama"
-    problems = refused(settings, _ALLOWED)
-    problems += [] if gated else [f"activation: {settings.get('activation', 'gelu')} is not supported, only swiglu"]
+    problems = [*refused(settings, _ALLOWED), *_not_gated_by_silu(settings)]
     raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems))
     heads = read.count("num_attention_heads")
     window = settings.get("sliding_window_width")
@@ -98,9 +96,18 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         attention_bias=_has_biases(index, read, "attention.qkv", "attention.query_key_value", "attn_linear"),
         mlp_bias=not _is_older(index) and _has_biases(index, read, "mlp.fc1", "mlp.linear1", "mlp"),
         tied=not read.truth("no_weight_tying", False),
-        window=read.count("sliding_window_width") + 1 if window else None,  # i - j <= W
+        window=None if window is None else read.count("sliding_window_width") + 1,  # i - j <= W
     )
     return config, (*notes, *stale(where, "padded_vocab_size", settings.get("padded_vocab_size"), config.rows))
+
+
+def _not_gated_by_silu(settings: Mapping[str, Any]) -> list[str]:
+    """Why the MLP is another than silu(gate) * up: until 2024-09 `activation` named what `mlp_type: llama` gates by."""
+    activation = settings.get("activation", "gelu")
+    if activation == "swiglu" or (settings.get("mlp_type"), activation) == ("llama", "silu"):
+        return []
+    silent = "" if "activation" in settings else " (gpt-neox takes gelu where its YAML does not say)"
+    return [f"activation: {activation} is not supported, only swiglu, or silu with mlp_type: llama{silent}"]
 
 
 def _has_biases(index: Index, read: Settings, engine: str, own: str, key: str) -> bool:
