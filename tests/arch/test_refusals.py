@@ -27,6 +27,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gmlp": ({"attention_config": [[["gmlp"], "all"]]}, "attention_config: gmlp"),
     "sparse attention": ({"attention_config": [[["local"], "all"]]}, "attention_config: local"),
     "mup": ({"use_mup": True}, "use_mup: True"),
+    "an odd number rotated": ({"rotary_pct": 0.35}, "5 numbers of each head are rotated"),
+    "none rotated": ({"rotary_pct": 0.05}, "0 numbers of each head are rotated"),
     "reward head": ({"train_impl": "rm"}, "train_impl: rm"),
 }
 
