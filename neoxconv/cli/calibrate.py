@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,6 +32,7 @@ class _Calibration:
     reading: Reading
     samples: tuple[Sample, ...]  # mixed
     covariance: bool
+    gradients: bool
     as_family: str | None  # that it will be written as, where GGUF lacks its own
     device: str
     overwrite: bool
@@ -41,7 +43,9 @@ def asked_for(source: Place, given: Given) -> _Calibration:
     """The request that the options make. Raises UsageError for two kinds of tokens."""
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
-    plain = {name: given[name] for name in ("output", "covariance", "as_family", "device", "overwrite", "quiet")}
+    plain = {
+        name: given[name] for name in ("output", "covariance", "gradients", "as_family", "device", "overwrite", "quiet")
+    }
     texts = given["text"] or (None,)
     samples = tuple(chosen(Sample, {**given, "text": text}) for text in texts)
     return _Calibration(source, reading=chosen(Reading, given), samples=samples, **plain)
@@ -55,10 +59,12 @@ def make_matrix(asked: _Calibration) -> str:
     checkpoint, _ = written_as(opened(asked.source, asked.reading), "gguf", asked.as_family)
     tokens, text = mixed(checkpoint, samples)
     made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
-    with progress_bar(checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
-        if asked.covariance:
+    passes = 3 if asked.gradients else 1  # over the layers: forwards, and for gradients forwards and back
+    with progress_bar(passes * checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
+        if asked.covariance or asked.gradients:
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}
-            count = moments.calibrate(checkpoint, tokens, output, keys, device=asked.device, progress=progress)
+            how: dict[str, Any] = {"gradients": asked.gradients, "device": asked.device, "progress": progress}
+            count = moments.calibrate(checkpoint, tokens, output, keys, **how)
             return f"{escaped(output)}: second moments of the inputs of {count} tensors {made}"
         sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
     with whole(output) as partial:

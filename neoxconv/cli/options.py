@@ -114,6 +114,9 @@ def _size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
     return click.option(name, type=byte_count, metavar="SIZE", **settings)
 
 
+_BITS = click.FloatRange(min=1, max=32)
+
+
 def _choice_option(*names: str, choices: Sequence[str], **settings: Any) -> Callable[[Command], Command]:
     """An option that takes one of `choices`, in any case."""
     shown = {"metavar": "|".join(choices)} | settings
@@ -191,6 +194,11 @@ _of_gguf = _options(
     click.option(
         "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
     ),
+    click.option(
+        "--bits", type=_BITS, metavar="X", help="gguf: types by what they cost, at most X bits a weight in all."
+    ),
+    _size_option("--size", help="gguf: the same, for a file of at most this size."),
+    _choice_option("--types", choices=TYPES, multiple=True, metavar="TYPE", help="gguf: types that --bits may choose."),
     _choice_option("--effort", choices=("normal", "high"), help="gguf: high searches longer for less error."),
     click.option(
         "--allow-other-tokens",
@@ -270,6 +278,11 @@ of_calibrate = _options(
     ),
     click.option(
         "--covariance", is_flag=True, help="Also what `convert --calibration` needs; FILE grows by columns squared."
+    ),
+    click.option(
+        "--gradients",
+        is_flag=True,
+        help="Also what `convert --bits` needs: how much predictions depend on each matrix.",
     ),
     click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),

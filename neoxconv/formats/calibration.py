@@ -1,6 +1,7 @@
 """A calibration: an importance matrix with the second moments of what each matrix is multiplied with, as one GGUF file.
 
     NAME.in_sum2 [columns], NAME.counts [1]    as llama.cpp's importance matrix has them (imatrix.py); it reads no more
+    NAME.gradient [1]                          E[g^2] at its outputs, where gradients were asked for
     NAME.moments [columns (columns + 1) / 2]   E[x x^T], the upper triangle row after row; once for all that share x
     neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
 
@@ -25,11 +26,12 @@ from neoxconv.dtypes import F32, Floats
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.gguf import write as gguf_write
-from neoxconv.formats.imatrix import COUNTS, SUMS
+from neoxconv.formats.imatrix import COUNTS, SUMS, numbers
 from neoxconv.storage import open_storage
 
 _MOMENTS = ".moments"
 _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256"))
+_GRADIENT = ".gradient"
 _UNKNOWN = "0" * 64  # a digest that is not known yet
 
 
@@ -53,14 +55,17 @@ class Inputs:
 class Writer:
     """A calibration that is written input after input, at `path`, which is made or, with `again`, gone on with."""
 
-    def __init__(self, path: Path, inputs: tuple[Inputs, ...], keys: Mapping[str, Any], tokens: int) -> None:
-        self.path, self.inputs, self.keys, self.tokens = path, inputs, keys, tokens
+    def __init__(
+        self, path: Path, inputs: tuple[Inputs, ...], keys: Mapping[str, Any], tokens: int, gradients: bool
+    ) -> None:
+        self.path, self.inputs, self.keys, self.tokens, self.gradients = path, inputs, keys, tokens, gradients
         self.digests = dict.fromkeys((each.owner for each in inputs), _UNKNOWN)
 
     def layout(self) -> FileLayout:
         """Where everything lies; of the same size whatever the digests are."""
         entries = [_vector(name + SUMS, each.columns) for each in self.inputs for name in each.names]
         entries += [_vector(name + COUNTS, 1) for each in self.inputs for name in each.names]
+        entries += [_vector(name + _GRADIENT, 1) for each in self.inputs for name in each.names if self.gradients]
         entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
         owners = {name: each.owner for each in self.inputs for name in each.names}
         told = {
@@ -91,9 +96,9 @@ class Writer:
             found |= {name + SUMS: sums, name + COUNTS: np.array([self.tokens], np.float32)}
         self._write(found)
 
-    def finish(self) -> None:
-        """Write the digests, and have all of it on disk."""
-        self._write({})
+    def finish(self, gradients: Mapping[str, float]) -> None:
+        """Write the digests and, by the names of matrices, E[g^2], and have all of it on disk."""
+        self._write({name + _GRADIENT: np.array([value], np.float32) for name, value in gradients.items()})
 
     def _write(self, tensors: Mapping[str, Floats]) -> None:
         """Write the header and tensors at their places."""
@@ -137,6 +142,18 @@ def moments_in(path: Path) -> dict[str, Moments]:
             raise CheckpointError(f"{path}: the second moments of {owner} are missing; calibrate again.")
         found[str(name)] = Moments(_side(tensor.rows), str(digest), _Reader(path, str(owner), tensor, str(digest)))
     return found
+
+
+def gradients_in(path: Path) -> dict[str, float]:
+    """E[g^2] by the GGUF names of matrices. Raises CheckpointError where a calibration was made without."""
+    file = open_storage(path)
+    tensors = gguf.read_header(file).tensors
+    found = {
+        name.removesuffix(_GRADIENT): numbers(file, tensors[name], name) for name in tensors if name.endswith(_GRADIENT)
+    }
+    if not found:
+        raise CheckpointError(f"{path}: says nothing of gradients; make it with `neoxconv calibrate --gradients`.")
+    return {name: float(values[0]) for name, values in found.items()}
 
 
 def _side(packed: int) -> int:

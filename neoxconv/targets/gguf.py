@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,14 +14,16 @@ from neoxconv.core.model import Checkpoint, Weight
 from neoxconv.core.tensor import reordered
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import moments_in
+from neoxconv.formats.calibration import gradients_in, moments_in
 from neoxconv.formats.gguf import write
+from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
 from neoxconv.formats.tokenizer import differences, gguf_keys
 from neoxconv.formats.tokenizer.from_keys import Keys
 from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
+from neoxconv.targets.budget import TYPES, Chosen, choose_within, costs_of, line
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -31,6 +34,7 @@ from neoxconv.words import plural
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
 CALIBRATION = "neoxconv.calibration"
+_BESIDE_CHOSEN = "Q4_K_M"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
 _COMPOSED = ("olmo", "mpt")  # names in `pre` of tokenizers that compose characters first
@@ -39,8 +43,8 @@ _THE_SOURCES = ("general.type", "general.name")  # keys that we make only where 
 _OF_ONE_FILE = ("split.", "quantize.", "neoxconv.", "general.alignment")  # keys of a file, not of its model
 RECIPES = tuple(Recipe("gguf", type=mix) for mix in MIXES)  # all that `formats` lists
 OPTIONS = (  # what changes the mix, and what may be written of the tokenizer
-    "mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "calibration", "effort",
-    "allow_other_tokens",
+    "mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "calibration", "bits", "size", "types",
+    "effort", "allow_other_tokens",
 )  # fmt: skip
 
 
@@ -69,14 +73,19 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
+    chosen = _within_budget(entries, keys, checkpoint, recipe)
+    if chosen:
+        entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
+        entries = _with_contexts(entries, matrix, recipe)
     notes = (
         *stands_in,
-        *_gguf_notes(checkpoint, choice, entries),
+        *([line(chosen)] if chosen else []),
+        *_gguf_notes(checkpoint, choice, entries, chosen),
         *(_matrix_notes(matrix, entries) if matrix else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
     )
-    chosen = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
-    return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes, chosen)
+    tokenizer = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
+    return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes, tokenizer)
 
 
 def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -123,9 +132,13 @@ def _notes_beside(beside: Carried, keys: Mapping[str, Any], recipe: Recipe) -> l
 
 
 def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
-    """The mix that the recipe asks for, with its overrides; by default BF16 for a bf16 source, else F16."""
+    """The mix that the recipe asks for, with its overrides; by default BF16 for a bf16 source, else F16.
+
+    Where types are chosen by what they cost it is the mix of embedding and head, which have no second moments.
+    """
     native = [tensor.native.name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
-    mix = recipe.type or ("BF16" if native.count("BF16") * 2 > len(native) else "F16")
+    plain = "BF16" if native.count("BF16") * 2 > len(native) else "F16"
+    mix = recipe.type or (_BESIDE_CHOSEN if recipe.bits or recipe.size else plain)
     classic = recipe.mix == "classic"
     overrides = recipe.output_type, recipe.embedding_type, recipe.tensor_type
     return Choice(mix, classic, recipe.pure, *overrides, bool(recipe.imatrix or recipe.calibration))
@@ -155,6 +168,34 @@ def gguf_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
             tensor = reordered(tensor, weight.gguf_order(checkpoint.config))
         entries.append(Entry(weight.gguf, unified, tensor, choose(choice, described)))
     return entries
+
+
+def _within_budget(
+    entries: Sequence[Entry], keys: Mapping[str, Any], checkpoint: Checkpoint, recipe: Recipe
+) -> Chosen | None:
+    """Types for the layers' matrices by what they cost; None where nobody asked. Raises PlanError where none fit."""
+    if recipe.bits is None and recipe.size is None:
+        if recipe.types:
+            raise PlanError("--types limits what --bits or --size may choose; give one of them.")
+        return None
+    if recipe.calibration is None or (recipe.bits and recipe.size):
+        raise PlanError("--bits and --size need --calibration FILE, and exclude each other.")
+    moments, gradients = moments_in(recipe.calibration), gradients_in(recipe.calibration)
+    free = [entry for entry in entries if entry.name in gradients and not _is_asked(entry, recipe)]
+    names = {entry.name for entry in free}
+    fixed = sum(entry.nbytes for entry in entries if entry.name not in names)
+    if recipe.size:
+        (file,) = write.layout("model", keys, entries, None)
+        room = recipe.size - file.slots[0].offset - ALIGNMENT * len(entries)
+    else:
+        room = int(checkpoint.parameters * (recipe.bits or 0) / 8)
+    costs = [costs_of(entry, moments[entry.name], gradients[entry.name], recipe.types or TYPES) for entry in free]
+    return choose_within(costs, room - fixed)
+
+
+def _is_asked(entry: Entry, recipe: Recipe) -> bool:
+    """Whether --tensor-type gives a tensor its type."""
+    return any(re.search(pattern, entry.name) for pattern, _ in recipe.tensor_type)
 
 
 def _with_contexts(entries: list[Entry], matrix: Matrix | None, recipe: Recipe) -> list[Entry]:
@@ -205,11 +246,13 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> list[str]:
+def _gguf_notes(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry], chosen: Chosen | None) -> list[str]:
     """What differs from what the mix's name promises, and what llama.cpp will compute differently."""
     notes = check_patterns(choice, [described for described, _ in _gguf_tensors(checkpoint)])
     odd: dict[tuple[str, str], list[str]] = {}
     for entry, (described, weight) in zip(entries, _gguf_tensors(checkpoint), strict=True):
+        if chosen and entry.name in chosen.types:
+            continue
         if len(weight.shape) == 2 and (name := wanted(choice, described)) != entry.encoding.name:
             odd.setdefault((name, entry.encoding.name), []).append(entry.name)
     for (name, instead), tensors in odd.items():

@@ -27,6 +27,9 @@ class Recipe:
     effort: str = "normal"  # gguf: or high, a longer search for less error
     imatrix: Path | None = None  # gguf: an importance matrix
     calibration: Path | None = None  # gguf: one with second moments, by which codes are chosen together
+    bits: float | None = None  # gguf: types by what they cost, with so many bits a weight at most
+    size: int | None = None  # gguf: the same, with so many bytes of the file at most
+    types: tuple[str, ...] = ()  # gguf: which may be chosen so; by default all
     allow_other_tokens: bool = False  # gguf: the nearest tokenizer where llama.cpp has not the same
     double_quant: bool = False  # bnb: 4-bit types with quantized scales
     compute_dtype: str | None = None  # bnb: the type in which transformers multiplies 4-bit weights

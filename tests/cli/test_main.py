@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "current_names": [], "only": ["a"],
           "shard_size": ["1MB"], "split_size": ["1MB"], "pure": [],
           "mix": ["classic"], "output_type": ["f16"], "embedding_type": ["f16"], "tensor_type": ["a=f16"],
-          "imatrix": ["m.gguf"], "calibration": ["c.gguf"], "effort": ["high"], "double_quant": [],
+          "imatrix": ["m.gguf"], "calibration": ["c.gguf"],
+          "bits": ["4"], "size": ["1MB"], "types": ["q4_k"], "effort": ["high"], "double_quant": [],
           "compute_dtype": ["f16"],
           "scale": ["none"], "allow_other_tokens": [], "as_family": ["gpt2"],
           "allow_nonfinite": []}  # fmt: skip

@@ -22,8 +22,10 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.errors import PlanError
 from neoxconv.formats.calibration import Inputs, Writer
+from neoxconv.verify.logits.gradients import squares_of_gradients
 from neoxconv.verify.logits.stream import running, side
 
+_GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
 
@@ -100,17 +102,20 @@ def calibrate(
     path: Path,
     keys: Mapping[str, Any],
     *,
+    gradients: bool = False,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
-    The ranks are joined first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
+    With `gradients` also how much each matrix moves predictions, by the first of the tokens. The ranks are joined
+    first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
     """
     checkpoint.refuse_doubts()
     layers = inputs_of(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
-    writer = Writer(partial, tuple(each for layer in layers for each in layer.values()), keys, tokens.size)
+    inputs = tuple(each for layer in layers for each in layer.values())
+    writer = Writer(partial, inputs, keys, tokens.size, gradients)
     state = Progress(beside, _key(checkpoint, tokens, keys))
     with running(tokens, device) as (pool, ids):
         sums = _Sums({}, device)
@@ -129,7 +134,10 @@ def calibrate(
                 writer.add(each, (sums.found.pop(name) / tokens.size).cpu().numpy())
             state.save(number + 1, streams, writer.digests)
             progress(1)
-    writer.finish()
+    names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
+    few = tokens[: max(1, _GRADIENT_TOKENS // tokens.shape[1])]
+    found = squares_of_gradients(checkpoint, few, device=device, progress=progress) if gradients else {}
+    writer.finish({names[name]: value for name, value in found.items()})
     os.replace(partial, path)
     beside.unlink()
     return sum(len(each.names) for layer in layers for each in layer.values())

@@ -27,13 +27,13 @@ from neoxconv.quant import floats
 
 SLAB = 16 << 20  # bytes of float32
 _AHEAD = 2  # slabs
-_READERS = 2  # threads
+READERS = 2  # threads
 INSIDE = 256 << 20  # bytes that the inside of an MLP may take; 2730 tokens of the 20B model
 _Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
 
 
 @dataclass(frozen=True)
-class _StreamedRank:
+class StreamedRank:
     """One rank's tensors by unified name, read when they are asked for."""
 
     tensors: dict[str, LazyTensor]
@@ -93,7 +93,7 @@ class Side:
 
     config: ModelConfig
     forward: Forward  # the architecture's forward pass
-    ranks: list[_StreamedRank] = field(repr=False)
+    ranks: list[StreamedRank] = field(repr=False)
     stages: tuple[int, ...] = ()  # the layers that a pipeline stage after the first begins with
 
     def embed(self, tokens: Tensor) -> list[Tensor]:
@@ -138,7 +138,7 @@ def side(
     """The model of a checkpoint, rank by rank as it was trained unless `merged`."""
     tensors = [checkpoint.tensors] if merged else _as_trained(checkpoint)
     stages = tuple(start - FIRST_LAYER for start in neox.stage_starts(checkpoint.index))
-    ranks = [_StreamedRank(rank, device, pool, progress, watch) for rank in tensors]
+    ranks = [StreamedRank(rank, device, pool, progress, watch) for rank in tensors]
     return Side(checkpoint.config, forward_of(checkpoint.architecture), ranks, stages)
 
 
@@ -149,7 +149,7 @@ def running(tokens: Numbers, device: str) -> Iterator[tuple[ThreadPoolExecutor, 
     Raises PlanError where torch cannot compute on the device.
     """
     _check_device(device)
-    with torch.inference_mode(), ThreadPoolExecutor(_READERS) as pool:
+    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
         yield pool, torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
 
 

@@ -1,0 +1,132 @@
+"""Types by what they cost: the best there are within the bytes, by trying all; gradients are autograd's."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.core.layout import Entry
+from neoxconv.core.tensor import in_memory
+from neoxconv.errors import PlanError
+from neoxconv.formats.calibration import gradients_in
+from neoxconv.quant import ENCODINGS
+from neoxconv.targets.budget import Costs, choose_within
+from neoxconv.verify.logits.gradients import squares_of_gradients
+from tests.fixtures import fixture
+from tests.helpers import cli
+from tests.toy import toy
+
+NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
+
+
+def costs(seed: int, count: int) -> list[Costs]:
+    """Matrices of several sizes; a larger type costs fewer nats."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        rows = int(rng.integers(1, 9))
+        entry = Entry(f"blk.{number}", "", in_memory(np.zeros((rows, 256), np.float32)), ENCODINGS["Q4_K"])
+        falls = rng.uniform(0.1, 10) * np.cumprod(rng.uniform(0.1, 0.9, len(NAMES)))
+        found.append(Costs(entry, dict(zip(NAMES, falls.tolist(), strict=True))))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_choice_is_about_the_best_of_all_and_never_a_byte_over(seed: int) -> None:
+    matrices = costs(seed, 5)
+    least = sum(each.bytes("Q2_K") for each in matrices)
+    most = sum(each.bytes("Q6_K") for each in matrices)
+    for budget in np.linspace(least, most, 7, dtype=int).tolist():
+        chosen = choose_within(matrices, budget)
+        taken = sum(each.bytes(chosen.types[each.entry.name]) for each in matrices)
+        assert taken <= budget
+        best = min(
+            sum(each.nats[name] for each, name in zip(matrices, names, strict=True))
+            for names in itertools.product(NAMES, repeat=5)
+            if sum(each.bytes(name) for each, name in zip(matrices, names, strict=True)) <= budget
+        )
+        assert best <= chosen.nats * (1 + 1e-9) and chosen.nats <= 1.3 * best
+    assert choose_within(matrices, most).nats == pytest.approx(sum(each.nats["Q6_K"] for each in matrices))
+    with pytest.raises(PlanError, match="at least"):
+        choose_within(matrices, least - 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"parallel_residual": False}, {"llama": True, "kv_heads": 2, "ff": 96}])
+def test_gradients_are_those_of_autograd(changes: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    checkpoint = open_checkpoint(toy(tmp_path, tp=1, dtype="F32", **changes), qkv_layout=None)
+    tokens = np.arange(64, dtype=np.int64).reshape(2, 32) * 5 % 512
+    found = squares_of_gradients(checkpoint, tokens)
+    folder = run(make_plan(checkpoint, Recipe("hf")), tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    outputs: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def seen(module: object, inputs: object, output: torch.Tensor) -> None:
+            output.retain_grad()
+            outputs[name + ".weight"] = output
+
+        return seen
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.register_forward_hook(hook(name))
+    predicted = model(torch.from_numpy(tokens), use_cache=False).logits.log_softmax(-1)
+    chance = torch.Generator().manual_seed(7)
+    labels = torch.cat([torch.multinomial(row.detach().exp(), 1, generator=chance) for row in predicted])
+    (-predicted.flatten(0, 1).gather(1, labels).sum()).backward()
+    assert set(found) == set(outputs)
+    for name, value in found.items():
+        gradient = outputs[name].grad
+        assert gradient is not None and value == pytest.approx(float(gradient.double().square().mean()), rel=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    source, made = fixture("trained_tp2_pp4/checkpoints"), tmp_path_factory.mktemp("cal") / "cal.gguf"
+    text = made.parent / "text.txt"
+    text.write_text(Path(__file__).read_text())
+    options = ("--text", text, "--length", "128", "--gradients")
+    assert cli("calibrate", source, "-o", made, *options) == 0
+    return source, made
+
+
+def test_a_file_keeps_within_its_bits_and_its_size(
+    calibrated: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, made = calibrated
+    assert len(gradients_in(made)) == 32
+    words = ("convert", source, tmp_path / "a.gguf", "--to", "gguf", "--calibration", made)
+    assert cli(*words, "--bits", "5", "--dry-run") == 0
+    assert "predicted KL divergence" in capsys.readouterr().out
+    assert cli(*words, "--bits", "5") == 0
+    plan = make_plan(open_checkpoint(source), Recipe("gguf", calibration=made, bits=5.0))
+    assert 0.97 * 5 < 8 * sum(step.nbytes for step in plan.steps) / plan.checkpoint.parameters <= 5
+    assert cli("verify", source, tmp_path / "a.gguf", "--calibration", made) == 0
+    limit = 6_600_000
+    assert cli(*words, "--size", limit, "--overwrite") == 0
+    assert 0.97 * limit < (tmp_path / "a.gguf").stat().st_size <= limit
+    assert cli(*words, "--size", limit, "--types", "q4_k", "--types", "q3_k", "--overwrite") == 0
+    capsys.readouterr()
+    for wrong, told in (
+        (("--bits", "1"), "are left for them"),
+        (("--bits", "4", "--size", "1MB"), "exclude each other"),
+        (("--types", "q4_k"), "--bits or --size"),
+    ):
+        assert cli(*words, *wrong, "--overwrite") == 1
+        assert told in capsys.readouterr().err
+
+
+def test_a_calibration_without_gradients_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = toy(tmp_path, hidden=64)
+    np.save(tmp_path / "tokens.npy", np.arange(64).reshape(2, 32))
+    made = tmp_path / "cal.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--covariance") == 0
+    assert cli("convert", source, tmp_path / "a.gguf", "--to", "gguf", "--bits", "5", "--calibration", made) == 1
+    assert "calibrate --gradients" in capsys.readouterr().err
