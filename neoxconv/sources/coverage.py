@@ -141,8 +141,8 @@ def _check_shapes(index: Index, named: RankTensors, architecture: Architecture, 
         )
     if config.positions == "rotary" and (config.rotary_dims % 2 or not config.rotary_dims):
         problems.append(  # of an odd number transformers rotates one more, and GGUF has no word for none
-            f"{_configured_in(index)}: {config.rotary_dims} numbers of each head are rotated; expected an even number above 0; "
-            "give the right configuration."
+            f"{_configured_in(index)}: {config.rotary_dims} numbers of each head are rotated; "
+            "expected an even number above 0; give the right configuration."
         )
     for layer, weight in architecture.names(config):
         unified = weight.unified
