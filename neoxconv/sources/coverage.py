@@ -139,10 +139,10 @@ def _check_shapes(index: Index, named: RankTensors, architecture: Architecture, 
             f"{index.where}: {config.heads} heads do not divide hidden size {config.hidden}; "
             "give the right configuration."
         )
-    if config.positions == "rotary" and (config.rotary_dims % 2 or not config.rotary_dims):
+    if config.positions == "rotary" and (config.rotary_dims % 2 or not 0 < config.rotary_dims <= config.head_size):
         problems.append(  # of an odd number transformers rotates one more, and GGUF has no word for none
             f"{_configured_in(index)}: {config.rotary_dims} numbers of each head are rotated; "
-            "expected an even number above 0; give the right configuration."
+            f"expected an even number above 0, {config.head_size} at most; give the right configuration."
         )
     for layer, weight in architecture.names(config):
         unified = weight.unified
