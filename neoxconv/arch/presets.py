@@ -15,7 +15,8 @@ def from_preset(
     preset = opening.preset
     if preset:
         if preset not in presets:
-            raise PlanError(f"--preset {preset}: expected one of {', '.join(presets)}.")
+            known = f"expected one of {', '.join(presets)}" if presets else f"{index.where} is of a family without any"
+            raise PlanError(f"--preset {preset}: {known}.")
         config = presets[preset]
         if measured.hidden not in (0, config.hidden):
             raise PlanError(
@@ -34,8 +35,9 @@ def from_preset(
     training = (
         "Give the training YAML with --config FILE" if index.format == "neox" else "Put its config.json beside it"
     )
+    name = ", or give --preset NAME" if presets else ""
     raise CheckpointError(
         f"{index.where}: there is no configuration beside the weights, and {which} ({known}). Unknown: "
         "num_attention_heads, max_position_embeddings, rotary_pct, rotary_emb_base, gpt_j_residual, bias_gelu_fusion, "
-        f"layernorm_epsilon. {training}, or give --preset NAME."
+        f"layernorm_epsilon. {training}{name}."
     )

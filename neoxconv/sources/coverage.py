@@ -90,11 +90,15 @@ def _check_layers(index: Index, named: RankTensors, architecture: Architecture, 
     found = sum(fnmatchcase(name, pattern) for name in named[0])
     if found == config.layers:
         return []
-    where = ", ".join(map(str, index.configs)) or str(index.where)
     return [
-        f"{where}: the configuration says {config.layers} layers but the files hold {found}; "
+        f"{_configured_in(index)}: the configuration says {config.layers} layers but the files hold {found}; "
         f"download what is missing, or give the right one with {_told_by(index)}."
     ]
+
+
+def _configured_in(index: Index) -> str:
+    """What messages call the place of a source's settings."""
+    return ", ".join(map(str, index.configs)) or str(index.where)
 
 
 def _has_yaml(index: Index) -> bool:
@@ -134,6 +138,11 @@ def _check_shapes(index: Index, named: RankTensors, architecture: Architecture, 
         problems.append(
             f"{index.where}: {config.heads} heads do not divide hidden size {config.hidden}; "
             "give the right configuration."
+        )
+    if config.positions == "rotary" and (config.rotary_dims % 2 or not 0 < config.rotary_dims <= config.head_size):
+        problems.append(  # of an odd number transformers rotates one more, and GGUF has no word for none
+            f"{_configured_in(index)}: {config.rotary_dims} numbers of each head are rotated; "
+            f"expected an even number above 0, {config.head_size} at most; give the right configuration."
         )
     for layer, weight in architecture.names(config):
         unified = weight.unified

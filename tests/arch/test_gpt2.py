@@ -242,7 +242,10 @@ def test_another_function_is_refused_by_name(settings: dict[str, Any], word: str
         ({"opt_pos_emb_offset": 2}, "opt_pos_emb_offset: 2 is not supported"),
         ({"num_kv_heads": 2}, "num_kv_heads: 2"),
         ({"activation": "relu"}, "activation: relu is not supported"),
-        ({"pos_emb": "rpe"}, "pos_emb: rpe is not supported"),
+        ({"pos_emb": "rpe"}, "pos_emb is rpe, but the layer files have learned positions"),
+        ({"pos_emb": "none"}, "pos_emb is none, but the layer files have learned positions"),
+        ({"pos_emb": "sinusoidal"}, "pos_emb is sinusoidal, but the layer files have learned positions"),
+        ({"pos_emb": "rotary"}, "pos_emb is rotary, but the layer files have learned positions"),
     ],
 )
 def test_shards_of_another_function_are_refused_by_name(settings: dict[str, Any], word: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from neoxconv import open_checkpoint
+from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.errors import CheckpointError
 from tests.toy import toy
 
@@ -27,6 +27,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gmlp": ({"attention_config": [[["gmlp"], "all"]]}, "attention_config: gmlp"),
     "sparse attention": ({"attention_config": [[["local"], "all"]]}, "attention_config: local"),
     "mup": ({"use_mup": True}, "use_mup: True"),
+    "an odd number rotated": ({"rotary_pct": 0.35}, "5 numbers of each head are rotated"),
+    "none rotated": ({"rotary_pct": 0.05}, "0 numbers of each head are rotated"),
     "reward head": ({"train_impl": "rm"}, "train_impl: rm"),
 }
 
@@ -41,3 +43,14 @@ def test_what_is_not_implemented_is_named_with_its_value(case: str, tmp_path: Pa
     with pytest.raises(CheckpointError) as raised:
         open_checkpoint(source)
     assert told in str(raised.value) and path.name in str(raised.value)
+
+
+def test_a_gguf_that_rotates_more_than_a_head_is_refused(tmp_path: Path) -> None:
+    file = run(make_plan(open_checkpoint(toy(tmp_path)), Recipe("gguf", type="F16")), tmp_path / "x.gguf")
+    data, key = bytearray(file.read_bytes()), b"gptneox.rope.dimension_count"
+    value = data.index(key) + len(key) + 4  # behind the type
+    assert data[value] == 4
+    data[value] = 18
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"18 numbers of each head are rotated; .* 16 at most"):
+        open_checkpoint(file)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neoxconv import open_checkpoint
-from neoxconv.errors import CheckpointError
+from neoxconv.errors import CheckpointError, PlanError
 from tests.little_llamas import little_llama
 
 Tensors = dict[str, torch.Tensor]
@@ -105,3 +105,23 @@ def test_a_window_of_no_named_family_is_refused(tmp_path: Path) -> None:
     weights = load_file(source / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"config.json: model_type is missing; expected llama"):
         open_checkpoint(written(source, weights, "model.safetensors", model_type=...))
+
+
+def test_a_family_without_presets_offers_none(tmp_path: Path) -> None:
+    source = little_llama(tmp_path / "hf")
+    with pytest.raises(PlanError, match=f"--preset 20B: {source} is of a family without any"):
+        open_checkpoint(source, preset="20B")
+    (source / "config.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no configuration beside the weights.* Put its config.json beside it\.$"
+    ):
+        open_checkpoint(source / "model.safetensors")
+
+
+def test_heads_of_one_number_cannot_be_rotated(tmp_path: Path) -> None:
+    """transformers makes two numbers of each, gpt-neox stops; nothing may be written of them."""
+    source = little_llama(tmp_path / "hf", num_key_value_heads=4)
+    weights = load_file(source / "model.safetensors")
+    settings = {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": ...}
+    with pytest.raises(CheckpointError, match="1 numbers of each head are rotated; expected an even number above 0"):
+        open_checkpoint(written(source, weights, "model.safetensors", **settings))

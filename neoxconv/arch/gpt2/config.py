@@ -21,6 +21,7 @@ SERIAL: Allowed = {
     "opt_pos_emb_offset": (0, (0,)),
 }
 _PLACED: Allowed = {**SERIAL, "pos_emb": ("learned", ("learned", "none", "sinusoidal"))}
+_TABLE = "0.position_embeddings.weight"
 _HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
@@ -28,6 +29,12 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
     """The hyperparameters from --preset, else the YAML; for positions that are not learned see positions.py."""
     if opening.preset or not index.settings:
         return from_preset(index, measured, opening, PRESETS)
+    kind = index.settings.get("pos_emb", "learned")
+    if kind != "learned" and _TABLE in index.ranks[0]:
+        raise CheckpointError(
+            f"{', '.join(map(str, index.configs))}: pos_emb is {kind}, but the layer files have learned positions "
+            f"({_TABLE}); give the right YAML with --config."
+        )
     return serial_from_neox(index, measured, _PLACED, "learned")
 
 
