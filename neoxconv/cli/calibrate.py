@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from neoxconv.cli.printing import say
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, chosen, opened
 from neoxconv.core.model import Checkpoint
@@ -21,6 +22,7 @@ from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.moments import source_digest
 from neoxconv.verify.logits.tokens import mixed
 from neoxconv.verify.logits.trial import Sample
+from neoxconv.words import size
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def make_matrix(asked: _Calibration) -> str:
     passes = 3 if asked.gradients else 1  # over the layers: forwards, and for gradients forwards and back
     with progress_bar(passes * checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
         if asked.covariance or asked.gradients:
+            memory, disk = moments.needed(checkpoint, tokens.size)
+            if not asked.quiet:
+                say(f"  {output}: {size(disk)}; up to {size(memory)} of memory besides the model's slabs", err=True)
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}
             how: dict[str, Any] = {"gradients": asked.gradients, "device": asked.device, "progress": progress}
             count = moments.calibrate(checkpoint, tokens, output, keys, **how)

@@ -129,19 +129,29 @@ def moments_in(path: Path) -> dict[str, Moments]:
     """
     file = open_storage(path)
     header = gguf.read_header(file)
-    owners, names, digests = (header.keys.get(key) for key in (_IN, _OF, _SHA256))
-    if not (isinstance(owners, list) and isinstance(names, list) and isinstance(digests, list)):
+    names, owners, digests = (_texts(header.keys.get(key)) for key in (_OF, _IN, _SHA256))
+    if not names or not len(names) == len(owners) == len(digests):
         raise CheckpointError(
             f"{path}: holds no second moments; make a calibration with `neoxconv calibrate --covariance`, "
             "or give an importance matrix with --imatrix."
         )
     found = {}
     for name, owner, digest in zip(names, owners, digests, strict=True):
-        tensor = header.tensors.get(f"{owner}{_MOMENTS}")
-        if tensor is None or tensor.dtype is not F32 or digest == _UNKNOWN:
+        tensor, sums = header.tensors.get(owner + _MOMENTS), header.tensors.get(name + SUMS)
+        if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
             raise CheckpointError(f"{path}: the second moments of {owner} are missing; calibrate again.")
-        found[str(name)] = Moments(_side(tensor.rows), str(digest), _Reader(path, str(owner), tensor, str(digest)))
+        if tensor.rows != sums.rows * (sums.rows + 1) // 2:
+            raise CheckpointError(
+                f"{path}: the second moments of {owner} have {tensor.rows} numbers, expected those of a triangle of "
+                f"{sums.rows} columns; calibrate again."
+            )
+        found[name] = Moments(sums.rows, digest, _Reader(path, owner, tensor, sums.rows, digest))
     return found
+
+
+def _texts(value: Any) -> list[str]:
+    """A list of strings; an empty one where a value is none."""
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
 
 
 def gradients_in(path: Path) -> dict[str, float]:
@@ -156,11 +166,6 @@ def gradients_in(path: Path) -> dict[str, float]:
     return {name: float(values[0]) for name, values in found.items()}
 
 
-def _side(packed: int) -> int:
-    """The columns of a square of which a triangle has so many numbers."""
-    return int((8 * packed + 1) ** 0.5 - 1) // 2
-
-
 @dataclass(frozen=True)
 class _Reader:
     """Reads one tensor of moments when it is called, and checks its digest."""
@@ -168,13 +173,14 @@ class _Reader:
     path: Path
     owner: str
     tensor: LazyTensor
+    side: int
     digest: str
 
     def __call__(self) -> Floats:
         packed = self.tensor.floats(0, self.tensor.rows)
         if hashlib.sha256(np.ascontiguousarray(packed).data).hexdigest() != self.digest:
             raise CheckpointError(f"{self.path}: the second moments of {self.owner} are damaged; calibrate again.")
-        side = _side(packed.size)
+        side = self.side
         square = np.empty((side, side), np.float32)
         ends = np.cumsum(np.arange(side, 0, -1))
         for row, end in enumerate(ends.tolist()):

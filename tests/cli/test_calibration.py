@@ -197,3 +197,29 @@ def test_what_shares_its_inputs_is_measured_once(tmp_path: Path) -> None:
     assert [[each.names for each in layer.values()] for layer in layers][1] == [
         ("blk.1.attn_qkv.weight",), ("blk.1.attn_output.weight",), ("blk.1.ffn_up.weight",), ("blk.1.ffn_down.weight",),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x93NUMPY", b"x" * 999])
+def test_unfinished_work_that_cannot_be_read_is_named(
+    damage: bytes, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source.parent / "cal.gguf.streams").write_bytes(damage)
+    words = ("calibrate", source, "-o", source.parent / "cal.gguf", "--tokens", source.parent / "tokens.npy")
+    assert cli(*words, "--covariance") == 1
+    assert "cal.gguf.streams" in capsys.readouterr().err
+
+
+def test_another_models_calibration_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = calibration(source)
+    other = toy(tmp_path / "other", hidden=128, layers=3)
+    assert cli("convert", other, tmp_path / "m.gguf", "--to", "gguf", "--type", "q4_0", "--calibration", made) == 1
+    assert "the matrix is another model's" in capsys.readouterr().err
+
+
+def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = calibration(source)
+    assert "of memory besides" in capsys.readouterr().err
+    taken = sum(64 * 65 // 2 * 3 + 256 * 257 // 2 for _ in range(3)) * 4
+    assert taken < made.stat().st_size < taken + 60_000

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
+from neoxconv.engine.side_file import whole
 from neoxconv.errors import PlanError
 from neoxconv.formats.calibration import Inputs, Writer
 from neoxconv.verify.logits.gradients import squares_of_gradients
@@ -43,10 +45,17 @@ def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
     return tuple(layers)
 
 
-def needed(checkpoint: Checkpoint, tokens: int) -> int:
-    """Bytes that a calibration holds at most: the moments of a layer, and the tokens' streams."""
-    moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in inputs_of(checkpoint))
-    return moments + 2 * 4 * tokens * checkpoint.config.hidden
+def needed(checkpoint: Checkpoint, tokens: int) -> tuple[int, int]:
+    """Bytes that a calibration holds at most, and those that its file will have but for the header.
+
+    Held are the moments of a layer, the largest of them once more while it is packed, and the tokens' streams before
+    and after the layer.
+    """
+    layers = inputs_of(checkpoint)
+    moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
+    largest = max(4 * each.packed for layer in layers for each in layer.values())
+    streams = 2 * 4 * tokens * checkpoint.config.hidden
+    return moments + 2 * largest + streams, sum(4 * each.packed for layer in layers for each in layer.values())
 
 
 @dataclass
@@ -78,22 +87,21 @@ class Progress:
         """Write it whole, in place of what was there."""
         told = json.dumps({"key": self.key, "layers": layers, "digests": dict(digests)})
         arrays: dict[str, Any] = {f"stream{i}": x.cpu().numpy() for i, x in enumerate(streams)}
-        partial = self.path.with_name(self.path.name + ".new")
-        with open(partial, "wb") as stream:
+        with whole(self.path) as partial, open(partial, "wb") as stream:
             np.savez(stream, told=np.array(told), **arrays)
-        os.replace(partial, self.path)
 
     def load(self, device: str) -> tuple[int, list[Tensor], dict[str, str]] | None:
-        """What was saved by a run that was asked for the same; None where there is none."""
-        if not self.path.exists():
+        """What was saved by a run that was asked for the same; None where there is none, or it cannot be read."""
+        try:
+            with np.load(self.path, allow_pickle=False) as found:
+                told = json.loads(str(found["told"]))
+                if told["key"] != self.key:
+                    return None
+                count = sum(name.startswith("stream") for name in found.files)
+                streams = [torch.from_numpy(found[f"stream{i}"]).to(device) for i in range(count)]
+            return told["layers"], streams, told["digests"]
+        except (OSError, ValueError, TypeError, LookupError, EOFError, BadZipFile):
             return None
-        with np.load(self.path, allow_pickle=False) as found:
-            told = json.loads(str(found["told"]))
-            if told["key"] != self.key:
-                return None
-            count = sum(name.startswith("stream") for name in found.files)
-            streams = [torch.from_numpy(found[f"stream{i}"]).to(device) for i in range(count)]
-        return told["layers"], streams, told["digests"]
 
 
 def calibrate(
