@@ -23,5 +23,10 @@ PRESETS = (
     "20B", "pythia-14m", "pythia-31m", "pythia-70m", "pythia-160m", "pythia-410m",
     "pythia-1b", "pythia-1.4b", "pythia-2.8b", "pythia-6.9b", "pythia-12b",
     "redpajama-incite-3b", "redpajama-incite-7b", "stablelm-alpha-3b", "stablelm-alpha-7b",
+    "dolly-v2-3b", "dolly-v2-7b", "dolly-v2-12b", "oasst-pythia-12b",
+    "polyglot-ko-1.3b", "polyglot-ko-3.8b", "polyglot-ko-5.8b", "polyglot-ko-12.8b",
+    "japanese-gpt-neox-small", "japanese-gpt-neox-3.6b", "bilingual-gpt-neox-4b",
+    "open-calm-small", "open-calm-medium", "open-calm-large", "open-calm-1b", "open-calm-7b",
+    "polycoder-160M", "polycoder-0.4B", "polycoder-2.7B",
     "gpt-neo-125m", "gpt-neo-1.3B", "gpt-neo-2.7B", "gpt-j-6B",
 )  # fmt: skip

@@ -135,11 +135,11 @@ def test_a_full_size_20b_set_opens_in_seconds_with_the_published_sizes(tmp_path:
 
 def test_without_a_yaml_a_released_model_is_recognised_and_said_so(tmp_path: Path) -> None:
     step = write_checkpoint(
-        tmp_path / "x", replace(LARGE, layers=12, hidden=768, heads=12, rows=50304, tp=1), sparse=True
+        tmp_path / "x", replace(LARGE, layers=6, hidden=512, heads=8, rows=50304, tp=1), sparse=True
     )
     (step / "configs" / "model.yml").unlink()
     checkpoint = open_checkpoint(tmp_path / "x")
-    assert checkpoint.config.heads == 12 and "pythia-160m" in checkpoint.notes[0]
+    assert checkpoint.config.heads == 8 and "pythia-70m" in checkpoint.notes[0]
 
 
 LLAMA_70B = Synthetic(llama=True, layers=80, hidden=8192, heads=64, kv_heads=8, ff=28672, rows=32000, tp=8, pp=4)

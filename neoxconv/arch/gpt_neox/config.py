@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from neoxconv.arch.gpt_neox.shared_norm import shared_norm
@@ -49,9 +50,13 @@ class _Preset:
         )
 
 
+# What Hugging Face's config.json of many relatives says: no parallel residual, whole heads rotated, the erf GELU.
+_sequential = partial(_Preset, rotary_pct=1.0, parallel_residual=False, activation="gelu")
+
 PRESETS: dict[str, ModelConfig] = {
     preset.name: preset.config
     for preset in (
+        # GPT-NeoXT-Chat-Base-20B too: the same shapes and settings (its config.json on Hugging Face).
         _Preset("20B", 44, 6144, 64, 50432),
         _Preset("pythia-14m", 6, 128, 4, 50304),
         _Preset("pythia-31m", 6, 256, 8, 50304),
@@ -65,10 +70,36 @@ PRESETS: dict[str, ModelConfig] = {
         _Preset("pythia-12b", 36, 5120, 40, 50688),
         # As their config.json says; read from lit-gpt's table of them (Lightning-AI/litgpt, lit_gpt/config.py,
         # and the erf GELU of its GptNeoxMLP).
-        _Preset("redpajama-incite-3b", 32, 2560, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
-        _Preset("redpajama-incite-7b", 32, 4096, 32, 50432, rotary_pct=1.0, parallel_residual=False, activation="gelu"),
+        _sequential("redpajama-incite-3b", 32, 2560, 32, 50432),
+        _sequential("redpajama-incite-7b", 32, 4096, 32, 50432),
         _Preset("stablelm-alpha-3b", 16, 4096, 32, 50688, context=4096, activation="gelu"),
         _Preset("stablelm-alpha-7b", 16, 6144, 48, 50432, context=4096, activation="gelu"),
+        # Tuned in transformers from Pythia: config.json of ethzanalytics/dolly-v2-7b-sharded and -12b-sharded, and of
+        # monotykamary/dolly-3b-lora-merged-dwarves-poc; vocabularies also in mlc-llm's MODEL_CONFIG.
+        _Preset("dolly-v2-3b", 32, 2560, 32, 50280, activation="gelu"),
+        _Preset("dolly-v2-7b", 32, 4096, 32, 50280, activation="gelu"),
+        _Preset("dolly-v2-12b", 36, 5120, 40, 50280, activation="gelu"),
+        # config.json of OpenAssistant/oasst-sft-1-pythia-12b; oasst-sft-4-pythia-12b-epoch-3.5 is the same.
+        _Preset("oasst-pythia-12b", 36, 5120, 40, 50288, activation="gelu"),
+        # config.json of EleutherAI/polyglot-ko-*.
+        _Preset("polyglot-ko-1.3b", 24, 2048, 16, 30080, rotary_pct=0.5, activation="gelu"),
+        _Preset("polyglot-ko-3.8b", 32, 3072, 24, 30080, rotary_pct=0.5, activation="gelu"),
+        _Preset("polyglot-ko-5.8b", 28, 4096, 16, 30080, activation="gelu"),
+        _Preset("polyglot-ko-12.8b", 40, 5120, 40, 30080, rotary_pct=0.5, activation="gelu"),
+        # config.json of rinna/japanese-gpt-neox-3.6b, and of quantized copies of rinna's other two.
+        _sequential("japanese-gpt-neox-small", 12, 768, 12, 44416),
+        _sequential("japanese-gpt-neox-3.6b", 36, 2816, 22, 32000),
+        _sequential("bilingual-gpt-neox-4b", 36, 2816, 22, 65536),
+        # config.json of cyberagent/open-calm-*, large's and 7b's as in copies; 3b's vocabulary was not found.
+        _sequential("open-calm-small", 12, 768, 12, 52096),
+        _sequential("open-calm-medium", 24, 1024, 16, 52096),
+        _sequential("open-calm-large", 24, 1536, 16, 52096),
+        _sequential("open-calm-1b", 24, 2048, 16, 52096),
+        _sequential("open-calm-7b", 32, 4096, 32, 52224),
+        # VHellendoorn/Code-LMs, Convert2HF/polycoder/configs; its README says that the 2.7B had bias_gelu_fusion.
+        _sequential("polycoder-160M", 12, 768, 12, 50304),
+        _sequential("polycoder-0.4B", 24, 1024, 16, 50304),
+        _sequential("polycoder-2.7B", 32, 2560, 32, 50304, activation="gelu_tanh"),
     )
 }
 
