@@ -59,20 +59,12 @@ def open_checkpoint(
 
 def reopen(opening: Opening) -> Checkpoint:
     """The checkpoint that was asked for so."""
-    if opening.weights not in WEIGHTS:
-        raise PlanError(f"--weights {opening.weights}: expected one of {', '.join(WEIGHTS)}.")
-    index = read_index(opening.path, opening.config)
-    index = zero.with_masters(index) if opening.weights == "master" else index
-    if is_partial(index) and not opening.partial:
-        raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
+    index = _asked_for(opening)
     architecture = _find_architecture(index)
     named, left = name_tensors(index, architecture)
     named = _with_outputs_as_rows(index, named, architecture)
     check_known(index, named, left, architecture)
-    measured = _measure(named, architecture)
-    config, notes = architecture.config_of[SOURCES[index.format].naming](index, measured, opening)
-    if opening.rmsnorm and (config.norm == "layernorm" or SOURCES[index.format].naming != "neox"):
-        raise PlanError(f"--rmsnorm {opening.rmsnorm}: {index.where} leaves no choice; leave it out.")
+    config, notes = _configured(index, named, architecture, opening)
     fused = fused_tensors(index, named, architecture, config, opening)
     named = taken_apart(index, named, fused, architecture, config)
     if SOURCES[index.format].naming == "neox":
@@ -82,23 +74,43 @@ def reopen(opening: Opening) -> Checkpoint:
         named = [{name: t for name, t in rank.items() if name not in architecture.tied_head} for rank in named]
         notes += (f"{again} is the embedding once more, as tie_word_embeddings says, and is left out",)
     check(replace(index, configs=()) if opening.preset else index, named, left, architecture, config)
-    named = _with_acting(named, architecture, config)
     doubts = _doubts(index, architecture, config, opening)
     asked = bool(opening.config or opening.preset)  # and so it decides
-    dropped = tuple(dict.fromkeys([*(name for names in left for name in names), *filter(None, [again])]))
     checkpoint = Checkpoint(
         opening=opening,
         index=index,
         architecture=architecture,
         config=config,
         tensors={},
-        ranks=named,
-        dropped=dropped,
+        ranks=_with_acting(named, architecture, config),
+        dropped=tuple(dict.fromkeys([*(name for names in left for name in names), *filter(None, [again])])),
         notes=(*notes, *doubts) if asked else notes,
         doubts=() if asked else doubts,
         fused=fused,
     )
     return replace(checkpoint, tensors=_unify(checkpoint))
+
+
+def _asked_for(opening: Opening) -> Index:
+    """What lies where a checkpoint is, with the weights that are asked for; raises CheckpointError for a part of it."""
+    if opening.weights not in WEIGHTS:
+        raise PlanError(f"--weights {opening.weights}: expected one of {', '.join(WEIGHTS)}.")
+    index = read_index(opening.path, opening.config)
+    index = zero.with_masters(index) if opening.weights == "master" else index
+    if is_partial(index) and not opening.partial:
+        raise CheckpointError(f"{index.where}: holds some of a model's tensors only (--only); give the whole model.")
+    return index
+
+
+def _configured(
+    index: Index, named: RankTensors, architecture: Architecture, opening: Opening
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The hyperparameters, and notes on what was guessed; raises PlanError for a choice that nobody has."""
+    naming = SOURCES[index.format].naming
+    config, notes = architecture.config_of[naming](index, _measure(named, architecture), opening)
+    if opening.rmsnorm and (config.norm == "layernorm" or naming != "neox"):
+        raise PlanError(f"--rmsnorm {opening.rmsnorm}: {index.where} leaves no choice; leave it out.")
+    return config, notes
 
 
 def _with_acting(named: RankTensors, architecture: Architecture, config: ModelConfig) -> RankTensors:
