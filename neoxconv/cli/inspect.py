@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import PurePath
 from typing import Any
 
-from neoxconv.core.model import Checkpoint, Index
+from neoxconv.core.model import Checkpoint, Index, ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import DType
 from neoxconv.engine.manifest import MANIFEST
@@ -203,10 +204,14 @@ def render(facts: Mapping[str, Any], every_tensor: bool) -> str:
     return "\n\n".join(f"{title}\n{body}" for title, body in sections)
 
 
+_USUAL = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+
+
 def _config_lines(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The hyperparameters that this model has; how queries share keys and values, in words."""
+    """The hyperparameters, those that most models lack only where this one has them; shared keys in words."""
     words = {"kv_heads": f"{config['kv_heads']}, each for {config['heads'] // (config['kv_heads'] or 1)} heads"}
-    return [(name, words.get(name, value)) for name, value in config.items() if value is not None]
+    shown = {name: value for name, value in config.items() if name not in _USUAL or value != _USUAL[name]}
+    return [(name, words.get(name, value)) for name, value in shown.items()]
 
 
 def _what_it_is(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
