@@ -31,7 +31,7 @@ KINDS = {
     "head by columns": replace(MODEL, head_by_columns=True),
     "TP 1": replace(MODEL, tp=1),
     "TP 4, PP 2": replace(MODEL, tp=4, pp=2),
-    "odd width": replace(MODEL, hidden=56),
+    "odd width": replace(MODEL, hidden=56, rotary_pct=1.0),
 }
 
 SPELLINGS = (  # the table of names by generation in gpt-neox's own converter, apart from the first norm

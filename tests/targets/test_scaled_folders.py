@@ -87,7 +87,7 @@ def test_a_damaged_line_of_the_journal_counts_for_nothing(
 
 @some
 def test_jobs_and_slabs_never_change_a_byte(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = small(tmp_path, hidden=56)
+    source = small(tmp_path, hidden=56, rotary_pct=1.0)
     one = digests(made(source, tmp_path / "one", ALL[name], jobs=1))
     assert digests(made(source, tmp_path / "four", ALL[name], jobs=4)) == one
     monkeypatch.setattr("neoxconv.engine.memory.SLAB", 1000)
