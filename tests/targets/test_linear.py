@@ -70,8 +70,8 @@ def targets(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 SOURCES: dict[str, dict[str, Any]] = {
     "usual": {},
-    "blocks across rows, bf16": {"hidden": 56, "dtype": "BF16"},
-    "many groups of scales": {"hidden": 80},
+    "blocks across rows, bf16": {"hidden": 56, "dtype": "BF16", "rotary_pct": 1.0},
+    "many groups of scales": {"hidden": 80, "rotary_pct": 1.0},
     # attention.dense has 7 blocks: torch adds less than 8 numbers up in another order
     "last block cut short, f32": {"hidden": 20, "heads": 2, "dtype": "F32"},
 }
