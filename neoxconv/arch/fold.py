@@ -26,7 +26,7 @@ from neoxconv.core.tensor import LazyTensor, computed
 from neoxconv.dtypes import Doubles, Floats, narrow, widen
 from neoxconv.errors import PlanError
 
-_TINY = 1e-3  # a common gain is kept at least this far from zero, so that g_r / g stays finite
+_TINY = 1e-3  # a gain that is divided by is kept at least this far from zero
 _SHIFT = 0.05  # mean of b / g that the head's fold divides by; 0.01 to 1 do equally well
 
 
@@ -64,7 +64,7 @@ def folded(named: RankTensors, architecture: Architecture, config: ModelConfig) 
         for rank, tensors in enumerate(named):
             result[rank][unified] = _fold_one(tensors, unified, weight, norms[rank])
             common = {norm + ".weight": norms[0].common_gain, norm + ".bias": norms[0].common_bias}
-            result[rank] |= {name: _known(tensors[name], values) for name, values in common.items() if name in tensors}
+            result[rank] |= {name: known(tensors[name], values) for name, values in common.items() if name in tensors}
     return result
 
 
@@ -80,24 +80,24 @@ def _rank_norms(named: RankTensors, norm: str, weight: Weight, config: ModelConf
             np.concatenate([v[r * part : (r + 1) * part] for r, v in enumerate(vs)]) for vs in (gains, biases)
         )
         return [_Norm(gain, bias, gain, bias)] * len(named)
-    gain = _as_stored(_away_from_zero(sum(gains) / len(gains)), like)  # type: ignore[arg-type]
+    gain = as_stored(away_from_zero(sum(gains) / len(gains)), like)  # type: ignore[arg-type]
     bias = sum(biases) / len(biases)  # type: ignore[assignment]
     if weight.role == "head" and all(found):
         bias = bias + gain * (_SHIFT - row_sums((bias / gain)[None])[0] / len(gain))
-    return [_Norm(g, b, gain, _as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
+    return [_Norm(g, b, gain, as_stored(bias, like)) for g, b in zip(gains, biases, strict=True)]
 
 
-def _away_from_zero(gain: Doubles) -> Doubles:
+def away_from_zero(gain: Doubles) -> Doubles:
     """`gain` with a magnitude of at least TINY and its sign kept."""
     return np.where(np.abs(gain) < _TINY, np.copysign(_TINY, gain), gain)
 
 
-def _as_stored(values: Doubles, like: LazyTensor) -> Doubles:
+def as_stored(values: Doubles, like: LazyTensor) -> Doubles:
     """`values` rounded to the type in which `like` is stored."""
     return widen(narrow(values.astype(np.float32), like.native), like.native).astype(np.float64)
 
 
-def _known(like: LazyTensor, values: Doubles) -> LazyTensor:
+def known(like: LazyTensor, values: Doubles) -> LazyTensor:
     """A vector known already, in the place of `like`."""
     floats = values.astype(np.float32)
     return computed(like, lambda start, stop: floats[start:stop])

@@ -8,6 +8,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from neoxconv.core.model import Architecture, ModelConfig
 
@@ -71,6 +72,19 @@ def looked_up(ranks: Sequence[Rank], name: str, tokens: Tensor, config: ModelCon
     numbers, places = torch.unique(tokens, return_inverse=True)
     rows = [ranks[n // part].rows(name, [n % part]) for n in numbers.tolist()]
     return torch.cat(rows)[places]
+
+
+def layer_norm(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
+    """A layer norm with gain and bias."""
+    gain, bias = rank.vector(name + ".weight"), rank.vector(name + ".bias")
+    return functional.layer_norm(x, (config.hidden,), gain, bias, config.norm_eps)
+
+
+def gelu_mlp(rank: Rank, x: Tensor, up: str, down: str, config: ModelConfig) -> Tensor:
+    """A rank's part of an ungated MLP, without the output's bias."""
+    inner = rank.linear(x, up) + rank.vector(up + ".bias")
+    inner = functional.gelu(inner, approximate="tanh" if config.activation == "gelu_tanh" else "none")
+    return rank.linear(inner, down)
 
 
 def rotated(x: Tensor, config: ModelConfig) -> Tensor:

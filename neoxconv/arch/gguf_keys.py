@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neoxconv.arch.settings import Settings, stale
-from neoxconv.core.model import Index
+from neoxconv.core.model import Index, Measured
 from neoxconv.dtypes import FLOATS
 from neoxconv.errors import CheckpointError, raise_all
 
@@ -67,6 +67,18 @@ class GgufKeys:
         own = {key.removeprefix(f"{family}."): value for key, value in index.settings.items()}
         where = ", ".join(str(file.storage.path) for file in index.files[:1])
         return GgufKeys(index, Settings(where, own, f"{family}."))
+
+    def sizes(self, measured: Measured) -> dict[str, Any]:
+        """The hyperparameters that every family has, but for its heads; rows and tying are as measured."""
+        read = self.read
+        return {
+            "layers": read.count("block_count"),
+            "hidden": read.count("embedding_length"),
+            "ff": read.count("feed_forward_length"),
+            "context": read.count("context_length"),
+            "rows": measured.rows,
+            "tied": measured.tied,
+        }
 
     def refuse_unread(self, hidden: int, heads: int, base: float, own: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise CheckpointError for each key with which llama.cpp, or its kin, would compute another function.

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.arch.fold import row_sums
-from neoxconv.core.tensor import LazyTensor, computed, in_memory
-from neoxconv.dtypes import Doubles, Floats, narrow, widen
+from neoxconv.arch.fold import as_stored, away_from_zero, known, row_sums
+from neoxconv.core.tensor import LazyTensor, computed
+from neoxconv.dtypes import Doubles, Floats
 
-_TINY = 1e-3  # a gain is kept at least this far from zero
 _LEVER = 0.25  # the mean of b' / g': of 0.05 to 2 the one with the least error in F16, Q6_K and Q4_0, by measurement
 
 
@@ -32,9 +31,9 @@ def without_head_bias(
     if not c.any():
         return head, gain, bias
     g, b = _doubles(gain), _doubles(bias)
-    new_gain = _as_stored(np.where(np.abs(g) < _TINY, np.copysign(_TINY, g), g), gain)
+    new_gain = as_stored(away_from_zero(g), gain)
     shift = _LEVER - row_sums((b / new_gain)[None])[0] / len(b)
-    new_bias = _as_stored(b + shift * new_gain, bias)
+    new_bias = as_stored(b + shift * new_gain, bias)
     ratio, lever = g / new_gain, row_sums((new_bias / new_gain)[None])[0]
 
     def read(start: int, stop: int) -> Floats:
@@ -43,18 +42,8 @@ def without_head_bias(
         moved: Doubles = rows * ratio + u[:, None] / new_gain
         return moved.astype(np.float32)
 
-    return computed(head, read), _known(gain, new_gain), _known(bias, new_bias)
+    return computed(head, read), known(gain, new_gain), known(bias, new_bias)
 
 
 def _doubles(vector: LazyTensor) -> Doubles:
     return vector.floats(0, vector.rows).astype(np.float64)
-
-
-def _as_stored(values: Doubles, like: LazyTensor) -> Doubles:
-    """`values` rounded to the type in which `like` is stored."""
-    return widen(narrow(values.astype(np.float32), like.native), like.native).astype(np.float64)
-
-
-def _known(like: LazyTensor, values: Doubles) -> LazyTensor:
-    """A vector known already, in the place of `like`."""
-    return computed(like, in_memory(values.astype(np.float32)).read)

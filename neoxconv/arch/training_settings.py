@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from neoxconv.core.model import ModelConfig
+
 Allowed = Mapping[str, tuple[Any, tuple[Any, ...]]]  # what a key is where the file is silent, and the values allowed
 
 _ATTENTION = ("global", "flash")
@@ -40,3 +42,39 @@ def refused(settings: Mapping[str, Any], allowed: Allowed) -> list[str]:
     if isinstance(tuning, Mapping) and tuning.get("enabled"):
         found.append("soft_prompt_tuning: enabled is not supported")
     return found
+
+
+def grouped(settings: Mapping[str, Any]) -> list[str]:
+    """Groups of queries with common keys, for families that have none."""
+    heads, groups = settings.get("num_attention_heads"), settings.get("num_kv_heads")
+    if groups in (None, heads):
+        return []
+    return [f"num_kv_heads: {groups} is not num_attention_heads ({heads}); grouped queries are not supported"]
+
+
+def other_width(config: ModelConfig) -> list[str]:
+    """What gpt-neox cannot say of an ungated MLP: 2022's is four times as wide as the model, and both check types."""
+    if config.ff == 4 * config.hidden:
+        return []
+    return [f"--to slim: the MLP has {config.ff} rows; gpt-neox's has 4 x hidden size = {4 * config.hidden}."]
+
+
+def with_layer_norms(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model with layer norms and an ungated MLP; `positions` are those of its positions.
+
+    In keys that the code of 2022 and today's both know.
+    """
+    return {
+        "num_layers": config.layers,
+        "hidden_size": config.hidden,
+        "num_attention_heads": config.heads,
+        "seq_length": config.context,
+        "max_position_embeddings": config.context,
+        "norm": "layernorm",
+        "layernorm_epsilon": config.norm_eps,
+        **positions,
+        "no_weight_tying": not config.tied,
+        "gpt_j_residual": config.parallel_residual,
+        "activation": "gelu",
+        "bias_gelu_fusion": config.activation == "gelu_tanh",
+    }

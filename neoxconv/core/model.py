@@ -142,6 +142,10 @@ class Fused:
         """What it is called among unified names until it is taken apart."""
         return f"{self.source} of layer {layer}"
 
+    def parts_at(self, layer: int) -> tuple[str, ...]:
+        """The unified names of its parts in one layer."""
+        return tuple(part.replace("{i}", str(layer)) for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -294,7 +298,8 @@ class Architecture:
                 followers = [buffer for buffer in self.buffers if buffer.after == weight.source[0]]
                 yield from (Stored(buffer.source, layer, (weight,), buffer=buffer) for buffer in followers)
                 continue
-            parts = tuple(weights[part.replace("{i}", str(layer))] for part in fused.parts)
+            assert layer is not None
+            parts = tuple(weights[name] for name in fused.parts_at(layer))
             if weight is parts[0]:
                 yield Stored(fused.source, layer, parts, fused)
 

@@ -56,7 +56,7 @@ def taken_apart(
             tensor = tensors.pop(each.name_at(layer), None)
             if tensor is None:
                 continue
-            names = [part.replace("{i}", str(layer)) for part in each.parts]
+            names = each.parts_at(layer)
             known = [weights[part] for part in each.parts if part in weights]
             if problem := _problem(each, tensor, known, names, tensors, len(named), config):
                 problems.append(f"{home(index, rank, f'{layer + FIRST_LAYER}.{each.source}')}: {each.source} {problem}")

@@ -17,7 +17,6 @@ from neoxconv.quant import ENCODINGS
 
 _ANY = "*"
 _VECTORS = ("norm", "bias", "positions")  # always F32 in GGUF
-_PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _stored_as_found(checkpoint: Checkpoint) -> dict[str, Stored]:
     weights = {weight.unified: weight for _, weight in named}
     for fused in checkpoint.fused:
         for layer in range(config.layers):
-            parts = tuple(weights[part.replace("{i}", str(layer))] for part in fused.parts)
+            parts = tuple(weights[name] for name in fused.parts_at(layer))
             found[number_name(parts[0], layer, config.layers, fused.source)] = Stored(fused.source, layer, parts, fused)
     return found
 

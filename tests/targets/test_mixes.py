@@ -43,19 +43,24 @@ def types(plan: Plan) -> dict[str, str]:
     return {step.entry.name: step.entry.encoding.name for step in plan.steps}
 
 
+def assert_types_are_llama_quantizes(source: Path, folder: Path) -> None:
+    """Of every mix, with an importance matrix and without; `folder` is for files."""
+    f16 = run(planned(source, type="F16"), folder / "f16.gguf")
+    matrix = folder / "imatrix.gguf"
+    importances = write_imatrix(matrix, f16)
+    for given in (None, importances):
+        for mix in PACKED:
+            expected = llama_types(f16, mix, given)
+            assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "hidden"), [(3, 256), (17, 256), (2, 96), (2, 40)], ids=["shallow", "deep", "narrow", "odd"]
 )
 def test_types_are_those_of_llama_quantize(layers: int, hidden: int, tmp_path: Path) -> None:
     source = toy(tmp_path, layers=layers, hidden=hidden, heads=4, rows=512)
-    f16 = run(planned(source, type="F16"), tmp_path / "f16.gguf")
-    matrix = tmp_path / "imatrix.gguf"
-    importances = write_imatrix(matrix, f16)
-    for given in (None, importances):
-        for mix in PACKED:
-            expected = llama_types(f16, mix, given)
-            assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
+    assert_types_are_llama_quantizes(source, tmp_path)
 
 
 @pytest.mark.slow
@@ -68,13 +73,7 @@ def test_types_of_separate_queries_keys_and_values_are_those_of_llama_quantize(
         tmp_path / "hf", hidden_size=256, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=keys, tie_word_embeddings=tied, vocab_size=300,
     )  # fmt: skip
-    f16 = run(planned(source, type="F16"), tmp_path / "f16.gguf")
-    matrix = tmp_path / "imatrix.gguf"
-    importances = write_imatrix(matrix, f16)
-    for given in (None, importances):
-        for mix in PACKED:
-            expected = llama_types(f16, mix, given)
-            assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
+    assert_types_are_llama_quantizes(source, tmp_path)
 
 
 @pytest.mark.parametrize(

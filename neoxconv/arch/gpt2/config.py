@@ -8,7 +8,7 @@ from neoxconv.arch.gguf_keys import GgufKeys, rounded
 from neoxconv.arch.gpt_neox.config import ALLOWED
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import GELUS, OF_GPT2, Settings, by_own_names, stale
-from neoxconv.arch.training_settings import Allowed, refused
+from neoxconv.arch.training_settings import Allowed, grouped, other_width, refused, with_layer_norms
 from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 
@@ -44,10 +44,8 @@ def serial_from_neox(
     """The hyperparameters of a YAML that says no other settings than `allowed`."""
     settings, where = index.settings, ", ".join(map(str, index.configs))
     read = Settings(where, settings)
-    heads, groups = read.count("num_attention_heads"), settings.get("num_kv_heads")
-    problems = refused(settings, allowed)
-    if groups not in (None, heads):
-        problems.append(f"num_kv_heads: {groups} is not num_attention_heads ({heads}); grouped queries are not here")
+    heads = read.count("num_attention_heads")
+    problems = refused(settings, allowed) + grouped(settings)
     raise_all(CheckpointError, (f"{where}: {problem}." for problem in problems))
     config = ModelConfig(
         layers=read.count("num_layers"),
@@ -153,19 +151,14 @@ def serial_from_gguf(
     heads, hidden = read.count("attention.head_count"), read.count("embedding_length")
     keys.refuse_unread(hidden, heads, 1e4, {"attention.head_count_kv": (heads,), **own})
     config = ModelConfig(
-        layers=read.count("block_count"),
-        hidden=hidden,
+        **keys.sizes(measured),
         heads=heads,
-        ff=read.count("feed_forward_length"),
-        rows=measured.rows,
-        context=read.count("context_length"),
         positions=positions,
         rotary_pct=0.0,
         rotary_base=1e4,
         norm_eps=rounded(read.number("attention.layer_norm_epsilon")),
         parallel_residual=False,
         activation="gelu_tanh",
-        tied=measured.tied,
     )
     return config, keys.notes((*_READ, *own), config.rows)
 
@@ -184,21 +177,5 @@ def to_gguf(config: ModelConfig) -> dict[str, Any]:
 
 def to_neox(config: ModelConfig) -> dict[str, Any]:
     """The settings that make gpt-neox compute this model. Raises PlanError for what they cannot say."""
-    if config.ff != 4 * config.hidden:
-        raise PlanError(
-            f"--to slim: the MLP has {config.ff} rows; gpt-neox's has 4 x hidden size = {4 * config.hidden}."
-        )
-    return {
-        "num_layers": config.layers,
-        "hidden_size": config.hidden,
-        "num_attention_heads": config.heads,
-        "seq_length": config.context,
-        "max_position_embeddings": config.context,
-        "norm": "layernorm",
-        "layernorm_epsilon": config.norm_eps,
-        "pos_emb": config.positions,
-        "no_weight_tying": not config.tied,
-        "gpt_j_residual": False,
-        "activation": "gelu",
-        "bias_gelu_fusion": config.activation == "gelu_tanh",
-    }
+    raise_all(PlanError, other_width(config))
+    return with_layer_norms(config, {"pos_emb": config.positions})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neoxconv.arch.forward import Rank, Streams, looked_up, vocabulary
+from neoxconv.arch.forward import Rank, Streams, gelu_mlp, layer_norm, looked_up, vocabulary
 from neoxconv.arch.gpt2.weights import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, POSITIONS, QKV, UP
 from neoxconv.core.model import ModelConfig
 
@@ -27,23 +27,16 @@ def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams
 
 def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConfig) -> Streams:
     """The streams after a layer."""
-    norm1, norm2, dense, down = (name.format(i=layer) for name in (NORM1, NORM2, DENSE, DOWN))
+    norm1, norm2, dense, up, down = (name.format(i=layer) for name in (NORM1, NORM2, DENSE, UP, DOWN))
     pairs = list(zip(ranks, streams, strict=True))
-    normed = [_normalise(rank, x, norm1, config) for rank, x in pairs]
+    normed = [layer_norm(rank, x, norm1, config) for rank, x in pairs]
     part = config.heads // len(ranks)
     total = sum(
         _attention(rank, x, layer, r * part, config) for r, (rank, x) in enumerate(zip(ranks, normed, strict=True))
     )
     pairs = [(rank, x + total + rank.vector(dense + "bias")) for rank, x in pairs]
-    total = sum(_mlp(rank, _normalise(rank, x, norm2, config), layer, config) for rank, x in pairs)
+    total = sum(gelu_mlp(rank, layer_norm(rank, x, norm2, config), up[:-1], down[:-1], config) for rank, x in pairs)
     return [x + total + rank.vector(down + "bias") for rank, x in pairs]
-
-
-def _normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """A layer norm."""
-    return functional.layer_norm(
-        x, (config.hidden,), rank.vector(name + ".weight"), rank.vector(name + ".bias"), config.norm_eps
-    )
 
 
 def _attention(rank: Rank, x: Tensor, layer: int, first: int, config: ModelConfig) -> Tensor:
@@ -73,17 +66,9 @@ def _alibi(x: Tensor, config: ModelConfig) -> Tensor:
     return bias.masked_fill(distance < 0, float("-inf"))
 
 
-def _mlp(rank: Rank, x: Tensor, layer: int, config: ModelConfig) -> Tensor:
-    """A rank's part of the MLP, without the output's bias."""
-    up, down = UP.format(i=layer), DOWN.format(i=layer)
-    inner = rank.linear(x, up[:-1]) + rank.vector(up + "bias")
-    inner = functional.gelu(inner, approximate="tanh" if config.activation == "gelu_tanh" else "none")
-    return rank.linear(inner, down[:-1])
-
-
 def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
     """What each rank multiplies the head with."""
-    return [_normalise(rank, x, NORM, config) for rank, x in zip(ranks, streams, strict=True)]
+    return [layer_norm(rank, x, NORM, config) for rank, x in zip(ranks, streams, strict=True)]
 
 
 def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from neoxconv.arch.presets import from_preset
@@ -16,45 +15,33 @@ _GLOBAL, _LOCAL = "global", "local"  # kinds of attention
 _DEEPEST = 1 << 16  # layers that a list of kinds may be for
 
 
-@dataclass(frozen=True)
-class _Preset:
+def _released(layers: int, hidden: int, heads: int) -> ModelConfig:
     """A released model: every other layer sees 256 tokens, context 2048, tanh GELU, a tied head."""
-
-    name: str
-    layers: int
-    hidden: int
-    heads: int
-
-    @property
-    def config(self) -> ModelConfig:
-        return ModelConfig(
-            layers=self.layers,
-            hidden=self.hidden,
-            heads=self.heads,
-            ff=4 * self.hidden,
-            rows=50257,
-            context=2048,
-            positions="learned",
-            rotary_pct=0.0,
-            rotary_base=1e4,
-            norm_eps=1e-5,
-            parallel_residual=False,
-            activation="gelu_tanh",
-            tied=True,
-            attention_bias=False,
-            window=256,
-            unwindowed=tuple(range(0, self.layers, 2)),
-            scaled_scores=False,
-        )
-
-
-PRESETS: dict[str, ModelConfig] = {
-    preset.name: preset.config
-    for preset in (
-        _Preset("gpt-neo-125m", 12, 768, 12),
-        _Preset("gpt-neo-1.3B", 24, 2048, 16),
-        _Preset("gpt-neo-2.7B", 32, 2560, 20),
+    return ModelConfig(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        ff=4 * hidden,
+        rows=50257,
+        context=2048,
+        positions="learned",
+        rotary_pct=0.0,
+        rotary_base=1e4,
+        norm_eps=1e-5,
+        parallel_residual=False,
+        activation="gelu_tanh",
+        tied=True,
+        attention_bias=False,
+        window=256,
+        unwindowed=tuple(range(0, layers, 2)),
+        scaled_scores=False,
     )
+
+
+PRESETS = {
+    "gpt-neo-125m": _released(12, 768, 12),
+    "gpt-neo-1.3B": _released(24, 2048, 16),
+    "gpt-neo-2.7B": _released(32, 2560, 20),
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from neoxconv.arch.forward import Rank, Streams, looked_up, vocabulary, windowed
+from neoxconv.arch.forward import Rank, Streams, gelu_mlp, layer_norm, looked_up, vocabulary, windowed
 from neoxconv.arch.gpt_neo.names import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, POSITIONS, UP, K, Q, V
 from neoxconv.core.model import ModelConfig
 
@@ -25,14 +25,10 @@ def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConf
     (rank,), (x,) = ranks, streams
     window = None if layer in config.unwindowed else config.window
     names = {name: name.format(i=layer) for name in (NORM1, NORM2, Q, K, V, DENSE, UP, DOWN)}
-    x = x + _attention(rank, _normalise(rank, x, names[NORM1], config), names, window, config)
-    return [x + _mlp(rank, _normalise(rank, x, names[NORM2], config), names, config)]
-
-
-def _normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """A layer norm."""
-    gain, bias = rank.vector(name + ".weight"), rank.vector(name + ".bias")
-    return functional.layer_norm(x, (config.hidden,), gain, bias, config.norm_eps)
+    x = x + _attention(rank, layer_norm(rank, x, names[NORM1], config), names, window, config)
+    y = layer_norm(rank, x, names[NORM2], config)
+    mlp = gelu_mlp(rank, y, names[UP], names[DOWN], config) + rank.vector(names[DOWN] + ".bias")
+    return [x + mlp]
 
 
 def _attention(rank: Rank, x: Tensor, names: dict[str, str], window: int | None, config: ModelConfig) -> Tensor:
@@ -45,16 +41,9 @@ def _attention(rank: Rank, x: Tensor, names: dict[str, str], window: int | None,
     return rank.linear(mixed.transpose(1, 2).flatten(2), names[DENSE]) + rank.vector(names[DENSE] + ".bias")
 
 
-def _mlp(rank: Rank, x: Tensor, names: dict[str, str], config: ModelConfig) -> Tensor:
-    """The MLP."""
-    inner = rank.linear(x, names[UP]) + rank.vector(names[UP] + ".bias")
-    inner = functional.gelu(inner, approximate="tanh" if config.activation == "gelu_tanh" else "none")
-    return rank.linear(inner, names[DOWN]) + rank.vector(names[DOWN] + ".bias")
-
-
 def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
     """What the head is multiplied with."""
-    return [_normalise(ranks[0], streams[0], NORM, config)]
+    return [layer_norm(ranks[0], streams[0], NORM, config)]
 
 
 def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:

@@ -5,7 +5,6 @@ A setting that changes the function is either implemented or refused by name: AL
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from neoxconv.arch.gpt_neox.shared_norm import shared_norm
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import GELUS, Settings, agreed_rotary, rope_types, stale
-from neoxconv.arch.training_settings import refused
+from neoxconv.arch.training_settings import grouped, refused
 from neoxconv.core.model import Index, Measured, ModelConfig, Opening
 from neoxconv.errors import CheckpointError, raise_all
 
@@ -134,7 +133,7 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
     ]
     raise_all(
         CheckpointError,
-        (f"{where}: {problem}." for problem in problems + refused(settings, ALLOWED) + _grouped(settings)),
+        (f"{where}: {problem}." for problem in problems + refused(settings, ALLOWED) + grouped(settings)),
     )
     read = Settings(where, settings)
     shared, notes = shared_norm(index, read, asked=bool(opening.config))
@@ -157,14 +156,6 @@ def from_neox(index: Index, measured: Measured, opening: Opening) -> tuple[Model
 
 
 _HF_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_fast"}
-
-
-def _grouped(settings: Mapping[str, Any]) -> list[str]:
-    """Groups of queries with common keys, which this family has not."""
-    heads, groups = settings.get("num_attention_heads"), settings.get("num_kv_heads")
-    if groups in (None, heads):
-        return []
-    return [f"num_kv_heads: {groups} is not num_attention_heads ({heads}); grouped queries are not supported"]
 
 
 def from_hf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:

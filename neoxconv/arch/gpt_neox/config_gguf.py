@@ -20,18 +20,13 @@ def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[Model
     base = read.number("rope.freq_base", 10000)
     keys.refuse_unread(hidden, heads, base, {"attention.head_count_kv": (heads,)})
     config = ModelConfig(
-        layers=read.count("block_count"),
-        hidden=hidden,
+        **keys.sizes(measured),
         heads=heads,
-        ff=read.count("feed_forward_length"),
-        rows=measured.rows,
-        context=read.count("context_length"),
         rotary_pct=share(read.count("rope.dimension_count"), max(1, hidden // heads)),
         rotary_base=base,
         norm_eps=rounded(read.number("attention.layer_norm_epsilon")),
         parallel_residual=read.truth("use_parallel_residual", True),
         activation="gelu_tanh",
-        tied=measured.tied,
     )
     return config, keys.notes(_READ, config.rows)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from neoxconv.arch.forward import Rank, Streams, looked_up, rotated, vocabulary
+from neoxconv.arch.forward import Rank, Streams, gelu_mlp, layer_norm, looked_up, rotated, vocabulary
 from neoxconv.arch.gpt_neox.weights import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, QKV, UP, L
 from neoxconv.core.model import ModelConfig
 
@@ -28,23 +28,17 @@ def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConf
     """The streams after a layer."""
     at = L.format(i=layer)
     norm1, norm2 = NORM1.format(i=layer), NORM2.format(i=layer)
+    up, down = (at + UP)[:-1], (at + DOWN)[:-1]
     pairs = list(zip(ranks, streams * (len(ranks) // len(streams)), strict=True))
-    attended = [attention(rank, _normalise(rank, x, norm1, config), at, config) for rank, x in pairs]
+    attended = [attention(rank, layer_norm(rank, x, norm1, config), at, config) for rank, x in pairs]
     if config.parallel_residual:
-        mlps = [mlp(rank, _normalise(rank, x, norm2, config), at, config) for rank, x in pairs]
+        mlps = [gelu_mlp(rank, layer_norm(rank, x, norm2, config), up, down, config) for rank, x in pairs]
         biases = [rank.vector(at + name + "bias") for rank in ranks for name in (DENSE, DOWN)]
         return [streams[0] + sum((*attended, *mlps, *biases))]
     total = sum(attended)
     pairs = [(rank, x + total + rank.vector(at + DENSE + "bias")) for rank, x in pairs]
-    total = sum(mlp(rank, _normalise(rank, x, norm2, config), at, config) for rank, x in pairs)
+    total = sum(gelu_mlp(rank, layer_norm(rank, x, norm2, config), up, down, config) for rank, x in pairs)
     return [x + total + rank.vector(at + DOWN + "bias") for rank, x in pairs]
-
-
-def _normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """A layer norm."""
-    return functional.layer_norm(
-        x, (config.hidden,), rank.vector(name + ".weight"), rank.vector(name + ".bias"), config.norm_eps
-    )
 
 
 def attention(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
@@ -57,17 +51,10 @@ def attention(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
     return rank.linear(mixed.transpose(1, 2).flatten(2), (at + DENSE)[:-1])
 
 
-def mlp(rank: Rank, x: Tensor, at: str, config: ModelConfig) -> Tensor:
-    """A rank's part of the MLP, without the output's bias."""
-    inner = rank.linear(x, (at + UP)[:-1]) + rank.vector(at + UP + "bias")
-    inner = functional.gelu(inner, approximate="tanh" if config.activation == "gelu_tanh" else "none")
-    return rank.linear(inner, (at + DOWN)[:-1])
-
-
 def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
     """What each rank multiplies the head with."""
     pairs = zip(ranks, streams * (len(ranks) // len(streams)), strict=True)
-    return [_normalise(rank, x, NORM, config) for rank, x in pairs]
+    return [layer_norm(rank, x, NORM, config) for rank, x in pairs]
 
 
 def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neoxconv.arch.forward import Rank, Streams, looked_up, rotated, vocabulary
+from neoxconv.arch.forward import Rank, Streams, gelu_mlp, layer_norm, looked_up, rotated, vocabulary
 from neoxconv.arch.gptj.names import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, UP, K, Q, V
 from neoxconv.arch.gptj.rotation import halves_first
 from neoxconv.core.model import ModelConfig
@@ -26,14 +26,9 @@ def block(ranks: Sequence[Rank], layer: int, streams: Streams, config: ModelConf
     """The stream after a layer. Only gpt-neox has ranks, which does not train this family."""
     (rank,), (x,) = ranks, streams
     names = {name: name.format(i=layer) for name in (NORM1, Q, K, V, DENSE, UP, DOWN)}
-    y = _normalise(rank, x, names[NORM1], config)
-    return [x + _attention(rank, y, names, config) + _mlp(rank, y, names, config)]
-
-
-def _normalise(rank: Rank, x: Tensor, name: str, config: ModelConfig) -> Tensor:
-    """A layer norm."""
-    gain, bias = rank.vector(name + ".weight"), rank.vector(name + ".bias")
-    return functional.layer_norm(x, (config.hidden,), gain, bias, config.norm_eps)
+    y = layer_norm(rank, x, names[NORM1], config)
+    mlp = gelu_mlp(rank, y, names[UP], names[DOWN], config) + rank.vector(names[DOWN] + ".bias")
+    return [x + _attention(rank, y, names, config) + mlp]
 
 
 def _attention(rank: Rank, x: Tensor, names: dict[str, str], config: ModelConfig) -> Tensor:
@@ -48,16 +43,9 @@ def _attention(rank: Rank, x: Tensor, names: dict[str, str], config: ModelConfig
     return rank.linear(mixed.transpose(1, 2).flatten(2), names[DENSE])
 
 
-def _mlp(rank: Rank, x: Tensor, names: dict[str, str], config: ModelConfig) -> Tensor:
-    """The MLP."""
-    inner = rank.linear(x, names[UP]) + rank.vector(names[UP] + ".bias")
-    inner = functional.gelu(inner, approximate="tanh" if config.activation == "gelu_tanh" else "none")
-    return rank.linear(inner, names[DOWN]) + rank.vector(names[DOWN] + ".bias")
-
-
 def final(ranks: Sequence[Rank], streams: Streams, config: ModelConfig) -> Streams:
     """What the head is multiplied with."""
-    return [_normalise(ranks[0], streams[0], NORM, config)]
+    return [layer_norm(ranks[0], streams[0], NORM, config)]
 
 
 def logits(ranks: Sequence[Rank], normed: Streams, start: int, stop: int, config: ModelConfig) -> Tensor:

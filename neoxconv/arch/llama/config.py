@@ -172,13 +172,9 @@ def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[Model
     base = read.number("rope.freq_base", 10000)
     keys.refuse_unread(hidden, heads, base, {"rope.dimension_count": (hidden // heads,)})
     config = ModelConfig(
-        layers=read.count("block_count"),
-        hidden=hidden,
+        **keys.sizes(measured),
         heads=heads,
         kv_heads=grouped(read, "attention.head_count_kv", heads),
-        ff=read.count("feed_forward_length"),
-        rows=measured.rows,
-        context=read.count("context_length"),
         rotary_pct=1.0,
         rotary_base=base,
         norm="rmsnorm",
@@ -187,7 +183,6 @@ def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[Model
         activation="silu",
         attention_bias=_has_biases(index, read.where, ("attn_q", "attn_k", "attn_v", "attn_output")),
         mlp_bias=_has_biases(index, read.where, ("ffn_gate", "ffn_up", "ffn_down")),
-        tied=measured.tied,
     )
     return config, keys.notes(_READ, config.rows)
 
