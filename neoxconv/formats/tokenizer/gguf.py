@@ -32,7 +32,7 @@ from neoxconv.formats.tokenizer.files import END, JSON, KINDS, SETTINGS, Tokeniz
 from neoxconv.formats.tokenizer.from_spiece import of_spiece
 from neoxconv.formats.tokenizer.made import BYTE_LEVEL, STRIPPING
 from neoxconv.formats.tokenizer.pieces import BPE, UNIGRAM, UNUSED_SCORE, Pieces, as_float32, type_of
-from neoxconv.formats.tokenizer.pieces_json import of_json
+from neoxconv.formats.tokenizer.pieces_json import of_json, steps_of
 from neoxconv.formats.tokenizer.special import mistaken
 from neoxconv.formats.tokenizer.spiece import CONTROL, NORMAL, UNUSED, USER_DEFINED
 
@@ -90,6 +90,7 @@ SPLITTERS = {
     "default": _BY_NAME["gpt-2"],
     **{name: _BY_NAME[pre] for pre, names in _ALSO.items() for name in names},
 }
+_FAMILIES = {UNIGRAM: "Unigram", BPE: "BPE with byte fallback", None: "byte-level BPE"}  # what messages call them
 _UNSAID = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")  # options of BPE
 
 
@@ -128,13 +129,13 @@ def _class_adds_end(tokenizer: Tokenizer) -> bool:
 
 def _vocabulary_keys(tokenizer: Tokenizer, rows: int, *, others: bool = False) -> dict[str, Any]:
     """The keys of the tokens, their types and merges or scores, and of how text is split."""
-    faults = () if others else differences(tokenizer)
+    found = _pieces(tokenizer)
+    faults, family = () if others else _differences(tokenizer, found), _FAMILIES[found.model if found else None]
     raise_all(CheckpointError, (
-        f"{tokenizer.name}: it is {_family(tokenizer)} and has {fault}, which llama.cpp does not have. Choose another "
+        f"{tokenizer.name}: it is {family} and has {fault}, which llama.cpp does not have. Choose another "
         "target, another --tokenizer, or --allow-other-tokens for the nearest."
         for fault in faults
     ))  # fmt: skip
-    found = _pieces(tokenizer)
     return _piece_keys(tokenizer, found, rows) if found else _byte_level_keys(tokenizer, rows)
 
 
@@ -155,7 +156,11 @@ def differences(tokenizer: Tokenizer) -> list[str]:
 
     Raises CheckpointError where it is of no family that llama.cpp has.
     """
-    found = _pieces(tokenizer)
+    return _differences(tokenizer, _pieces(tokenizer))
+
+
+def _differences(tokenizer: Tokenizer, found: Pieces | None) -> list[str]:
+    """The same, with what a tokenizer of sentencepiece's families says."""
     if tokenizer.own_sentencepiece and found:
         return [*found.faults]
     own = found.faults if found else _byte_level_faults(byte_level(tokenizer))
@@ -170,12 +175,6 @@ def differences(tokenizer: Tokenizer) -> list[str]:
         (ordinary, f"{', '.join(map(repr, ordinary[:3]))} as ordinary tokens and not special ones"),
     )
     return [*own, *(fault for wrong, fault in common if wrong)]
-
-
-def _family(tokenizer: Tokenizer) -> str:
-    """What messages call a tokenizer's family."""
-    found = _pieces(tokenizer)
-    return {UNIGRAM: "Unigram", BPE: "BPE with byte fallback"}[found.model] if found else "byte-level BPE"
 
 
 def _byte_level_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
@@ -252,19 +251,11 @@ def _read_special(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> Any:
         logger.setLevel(level)
 
 
-def _steps(parsed: Mapping[str, Any]) -> list[Any]:
-    """The steps of the pre-tokenizer."""
-    found = parsed.get("pre_tokenizer")
-    if isinstance(found, dict) and found.get("type") == "Sequence" and isinstance(found.get("pretokenizers"), list):
-        return list(found["pretokenizers"])
-    return [found]
-
-
 def _splitter(parsed: Mapping[str, Any]) -> _Splitter | None:
     """The name in `pre` that cuts text as this tokenizer does."""
-    steps, whole_words = _steps(parsed), bool(parsed["model"].get("ignore_merges"))
+    found, whole_words = steps_of(parsed, "pre_tokenizer", "pretokenizers"), bool(parsed["model"].get("ignore_merges"))
     for splitter in _SPLITTERS:
-        fits = len(steps) == len(splitter.steps) and all(map(_same_step, steps, splitter.steps))
+        fits = len(found) == len(splitter.steps) and all(map(_same_step, found, splitter.steps))
         single = len(splitter.steps) == 1
         if fits and whole_words == splitter.whole_words and (not single or _normalizer(parsed) == splitter.normalizer):
             return splitter

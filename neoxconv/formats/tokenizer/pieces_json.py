@@ -147,12 +147,12 @@ def _types(tokenizer: Tokenizer, unknown: str | None) -> dict[str, int]:
 
 def _prefix(parsed: Mapping[str, Any]) -> bool:
     """Whether the nearest that llama.cpp has puts a space before a text."""
-    splitter = _steps(parsed, "pre_tokenizer", "pretokenizers")[-1:]
+    splitter = steps_of(parsed, "pre_tokenizer", "pretokenizers")[-1:]
     schemes = [step.get("prepend_scheme", "always") for step in splitter if isinstance(step, dict)]
     return parsed.get("normalizer") == _LLAMA_2 or schemes not in ([], ["never"])
 
 
-def _steps(parsed: Mapping[str, Any], stage: str, inner: str) -> list[Any]:
+def steps_of(parsed: Mapping[str, Any], stage: str, inner: str) -> list[Any]:
     """The steps of a stage; of a single one that one, of none none."""
     found = parsed.get(stage)
     if isinstance(found, dict) and found.get("type") == "Sequence" and isinstance(found.get(inner), list):
@@ -162,8 +162,8 @@ def _steps(parsed: Mapping[str, Any], stage: str, inner: str) -> list[Any]:
 
 def _merging(parsed: Mapping[str, Any]) -> tuple[bytes, bool]:
     """The map of characters that comes first, and whether spaces are merged as `remove_extra_whitespaces` means it."""
-    normalizers = _steps(parsed, "normalizer", "normalizers")
-    splitters = _steps(parsed, "pre_tokenizer", "pretokenizers")
+    normalizers = steps_of(parsed, "normalizer", "normalizers")
+    splitters = steps_of(parsed, "pre_tokenizer", "pretokenizers")
     charsmap = b""
     if normalizers and isinstance(normalizers[0], dict) and normalizers[0].get("type") == "Precompiled":
         charsmap = _decoded(normalizers.pop(0).get("precompiled_charsmap"))
@@ -187,7 +187,7 @@ def _decoded(text: Any) -> bytes:
 
 def _whole_words(parsed: Mapping[str, Any], ids: Iterable[str], added: set[str]) -> Iterable[str]:
     """What of a tokenizer that merges spaces llama.cpp has not."""
-    splitters = _steps(parsed, "pre_tokenizer", "pretokenizers")
+    splitters = steps_of(parsed, "pre_tokenizer", "pretokenizers")
     if (len(splitters) > 1 or splitters[0].get("split", True)) and any(SPACE in text[1:] for text in {*ids} - added):
         yield "words split before spaces, and tokens with spaces inside"
     if any(token.get("normalized") for token in parsed["added_tokens"]):
