@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -68,8 +67,9 @@ def make_matrix(asked: _Calibration) -> str:
             if not asked.quiet:
                 say(f"  {output}: {size(disk)}; up to {size(memory)} of memory besides the model's slabs", err=True)
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}
-            how: dict[str, Any] = {"gradients": asked.gradients, "device": asked.device, "progress": progress}
-            count = moments.calibrate(checkpoint, tokens, output, keys, **how)
+            count = moments.calibrate(
+                checkpoint, tokens, output, keys, gradients=asked.gradients, device=asked.device, progress=progress
+            )
             return f"{escaped(output)}: second moments of the inputs of {count} tensors {made}"
         sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
     with whole(output) as partial:

@@ -53,7 +53,7 @@ class Inputs:
 
 
 class Writer:
-    """A calibration that is written input after input, at `path`, which is made or, with `again`, gone on with."""
+    """A calibration that is written input after input, at `path`: `begin`, `add` for each, `finish`."""
 
     def __init__(
         self, path: Path, inputs: tuple[Inputs, ...], keys: Mapping[str, Any], tokens: int, gradients: bool

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -33,15 +34,14 @@ class Costs:
     entry: Entry
     nats: Mapping[str, float]
 
-    def bytes(self, name: str) -> int:
-        return self._as(name).nbytes
-
-    def _as(self, name: str) -> Entry:
-        return replace(self.entry, encoding=ENCODINGS[name])
+    @cached_property
+    def bytes(self) -> dict[str, int]:
+        """Its bytes as each type."""
+        return {name: replace(self.entry, encoding=ENCODINGS[name]).nbytes for name in self.nats}
 
     def cheapest(self, price: float) -> str:
         """The type with the least sum of nats and of bytes at a price."""
-        return min(self.nats, key=lambda name: self.nats[name] + price * self.bytes(name))
+        return min(self.nats, key=lambda name: self.nats[name] + price * self.bytes[name])
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,7 @@ class Chosen:
 def costs_of(entry: Entry, moments: Moments, gradient: float, types: Iterable[str]) -> Costs:
     """What a matrix costs as each of the types that its width allows; rows at equal distances stand for all."""
     tensor = entry.tensor
-    square, mean = (
-        damped_moments(moments, entry.name),
-        float(np.trace(moments.read(), dtype=np.float64)) / tensor.columns,
-    )
+    square, mean = damped_moments(moments, entry.name)
     count = min(_ROWS, tensor.rows)
     numbers = (np.arange(count) * tensor.rows // count).tolist()
     rows = np.concatenate([floats(tensor.read(number, number + 1), tensor.dtype) for number in numbers])
@@ -87,17 +84,17 @@ def choose_within(costs: Sequence[Costs], budget: int) -> Chosen:
 
     Raises PlanError where not even the smallest fit.
     """
-    least = sum(min(each.bytes(name) for name in each.nats) for each in costs)
+    least = sum(min(each.bytes.values()) for each in costs)
     if least > budget:
         raise PlanError(
             f"the matrices of the layers take {size(least)} at least, {size(max(0, budget))} are left for them; "
             "give more, or allow smaller types with --types."
         )
     chosen = _at_price(costs, budget)
-    left = budget - sum(each.bytes(name) for each, name in zip(costs, chosen, strict=True))
+    left = budget - sum(each.bytes[name] for each, name in zip(costs, chosen, strict=True))
     while better := _best_buy(costs, chosen, left):
         number, name = better
-        left -= costs[number].bytes(name) - costs[number].bytes(chosen[number])
+        left -= costs[number].bytes[name] - costs[number].bytes[chosen[number]]
         chosen[number] = name
     pairs = list(zip(costs, chosen, strict=True))
     return Chosen({each.entry.name: name for each, name in pairs}, sum(each.nats[name] for each, name in pairs))
@@ -108,7 +105,7 @@ def _at_price(costs: Sequence[Costs], budget: int) -> list[str]:
     low, high = -30.0, 3.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        fits = sum(each.bytes(each.cheapest(10.0**middle)) for each in costs) <= budget
+        fits = sum(each.bytes[each.cheapest(10.0**middle)] for each in costs) <= budget
         low, high = (low, middle) if fits else (middle, high)
     return [each.cheapest(10.0**high) for each in costs]
 
@@ -118,7 +115,7 @@ def _best_buy(costs: Sequence[Costs], chosen: Sequence[str], left: int) -> tuple
     best, found = 0.0, None
     for number, (each, now) in enumerate(zip(costs, chosen, strict=True)):
         for name, nats in each.nats.items():
-            more, saved = each.bytes(name) - each.bytes(now), each.nats[now] - nats
+            more, saved = each.bytes[name] - each.bytes[now], each.nats[now] - nats
             if saved > 0 and more <= left and (more <= 0 or saved / more > best):
                 best, found = (saved / more if more > 0 else float("inf")), (number, name)
     return found

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from neoxconv.core.encoding import Context
+from neoxconv.core.encoding import Context, Moments
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint, Weight
 from neoxconv.core.tensor import reordered
@@ -55,9 +55,8 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     choice = _choice_of(checkpoint, recipe)
     kept = _kept_keys(checkpoint, recipe)
     beside = None if _TOKENS in kept else carried(own, recipe.tokenizer)
-    source = recipe.calibration or recipe.imatrix
-    matrix = imatrix.read(source) if source else None
-    entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, recipe)
+    matrix, moments = _importances(recipe)
+    entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, moments, recipe)
     searched = any(entry.context for entry in entries)
     keys = {
         "general.architecture": checkpoint.architecture.gguf_name,
@@ -73,10 +72,10 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
-    chosen = _within_budget(entries, keys, checkpoint, recipe)
+    chosen = _within_budget(entries, keys, moments, checkpoint, recipe)
     if chosen:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
-        entries = _with_contexts(entries, matrix, recipe)
+        entries = _with_contexts(entries, matrix, moments, recipe)
     notes = (
         *stands_in,
         *([line(chosen)] if chosen else []),
@@ -170,8 +169,23 @@ def gguf_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     return entries
 
 
+def _importances(recipe: Recipe) -> tuple[Matrix | None, Mapping[str, Moments]]:
+    """How much columns matter, and the moments of what matrices are multiplied with, as far as they were given.
+
+    Raises PlanError where both kinds of files were.
+    """
+    if recipe.imatrix and recipe.calibration:
+        raise PlanError("--calibration is an importance matrix too; leave --imatrix out.")
+    source = recipe.calibration or recipe.imatrix
+    return imatrix.read(source) if source else None, moments_in(recipe.calibration) if recipe.calibration else {}
+
+
 def _within_budget(
-    entries: Sequence[Entry], keys: Mapping[str, Any], checkpoint: Checkpoint, recipe: Recipe
+    entries: Sequence[Entry],
+    keys: Mapping[str, Any],
+    moments: Mapping[str, Moments],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
 ) -> Chosen | None:
     """Types for the layers' matrices by what they cost; None where nobody asked. Raises PlanError where none fit."""
     if recipe.bits is None and recipe.size is None:
@@ -180,7 +194,7 @@ def _within_budget(
         return None
     if recipe.calibration is None or (recipe.bits and recipe.size):
         raise PlanError("--bits and --size need --calibration FILE, and exclude each other.")
-    moments, gradients = moments_in(recipe.calibration), gradients_in(recipe.calibration)
+    gradients = gradients_in(recipe.calibration)
     free = [entry for entry in entries if entry.name in gradients and not _is_asked(entry, recipe)]
     names = {entry.name for entry in free}
     fixed = sum(entry.nbytes for entry in entries if entry.name not in names)
@@ -198,15 +212,14 @@ def _is_asked(entry: Entry, recipe: Recipe) -> bool:
     return any(re.search(pattern, entry.name) for pattern, _ in recipe.tensor_type)
 
 
-def _with_contexts(entries: list[Entry], matrix: Matrix | None, recipe: Recipe) -> list[Entry]:
+def _with_contexts(
+    entries: list[Entry], matrix: Matrix | None, moments: Mapping[str, Moments], recipe: Recipe
+) -> list[Entry]:
     """The entries, each with the importance of its columns, and with --calibration with the moments of its inputs.
 
-    Raises PlanError where the matrix is another model's, or both kinds were given.
+    Raises PlanError where the matrix is another model's.
     """
-    if recipe.imatrix and recipe.calibration:
-        raise PlanError("--calibration is an importance matrix too; leave --imatrix out.")
     found, thorough = matrix.entries if matrix else {}, recipe.effort == "high"
-    moments = moments_in(recipe.calibration) if recipe.calibration else {}
     if matrix:
         columns = {entry.name: entry.tensor.columns for entry in entries}
         raise_all(PlanError, (

@@ -158,7 +158,7 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
     check = _ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
-    moments = damped_moments(pair.moments, pair.name) if pair.moments else None
+    moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
     for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)

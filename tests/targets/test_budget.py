@@ -40,16 +40,16 @@ def costs(seed: int, count: int) -> list[Costs]:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_choice_is_about_the_best_of_all_and_never_a_byte_over(seed: int) -> None:
     matrices = costs(seed, 5)
-    least = sum(each.bytes("Q2_K") for each in matrices)
-    most = sum(each.bytes("Q6_K") for each in matrices)
+    least = sum(each.bytes["Q2_K"] for each in matrices)
+    most = sum(each.bytes["Q6_K"] for each in matrices)
     for budget in np.linspace(least, most, 7, dtype=int).tolist():
         chosen = choose_within(matrices, budget)
-        taken = sum(each.bytes(chosen.types[each.entry.name]) for each in matrices)
+        taken = sum(each.bytes[chosen.types[each.entry.name]] for each in matrices)
         assert taken <= budget
         best = min(
             sum(each.nats[name] for each, name in zip(matrices, names, strict=True))
             for names in itertools.product(NAMES, repeat=5)
-            if sum(each.bytes(name) for each, name in zip(matrices, names, strict=True)) <= budget
+            if sum(each.bytes[name] for each, name in zip(matrices, names, strict=True)) <= budget
         )
         assert best <= chosen.nats * (1 + 1e-9) and chosen.nats <= 1.3 * best
     assert choose_within(matrices, most).nats == pytest.approx(sum(each.nats["Q6_K"] for each in matrices))

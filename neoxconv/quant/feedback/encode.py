@@ -39,22 +39,25 @@ class Factors:
     importance: Floats
 
 
-def damped_moments(moments: Moments, name: str) -> Floats:
-    """H [columns, columns], its mean diagonal 1 before it was damped. Raises CheckpointError where it is none."""
+def damped_moments(moments: Moments, name: str) -> tuple[Floats, float]:
+    """H [columns, columns], its mean diagonal 1 before it was damped, and that mean as it was.
+
+    Raises CheckpointError where the moments are none.
+    """
     found = moments.read()
     mean = np.diag(found).mean(dtype=np.float64)
     if not np.isfinite(found).all() or not mean > 0:
         raise CheckpointError(f"{name}: its calibration holds no finite second moments; calibrate again.")
     found /= np.float32(mean)
     found[np.diag_indices(len(found))] += np.float32(DAMPING)
-    return found
+    return found, float(mean)
 
 
 def factors_of(moments: Moments, name: str) -> Factors:
     """The factors of second moments. Raises CheckpointError where there can be none; `name` is the tensor's."""
     from neoxconv.quant.feedback.kernels import ahead_of, factor
 
-    damped = damped_moments(moments, name)
+    damped, _ = damped_moments(moments, name)
     triangle = np.ascontiguousarray(damped[::-1, ::-1], np.float64)
     if factor(triangle) < len(triangle):
         raise CheckpointError(f"{name}: its second moments are not positive; calibrate again, with more tokens.")

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from neoxconv.core.model import Checkpoint
-from neoxconv.core.tensor import band
 from neoxconv.dtypes import Numbers
 from neoxconv.verify.logits.stream import READERS, Side, StreamedRank, side
 
@@ -40,8 +39,7 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         rank, name, start, stop = ctx.told
         rank.seen(name + ".weight", gradient)
-        tensor = rank.tensors[name + ".weight"]
-        tensor = band(tensor, start, tensor.rows if stop is None else stop)
+        tensor = rank.part(name, start, stop)
         result, at = torch.zeros(*gradient.shape[:-1], tensor.columns, device=gradient.device), 0
         for weight in rank.slabs(tensor):
             result += gradient[..., at : at + len(weight)] @ weight

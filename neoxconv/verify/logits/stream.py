@@ -56,14 +56,18 @@ class StreamedRank:
     def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if self.watch:
             self.watch(name + ".weight", x)
-        tensor = self.tensors[name + ".weight"]
-        tensor = band(tensor, start, tensor.rows if stop is None else stop)
+        tensor = self.part(name, start, stop)
         result = torch.empty(*x.shape[:-1], tensor.rows, device=x.device)
         at = 0
         for weight in self.slabs(tensor):
             result[..., at : at + len(weight)] = x @ weight.T
             at += len(weight)
         return result
+
+    def part(self, name: str, start: int, stop: int | None) -> LazyTensor:
+        """Rows `start` to `stop`, to the end by default, of a weight."""
+        tensor = self.tensors[name + ".weight"]
+        return band(tensor, start, tensor.rows if stop is None else stop)
 
     def slabs(self, tensor: LazyTensor) -> Iterator[Tensor]:
         """The tensor's rows in float32, in bands, read ahead."""
