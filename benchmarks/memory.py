@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.children import measure, neoxconv
-from neoxconv.cli.options import byte_count
+from neoxconv.cli.values import byte_count
 from neoxconv.formats import tokenizer
 from neoxconv.synthetic import Synthetic, write_checkpoint
 

@@ -26,7 +26,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint
 from neoxconv.arch.gpt_neox.config import PRESETS
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.cli.formats import hollow_checkpoint
-from neoxconv.cli.options import byte_count
+from neoxconv.cli.values import byte_count
 from neoxconv.core.layout import Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine import steps, workers

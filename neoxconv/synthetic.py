@@ -25,7 +25,8 @@ from neoxconv.arch.llama.training import to_neox
 from neoxconv.arch.llama.weights import LLAMA
 from neoxconv.core.encoding import copied
 from neoxconv.core.layout import Digest, Entry, FileLayout
-from neoxconv.core.model import Architecture, Buffer, ModelConfig, Stored, Weight
+from neoxconv.core.model import Architecture, Stored
+from neoxconv.core.table import Buffer, ModelConfig, Weight
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import PLAIN, Array, DType, narrow
 from neoxconv.formats.neox import folder as neox

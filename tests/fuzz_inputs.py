@@ -22,7 +22,7 @@ from typing import Any
 
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.core.encoding import Part
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, F32, U8
 from neoxconv.formats.pt.pickling import TensorRef, dump_pickle

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neoxconv.core.model import Architecture, ModelConfig, RankTensors, Weight
+from neoxconv.core.model import Architecture
+from neoxconv.core.table import ModelConfig, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor, computed
 from neoxconv.dtypes import Doubles, Floats, narrow, widen
 from neoxconv.errors import PlanError

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neoxconv.core.model import Architecture, ModelConfig
+from neoxconv.core.model import Architecture
+from neoxconv.core.table import ModelConfig
 
 Streams = list[Tensor]  # one that all ranks share, or one for each rank
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from neoxconv.arch.joins import stacked
-from neoxconv.core.model import Fused, ModelConfig, Stored, Weight
+from neoxconv.core.model import Stored
+from neoxconv.core.table import Fused, ModelConfig, Weight
 from neoxconv.core.tensor import LazyTensor, reordered
 
 

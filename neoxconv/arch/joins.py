@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from neoxconv.core.model import Join, ModelConfig, Ranks
+from neoxconv.core.table import Join, ModelConfig, Ranks
 from neoxconv.core.tensor import LazyTensor, band, computed
 from neoxconv.dtypes import Array, Floats, narrow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 
 Allowed = Mapping[str, tuple[Any, tuple[Any, ...]]]  # what a key is where the file is silent, and the values allowed
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.core.encoding import Encoding, Scaled
 from neoxconv.core.layout import Entry
-from neoxconv.core.model import Architecture, Checkpoint, Index, ModelConfig, Opening
+from neoxconv.core.model import Architecture, Checkpoint, Index, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, Array
 from neoxconv.targets import TARGETS

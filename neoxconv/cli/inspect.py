@@ -12,7 +12,8 @@ from dataclasses import MISSING, fields
 from pathlib import PurePath
 from typing import Any
 
-from neoxconv.core.model import Checkpoint, Index, ModelConfig
+from neoxconv.core.model import Checkpoint, Index
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import DType
 from neoxconv.engine.manifest import MANIFEST

@@ -23,17 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from neoxconv.cli.options import (
-    FOLDER_GONE,
-    of_calibrate,
-    of_convert,
-    of_demo,
-    of_formats,
-    of_inspect,
-    of_verify,
-    verbose,
-)
+from neoxconv.cli.options import of_calibrate, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
 from neoxconv.cli.printing import say
+from neoxconv.cli.values import FOLDER_GONE
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError, one_line
 from neoxconv.version import __version__
 from neoxconv.words import table

@@ -5,14 +5,13 @@ A typo in an option's help is here; a command's own text is in `main`. Plain nam
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from neoxconv.errors import PlanError
+from neoxconv.cli.values import BITS, COUNT, LENGTH, PATH, byte_count, limit, location, override, scheduler
 from neoxconv.names import (
     DTYPES,
     FORMATS,
@@ -26,95 +25,16 @@ from neoxconv.names import (
     TYPES,
     WEIGHTS,
 )
-from neoxconv.words import parse_size
 
 if TYPE_CHECKING:
-    from neoxconv.storage import Place
+    pass
 
-FOLDER_GONE = "the working folder was removed; change to one that exists, and run the command there."
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class _Path(click.Path):
-    """A path that has a name: an empty text, as an unset variable gives, would mean the working folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        _check_named(value)
-        _check_found(Path(value))
-        return super().convert(value, param, ctx)
-
-
-def _check_named(text: object) -> None:
-    """Raise BadParameter for a text that names nothing."""
-    if not str(text).strip():
-        raise click.BadParameter("the name is empty; give a file or a folder (is a variable unset?).")
-
-
-def _check_found(path: Place) -> None:
-    """Raise PlanError for a path from a working folder that is not there any more."""
-    session = click.get_current_context().find_root().obj or {}
-    if session.get("gone") and isinstance(path, Path) and not path.is_absolute():
-        raise PlanError(FOLDER_GONE)
-
-
-_PATH = _Path(path_type=Path)
-_COUNT = click.IntRange(min=1)
-_LENGTH = click.IntRange(min=2)
-
-
-def _location(text: str) -> Place:
-    """The path or the URL that an argument means."""
-    from neoxconv.storage import place
-
-    _check_named(text)
-    found = place(text)
-    _check_found(found)
-    return found
-
-
-def byte_count(text: str) -> int:
-    """The bytes that an option's value means."""
-    count = parse_size(text)
-    if not count:
-        raise click.BadParameter(f"{text!r} is no size; write it as 5GB, 500MB, 2GiB or a number of bytes.")
-    return count
-
-
-def limit(text: str) -> float:
-    """The number from 0 on that an option's value is."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not number >= 0:
-        raise click.BadParameter(f"{text!r} is no number from 0 on.")
-    return number
-
-
-def _override(text: str) -> tuple[str, str]:
-    """The pattern and the type that `--tensor-type` joins with `=`."""
-    pattern, equals, name = text.rpartition("=")
-    if not (pattern and equals) or name.upper() not in TYPES:
-        raise click.BadParameter(f"{text!r} is no PATTERN=TYPE; TYPE is one of {', '.join(TYPES)}.")
-    return pattern, name.upper()
-
-
-def scheduler(text: str) -> str:
-    """The address of a Dask scheduler."""
-    found = re.fullmatch(r"dask://[^/\s]+:(\d+)", text)
-    if not found:
-        raise click.BadParameter(f"{text!r} is no scheduler; write it as dask://HOST:PORT.")
-    if not 1 <= int(found[1]) <= 65535:
-        raise click.BadParameter(f"{text!r}: {found[1]} is no port; they go from 1 to 65535.")
-    return text
 
 
 def _size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
     """An option that takes a number of bytes."""
     return click.option(name, type=byte_count, metavar="SIZE", **settings)
-
-
-_BITS = click.FloatRange(min=1, max=32)
 
 
 def _choice_option(*names: str, choices: Sequence[str], **settings: Any) -> Callable[[Command], Command]:
@@ -147,9 +67,9 @@ verbose = click.option(
 )
 _as_json = click.option("--json", is_flag=True, help="Print one JSON object for machines.")
 quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
-source = click.argument("source", type=_location, metavar="SRC")
+source = click.argument("source", type=location, metavar="SRC")
 configuration = _options(
-    click.option("--config", type=_PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
+    click.option("--config", type=PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
     _choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
     _choice_option("--weights", choices=WEIGHTS, help="SRC's weights: as stored (default), or the optimizer's fp32."),
     _choice_option(
@@ -160,7 +80,7 @@ configuration = _options(
     ),
 )
 norms = _choice_option("--norms", choices=NORMS, help="Ranks' norms: mean (default), exact fold, or rank 0's.")
-jobs = click.option("--jobs", type=_COUNT, metavar="N", help="Threads; the processors, 8 at most.")
+jobs = click.option("--jobs", type=COUNT, metavar="N", help="Threads; the processors, 8 at most.")
 check = click.option("--check", is_flag=True, help="Read every byte of SRC first, and compare its checksums.")
 
 # --- the commands' own, in the order of `--help` ----------------------------------------------------------------------
@@ -170,7 +90,7 @@ of_inspect = _options(
     configuration,
     click.option("--tensors", is_flag=True, help="List every tensor."),
     click.option(
-        "--try", "text", type=_PATH, metavar="TEXT", help="Read SRC in each way its files leave open: the loss on TEXT."
+        "--try", "text", type=PATH, metavar="TEXT", help="Read SRC in each way its files leave open: the loss on TEXT."
     ),
     check,
     jobs,
@@ -185,17 +105,17 @@ _of_gguf = _options(
     _choice_option("--embedding-type", choices=TYPES, metavar="TYPE", help="gguf: the type of token_embd.weight."),
     click.option(
         "--tensor-type",
-        type=_override,
+        type=override,
         multiple=True,
         metavar="PATTERN=TYPE",
         help="gguf: the type of names that hold the pattern; repeat for several, the first wins.",
     ),
-    click.option("--imatrix", type=_PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
+    click.option("--imatrix", type=PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--calibration", type=_PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
+        "--calibration", type=PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
     ),
     click.option(
-        "--bits", type=_BITS, metavar="X", help="gguf: types by what they cost, at most X bits a weight in all."
+        "--bits", type=BITS, metavar="X", help="gguf: types by what they cost, at most X bits a weight in all."
     ),
     _size_option("--size", help="gguf: the same, for a file of at most this size."),
     _choice_option("--types", choices=TYPES, multiple=True, metavar="TYPE", help="gguf: types that --bits may choose."),
@@ -213,7 +133,7 @@ _as_family = _choice_option(
 )  # fmt: skip
 of_convert = _options(
     source,
-    click.argument("target", type=_location, metavar="DST"),
+    click.argument("target", type=location, metavar="DST"),
     _choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST."),
     _choice_option(
         "--type",
@@ -236,7 +156,7 @@ of_convert = _options(
         help="hf, safetensors: only tensors whose names hold the pattern; repeat for several.",
     ),
     norms,
-    click.option("--tp", type=_COUNT, metavar="N", help="slim: ranks to split into.  [default: as SRC, else 1]"),
+    click.option("--tp", type=COUNT, metavar="N", help="slim: ranks to split into.  [default: as SRC, else 1]"),
     click.option(
         "--pp",
         type=click.IntRange(min=0),
@@ -248,7 +168,7 @@ of_convert = _options(
     ),
     configuration,
     click.option(
-        "--tokenizer", type=_PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
+        "--tokenizer", type=PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
     ),
     _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
@@ -268,10 +188,10 @@ of_convert = _options(
 
 of_calibrate = _options(
     source,
-    click.option("-o", "--output", type=_PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
+    click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The matrix: a GGUF file."),
     click.option(
         "--text",
-        type=_PATH,
+        type=PATH,
         multiple=True,
         metavar="FILE",
         help="A text such as the model will meet; repeat to mix.  [default: a built-in one]",
@@ -284,9 +204,9 @@ of_calibrate = _options(
         is_flag=True,
         help="Also what `convert --bits` needs: how much predictions depend on each matrix.",
     ),
-    click.option("--tokens", type=_PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
-    click.option("--length", type=_LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
-    click.option("--sequences", type=_COUNT, metavar="N", help="Sequences at most."),
+    click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
+    click.option("--length", type=LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
+    click.option("--sequences", type=COUNT, metavar="N", help="Sequences at most."),
     _as_family,
     norms,
     configuration,
@@ -301,18 +221,18 @@ of_formats = _options(_as_json, verbose)
 _of_logits = _options(
     click.option(
         "--text",
-        type=_PATH,
+        type=PATH,
         metavar="FILE",
         help="A text whose token ids are compared; logits: whose predictions are.  [default: a built-in one]",
     ),
-    click.option("--tokens", type=_PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
-    click.option("--length", type=_LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
-    click.option("--sequences", type=_COUNT, metavar="N", help="logits: sequences, and questions, at most."),
+    click.option("--tokens", type=PATH, metavar="FILE", help="logits: token ids [batch, time] in a .npy file."),
+    click.option("--length", type=LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
+    click.option("--sequences", type=COUNT, metavar="N", help="logits: sequences, and questions, at most."),
     _choice_option(
         "--task", choices=("lambada", "piqa", "hellaswag"), help="logits: also answer questions, both sides."
     ),
     click.option(
-        "--data", type=_PATH, metavar="FILE", help="logits: the task's questions, .jsonl with the task's fields."
+        "--data", type=PATH, metavar="FILE", help="logits: the task's questions, .jsonl with the task's fields."
     ),
     _choice_option(
         "--engine",
@@ -328,10 +248,10 @@ _of_logits = _options(
     click.option("--min-top1", type=limit, metavar="X", help="logits: share of equal first choices."),
     click.option("--max-ppl-ratio", type=limit, metavar="X", help="logits: TARGET's perplexity over SRC's."),
     click.option("--bisect", is_flag=True, help="logits: find the tensor that breaks the first broken layer."),
-    click.option("--html", type=_PATH, metavar="FILE", help="logits: write a report as one page."),
+    click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page."),
 )
 of_verify = _options(
-    click.argument("paths", type=_location, nargs=-1, required=True, metavar="[SRC] TARGET"),
+    click.argument("paths", type=location, nargs=-1, required=True, metavar="[SRC] TARGET"),
     _choice_option(
         "--level",
         choices=("bytes", "tokenizer", "weights", "logits"),
@@ -339,7 +259,7 @@ of_verify = _options(
     ),
     norms,
     configuration,
-    click.option("--calibration", type=_PATH, metavar="FILE", help="weights: the one that `convert` was given."),
+    click.option("--calibration", type=PATH, metavar="FILE", help="weights: the one that `convert` was given."),
     _of_logits,
     click.option(
         "--sha256sums", is_flag=True, help="Print the SHA-256 of TARGET's files for `sha256sum -c`; check nothing."
@@ -351,6 +271,6 @@ of_verify = _options(
 )
 
 of_demo = _options(
-    click.argument("folder", type=_PATH, default=Path("neoxconv-demo"), required=False),
+    click.argument("folder", type=PATH, default=Path("neoxconv-demo"), required=False),
     verbose,
 )

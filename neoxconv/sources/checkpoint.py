@@ -16,7 +16,8 @@ import numpy as np
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.fold import folded
 from neoxconv.arch.joins import NORMS, join
-from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, ModelConfig, Opening, RankTensors
+from neoxconv.core.model import Architecture, Checkpoint, Index, Measured, Opening
+from neoxconv.core.table import ModelConfig, RankTensors
 from neoxconv.core.tensor import LazyTensor, reordered, transposed
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats import hf

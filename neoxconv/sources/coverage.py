@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from neoxconv.arch.joins import join
-from neoxconv.core.model import Architecture, Index, ModelConfig, RankTensors, Weight
+from neoxconv.core.model import Architecture, Index
+from neoxconv.core.table import ModelConfig, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import FLOATS
 from neoxconv.errors import CheckpointError, raise_all

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from neoxconv.core.model import Architecture, Fused, Index, RankTensors, Weight
+from neoxconv.core.model import Architecture, Index
+from neoxconv.core.table import Fused, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError
 from neoxconv.formats.neox import folder as neox

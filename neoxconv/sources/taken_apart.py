@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from neoxconv.arch.fused import apart
-from neoxconv.core.model import Architecture, Fused, Index, ModelConfig, Opening, RankTensors, Weight
+from neoxconv.core.model import Architecture, Index, Opening
+from neoxconv.core.table import Fused, ModelConfig, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError, PlanError, UntoldError, raise_all
 from neoxconv.formats.neox.numbers import FIRST_LAYER

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.core.model import Architecture, Index, ModelConfig, RankTensors
+from neoxconv.core.model import Architecture, Index
+from neoxconv.core.table import ModelConfig, RankTensors
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import FLOATS
 from neoxconv.errors import CheckpointError

@@ -10,7 +10,8 @@ from typing import Any
 
 from neoxconv.core.encoding import Context, Moments
 from neoxconv.core.layout import Content, Entry
-from neoxconv.core.model import Checkpoint, Weight
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix

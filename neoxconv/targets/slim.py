@@ -15,7 +15,8 @@ from typing import Any
 from neoxconv.arch.fused import split
 from neoxconv.core.encoding import Encoding, copied
 from neoxconv.core.layout import Content, Entry
-from neoxconv.core.model import Checkpoint, Index, ModelConfig, Stored
+from neoxconv.core.model import Checkpoint, Index, Stored
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor, in_memory
 from neoxconv.dtypes import FLOATS
 from neoxconv.formats.neox import folder as neox

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neoxconv.core.model import OWN_STATE, Checkpoint, ModelConfig
+from neoxconv.core.model import OWN_STATE, Checkpoint
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats.neox import folder as neox

@@ -16,7 +16,8 @@ from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.forward import Forward, forward_of
 from neoxconv.arch.gpt_neox.config_gguf import from_gguf, to_gguf
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
-from neoxconv.core.model import Architecture, ModelConfig, Weight
+from neoxconv.core.model import Architecture
+from neoxconv.core.table import ModelConfig, Weight
 from neoxconv.errors import CheckpointError
 from neoxconv.sources import checkpoint
 from tests.toy import toy

@@ -15,7 +15,8 @@ from neoxconv.arch.gpt_neox.config import PRESETS, from_hf, from_neox
 from neoxconv.arch.gpt_neox.config_gguf import from_gguf
 from neoxconv.arch.gpt_neox.evidence import contradictions
 from neoxconv.arch.gpt_neox.training import inverse_frequencies
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import in_memory
 from neoxconv.dtypes import BF16, F16, F32, DType, narrow, widen
 from neoxconv.errors import CheckpointError

@@ -13,7 +13,7 @@ from neoxconv.arch.fold import folded, row_sums
 from neoxconv.arch.gpt_neox.config import PRESETS
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.joins import by_columns, by_rows
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, F32, Array, narrow
 from neoxconv.errors import PlanError

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.gptj.weights import GPT_J
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits.compare import compare_predictions

@@ -9,7 +9,7 @@ import pytest
 
 from neoxconv.arch.fold import folded
 from neoxconv.arch.llama.weights import HEAD, LLAMA, NORM, NORM1, NORM2
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor, in_memory
 from neoxconv.errors import PlanError
 from tests.arch.llama_config import CONFIG

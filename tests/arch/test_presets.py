@@ -14,7 +14,8 @@ from neoxconv.arch.gpt_neox.config import from_hf
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.arch.presets import from_preset
 from neoxconv.cli.formats import hollow_checkpoint
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError
 from tests.gpt2 import converted
 from tests.oracles import llama_logits, program

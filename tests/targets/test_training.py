@@ -20,7 +20,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.arch.gpt_neox.config import PRESETS, from_neox
 from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
 from neoxconv.cli.main import main
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.dtypes import BF16, F16, narrow
 from neoxconv.errors import PlanError
 from neoxconv.formats.neox.yaml_settings import read_yaml

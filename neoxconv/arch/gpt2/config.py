@@ -9,7 +9,8 @@ from neoxconv.arch.gpt_neox.config import ALLOWED
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import GELUS, OF_GPT2, Settings, by_own_names, stale
 from neoxconv.arch.training_settings import Allowed, grouped, other_width, refused, with_layer_norms
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 
 PRESETS: dict[str, ModelConfig] = {}

@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from neoxconv.core.model import Index, ModelConfig
+from neoxconv.core.model import Index
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor, computed, in_memory
 from neoxconv.dtypes import DType, Floats, narrow, widen
 

@@ -25,7 +25,8 @@ from neoxconv.arch.joins import (
     stacked,
     vocab_parallel,
 )  # fmt: skip
-from neoxconv.core.model import Architecture, Fused, Join, ModelConfig, Ranks, Weight
+from neoxconv.core.model import Architecture
+from neoxconv.core.table import Fused, Join, ModelConfig, Ranks, Weight
 from neoxconv.core.tensor import LazyTensor, band
 
 BASE = "transformer."

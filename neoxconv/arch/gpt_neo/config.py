@@ -6,7 +6,8 @@ from typing import Any
 
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import GELUS, Settings, by_own_names, stale
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError
 
 _ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new"}

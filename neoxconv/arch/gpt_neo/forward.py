@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from neoxconv.arch.forward import Rank, Streams, gelu_mlp, layer_norm, looked_up, vocabulary, windowed
 from neoxconv.arch.gpt_neo.names import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, POSITIONS, UP, K, Q, V
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 
 
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:

@@ -15,7 +15,8 @@ import numpy as np
 from neoxconv.arch.gpt2 import weights as gpt2
 from neoxconv.arch.gpt_neo.names import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, POSITIONS, UP, K, Q, V
 from neoxconv.arch.joins import stacked
-from neoxconv.core.model import Checkpoint, ModelConfig
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor, alike, band, computed, zeros
 from neoxconv.dtypes import Floats
 

@@ -32,7 +32,8 @@ from neoxconv.arch.joins import (
     row_parallel,
     vocab_parallel,
 )  # fmt: skip
-from neoxconv.core.model import Architecture, StandIn, Weight
+from neoxconv.core.model import Architecture, StandIn
+from neoxconv.core.table import Weight
 
 # fmt: off
 _WEIGHTS = (

@@ -13,7 +13,8 @@ from neoxconv.arch.gpt_neox.shared_norm import shared_norm
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import GELUS, Settings, agreed_rotary, rope_types, stale
 from neoxconv.arch.training_settings import grouped, refused
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError, raise_all
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from neoxconv.arch.gguf_keys import GgufKeys, rounded, share
 from neoxconv.arch.gpt_neox.config import PRESETS
 from neoxconv.arch.presets import from_preset
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 
 
 def from_gguf(index: Index, measured: Measured, opening: Opening) -> tuple[ModelConfig, tuple[str, ...]]:

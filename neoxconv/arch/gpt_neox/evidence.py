@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from neoxconv.arch.gpt_neox.training import inverse_frequencies
-from neoxconv.core.model import Index, ModelConfig
+from neoxconv.core.model import Index
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import BF16, F16, F32, FLOATS, Floats, narrow, widen
 from neoxconv.storage import is_far

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from neoxconv.arch.forward import Rank, Streams, gelu_mlp, layer_norm, looked_up, rotated, vocabulary
 from neoxconv.arch.gpt_neox.weights import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, NORM2, QKV, UP, L
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 
 
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:

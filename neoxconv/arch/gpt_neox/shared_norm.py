@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from neoxconv.arch.settings import Settings
-from neoxconv.core.model import Index, ModelConfig
+from neoxconv.core.model import Index
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import FLOATS
 from neoxconv.storage import together

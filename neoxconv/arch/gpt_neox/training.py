@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from neoxconv.arch.training_settings import other_width, with_layer_norms
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 from neoxconv.dtypes import Floats
 from neoxconv.errors import PlanError, raise_all
 

@@ -13,7 +13,8 @@ from neoxconv.arch.gpt_neox.evidence import contradictions
 from neoxconv.arch.gpt_neox.shared_norm import trained_in_vain
 from neoxconv.arch.gpt_neox.training import inverse_frequencies, to_neox
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.core.model import Architecture, Buffer, Index, ModelConfig, Weight
+from neoxconv.core.model import Architecture, Index
+from neoxconv.core.table import Buffer, ModelConfig, Weight
 
 
 def _qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:

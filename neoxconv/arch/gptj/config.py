@@ -7,7 +7,8 @@ from typing import Any
 from neoxconv.arch.gguf_keys import share
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import GELUS, OF_GPT2, Settings, by_own_names, stale
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 
 _ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 

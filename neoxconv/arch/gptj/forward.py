@@ -14,7 +14,7 @@ from torch.nn import functional
 from neoxconv.arch.forward import Rank, Streams, gelu_mlp, layer_norm, looked_up, rotated, vocabulary
 from neoxconv.arch.gptj.names import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, UP, K, Q, V
 from neoxconv.arch.gptj.rotation import halves_first
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 
 
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 
 
 def halves_first(config: ModelConfig) -> npt.NDArray[np.int64]:

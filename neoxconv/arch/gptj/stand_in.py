@@ -19,7 +19,8 @@ from neoxconv.arch.gptj.names import DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, 
 from neoxconv.arch.gptj.rotation import halves_first
 from neoxconv.arch.head_bias import without_head_bias
 from neoxconv.arch.joins import stacked
-from neoxconv.core.model import Checkpoint, ModelConfig
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor, alike, reordered, zeros
 
 _PARTS = (".weight", ".bias")

@@ -9,7 +9,8 @@ from neoxconv.arch.gptj.config import PRESETS, from_hf, to_hf
 from neoxconv.arch.gptj.names import BASE, DENSE, DOWN, EMBEDDING, HEAD, NORM, NORM1, UP, K, Q, V
 from neoxconv.arch.gptj.stand_in import as_gpt_neox
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
-from neoxconv.core.model import Architecture, StandIn, Weight
+from neoxconv.core.model import Architecture, StandIn
+from neoxconv.core.table import Weight
 
 # fmt: off
 _WEIGHTS = (

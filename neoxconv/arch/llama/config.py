@@ -8,7 +8,8 @@ from typing import Any
 from neoxconv.arch.gguf_keys import GgufKeys, rounded
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import Settings, agreed_rotary, rope_types, stale
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError, PlanError, raise_all
 
 PRESETS: dict[str, ModelConfig] = {}

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from neoxconv.arch.forward import Rank, Streams, looked_up, rotated, vocabulary, windowed
 from neoxconv.arch.llama.weights import DENSE, DOWN, EMBEDDING, GATE, HEAD, NORM, NORM1, NORM2, UP, K, Q, V
-from neoxconv.core.model import ModelConfig
+from neoxconv.core.table import ModelConfig
 
 
 def embed(ranks: Sequence[Rank], tokens: Tensor, config: ModelConfig) -> Streams:

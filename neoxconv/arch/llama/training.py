@@ -14,7 +14,8 @@ from neoxconv.arch.llama.config import PRESETS, TINY, grouped, holds, sayable
 from neoxconv.arch.presets import from_preset
 from neoxconv.arch.settings import Settings, stale
 from neoxconv.arch.training_settings import refused
-from neoxconv.core.model import OWN_STATE, Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import OWN_STATE, Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError, PlanError, UntoldError, raise_all
 
 # What each key of gpt-neox's YAML is where the file is silent, and the values that give the function implemented here.

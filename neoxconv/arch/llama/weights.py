@@ -22,7 +22,8 @@ import numpy.typing as npt
 from neoxconv.arch.joins import column_parallel, head_parallel, norm_mean, row_bias, row_parallel, vocab_parallel
 from neoxconv.arch.llama.config import PRESETS, from_gguf, from_hf, sayable, to_gguf, to_hf
 from neoxconv.arch.llama.training import from_neox, to_neox, told
-from neoxconv.core.model import Architecture, Fused, ModelConfig, Weight
+from neoxconv.core.model import Architecture
+from neoxconv.core.table import Fused, ModelConfig, Weight
 
 Rows = npt.NDArray[np.int64]
 

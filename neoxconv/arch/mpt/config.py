@@ -9,7 +9,8 @@ from neoxconv.arch.gpt2.config import SERIAL, serial_from_gguf, serial_from_neox
 from neoxconv.arch.gpt2.config import to_gguf as gpt2_keys
 from neoxconv.arch.gpt2.config import to_neox as gpt2_settings
 from neoxconv.arch.presets import from_preset
-from neoxconv.core.model import Index, Measured, ModelConfig, Opening
+from neoxconv.core.model import Index, Measured, Opening
+from neoxconv.core.table import ModelConfig
 from neoxconv.errors import CheckpointError, PlanError
 
 PRESETS: dict[str, ModelConfig] = {}

@@ -8,7 +8,7 @@ Source: GPT2ModelPipe.init_specs in gpt-neox's megatron/model/gpt2_model.py.
 
 from __future__ import annotations
 
-from neoxconv.core.model import Weight
+from neoxconv.core.table import Weight
 
 _EMBEDDING = 0
 FIRST_LAYER = 2

@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from neoxconv.core.model import Checkpoint, ModelConfig
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import ModelConfig
 from neoxconv.dtypes import Numbers
 from neoxconv.verify.logits.compare import layer_error
 from neoxconv.verify.logits.stream import Side, running, side

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from neoxconv.arch.forward import Forward, across_stages, forward_of
-from neoxconv.core.model import Checkpoint, ModelConfig
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor, band
 from neoxconv.dtypes import Floats, Numbers
 from neoxconv.errors import PlanError
