@@ -45,6 +45,18 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """How much predictions depend on what a matrix puts out, g the gradient of -log p at it, x its input.
+
+    `rows` [rows] float32: E[g_r^2]; `columns` [columns] float32: E[|g|^2 x_c^2] / E[|g|^2]. Errors E that know nothing
+    of each other cost 1/2 sum rows_r columns_c E_rc^2 nats.
+    """
+
+    rows: Floats
+    columns: Floats
+
+
+@dataclass(frozen=True)
 class Context:
     """What an encoder may use besides the rows; nothing of it is needed to decode.
 

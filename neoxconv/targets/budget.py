@@ -1,8 +1,9 @@
 """Types by what they cost: within a number of bytes, each matrix gets the type that keeps predictions nearest.
 
-An error E of a matrix moves predictions by about 1/2 E[g^2] tr(E H E^T) nats, with H the second moments of its inputs
-and E[g^2] the mean square of gradients at its outputs, both of a calibration. Costs add up over matrices. A price of a
-byte is found at which the cheapest choices together fit; what room is left goes to the best buys.
+An error E of a matrix moves predictions by about 1/2 sum over rows r of E[g_r^2] E_r H E_r^T nats. g_r is the gradient
+at its outputs and H the second moments of its inputs, with E[|g|^2 x_c^2] / E[|g|^2] as diagonal rather than E[x_c^2].
+Costs add up over matrices. A price of a byte is found at which the cheapest choices together fit; what room is left
+goes to the best buys.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from functools import cached_property
 import numpy as np
 
 from neoxconv.arch.fold import row_sums
-from neoxconv.core.encoding import Context, Encoding, Moments, Scaled
+from neoxconv.core.encoding import Context, Encoding, Gradients, Moments, Scaled
 from neoxconv.core.layout import Entry
 from neoxconv.dtypes import Array, Floats
 from neoxconv.errors import PlanError
 from neoxconv.quant import ENCODINGS, floats
-from neoxconv.quant.feedback.encode import damped_moments, slopes_of
+from neoxconv.quant.feedback.encode import slopes_of
 from neoxconv.words import size
 
 TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_0", "Q5_0", "Q5_1", "Q8_0")
@@ -56,27 +57,48 @@ class Chosen:
         return ENCODINGS[self.types[entry.name]] if entry.name in self.types else entry.encoding
 
 
-def costs_of(entry: Entry, moments: Moments, gradient: float, types: Iterable[str]) -> Costs:
-    """What a matrix costs as each of the types that its width allows; rows at equal distances stand for all."""
+def costs_of(
+    entry: Entry, gradients: Gradients, moments: Moments | None, types: Iterable[str], importance: Floats | None
+) -> Costs:
+    """What a matrix costs as each of the types that its width allows, of codes that are not chosen together.
+
+    Some rows stand for all. They are at equal distances in what rows weigh, so that each stands for as much.
+    """
     tensor = entry.tensor
-    square, mean = damped_moments(moments, entry.name)
+    square = _weighted(gradients.columns, moments)
+    weight = np.cumsum(gradients.rows, dtype=np.float64)
     count = min(_ROWS, tensor.rows)
-    numbers = (np.arange(count) * tensor.rows // count).tolist()
+    numbers = np.searchsorted(weight, (np.arange(count) + 0.5) * (weight[-1] / count)).tolist()
     rows = np.concatenate([floats(tensor.read(number, number + 1), tensor.dtype) for number in numbers])
-    importance = np.diag(square).copy()
     found = {}
     for name in types:
         encoding = ENCODINGS[name]
         if tensor.columns % encoding.dtype.block == 0:
             errors = rows - encoding.decode(_encoded(encoding, rows, importance))
             total = row_sums(errors.astype(np.float64) * slopes_of(errors, square))
-            found[name] = 0.5 * gradient * mean * sum(total.tolist()) * tensor.rows / count
+            found[name] = 0.5 * float(weight[-1]) * sum(total.tolist()) / count
     return Costs(entry, found)
 
 
-def _encoded(encoding: Encoding, rows: Floats, importance: Floats) -> Array:
-    """Rows as a type stores them, by the importance of their columns."""
-    return encoding.search(rows, Context(importance)) if encoding.search else encoding.encode(rows)
+def _weighted(columns: Floats, moments: Moments | None) -> Floats:
+    """Second moments with `columns` as diagonal, and the correlations of those given; without such none.
+
+    Raises CheckpointError where moments are damaged.
+    """
+    if moments is None:
+        return np.diag(columns)
+    square = moments.read()
+    own = np.diag(square)
+    scale = np.sqrt(np.divide(columns, own, out=np.zeros_like(columns), where=own > 0))
+    square *= scale
+    square *= scale[:, None]
+    return square
+
+
+def _encoded(encoding: Encoding, rows: Floats, importance: Floats | None) -> Array:
+    """Rows as a type stores them, by the importance of their columns where there is one."""
+    searches = encoding.search and importance is not None
+    return encoding.search(rows, Context(importance)) if searches else encoding.encode(rows)
 
 
 def choose_within(costs: Sequence[Costs], budget: int) -> Chosen:
@@ -125,4 +147,4 @@ def line(chosen: Chosen) -> str:
     """How many matrices got each type, and what is predicted."""
     names = list(chosen.types.values())
     counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
-    return f"types by what they cost: {counts}; predicted KL divergence of the layers' matrices {chosen.nats:.3g} nats"
+    return f"types by what they cost: {counts}; predicted KL divergence {chosen.nats:.3g} nats"

@@ -73,7 +73,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
-    chosen = _within_budget(entries, keys, moments, checkpoint, recipe)
+    chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
     if chosen:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
         entries = _with_contexts(entries, matrix, moments, recipe)
@@ -134,7 +134,7 @@ def _notes_beside(beside: Carried, keys: Mapping[str, Any], recipe: Recipe) -> l
 def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
     """The mix that the recipe asks for, with its overrides; by default BF16 for a bf16 source, else F16.
 
-    Where types are chosen by what they cost it is the mix of embedding and head, which have no second moments.
+    Where types are chosen by what they cost it is the mix of what has no cost.
     """
     native = [tensor.native.name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     plain = "BF16" if native.count("BF16") * 2 > len(native) else "F16"
@@ -146,12 +146,12 @@ def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
 
 def _gguf_tensors(checkpoint: Checkpoint) -> list[tuple[GgufTensor, Weight]]:
     """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head where llama.cpp wants one."""
-    config, architecture = checkpoint.config, checkpoint.architecture
-    config = replace(config, tied=config.tied and not architecture.gguf_head)
-    rows, queries = architecture.names(config), config.heads // config.key_heads
+    config = checkpoint.config
+    rows, queries = checkpoint.architecture.in_gguf(config), config.heads // config.key_heads
+    tied = all(weight.role != "head" for _, weight in rows)
     columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
     return [
-        (GgufTensor(w.gguf, w.role, layer, config.layers, width, queries, config.tied and w.role == "embedding"), w)
+        (GgufTensor(w.gguf, w.role, layer, config.layers, width, queries, tied and w.role == "embedding"), w)
         for (layer, w), width in zip(rows, columns, strict=True)
     ]
 
@@ -185,18 +185,21 @@ def _within_budget(
     entries: Sequence[Entry],
     keys: Mapping[str, Any],
     moments: Mapping[str, Moments],
+    matrix: Matrix | None,
     checkpoint: Checkpoint,
     recipe: Recipe,
 ) -> Chosen | None:
-    """Types for the layers' matrices by what they cost; None where nobody asked. Raises PlanError where none fit."""
+    """Types for matrices by what they cost; None where nobody asked. Raises PlanError where none fit."""
     if recipe.bits is None and recipe.size is None:
         if recipe.types:
             raise PlanError("--types limits what --bits or --size may choose; give one of them.")
         return None
     if recipe.calibration is None or (recipe.bits and recipe.size):
         raise PlanError("--bits and --size need --calibration FILE, and exclude each other.")
-    gradients = gradients_in(recipe.calibration)
-    free = [entry for entry in entries if entry.name in gradients and not _is_asked(entry, recipe)]
+    gradients = gradients_in(recipe.calibration, {entry.name: entry.tensor.shape for entry in entries})
+    described = [tensor for tensor, _ in _gguf_tensors(checkpoint)]
+    pairs = zip(entries, described, strict=True)
+    free = [entry for entry, tensor in pairs if entry.name in gradients and not _is_asked(tensor, recipe)]
     names = {entry.name for entry in free}
     fixed = sum(entry.nbytes for entry in entries if entry.name not in names)
     if recipe.size:
@@ -204,13 +207,18 @@ def _within_budget(
         room = recipe.size - file.slots[0].offset - ALIGNMENT * len(entries)
     else:
         room = int(checkpoint.parameters * (recipe.bits or 0) / 8)
-    costs = [costs_of(entry, moments[entry.name], gradients[entry.name], recipe.types or TYPES) for entry in free]
+    importance = matrix.entries if matrix else {}
+    costs = [
+        costs_of(e, gradients[e.name], moments.get(e.name), recipe.types or TYPES, importance.get(e.name)) for e in free
+    ]
     return choose_within(costs, room - fixed)
 
 
-def _is_asked(entry: Entry, recipe: Recipe) -> bool:
-    """Whether --tensor-type gives a tensor its type."""
-    return any(re.search(pattern, entry.name) for pattern, _ in recipe.tensor_type)
+def _is_asked(tensor: GgufTensor, recipe: Recipe) -> bool:
+    """Whether --tensor-type, --output-type or --embedding-type gives a matrix its type."""
+    head = recipe.output_type if tensor.role == "head" or tensor.tied else None
+    embedding = recipe.embedding_type if tensor.role == "embedding" else None
+    return bool(head or embedding) or any(re.search(pattern, tensor.name) for pattern, _ in recipe.tensor_type)
 
 
 def _with_contexts(

@@ -130,13 +130,16 @@ def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, ca
     if made_with is None:
         return pairs
     moments = moments_in(calibration) if calibration else {}
-    matrices = {w.unified: w.gguf for _, w in source.architecture.names(source.config) if w.linear}
+    weights = [weight for _, weight in source.architecture.in_gguf(source.config)]
+    last = "head" if any(weight.role == "head" for weight in weights) else "embedding"
+    matrices = {w.unified: w.gguf for w in weights if w.linear or w.role == last}
 
     def marked(pair: _Pair) -> _Pair:
         encoding = ENCODINGS.get(pair.target.dtype.name)
-        if encoding is None or encoding.grid is None or pair.name not in matrices:
+        name = matrices.get(pair.name)
+        if encoding is None or encoding.grid is None or name is None or (moments and name not in moments):
             return pair
-        return replace(pair, together=encoding.grid, moments=moments.get(matrices[pair.name]))
+        return replace(pair, together=encoding.grid, moments=moments.get(name))
 
     return list(map(marked, pairs))
 
