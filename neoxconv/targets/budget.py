@@ -32,7 +32,7 @@ _ROWS = 128  # of a matrix, by which its errors are estimated
 # layers of SmolLM2-135M (Q4_0) and of a gpt-neox model of 8 layers (Q3_K), by their calibrations (docs/numerics.md).
 ROLES = {
     "attn_q": 0.5, "attn_k": 0.6, "attn_v": 2.0, "qkv": 2.5, "attn_out": 1.0, "mlp_in": 1.5, "mlp_out": 1.5,
-    "embedding": 40.0, "head": 180.0,
+    "embedding": 30.0, "head": 130.0,
 }  # fmt: skip
 _FIRST = 3.0  # times as much in the first layer, measured there
 _HALVINGS = 100  # of the interval in which the price lies
