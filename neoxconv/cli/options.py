@@ -202,7 +202,7 @@ of_calibrate = _options(
     click.option(
         "--gradients",
         is_flag=True,
-        help="Also what `convert --bits` needs: how much predictions depend on each matrix.",
+        help="Also what `convert --bits` chooses best by: how much predictions depend on each matrix.",
     ),
     click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),

@@ -198,23 +198,20 @@ def _within_budget(
         raise PlanError("--bits and --size exclude each other; give one of them.")
     shapes = {entry.name: entry.tensor.shape for entry in entries}
     gradients = gradients_in(recipe.calibration, shapes) if recipe.calibration else {}
-    described = [tensor for tensor, _ in _gguf_tensors(checkpoint)]
-    free = [
-        (entry, tensor)
-        for entry, tensor in zip(entries, described, strict=True)
-        if (entry.name in gradients or (not gradients and tensor.role in ROLES)) and not _is_asked(tensor, recipe)
-    ]
-    names = {entry.name for entry, _ in free}
+    importance = {name: values for name, values in matrix.entries.items() if values.any()} if matrix else {}
+    costs = []
+    for entry, (tensor, _) in zip(entries, _gguf_tensors(checkpoint), strict=True):
+        if (entry.name in gradients if gradients else tensor.role in ROLES) and not _is_asked(tensor, recipe):
+            known = Known(importance.get(entry.name), gradients.get(entry.name), moments.get(entry.name))
+            costs.append(costs_of(entry, tensor, known, recipe.types or TYPES))
+    costs = [each for each in costs if each.nats]  # others have rows that no type's blocks divide
+    names = {each.entry.name for each in costs}
     fixed = sum(entry.nbytes for entry in entries if entry.name not in names)
     if recipe.size:
         (file,) = write.layout("model", keys, entries, None)
         room = recipe.size - file.slots[0].offset - ALIGNMENT * len(entries)
     else:
         room = int(checkpoint.parameters * (recipe.bits or 0) / 8)
-    importance, costs = matrix.entries if matrix else {}, []
-    for entry, tensor in free:
-        known = Known(importance.get(entry.name), gradients.get(entry.name), moments.get(entry.name))
-        costs.append(costs_of(entry, tensor, known, recipe.types or TYPES))
     return choose_within(costs, room - fixed)
 
 

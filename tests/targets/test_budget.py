@@ -290,6 +290,16 @@ def test_types_are_chosen_without_a_calibration_too(
         assert cli("verify", source, made.parent / "a.gguf") == 0
 
 
+def test_a_matrix_that_no_type_fits_keeps_what_the_mix_gives_it(
+    small: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of 64, but for the MLP's last of 256."""
+    source, made = small
+    words = ("convert", source, made.parent / "a.gguf", "--to", "gguf", "--bits", "9", "--types", "q4_k")
+    assert cli(*words, "--calibration", made, "--dry-run") == 0
+    assert "types by what they cost: 2 Q4_K" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_path: Path) -> None:
     source = little_llama(tmp_path / "llama", tie_word_embeddings=True) if tied else toy(tmp_path, hidden=64)

@@ -126,19 +126,42 @@ def calibrate(
     checkpoint.refuse_doubts()
     layers, matrices = inputs_of(checkpoint), _matrices(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
-    last = next(w for w in reversed(matrices) if not w.linear)  # the head, or the embedding that is one
+    last = next(weight for weight in reversed(matrices) if not weight.linear)  # the head, or the embedding that is one
     head = _head_inputs(checkpoint, last, gradients)
     inputs = (*(each for layer in layers for each in layer.values()), *head)
     writer = Writer(partial, inputs, keys, tokens.size, _extents(checkpoint, matrices) if gradients else {})
     state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients}))
+    square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress), {}
+    if gradients:
+        found = squares_of_gradients(checkpoint, _spread(tokens), device=device, progress=progress)
+        if last.role == _EMBEDDING:
+            found, square = _of_tied(checkpoint, found, square)
+    for each in head:
+        writer.add(each, square)
+    writer.finish({weight.gguf: _in_order(found[weight.unified], weight, checkpoint) for weight in matrices if found})
+    os.replace(partial, path)
+    beside.unlink()
+    return sum(len(each.names) for each in inputs)
+
+
+def _forward(
+    checkpoint: Checkpoint,
+    layers: Sequence[dict[str, Inputs]],
+    tokens: Numbers,
+    writer: Writer,
+    state: Progress,
+    device: str,
+    progress: Callable[[int], None],
+) -> Floats:
+    """Write the moments of every layer from the first that is not done; returns those of what the head multiplies."""
     with running(tokens, device) as (pool, ids):
         sums = _Sums({}, device)
         model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
-        if (known := state.load(device)) and partial.exists():
+        if (known := state.load(device)) and writer.path.exists():
             done, streams, writer.digests = known
             progress(done)
         else:
-            _refuse_strangers(partial, beside)
+            _refuse_strangers(writer.path, state.path)
             done, streams = 0, model.embed(ids)
             writer.begin()
         for number in range(done, len(layers)):
@@ -149,17 +172,14 @@ def calibrate(
             state.save(number + 1, streams, writer.digests)
             progress(1)
         normed = model.final(streams)[0].flatten(0, 1)
-        square = (normed.T @ normed / tokens.size).cpu().numpy()
-    spread = np.arange(few := min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))) * len(tokens) // few
-    found = squares_of_gradients(checkpoint, tokens[spread], device=device, progress=progress) if gradients else {}
-    if found and last.role == _EMBEDDING:
-        found, square = _of_tied(checkpoint, found, square)
-    for each in head:
-        writer.add(each, square)
-    writer.finish({weight.gguf: _in_order(found[weight.unified], weight, checkpoint) for weight in matrices if found})
-    os.replace(partial, path)
-    beside.unlink()
-    return sum(len(each.names) for each in inputs)
+        square: Floats = (normed.T @ normed / tokens.size).cpu().numpy()
+        return square
+
+
+def _spread(tokens: Numbers) -> Numbers:
+    """Sequences at equal distances from tokens [batch, time], of `_GRADIENT_TOKENS` in all at most; one at least."""
+    count = min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))
+    return tokens[np.arange(count) * len(tokens) // count]
 
 
 def _matrices(checkpoint: Checkpoint) -> list[Weight]:
