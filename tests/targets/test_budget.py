@@ -264,11 +264,10 @@ def test_gradients_are_of_tokens_from_all_over(tmp_path: Path, monkeypatch: pyte
     rows = np.arange(8)[:, None] + np.zeros((8, 32), int)
     np.save(tmp_path / "tokens.npy", rows)
     seen: list[np.ndarray] = []
-    found = moments.squares_of_gradients
 
     def watched(checkpoint: Any, tokens: np.ndarray, **named: Any) -> Any:
         seen.append(tokens)
-        return found(checkpoint, tokens, **named)
+        return squares_of_gradients(checkpoint, tokens, **named)
 
     monkeypatch.setattr(moments, "_GRADIENT_TOKENS", 4 * 32)
     monkeypatch.setattr(moments, "squares_of_gradients", watched)
@@ -308,7 +307,7 @@ def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_pat
     assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
     checkpoint = open_checkpoint(source)
 
-    def types(**asked: str) -> dict[str, str]:
+    def types(**asked: Any) -> dict[str, str]:
         plan = make_plan(checkpoint, Recipe("gguf", calibration=made, bits=8.0, types=("Q4_0", "Q5_0"), **asked))
         return {step.entry.name: step.entry.encoding.name for step in plan.steps if "blk" not in step.entry.name}
 

@@ -179,7 +179,8 @@ def _forward(
 def _spread(tokens: Numbers) -> Numbers:
     """Sequences at equal distances from tokens [batch, time], of `_GRADIENT_TOKENS` in all at most; one at least."""
     count = min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))
-    return tokens[np.arange(count) * len(tokens) // count]
+    found: Numbers = tokens[np.arange(count) * len(tokens) // count]
+    return found
 
 
 def _matrices(checkpoint: Checkpoint) -> list[Weight]:
