@@ -315,3 +315,18 @@ def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_pat
     assert {name for name in types() if types()[name] == "Q5_0"} == ({head} if tied else matrices)
     assert types(output_type="Q8_0")[head] == "Q8_0"
     assert types(embedding_type="Q8_0")["token_embd.weight"] == "Q8_0"
+
+
+def test_a_tied_matrix_costs_what_both_of_its_uses_do(tmp_path: Path) -> None:
+    source, tokens = little_llama(tmp_path / "llama", tie_word_embeddings=True), np.arange(64).reshape(2, 32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    made = tmp_path / "cal.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
+    checkpoint = open_checkpoint(source)
+    shapes = {entry.name: entry.tensor.shape for entry in gguf_entries(checkpoint, Recipe("gguf"))}
+    both = gradients_in(made, shapes)["token_embd.weight"]
+    found = squares_of_gradients(checkpoint, tokens)
+    uses = [found[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    expected = sum(each.rows.sum() * each.columns.sum() for each in uses)
+    assert both.rows.sum() * both.columns.sum() == pytest.approx(expected, rel=1e-4)
+    assert all(each.rows.sum() * each.columns.sum() > 0.01 * expected for each in uses)
