@@ -193,8 +193,12 @@ class Scaled:
     one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
     source's type, are rounded to before.
 
-    For verification: `scales` are made of sizes; `nearest` gives for weights what their nearest codes stand for. Both
-    are shares of what 1 stands for in their group.
+    `scales` are made of sizes. `nearest` gives for weights what their nearest codes stand for; both are shares of what 1
+    stands for in their group.
+
+    For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as such
+    shares; `suited` gives the sizes of the groups in rows, which `encode` would take from their largest weights; `pack`
+    makes of places in the table, uint8 [n, columns], what `encode` makes of rows.
     """
 
     name: str
@@ -206,6 +210,9 @@ class Scaled:
     decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
     nearest: Callable[[Floats], Floats]
     scales: Callable[[Floats], Scales]
+    table: Floats
+    suited: Callable[[Floats], Floats]
+    pack: Callable[[Bytes], Array]
     bound: Bound
     rounded: Callable[[DType], DType] | None = None
 

@@ -12,11 +12,15 @@ from neoxconv.dtypes import Floats, narrow, widen
 from neoxconv.quant import floats
 
 
-def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int) -> Floats:
-    """The size of every group of a tensor, or of the tensor where that is one, which is read for it."""
+def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int, *, suited: bool = False) -> Floats:
+    """The size of every group of a tensor, or of the tensor where that is one, which is read for it.
+
+    `suited`: for codes that are chosen together.
+    """
     groups, sizes = encoding.groups, np.zeros(encoding.count_groups(tensor), np.float32)
+    size = encoding.suited if suited else groups.largest
     for start, values in bands(encoding, tensor, slab):
-        found, touched = groups.largest(values), groups.groups_of(start, start + len(values), tensor.columns)
+        found, touched = size(values), groups.groups_of(start, start + len(values), tensor.columns)
         sizes[touched] = np.maximum(sizes, found) if groups.whole else found
     return sizes
 
