@@ -193,8 +193,8 @@ class Scaled:
     one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
     source's type, are rounded to before.
 
-    `scales` are made of sizes. `nearest` gives for weights what their nearest codes stand for; both are shares of what 1
-    stands for in their group.
+    `scales` are made of sizes. `nearest` gives for weights what their nearest codes stand for. Both are shares of what
+    1 stands for in their group.
 
     For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as such
     shares; `suited` gives the sizes of the groups in rows, which `encode` would take from their largest weights; `pack`

@@ -102,9 +102,7 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece
     yield from _finished(encoding, tensor, sizes)
 
 
-def _chosen_pieces(
-    entry: Entry, encoding: Scaled, sizes: Floats, moments: Moments, slab: int
-) -> Iterator[_Piece]:
+def _chosen_pieces(entry: Entry, encoding: Scaled, sizes: Floats, moments: Moments, slab: int) -> Iterator[_Piece]:
     """The codes of a tensor, chosen together for its scales as they are read back."""
     tensor, groups = entry.tensor, encoding.groups
     factors, scales = factors_of(moments, entry.name), encoding.scales(sizes).decoded

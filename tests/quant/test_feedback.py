@@ -18,7 +18,7 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
 from neoxconv.quant.feedback.kernels import add_product
-from neoxconv.verify.together import not_the_best, too_far
+from neoxconv.verify.together import not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
 
 GRIDS = [row for row in ENCODINGS.values() if row.grid]
@@ -79,7 +79,7 @@ def test_feedback_is_gptq(name: str) -> None:
     codes, numbers = feedback._fed(grid, weights, factors)
     scale, least = feedback.scales(numbers)
     expected = gptq(grid.table, weights, np.repeat(scale, grid.block, 1), factors.moments)
-    found = feedback.values_of(grid, codes, scale, least)
+    found = feedback.values_of(grid.table, codes, scale, least)
     same = np.isclose(found, expected, atol=1e-3 * np.abs(scale).max())
     first = np.where(same.all(1), same.shape[1], (~same).argmax(1))  # a tie in float32 changes all that follows
     assert (first == same.shape[1]).mean() > 0.8
@@ -92,24 +92,24 @@ def test_no_single_code_can_be_better_and_planted_faults_are_seen(row: Encoding)
     grid = row.grid
     assert grid
     stored = feedback.encode(grid, weights, factors)
-    assert not not_the_best(grid, weights, stored, factors.moments).any()
-    assert not too_far(grid, weights, stored).any()
+    assert not not_the_best(taken_apart(grid, stored), weights, factors.moments).any()
+    assert not too_far(taken_apart(grid, stored), weights).any()
     exchanged = stored.copy()
     exchanged[[3, 7]] = exchanged[[7, 3]]
-    assert not_the_best(grid, weights, exchanged, factors.moments)[[3, 7]].any(1).all()
-    assert too_far(grid, weights, exchanged)[[3, 7]].any(1).all()
+    assert not_the_best(taken_apart(grid, exchanged), weights, factors.moments)[[3, 7]].any(1).all()
+    assert too_far(taken_apart(grid, exchanged), weights)[[3, 7]].any(1).all()
     codes, scale, least = grid.unpack(stored)
     moved = codes.copy()
     moved[5, 40] += 1 if moved[5, 40] < len(grid.table) - 1 else -1
-    values = feedback.values_of(grid, codes, scale, least)
+    values = feedback.values_of(grid.table, codes, scale, least)
     assert np.array_equal(values, row.decode(stored))
     numbers = np.stack([scale, least, np.ones_like(scale), np.ones_like(scale)], -1)
     if grid.group == grid.block:  # the others' integers and steps cannot be told apart from their products
         planted = grid.pack(moved, numbers)
-        assert not_the_best(grid, weights, planted, factors.moments)[5, 40]
+        assert not_the_best(taken_apart(grid, planted), weights, factors.moments)[5, 40]
         doubled = numbers.copy()
         doubled[9, 2, :2] *= 2
-        assert not_the_best(grid, weights, grid.pack(codes, doubled), factors.moments)[9].any()
+        assert not_the_best(taken_apart(grid, grid.pack(codes, doubled)), weights, factors.moments)[9].any()
 
 
 @pytest.mark.parametrize("row", GRIDS, ids=lambda row: row.name)

@@ -88,7 +88,8 @@ def choose(table: Floats, rows: Floats, scale: Floats, factors: Factors) -> Byte
     known = scale, np.zeros_like(scale)
 
     def find(asked: Floats, start: int, stop: int) -> tuple[Floats, Floats]:
-        return tuple(np.ascontiguousarray(each[:, start:stop]) for each in known)
+        own, least = (np.ascontiguousarray(each[:, start:stop]) for each in known)
+        return own, least
 
     codes = _chosen(table, weights, factors, _GROUP, find)
     _descended(table, weights, codes, known, factors.moments)
@@ -134,9 +135,7 @@ def _chosen(table: Floats, weights: Floats, factors: Factors, group: int, find: 
     return codes
 
 
-def _descended(
-    table: Floats, weights: Floats, codes: Bytes, scales: tuple[Floats, Floats], moments: Floats
-) -> None:
+def _descended(table: Floats, weights: Floats, codes: Bytes, scales: tuple[Floats, Floats], moments: Floats) -> None:
     """Bring the codes to where no single change lowers the error, or near it; `scales` are scales and least weights."""
     from neoxconv.quant.feedback.kernels import descend
 
