@@ -16,8 +16,10 @@ from neoxconv.core.encoding import Grid
 from neoxconv.dtypes import Array, Bools, Bytes, Floats
 from neoxconv.quant.feedback.encode import slopes_of, values_of
 
-_NEAR = 0.01  # of the distance between two codes: what the encoder's sums, brought up to date many times, are off
-_FAR = 4.0  # steps: the root mean square error of a block
+# Of the distance between two codes, the mean one where codes are closer: what the encoder's sums, brought up to date
+# many times, are off.
+_NEAR = 0.01
+_FAR = 4.0  # distances of neighbouring codes: the root mean square error of a block
 _OTHER_ROW = 1.0  # a row's error, as a part of the row: of two rows that have nothing in common it is 1.4
 
 
@@ -53,15 +55,17 @@ def not_the_best(stored: Stored, weights: Floats, moments: Floats) -> Bools:
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.where(scale != 0, slopes / (np.diag(moments) * scale), np.float32(0))
     gaps = np.diff(table)
-    above = np.append(gaps * np.float32(0.5 + _NEAR), np.float32(np.inf))[codes]
-    below = np.insert(gaps * np.float32(0.5 + _NEAR), 0, np.float32(np.inf))[codes]
+    middle = gaps / np.float32(2) + np.float32(_NEAR) * np.maximum(gaps, gaps.mean(dtype=np.float32))
+    above, below = np.append(middle, np.float32(np.inf))[codes], np.insert(middle, 0, np.float32(np.inf))[codes]
     return np.asarray(~((distance <= above) & (distance >= -below)) & (scale != 0))
 
 
 def too_far(stored: Stored, weights: Floats) -> Bools:
     """True where a block of rows [n, columns], or a whole row, is further from its weights than choosing explains."""
     errors = weights - stored.values
-    steps = np.abs(stored.scale) * np.diff(stored.table).mean(dtype=np.float32)
+    gaps = np.diff(stored.table)
+    widest = np.maximum(np.append(gaps, np.float32(0)), np.insert(gaps, 0, np.float32(0)))
+    steps = np.abs(stored.scale) * np.maximum(widest, gaps.mean(dtype=np.float32))[stored.codes]
     parts = np.divide(errors, steps, out=np.zeros_like(errors), where=steps > 0)
     blocks = np.square(parts).reshape(len(errors), -1, stored.block).mean(axis=2) > _FAR**2
     rows = np.square(errors).sum(axis=1) > _OTHER_ROW**2 * np.square(weights).sum(axis=1)
