@@ -268,8 +268,9 @@ def suited(form: _FourBitForm, rows: Floats) -> Floats:
 
 def pack(form: _FourBitForm, places: Bytes) -> Bytes:
     """Bytes of two codes, flat, of places [n, columns] in the ascending table."""
-    codes = form.distinct[1][places].reshape(-1)
-    codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
+    numbers, order = form.distinct
+    codes = order[places].reshape(-1)
+    codes = np.append(codes, order[numbers == 0][: codes.size % 2])  # as bitsandbytes fills a last byte up
     return np.asarray(codes[::2] << 4 | codes[1::2], np.uint8)
 
 
