@@ -197,8 +197,8 @@ class Scaled:
     1 stands for in their group.
 
     For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as such
-    shares; `suited` gives the sizes of the groups in rows, which `encode` would take from their largest weights; `pack`
-    makes of places in the table, uint8 [n, columns], what `encode` makes of rows.
+    shares. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of rows. `suited` gives the
+    sizes of groups for rows and how much errors in each column [columns] matter; None: they are the largest weights.
     """
 
     name: str
@@ -211,9 +211,9 @@ class Scaled:
     nearest: Callable[[Floats], Floats]
     scales: Callable[[Floats], Scales]
     table: Floats
-    suited: Callable[[Floats], Floats]
     pack: Callable[[Bytes], Array]
     bound: Bound
+    suited: Callable[[Floats, Floats], Floats] | None = None
     rounded: Callable[[DType], DType] | None = None
 
     def count_groups(self, tensor: LazyTensor) -> int:

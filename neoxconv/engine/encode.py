@@ -89,9 +89,7 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece
     """The codes of a tensor, then the parts that need the sizes of all its groups."""
     tensor, groups = entry.tensor, encoding.groups
     if entry.context and entry.context.moments:
-        sizes = sizes_of(encoding, tensor, slab, suited=True)
-        yield from _chosen_pieces(entry, encoding, sizes, entry.context.moments, slab)
-        yield from _finished(encoding, tensor, sizes)
+        yield from _chosen_pieces(entry, encoding, entry.context.moments, slab)
         return
     sizes = sizes_of(encoding, tensor, slab) if groups.whole else np.empty(encoding.count_groups(tensor), np.float32)
     for start, values in bands(encoding, tensor, slab):
@@ -102,15 +100,17 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece
     yield from _finished(encoding, tensor, sizes)
 
 
-def _chosen_pieces(entry: Entry, encoding: Scaled, sizes: Floats, moments: Moments, slab: int) -> Iterator[_Piece]:
-    """The codes of a tensor, chosen together for its scales as they are read back."""
+def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int) -> Iterator[_Piece]:
+    """The same with codes that are chosen together, for the scales as they are read back."""
     tensor, groups = entry.tensor, encoding.groups
-    factors, scales = factors_of(moments, entry.name), encoding.scales(sizes).decoded
+    factors = factors_of(moments, entry.name)
+    sizes = sizes_of(encoding, tensor, slab, feedback.matters(factors.moments))
+    scales = encoding.scales(sizes).decoded
     for start, values in bands(encoding, tensor, max(slab, _FEEDBACK_SLAB)):
-        touched = groups.groups_of(start, start + len(values), tensor.columns)
-        scale = groups.per_weight(scales[touched], values.shape)
+        scale = groups.per_weight(scales[groups.groups_of(start, start + len(values), tensor.columns)], values.shape)
         codes = encoding.pack(feedback.choose(encoding.table, values, scale, factors))
         yield _Piece(0, _as_bytes(codes), nonfinite(values, F32))
+    yield from _finished(encoding, tensor, sizes)
 
 
 def _finished(encoding: Scaled, tensor: LazyTensor, sizes: Floats) -> Iterator[_Piece]:

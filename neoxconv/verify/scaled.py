@@ -8,19 +8,22 @@ from neoxconv.core.encoding import Scaled
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Bools, Floats
 from neoxconv.quant.bands import rounded, sizes_of
+from neoxconv.quant.feedback.encode import matters
 from neoxconv.verify.together import Stored
 
 SLAB = 4 << 20
+_REACH = 1.1001  # the largest scale that an encoder tries, over its group's largest weight, and rounding
 _EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 
 
 class ScaledCheck:
-    """How the weights of one tensor are held against what the target stores; `together`: with the sizes that suit
-    codes that are chosen together."""
+    """How the weights of one tensor are held against what the target stores."""
 
-    def __init__(self, encoding: Scaled, source: LazyTensor, together: bool = False) -> None:
+    def __init__(self, encoding: Scaled, source: LazyTensor, moments: Floats | None = None) -> None:
+        """`moments` [columns, columns]: the damped ones by which codes were chosen together, where they are at hand."""
         self.encoding, self.source = encoding, source
-        self.scales = encoding.scales(sizes_of(encoding, source, SLAB, suited=together))
+        self.known = encoding.suited is None or moments is not None  # whether scales are what the encoder's must be
+        self.scales = encoding.scales(sizes_of(encoding, source, SLAB, None if moments is None else matters(moments)))
 
     @property
     def unit(self) -> int:
@@ -57,10 +60,16 @@ class ScaledCheck:
         codes = np.searchsorted((table[:-1] + table[1:]) / np.float32(2), shares).astype(np.uint8)
         return Stored(table, codes, values, scale, self._alike)
 
-    def no_code(self, stored: Stored) -> Bools:
-        """True where a value is not what a code stands for, with the scale that the encoder takes."""
-        expected = stored.table[stored.codes] * stored.scale
-        return np.asarray(~(np.abs(stored.values - expected) <= _EXACT * np.abs(stored.values)))
+    def no_code(self, stored: Stored, start: int) -> Bools:
+        """True where a value of rows from `start` on is not what a code stands for, with the scale that the encoder
+        takes; where that is not known, what no scale that it tries can give."""
+        if self.known:
+            expected = stored.table[stored.codes] * stored.scale
+            return np.asarray(~(np.abs(stored.values - expected) <= _EXACT * np.abs(stored.values)))
+        largest, slack = (
+            self._per_weight(each, start, stored.values.shape) for each in (self.scales.encoded, self.scales.slack)
+        )
+        return np.asarray(~(np.abs(stored.values) <= _REACH * (largest + slack)))
 
     @property
     def _alike(self) -> int:

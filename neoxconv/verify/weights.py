@@ -157,8 +157,8 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    check = ScaledCheck(SCALED[encoding], pair.source, pair.together) if encoding in SCALED else None
     moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
+    check = ScaledCheck(SCALED[encoding], pair.source, moments) if encoding in SCALED else None
     for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
@@ -198,7 +198,7 @@ def _not_chosen(
     """True where rows from `start` on are not what was chosen together for weights, as far as can be told."""
     if check:
         rows, weights = check.stored(stored, start), rounded(check.encoding, check.source, weights)
-        bad = check.no_code(rows)
+        bad = check.no_code(rows, start)
     else:
         grid = ENCODINGS[encoding].grid
         assert grid

@@ -126,15 +126,17 @@ def test_bands_of_rows_change_nothing(row: Encoding) -> None:
 # --- types with scales beside them ------------------------------------------------------------------------------------
 
 
-def known(row: Scaled, weights: Floats) -> Floats:
+def known(row: Scaled, weights: Floats, factors: Factors) -> Floats:
     """The scale of every weight as it is read back."""
-    return row.groups.per_weight(row.scales(row.suited(weights)).decoded, weights.shape)
+    matters = feedback.matters(factors.moments)
+    sizes = row.suited(weights, matters) if row.suited else row.groups.largest(weights)
+    return row.groups.per_weight(row.scales(sizes).decoded, weights.shape)
 
 
 @scaled
 def test_codes_for_scales_that_are_known_are_no_worse_for_any_single_change(row: Scaled) -> None:
     weights, moments, factors = case()
-    scale = known(row, weights)
+    scale = known(row, weights, factors)
     codes = feedback.choose(row.table, weights, scale, factors)
     values = row.table[codes] * scale
     largest = row.groups.largest(weights)
@@ -165,21 +167,35 @@ def test_codes_are_packed_as_they_are_encoded(row: Scaled) -> None:
 @pytest.mark.parametrize("name", ["NF4", "FP4"])
 def test_a_scale_suits_all_weights_of_its_block(name: str) -> None:
     weights, row = case()[0], SCALED[name]
-    blocks, found = weights.reshape(-1, 64), row.suited(weights)
-    largest = row.groups.largest(weights)
+    assert row.suited
+    matters = np.exp(np.linspace(-3, 3, COLUMNS)).astype(np.float32)
+    blocks, found, largest = weights.reshape(-1, 64), row.suited(weights, matters), row.groups.largest(weights)
     tried = np.linspace(0.7, 1.1, 17)
 
     def wrong(sizes: Floats) -> Doubles:
         shares = blocks / sizes[:, None]
         nearest = row.table[np.abs(shares[..., None] - row.table).argmin(-1)]
-        return np.square((blocks - nearest * sizes[:, None]) / largest[:, None]).sum(1, dtype=np.float64)
+        squares = np.square((blocks - nearest * sizes[:, None]) / largest[:, None], dtype=np.float64)
+        return (squares.reshape(-1, COLUMNS) * matters).reshape(-1, 64).sum(1)
 
     best = np.min([wrong((largest * share).astype(np.float32)) for share in tried], axis=0)
     assert np.allclose(wrong(found), best, rtol=1e-4)
     assert np.isclose(found[:, None], largest[:, None] * tried, rtol=1e-5).any(1).all()
     odd = np.array([[0.0] * 64, [np.nan] + [1.0] * 63, [np.inf] + [1.0] * 63, [1e-30] * 64], np.float32)
-    sizes = row.suited(odd)
+    sizes = row.suited(odd, matters[:64])
     assert sizes[0] == 0 and np.isnan(sizes[1]) and np.isinf(sizes[2]) and 0 < sizes[3] < 2e-30
+
+
+def test_a_scale_is_not_cut_where_the_largest_weight_is_what_matters() -> None:
+    """As in a layer whose inputs are nearly all in one column: found in a real model, where the row was lost."""
+    row, rng = SCALED["NF4"], np.random.default_rng(4)
+    weights = np.clip(rng.standard_normal((8, 64)), -2, 2).astype(np.float32)
+    weights[:, 5] = 3
+    matters = np.ones(64, np.float32)
+    assert row.suited
+    assert (row.suited(weights, matters) < 3).all()
+    matters[5] = 300
+    assert np.allclose(row.suited(weights, matters), 3)
 
 
 def test_products_are_numpys_whatever_their_size() -> None:
@@ -236,7 +252,7 @@ digest = hashlib.sha256()
 for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):
     digest.update(t.feedback.encode(t.ENCODINGS[name].grid, weights, factors).tobytes())
 for row in t.SCALED.values():
-    digest.update(t.feedback.choose(row.table, weights, t.known(row, weights), factors).tobytes())
+    digest.update(t.feedback.choose(row.table, weights, t.known(row, weights, factors), factors).tobytes())
 print(digest.hexdigest())
 """
 
@@ -259,7 +275,7 @@ def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
         assert grid
         digest.update(feedback.encode(grid, weights, factors).tobytes())
     for row in SCALED.values():
-        digest.update(feedback.choose(row.table, weights, known(row, weights), factors).tobytes())
+        digest.update(feedback.choose(row.table, weights, known(row, weights, factors), factors).tobytes())
     child = subprocess.run(
         [sys.executable, "-c", SCRIPT], env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True
     )

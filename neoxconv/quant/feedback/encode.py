@@ -82,6 +82,14 @@ def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
     return grid.pack(codes, numbers)
 
 
+def matters(moments: Floats) -> Floats:
+    """How much errors in each column [columns] matter to scales that are found before codes, from damped moments.
+
+    It is the root of H's diagonal. The diagonal itself, and all alike, are worse (docs/numerics.md).
+    """
+    return np.asarray(np.sqrt(np.diag(moments)), np.float32)
+
+
 def choose(table: Floats, rows: Floats, scale: Floats, factors: Factors) -> Bytes:
     """Codes [n, columns], places in an ascending table, of rows whose scale is known for every weight [n, columns]."""
     weights, scale = _finite(rows), np.ascontiguousarray(scale)

@@ -194,11 +194,10 @@ def encoding(form: Float8Form) -> Encoding:
 
 def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
     """The row for numbers with scales."""
-    groups = RowGroups() if by_row else TensorGroup()
     return Scaled(
         name=name,
         dtype=DType(name, 1, 1, np.dtype("<f4")),
-        groups=groups,
+        groups=RowGroups() if by_row else TensorGroup(),
         parts=partial(parts, form, by_row),
         encode=partial(_encode_scaled, form),
         finish=partial(finish, form),
@@ -206,7 +205,6 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         nearest=partial(_nearest, form),
         scales=partial(scales, form),
         table=_finite(form)[0] / np.float32(form.largest),
-        suited=groups.largest,
         pack=partial(_pack, form),
         bound=form.scaled_bound,
     )

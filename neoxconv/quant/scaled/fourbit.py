@@ -256,13 +256,14 @@ def scales(form: _FourBitForm, sizes: Floats) -> Scales:
     return Scales(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
 
 
-def suited(form: _FourBitForm, rows: Floats) -> Floats:
-    """The scale [blocks] with which the blocks' nearest codes err least in the mean square, of a few for each."""
+def suited(form: _FourBitForm, rows: Floats, matters: Floats) -> Floats:
+    """The scale [blocks] with which the blocks' nearest codes err least, of a few for each; errors are squared and
+    weighted by how much their columns matter [columns]."""
     from neoxconv.quant.scaled.kernels import fit_sizes
 
     blocks = whole_blocks(rows, BLOCK)
     sizes = largest(blocks)
-    fit_sizes(blocks, form.distinct[0], _TRIED, sizes)
+    fit_sizes(blocks, whole_blocks(np.broadcast_to(matters, rows.shape), BLOCK), form.distinct[0], _TRIED, sizes)
     return sizes
 
 

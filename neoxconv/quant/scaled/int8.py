@@ -68,11 +68,10 @@ def _pack(places: Bytes) -> Array:
     return (places.astype(np.int16) - _LEVELS).astype(np.int8)
 
 
-_ROWS = RowGroups()
 INT8 = Scaled(
     name="INT8",
     dtype=DType("INT8", 1, 1, np.dtype("<f4")),
-    groups=_ROWS,
+    groups=RowGroups(),
     parts=parts,
     encode=encode,
     finish=finish,
@@ -80,7 +79,6 @@ INT8 = Scaled(
     nearest=_nearest,
     scales=scales,
     table=np.arange(-_LEVELS, _LEVELS + 1, dtype=np.float32) / np.float32(_LEVELS),
-    suited=_ROWS.largest,
     pack=_pack,
     bound=Bound(0.5 / _LEVELS, "row's largest"),
     rounded=lambda native: F16,

@@ -47,11 +47,11 @@ def nearest_codes(blocks: Floats, sizes: Floats, middles: Floats, order: Bytes, 
 
 
 @kernel
-def fit_sizes(blocks: Floats, table: Floats, tried: Floats, sizes: Floats) -> None:
-    """Multiply sizes [n], the largest weights of blocks [n, k], by that of the numbers `tried` with which the blocks'
-    nearest codes, which stand for the ascending `table` times the size, err least in the mean square.
+def fit_sizes(blocks: Floats, matters: Floats, table: Floats, tried: Floats, sizes: Floats) -> None:
+    """Multiply sizes [n], the largest weights of blocks [n, k], each by one of the numbers `tried`.
 
-    Of two that are as good the first wins; what is not finite stays as it is.
+    It is the one with which nearest codes, which stand for the ascending `table` times the size, err least: squares
+    times what `matters` [n, k]. Of two that are as good the first wins; what is not finite stays as it is.
     """
     count, width = blocks.shape
     middles = (table[:-1] + table[1:]) * HALF
@@ -71,7 +71,7 @@ def fit_sizes(blocks: Floats, table: Floats, tried: Floats, sizes: Floats) -> No
             wrong = ZERO
             for i in range(shares.size):
                 error = shares[i] - table[places[i]] * tried[t]
-                wrong += error * error
+                wrong += error * error * matters[b, i]
             if wrong < best:
                 best, chosen = wrong, tried[t]
         sizes[b] *= chosen
