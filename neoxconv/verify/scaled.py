@@ -55,10 +55,11 @@ class ScaledCheck:
 
     def stored(self, values: Floats, start: int) -> Stored:
         """Rows from `start` on as codes that were chosen together."""
-        scale, table = self._per_weight(self.scales.decoded, start, values.shape), self.encoding.table
+        table, found = self.encoding.table, (self.scales.decoded, self.scales.slack)
+        scale, slack = (self._per_weight(each, start, values.shape) for each in found)
         shares = np.divide(values, scale, out=np.zeros_like(values), where=scale != 0)
         codes = np.searchsorted((table[:-1] + table[1:]) / np.float32(2), shares).astype(np.uint8)
-        return Stored(table, codes, values, scale, self._alike)
+        return Stored(table, codes, values, scale, self._alike, slack)
 
     def no_code(self, stored: Stored, start: int) -> Bools:
         """True where a value of rows from `start` on is not what a code stands for, with the scale that the encoder
@@ -66,10 +67,8 @@ class ScaledCheck:
         if self.known:
             expected = stored.table[stored.codes] * stored.scale
             return np.asarray(~(np.abs(stored.values - expected) <= _EXACT * np.abs(stored.values)))
-        largest, slack = (
-            self._per_weight(each, start, stored.values.shape) for each in (self.scales.encoded, self.scales.slack)
-        )
-        return np.asarray(~(np.abs(stored.values) <= _REACH * (largest + slack)))
+        largest = self._per_weight(self.scales.encoded, start, stored.values.shape)
+        return np.asarray(~(np.abs(stored.values) <= _REACH * (largest + stored.slack)))
 
     @property
     def _alike(self) -> int:

@@ -28,7 +28,8 @@ class Stored:
     """Rows as they are stored: `codes` [n, columns], places in an ascending table, and what they stand for.
 
     `values` and `scale` [n, columns]: a weight's value is its table[code] times its scale, less its block's least
-    weight where there is one. Every `block` columns have a scale of their own.
+    weight where there is one. Every `block` columns have a scale of their own; it may be off the one that was wanted by
+    its `slack` [n, columns].
     """
 
     table: Floats
@@ -36,13 +37,15 @@ class Stored:
     values: Floats
     scale: Floats
     block: int
+    slack: Floats
 
 
 def taken_apart(grid: Grid, stored: Array) -> Stored:
     """Stored rows of a type of blocks."""
     codes, scale, least = grid.unpack(stored)
     values = values_of(grid.table, codes, scale, least)
-    return Stored(grid.table, codes, values, np.repeat(scale, grid.block, axis=1), grid.block)
+    wide = np.repeat(scale, grid.block, axis=1)
+    return Stored(grid.table, codes, values, wide, grid.block, np.zeros_like(wide))
 
 
 def not_the_best(stored: Stored, weights: Floats, moments: Floats) -> Bools:
@@ -65,8 +68,9 @@ def too_far(stored: Stored, weights: Floats) -> Bools:
     errors = weights - stored.values
     gaps = np.diff(stored.table)
     widest = np.maximum(np.append(gaps, np.float32(0)), np.insert(gaps, 0, np.float32(0)))
-    steps = np.abs(stored.scale) * np.maximum(widest, gaps.mean(dtype=np.float32))[stored.codes]
+    steps = (np.abs(stored.scale) + _FAR * stored.slack) * np.maximum(widest, gaps.mean(dtype=np.float32))[stored.codes]
     parts = np.divide(errors, steps, out=np.zeros_like(errors), where=steps > 0)
     blocks = np.square(parts).reshape(len(errors), -1, stored.block).mean(axis=2) > _FAR**2
-    rows = np.square(errors).sum(axis=1) > _OTHER_ROW**2 * np.square(weights).sum(axis=1)
+    allowed = _OTHER_ROW**2 * np.square(weights) + np.square(stored.slack)
+    rows = np.square(errors).sum(axis=1) > allowed.sum(axis=1)
     return np.asarray(np.repeat(blocks, stored.block, axis=1) | rows[:, None] | ~np.isfinite(errors))

@@ -144,7 +144,7 @@ def test_codes_for_scales_that_are_known_are_no_worse_for_any_single_change(row:
     encoded, decoded = (row.groups.per_weight(each, weights.shape) for each in (plain.encoded, plain.decoded))
     alone = row.nearest(weights / encoded) * decoded
     assert loss(moments.read(), weights, values).sum() < 0.4 * loss(moments.read(), weights, alone).sum()
-    stored = Stored(row.table, codes, values, scale, 64)
+    stored = Stored(row.table, codes, values, scale, 64, np.zeros_like(scale))
     assert not not_the_best(stored, weights, factors.moments).any() and not too_far(stored, weights).any()
     moved = codes.copy()
     moved[5, 40] += 1 if moved[5, 40] < len(row.table) - 1 else -1

@@ -18,7 +18,7 @@ from neoxconv.formats.calibration import moments_in
 from neoxconv.quant import floats
 from tests.helpers import cli, digests
 from tests.oracles import causal_logits, program
-from tests.scaled import ALL, BNB, CONFIG, FILE, L0, SCALE, Change, Tensors, edited, put, small, weights
+from tests.scaled import ALL, BNB, CONFIG, FILE, L0, SCALE, Change, Tensors, edited, planted, put, small, weights
 from tests.toy import toy
 
 TOKENS = (np.arange(6 * 64) * 7 % 256).reshape(6, 64)
@@ -148,6 +148,17 @@ def test_right_files_pass_with_the_calibration_and_without(
 ) -> None:
     assert not faults(source, targets[name], by)
     assert not faults(source, targets[name], None)
+
+
+def test_rows_of_very_different_sizes_are_no_fault(tmp_path: Path) -> None:
+    """A block much smaller than the mean may get a scale below 0, as in bitsandbytes; no code makes up for it."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((128, 64)) * 0.02 * np.exp(2 * random.standard_normal((128, 1)))
+    source = planted(small(tmp_path, dtype="F32"), "mlp.dense_h_to_4h.weight", rows.reshape(-1).astype(np.float32))
+    made = calibration(source)
+    for name in CHOSEN:
+        target = chosen(source, tmp_path / name, name, made)
+        assert not faults(source, target, made) and not faults(source, target, None), name
 
 
 def moved(tensors: Tensors) -> None:

@@ -6,8 +6,8 @@ With H = R R^T, R upper, and A[j, k] = R[j, k] / R[k, k] for j < k, rounding col
 
 is GPTQ (arXiv 2210.17323) without its inverse; it is LDLQ of QuIP (arXiv 2307.13304), there proved equal. The scales
 of block types are found on the weights as they are asked for by then, group of columns after group; those that lie
-beside the codes are known before. Afterwards every code in turn becomes
-the best one given all the others, which lowers tr(E H E^T) until no change does, or for `_PASSES` passes.
+beside the codes are known before. Afterwards every code in turn becomes the best one given all the others, which lowers
+tr(E H E^T) until no change does, or for `_PASSES` passes.
 """
 
 from __future__ import annotations
