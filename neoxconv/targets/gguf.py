@@ -13,7 +13,7 @@ from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
-from neoxconv.errors import PlanError, raise_all
+from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
 from neoxconv.formats.calibration import gradients_in, moments_in
 from neoxconv.formats.gguf import write
@@ -25,6 +25,7 @@ from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
+from neoxconv.targets.calibrated import KEY, refuse_others
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -34,7 +35,6 @@ from neoxconv.words import plural
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
-CALIBRATION = "neoxconv.calibration"
 _BESIDE_CHOSEN = "Q4_K_M"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
@@ -70,7 +70,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({KEY: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
@@ -231,15 +231,7 @@ def _with_contexts(
     """
     found, thorough = matrix.entries if matrix else {}, recipe.effort == "high"
     if matrix:
-        columns = {entry.name: entry.tensor.columns for entry in entries}
-        raise_all(PlanError, (
-            f"{matrix.path}: {name} has importances of {values.size} columns, the model's has {columns[name]}; "
-            "the matrix is another model's."
-            if name in columns
-            else f"{matrix.path}: {name} is not in the model; the matrix is another model's."
-            for name, values in found.items()
-            if columns.get(name) != values.size
-        ))  # fmt: skip
+        refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
     useful = [name for name, values in found.items() if values.any()]
     return [
         replace(
