@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from neoxconv.core.encoding import Encoding, Scaled
-from neoxconv.core.layout import Entry
+from neoxconv.core.layout import FEEDBACK_ROWS, Entry
 from neoxconv.core.tensor import slabs
 from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
 from neoxconv.quant import floats
 from neoxconv.quant.bands import bands, sizes_of
 from neoxconv.quant.feedback import encode as feedback
-from neoxconv.quant.feedback.encode import factors_of
+from neoxconv.quant.feedback.shared import FACTORS
 
 _LARGEST_HALF = 65504
-_FEEDBACK_SLAB = 8 << 20  # bytes: the more rows, the more use is made of factors that were fetched from memory
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def _encoder_of(entry: Entry, encoding: Encoding, slab: int) -> tuple[_Encoder, 
         return encoding.encode, slab
     if context.moments is None or grid is None:
         return lambda rows: search(rows, context), slab
-    factors = factors_of(context.moments, entry.name)
-    return lambda rows: feedback.encode(grid, rows, factors), max(slab, _FEEDBACK_SLAB)
+    factors = FACTORS.of(context.moments, entry.name)
+    return lambda rows: feedback.encode(grid, rows, factors), 4 * entry.tensor.columns * FEEDBACK_ROWS
 
 
 def _plain_piece(entry: Entry, encoding: Encoding, rows: Array, encoder: _Encoder) -> _Piece:
