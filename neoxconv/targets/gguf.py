@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from neoxconv.core.encoding import Context, Moments
@@ -13,9 +14,9 @@ from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
-from neoxconv.errors import PlanError, raise_all
+from neoxconv.errors import PlanError, escaped, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import gradients_in, moments_in
+from neoxconv.formats.calibration import digest_of, gradients_in, moments_in, source_digest, source_of
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
@@ -70,7 +71,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({CALIBRATION: digest_of(recipe.calibration)} if recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     chosen = _within_budget(entries, keys, moments, checkpoint, recipe)
@@ -81,7 +82,8 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         *stands_in,
         *([line(chosen)] if chosen else []),
         *_gguf_notes(checkpoint, choice, entries, chosen),
-        *(_matrix_notes(matrix, entries) if matrix else ()),
+        *(_matrix_notes(matrix, entries, recipe) if matrix else ()),
+        *(_calibration_notes(checkpoint, recipe.calibration) if recipe.calibration else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
     )
     tokenizer = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
@@ -247,10 +249,25 @@ def _with_contexts(
     ]
 
 
-def _matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:
+def _calibration_notes(checkpoint: Checkpoint, calibration: Path) -> list[str]:
+    """A word where a calibration was made of other files, which may be the same model in another format."""
+    if source_of(calibration) == source_digest(checkpoint):
+        return []
+    return [
+        f"{escaped(calibration)} was made of other files than this source: right for the same model in another format, "
+        "wrong for another model"
+    ]
+
+
+def _matrix_notes(matrix: Matrix, entries: Sequence[Entry], recipe: Recipe) -> list[str]:
     """What the importance matrix was, and the tensors that could have used an entry but have none."""
     lacking = [e.name for e in entries if e.search and (e.context is None or e.context.importance is None)]
-    note = f"importance matrix of {plural(len(matrix.entries), 'tensor')}, sha256 {matrix.sha256}"
+    count = plural(len(matrix.entries), "tensor")
+    note = (
+        f"calibration of {count}, digest {digest_of(recipe.calibration)}"
+        if recipe.calibration
+        else f"importance matrix of {count}, sha256 {matrix.sha256}"
+    )
     without = f"{plural(len(lacking), 'tensor')} without importances, quantized as if all columns mattered alike: "
     return [note, *([without + listed(lacking)] if lacking else [])]
 

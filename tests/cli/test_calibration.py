@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,11 +88,11 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(source: Path, monkeypatch:
     run = Side.layer
     counted = []
 
-    def cut(self: Side, number: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+    def cut(self: Side, number: int, streams: list[torch.Tensor], **words: Any) -> list[torch.Tensor]:
         counted.append(number)
         if len(counted) == 3:
             raise PowerCut
-        return run(self, number, streams)
+        return run(self, number, streams, **words)
 
     with monkeypatch.context() as patch:
         patch.setattr(Side, "layer", cut)
@@ -100,7 +101,9 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(source: Path, monkeypatch:
     assert not (source.parent / "cut.gguf").exists()
     counted.clear()
     monkeypatch.setattr(
-        Side, "layer", lambda self, number, streams: (counted.append(number), run(self, number, streams))[1]
+        Side,
+        "layer",
+        lambda self, number, streams, **words: (counted.append(number), run(self, number, streams, **words))[1],
     )
     assert digests(calibration(source, "cut.gguf")) == whole
     assert counted == [2]
