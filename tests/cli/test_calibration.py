@@ -226,3 +226,40 @@ def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFi
     assert "of memory besides" in capsys.readouterr().err
     taken = sum(64 * 65 // 2 * 3 + 256 * 257 // 2 for _ in range(3)) * 4
     assert taken < made.stat().st_size < taken + 60_000
+
+
+def stored(files: list[Path]) -> dict[str, bytes]:
+    """The bytes of every tensor of GGUF files, by name."""
+    import gguf
+
+    return {tensor.name: tensor.data.tobytes() for file in files for tensor in gguf.GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_matrices_with_the_same_inputs_share_factors_whatever_the_jobs(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neoxconv.quant.feedback import shared
+    from tests.arch.test_gptj import gptj
+    from tests.little_llamas import little_llama
+    from tests.relatives import saved
+
+    sources = {"llama": lambda: little_llama(tmp_path / "hf"), "gptj": lambda: saved(gptj(), tmp_path / "hf")}
+    source = sources[family]()
+    np.save(tmp_path / "tokens.npy", TOKENS % 300)
+    calibrated = ("calibrate", source, "-o", tmp_path / "cal.gguf", "--tokens", tmp_path / "tokens.npy", "--covariance")
+    assert cli(*calibrated) == 0
+    made: list[str] = []
+    factors_of = shared.factors_of
+    monkeypatch.setattr(shared, "factors_of", lambda moments, name: (made.append(name), factors_of(moments, name))[1])
+    words = ("--to", "gguf", "--type", "q5_0", "--pure", "--calibration", tmp_path / "cal.gguf")
+    assert cli("convert", source, tmp_path / "1.gguf", *words, "--jobs", "1") == 0
+    found = moments_in(tmp_path / "cal.gguf")
+    assert len(made) == len({each.digest for each in found.values()}) < len(found) or family == "gptj"
+    assert shared.FACTORS.last is None and not shared.FACTORS.used
+    assert cli("convert", source, tmp_path / "8.gguf", *words, "--jobs", "8") == 0
+    assert digests(tmp_path / "8.gguf") == digests(tmp_path / "1.gguf")
+    assert cli("convert", source, tmp_path / "split.gguf", *words, "--split-size", "30KB") == 0
+    split = sorted((tmp_path / "split.gguf").glob("*.gguf"))
+    assert len(split) > 1 and stored(split) == stored([tmp_path / "1.gguf"])
+    assert cli("verify", source, tmp_path / "1.gguf", "--calibration", tmp_path / "cal.gguf") == 0
