@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +13,7 @@ from neoxconv.cli.printing import say
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, chosen, opened
 from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import check_side_file, whole
 from neoxconv.errors import escaped
 from neoxconv.formats.calibration import SOURCE, source_digest
@@ -61,19 +64,34 @@ def make_matrix(asked: _Calibration) -> str:
     tokens, text = mixed(checkpoint, samples, _PLENTY * _widest(checkpoint))
     made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
     passes = 3 if asked.gradients else 1  # over the layers: forwards, and for gradients forwards and back
-    with progress_bar(passes * checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
+    total = passes * checkpoint.config.layers * len(tokens)
+    with progress_bar(total, "calibrating", asked.quiet, " sequences") as progress:
         if asked.covariance or asked.gradients:
-            if not asked.quiet:
-                say(_told(output, moments.needs(checkpoint, tokens.size)), err=True)
             keys = facts(text, tokens) | {SOURCE: source_digest(checkpoint)}
-            count = moments.calibrate(
-                checkpoint, tokens, output, keys, gradients=asked.gradients, device=asked.device, progress=progress
-            )
+            count = _with_moments(asked, checkpoint, tokens, keys, progress)
             return f"{escaped(output)}: second moments of the inputs of {count} tensors {made}"
         sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
     with whole(output) as partial:
         write(partial, sums, tokens, text)
     return f"{escaped(output)}: importances of {len(sums)} tensors {made}"
+
+
+def _with_moments(
+    asked: _Calibration,
+    checkpoint: Checkpoint,
+    tokens: Numbers,
+    keys: Mapping[str, Any],
+    progress: Callable[[int], None],
+) -> int:
+    """Write a calibration, what it takes told before; returns how many matrices it is of."""
+    if not asked.quiet:
+        say(_told(asked.output, moments.needs(checkpoint, tokens.size)), err=True)
+    try:
+        return moments.calibrate(
+            checkpoint, tokens, asked.output, keys, gradients=asked.gradients, device=asked.device, progress=progress
+        )
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"{asked.output}: not finished; run the same command again to continue.") from stop
 
 
 def _told(output: Path, needs: moments.Needs) -> str:

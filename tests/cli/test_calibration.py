@@ -240,12 +240,16 @@ def test_matrices_with_the_same_inputs_share_factors_whatever_the_jobs(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from neoxconv.quant.feedback import shared
-    from tests.arch.test_gptj import gptj
     from tests.little_llamas import little_llama
-    from tests.relatives import saved
+    from tests.oracles import program
+    from tests.relatives import random_model, saved
 
-    sources = {"llama": lambda: little_llama(tmp_path / "hf"), "gptj": lambda: saved(gptj(), tmp_path / "hf")}
-    source = sources[family]()
+    if family == "gptj":
+        sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 320}
+        model = random_model(program("transformers").GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0))
+        source = saved(model, tmp_path / "hf")
+    else:
+        source = little_llama(tmp_path / "hf")
     np.save(tmp_path / "tokens.npy", TOKENS % 300)
     calibrated = ("calibrate", source, "-o", tmp_path / "cal.gguf", "--tokens", tmp_path / "tokens.npy", "--covariance")
     assert cli(*calibrated) == 0

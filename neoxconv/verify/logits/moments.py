@@ -157,7 +157,8 @@ def calibrate(
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
     With `gradients` also how much each matrix moves predictions, by the first of the tokens. The ranks are joined
-    first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
+    first, as a GGUF file holds them. `progress` is told of sequences, once for each layer. Unfinished work lies in
+    `path`.partial and `path`.streams. Raises NeoxconvError where the disk does not take it.
     """
     checkpoint.refuse_doubts()
     layers = inputs_of(checkpoint)
@@ -173,7 +174,7 @@ def calibrate(
             known = state.load((*tokens.shape, checkpoint.config.hidden), len(model.ranks), len(layers))
             if known and writer.resume(known[2]):
                 done, streams = known[0], [x.to(device) for x in known[1]]
-                progress(done)
+                progress(done * len(tokens))
             else:
                 if not known:
                     _refuse_strangers(partial, beside)
@@ -182,14 +183,17 @@ def calibrate(
                 writer.begin(again=bool(known))
             for number in range(done, len(layers)):
                 sums = _Sums(layers[number], device)
-                streams = model.layer(number, streams, into=streams)
+                streams = model.layer(number, streams, into=streams, progress=progress)
                 for name, each in layers[number].items():
                     writer.add(each, sums.found.pop(name).cpu().numpy())
                 state.save(number + 1, streams, writer.digests)
-                progress(1)
         names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
         few = tokens[: max(1, _GRADIENT_TOKENS // tokens.shape[1])]
-        found = squares_of_gradients(checkpoint, few, device=device, progress=progress) if gradients else {}
+        found = {}
+        if gradients:
+            found = squares_of_gradients(
+                checkpoint, few, device=device, progress=lambda count: progress(count * len(tokens))
+            )
         writer.finish({names[name]: value for name, value in found.items()})
         os.replace(partial, path)
         beside.unlink()
