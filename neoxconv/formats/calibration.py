@@ -36,6 +36,7 @@ _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256
 _GRADIENT = ".gradient"
 SOURCE = "neoxconv.source"
 _BAND = 16 << 20  # bytes of moments that are written at a time
+_TURNED = 64  # rows of moments that are copied to the other side of the diagonal at a time
 _UNKNOWN = "0" * 64  # a digest that is not known yet
 
 
@@ -270,9 +271,19 @@ class _Reader:
         packed = self.tensor.floats(0, self.tensor.rows)
         if hashlib.sha256(np.ascontiguousarray(packed).data).hexdigest() != self.digest:
             raise CheckpointError(f"{self.path}: the second moments of {self.owner} are damaged; calibrate again.")
-        side = self.side
-        square = np.empty((side, side), np.float32)
-        ends = np.cumsum(np.arange(side, 0, -1))
-        for row, end in enumerate(ends.tolist()):
-            square[row, row:] = square[row:, row] = packed[end - side + row : end]
-        return square
+        return _square(packed, self.side)
+
+
+def _square(packed: Floats, side: int) -> Floats:
+    """A symmetric matrix [side, side] of its upper triangle, row after row; what is below comes band by band."""
+    square, end = np.empty((side, side), np.float32), 0
+    for row in range(side):
+        start, end = end, end + side - row
+        square[row, row:] = packed[start:end]
+    for start in range(0, side, _TURNED):
+        stop = min(start + _TURNED, side)
+        band = square[start:stop, start:].copy()  # its rows lie closer together, so that a cache holds them
+        own, right = band[:, : stop - start], band[:, stop - start :]
+        square[start:stop, start:stop] = np.triu(own) + np.triu(own, 1).T
+        square[stop:, start:stop] = right.T
+    return square

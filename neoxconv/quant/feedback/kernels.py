@@ -188,6 +188,36 @@ def descend(
 
 
 @kernel
+def _finish_rows(rows: Floats, corner: Floats) -> None:
+    """Columns [p, g] of a panel become those of the factor, from the last row up; `corner` [p, p] is made already."""
+    for k in range(len(rows) - 1, -1, -1):
+        for c in range(rows.shape[1]):
+            rows[k, c] /= corner[k, k]
+        for r in range(k):
+            a = corner[k, r]
+            for c in range(rows.shape[1]):
+                rows[r, c] -= a * rows[k, c]
+
+
+@kernel
+def _finish_corner(corner: Floats) -> int:
+    """The lower triangle of a panel's own columns [p, p] becomes the factor's; returns how many rows were made."""
+    p = len(corner)
+    for k in range(p - 1, -1, -1):
+        if not corner[k, k] > ZERO:
+            return int(p - 1 - k)
+        root = f32(np.sqrt(corner[k, k]))
+        corner[k, k] = root
+        for c in range(k):
+            corner[k, c] /= root
+        for r in range(k):
+            a = corner[k, r]
+            for c in range(r + 1):
+                corner[r, c] -= a * corner[k, c]
+    return int(p)
+
+
+@kernel
 def factor(matrix: Floats) -> int:
     """The lower triangle of a symmetric matrix [n, n] becomes L with L^T L = matrix; what is above it is lost.
 
@@ -197,17 +227,18 @@ def factor(matrix: Floats) -> int:
     n = matrix.shape[0]
     for last in range(n, 0, -_PANEL):
         first = max(0, last - _PANEL)
-        for k in range(last - 1, first - 1, -1):
-            if not matrix[k, k] > ZERO:
-                return int(n - 1 - k)
-            root = f32(np.sqrt(matrix[k, k]))
-            for c in range(k + 1):
-                matrix[k, c] /= root
-            for r in range(first, k):
-                a = matrix[k, r]
-                for c in range(r + 1):
-                    matrix[r, c] -= a * matrix[k, c]
-        left = np.ascontiguousarray(-matrix[first:last, :first][::-1].T)
+        corner = matrix[first:last, first:last].copy()
+        made = _finish_corner(corner)
+        if made < last - first:
+            return int(n - last + made)
+        matrix[first:last, first:last] = corner
+        left = np.empty((first, last - first), np.float32)  # the panel's columns, its last row first
+        for start in range(0, first, _TILE):
+            stop = min(start + _TILE, first)
+            rows = matrix[first:last, start:stop].copy()
+            _finish_rows(rows, corner)
+            matrix[first:last, start:stop] = rows
+            left[start:stop] = -rows[::-1].T
         for start in range(0, first, _TILE):
             stop = min(start + _TILE, first)
             right = matrix[first:last, start:stop][::-1].copy()
