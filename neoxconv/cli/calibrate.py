@@ -97,7 +97,7 @@ def _with_moments(
 def _told(output: Path, needs: moments.Needs) -> str:
     """What a calibration takes, told before it begins."""
     disk = f"{output}: {size(needs.file)}, {size(needs.disk)} of disk while it is made"
-    return f"  {disk}; up to {size(needs.memory)} of memory besides the program and the model's slabs"
+    return f"  {disk}; up to {size(needs.memory)} of memory"
 
 
 # Tokens for each column of the widest matrix. KL divergence over that of nearest codes on a real model, by how many:
@@ -110,7 +110,7 @@ def _advice(checkpoint: Checkpoint, tokens: int) -> str:
     each = tokens / _widest(checkpoint)
     if each >= _PLENTY:
         return ""
-    found = f"{each:.1f} tokens for each of the {_widest(checkpoint)} columns of the widest matrix"
+    found = f"{each:.2g} tokens for each of the {_widest(checkpoint)} columns of the widest matrix"
     if each >= _FEW:
         return f"; {found}: {_PLENTY} would bring some more"
     return f"; {found} are few: {_FEW} bring most of what can be had, {_PLENTY} some more"

@@ -212,6 +212,14 @@ def test_unfinished_work_that_cannot_be_read_is_named(
     assert "cal.gguf.streams" in capsys.readouterr().err
 
 
+def test_the_calibration_is_not_replaced_by_the_target(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = calibration(source)
+    before = digests(made)
+    words = ("--to", "gguf", "--type", "q4_0", "--calibration", made, "--overwrite")
+    assert cli("convert", source, made, *words) == 1
+    assert "which is read" in capsys.readouterr().err and digests(made) == before
+
+
 def test_another_models_calibration_is_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,7 +231,7 @@ def test_another_models_calibration_is_refused(
 
 def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = calibration(source)
-    assert "of memory besides" in capsys.readouterr().err
+    assert "of memory" in capsys.readouterr().err
     taken = sum(64 * 65 // 2 * 3 + 256 * 257 // 2 for _ in range(3)) * 4
     assert taken < made.stat().st_size < taken + 60_000
 

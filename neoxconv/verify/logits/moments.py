@@ -26,7 +26,7 @@ from neoxconv.engine.side_file import whole
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.formats.calibration import Inputs, Writer, source_digest
 from neoxconv.verify.logits.gradients import squares_of_gradients
-from neoxconv.verify.logits.stream import running, side
+from neoxconv.verify.logits.stream import INSIDE, running, side
 from neoxconv.words import size
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
@@ -49,9 +49,13 @@ def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
     return tuple(layers)
 
 
+_PROGRAM = 640 << 20  # bytes: Python, torch, slabs of weights (measured: docs/numerics.md)
+_INSIDES = 3  # of an MLP at once: before its activation, behind it, and what is on its way between them
+
+
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a calibration takes: of memory besides the model's slabs, of its file, of disk while it is made."""
+    """Bytes that a calibration takes at most: of memory, of its file, of disk while it is made."""
 
     memory: int
     file: int
@@ -63,11 +67,11 @@ def needs(checkpoint: Checkpoint, tokens: int) -> Needs:
 
     Held are the moments of a layer's inputs and the tokens' streams, which are on disk too, twice while they are saved.
     """
-    layers = inputs_of(checkpoint)
+    layers, config = inputs_of(checkpoint), checkpoint.config
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
-    streams = 4 * tokens * checkpoint.config.hidden
+    streams, inside = 4 * tokens * config.hidden, min(INSIDE, 4 * tokens * config.ff)
     file = sum(4 * each.packed for layer in layers for each in layer.values())
-    return Needs(moments + streams, file, file + 2 * streams)
+    return Needs(_PROGRAM + moments + streams + _INSIDES * inside, file, file + 2 * streams)
 
 
 @dataclass
