@@ -12,7 +12,7 @@ from neoxconv.dtypes import Bools, Bytes, Floats
 from neoxconv.quant.kernels import HALF, INFINITY, ZERO, f32, kernel, u8
 
 _AT_ONCE = 8  # terms added in a pass over the results; their operands stay in the registers and the first cache
-_PANEL = 128  # rows of the factor that are made before the rest is brought up to date
+_PANEL = 256  # rows of the factor that are made before the rest is brought up to date
 _TILE = 256  # rows and columns of a part of a matrix that stays in the second cache, with what is taken from it
 _RUN = 64  # columns that are passed over at once where no code changes
 _TURNED = 32  # the same of a matrix that is turned over
