@@ -17,8 +17,8 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Array, Floats
 
 FEEDBACK_ROWS = 256  # of a matrix at a time where codes are chosen together: the more, the more use of what is fetched
-_FACTORS = 8  # bytes for each number of second moments: as they are, and their factor
-_FEEDBACK = 40  # bytes for each of the weights whose codes are being chosen (measured: docs/numerics.md)
+FACTORS = 8  # bytes for each number of second moments: as they are, and their factor
+_FEEDBACK = 48  # bytes for each of the weights whose codes are being chosen (measured: docs/numerics.md)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Entry:
     unified: str
     tensor: LazyTensor
     encoding: Encoding | Scaled
-    context: Context | None = None  # only where the encoding has a search
+    context: Context | None = None  # only where the encoding can make use of it
 
     @property
     def search(self) -> Callable[[Floats, Context], Array] | None:
@@ -67,12 +67,11 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
-        if isinstance(self.encoding, Scaled):
-            return 2 * 4 * self.encoding.count_groups(self.tensor)
+        groups = 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
         if self.context is None or self.context.moments is None:
-            return 0
-        columns = self.tensor.columns
-        return _FACTORS * columns**2 + _FEEDBACK * columns * min(FEEDBACK_ROWS, self.tensor.rows)
+            return 2 * groups
+        columns = self.tensor.columns  # the scales of groups are kept as they are read back, too
+        return FACTORS * columns**2 + _FEEDBACK * columns * min(FEEDBACK_ROWS, self.tensor.rows) + 3 * groups
 
     @property
     def shares(self) -> str:

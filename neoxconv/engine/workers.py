@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.plan import Step
 from neoxconv.engine.steps import Digests, Progress, Work, run_step
-from neoxconv.quant.feedback.shared import FACTORS
+from neoxconv.quant.feedback.shared import SHARED
 
 Submit = Callable[[Step], Future[Digests]]
 
@@ -33,7 +33,7 @@ def threads(work: Work, jobs: int) -> Iterator[Submit]:
             finally:
                 work.stop.set()
     finally:
-        FACTORS.forget()
+        SHARED.forget()
 
 
 def run_steps(steps: Sequence[Step], submit: Submit, journal: Journal, done: Progress = lambda count: None) -> Digests:

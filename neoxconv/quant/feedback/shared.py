@@ -42,4 +42,4 @@ class _Shared:
             self.making.clear()
 
 
-FACTORS = _Shared()
+SHARED = _Shared()

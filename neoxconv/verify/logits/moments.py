@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neoxconv.core.encoding import Gradients
 from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import Weight
 from neoxconv.dtypes import Floats, Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.formats.calibration import Inputs, Writer, source_digest
 from neoxconv.verify.logits.gradients import squares_of_gradients
-from neoxconv.verify.logits.stream import INSIDE, running, side
+from neoxconv.verify.logits.stream import INSIDE, Side, running, side
 from neoxconv.words import size
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
 _BAND = 2048  # rows of sums that are made at a time, from their diagonal on
 _MAX_TOLD = 16 << 20  # bytes of the first line of unfinished work
+_EMBEDDING, _HEAD = "embedding", "head"  # roles
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
 
@@ -70,7 +73,8 @@ def needs(checkpoint: Checkpoint, tokens: int) -> Needs:
     layers, config = inputs_of(checkpoint), checkpoint.config
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
     streams, inside = 4 * tokens * config.hidden, min(INSIDE, 4 * tokens * config.ff)
-    file = sum(4 * each.packed for layer in layers for each in layer.values())
+    head = 4 * Inputs((), config.hidden).packed
+    file = head + sum(4 * each.packed for layer in layers for each in layer.values())
     return Needs(_PROGRAM + moments + streams + _INSIDES * inside, file, file + 2 * streams)
 
 
@@ -160,45 +164,33 @@ def calibrate(
 ) -> int:
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
-    With `gradients` also how much each matrix moves predictions, by the first of the tokens. The ranks are joined
+    With `gradients` also how much each matrix moves predictions, by tokens from all over them. The ranks are joined
     first, as a GGUF file holds them. `progress` is told of sequences, once for each layer. Unfinished work lies in
     `path`.partial and `path`.streams. Raises NeoxconvError where the disk does not take it.
     """
     checkpoint.refuse_doubts()
-    layers = inputs_of(checkpoint)
+    layers, matrices = inputs_of(checkpoint), _matrices(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
-    inputs = tuple(each for layer in layers for each in layer.values())
-    writer = Writer(partial, inputs, keys, tokens.size, gradients)
-    state = Progress(beside, _key(checkpoint, tokens, keys))
+    checkpoint.refuse_doubts()
+    layers, matrices = inputs_of(checkpoint), _matrices(checkpoint)
+    partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
+    last = next(weight for weight in reversed(matrices) if not weight.linear)  # the head, or the embedding that is one
+    head = _head_inputs(checkpoint, last, gradients)
+    inputs = (*(each for layer in layers for each in layer.values()), *head)
+    writer = Writer(partial, inputs, keys, tokens.size, _extents(checkpoint, matrices) if gradients else {})
+    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients}))
     _check_room(path, needs(checkpoint, tokens.size).disk, partial, beside)
     try:
-        with running(tokens, device) as (pool, ids):
-            sums = _Sums({}, device)
-            model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
-            known = state.load((*tokens.shape, checkpoint.config.hidden), len(model.ranks), len(layers))
-            if known and writer.resume(known[2]):
-                done, streams = known[0], [x.to(device) for x in known[1]]
-                progress(done * len(tokens))
-            else:
-                if not known:
-                    _refuse_strangers(partial, beside)
-                done, streams = 0, model.embed(ids)
-                state.save(0, streams, writer.digests)
-                writer.begin(again=bool(known))
-            for number in range(done, len(layers)):
-                sums = _Sums(layers[number], device)
-                streams = model.layer(number, streams, into=streams, progress=progress)
-                for name, each in layers[number].items():
-                    writer.add(each, sums.found.pop(name).cpu().numpy())
-                state.save(number + 1, streams, writer.digests)
-        names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
-        few = tokens[: max(1, _GRADIENT_TOKENS // tokens.shape[1])]
-        found = {}
+        square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress), {}
         if gradients:
             found = squares_of_gradients(
-                checkpoint, few, device=device, progress=lambda count: progress(count * len(tokens))
+                checkpoint, _spread(tokens), device=device, progress=lambda count: progress(count * len(tokens))
             )
-        writer.finish({names[name]: value for name, value in found.items()})
+            if last.role == _EMBEDDING:
+                found, square = _of_tied(checkpoint, found, square)
+        for each in head:
+            writer.add(each, square * np.float32(tokens.size))
+        writer.finish({w.gguf: _in_order(found[w.unified], w, checkpoint) for w in matrices if found})
         os.replace(partial, path)
         beside.unlink()
     except OSError as error:
@@ -208,7 +200,50 @@ def calibrate(
         ) from error
     finally:
         writer.close()
-    return len(writer.names)
+    return sum(len(each.names) for each in inputs)
+
+
+def _forward(
+    checkpoint: Checkpoint,
+    layers: Sequence[dict[str, Inputs]],
+    tokens: Numbers,
+    writer: Writer,
+    state: Progress,
+    device: str,
+    progress: Callable[[int], None],
+) -> Floats:
+    """Write the moments of every layer from the first that is not done; returns those of what the head multiplies."""
+    with running(tokens, device) as (pool, ids):
+        sums = _Sums({}, device)
+        model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
+        known = state.load((*tokens.shape, checkpoint.config.hidden), len(model.ranks), len(layers))
+        if known and writer.resume(known[2]):
+            done, streams = known[0], [x.to(device) for x in known[1]]
+            progress(done * len(tokens))
+        else:
+            if not known:
+                _refuse_strangers(writer.path, state.path)
+            done, streams = 0, model.embed(ids)
+            state.save(0, streams, writer.digests)
+            writer.begin(again=bool(known))
+        for number in range(done, len(layers)):
+            sums = _Sums(layers[number], device)
+            streams = model.layer(number, streams, into=streams, progress=progress)
+            for name, each in layers[number].items():
+                writer.add(each, sums.found.pop(name).cpu().numpy())
+            state.save(number + 1, streams, writer.digests)
+        return _of_head(model, streams, tokens.size)
+
+
+def _of_head(model: Side, streams: Sequence[Tensor], tokens: int) -> Floats:
+    """The second moments of what the head multiplies, sequence after sequence."""
+    hidden = model.config.hidden
+    sums = torch.zeros(hidden, hidden, device=streams[0].device)
+    for i in range(len(streams[0])):
+        normed = model.final([x[i : i + 1] for x in streams])[0].flatten(0, 1)
+        sums.addmm_(normed.T, normed)
+    square: Floats = (sums / tokens).cpu().numpy()
+    return square
 
 
 def _check_room(path: Path, needed: int, *unfinished: Path) -> None:
@@ -220,6 +255,54 @@ def _check_room(path: Path, needed: int, *unfinished: Path) -> None:
             f"{path}: takes {size(needed - written)} of disk while it is made, {size(free)} are free; make room, or "
             "give another place."
         )
+
+
+def _spread(tokens: Numbers) -> Numbers:
+    """Sequences at equal distances from tokens [batch, time], of `_GRADIENT_TOKENS` in all at most; one at least."""
+    count = min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))
+    found: Numbers = tokens[np.arange(count) * len(tokens) // count]
+    return found
+
+
+def _matrices(checkpoint: Checkpoint) -> list[Weight]:
+    """The weights of a GGUF file that have gradients: matrices of the layers, embedding and head."""
+    weights = [weight for _, weight in checkpoint.architecture.in_gguf(checkpoint.config)]
+    return [weight for weight in weights if weight.linear or weight.role in (_EMBEDDING, _HEAD)]
+
+
+def _extents(checkpoint: Checkpoint, matrices: Sequence[Weight]) -> dict[str, tuple[int, int]]:
+    """Rows and columns by GGUF name."""
+    sizes = checkpoint.config.sizes
+    return {weight.gguf: (sizes[weight.shape[0]], sizes[weight.shape[1]]) for weight in matrices}
+
+
+def _head_inputs(checkpoint: Checkpoint, last: Weight, gradients: bool) -> tuple[Inputs, ...]:
+    """What the head is multiplied with. A tied one has moments only with the gradients that weigh both of its uses."""
+    return (Inputs((last.gguf,), checkpoint.config.hidden),) if gradients or last.role == _HEAD else ()
+
+
+def _of_tied(
+    checkpoint: Checkpoint, found: Mapping[str, Gradients], square: Floats
+) -> tuple[dict[str, Gradients], Floats]:
+    """Gradients with those of a tied embedding, which is the head too, and the moments that stand for both.
+
+    A lookup costs by column alone, as if its inputs were independent: their part is added to the diagonal.
+    """
+    ((head, embedding),) = checkpoint.architecture.tied_head.items()
+    above, below = found[head], found[embedding]
+    part = below.rows.sum(dtype=np.float64) / above.rows.sum(dtype=np.float64)
+    columns = above.columns + part * below.columns
+    rows = (above.rows * above.columns.mean() + below.rows * below.columns.mean()) / columns.mean()
+    both = Gradients(rows.astype(np.float32), columns.astype(np.float32))
+    square = square + np.diag(part * below.columns).astype(np.float32)
+    return {name: both if name == embedding else gradients for name, gradients in found.items()}, square
+
+
+def _in_order(gradients: Gradients, weight: Weight, checkpoint: Checkpoint) -> Gradients:
+    """Gradients with the rows in GGUF's order."""
+    if weight.gguf_order is None:
+        return gradients
+    return replace(gradients, rows=gradients.rows[weight.gguf_order(checkpoint.config)])
 
 
 def _refuse_strangers(*paths: Path) -> None:
@@ -235,5 +318,5 @@ def _key(checkpoint: Checkpoint, tokens: Numbers, keys: Mapping[str, Any]) -> st
     """SHA-256 over all that decides a calibration: the source, how it was opened, the tokens."""
     digest = hashlib.sha256(np.ascontiguousarray(tokens).data)
     digest.update(source_digest(checkpoint).encode())
-    digest.update(json.dumps(dict(keys), sort_keys=True).encode())
+    digest.update(json.dumps({**keys, **checkpoint.config.facts}, sort_keys=True).encode())
     return digest.hexdigest()
