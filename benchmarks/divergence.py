@@ -11,7 +11,8 @@ close as ours with codes chosen together, and what part of these it saves: on st
 its files that no smaller one beats.
 
 --pure: all matrices of the layers one type; embedding and head are Q8_0, whose bytes are equal.
---folder keeps the calibration, and uses the one that it finds there.
+--folder keeps the calibration, the reference and what each file came to; a later run with the same arguments goes on
+from there.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Floats
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import moments_in
 from neoxconv.targets.mixes import MIXES
 from neoxconv.verify.logits.moments import calibrate
 from tests.oracles import Tokens, llama_quantize, llama_sequences
@@ -47,7 +47,7 @@ def log_probabilities(logits: Floats) -> Floats:
     """The logarithms of the probabilities that logits [..., words] stand for."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return np.asarray(shifted - np.log(total), np.float32)
+    return np.asarray(shifted - np.log(total).astype(np.float32))
 
 
 def divergence(reference: Floats, logits: Floats) -> Means:
@@ -58,14 +58,21 @@ def divergence(reference: Floats, logits: Floats) -> Means:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, what it is calibrated with, and what its files are compared on; `folder` holds the large things."""
+    """A model, what it is calibrated with, and what its files are compared on; `folder` keeps what was made."""
 
     checkpoint: Checkpoint
     tokenizer: Path | None
+    calibration_tokens: Tokens
     tokens: Tokens
-    calibration: Path
     pure: bool
     folder: Path
+
+    @cached_property
+    def calibration(self) -> Path:
+        path = self.folder / "calibration.gguf"
+        if not path.exists():
+            calibrate(self.checkpoint, self.calibration_tokens, path, imatrix.facts(path.name, self.calibration_tokens))
+        return path
 
     @cached_property
     def importances(self) -> dict[str, Floats]:
@@ -75,14 +82,16 @@ class Case:
     @cached_property
     def exact(self) -> Path:
         """The F32 file."""
-        return self.ours("F32", self.folder / "exact.gguf")
+        path = self.folder / "exact.gguf"
+        return path if path.exists() else self.ours("F32", path)
 
     @cached_property
     def reference(self) -> list[Path]:
         """Files of what it predicts: the log probabilities of each sequence."""
-        files = [self.folder / f"{number}.npy" for number in range(len(self.tokens))]
-        for file, logits in zip(files, llama_sequences(self.exact, self.tokens), strict=True):
-            np.save(file, log_probabilities(logits))
+        files = [self.folder / f"reference.{number}.npy" for number in range(len(self.tokens))]
+        if not files[-1].exists():
+            for file, logits in zip(files, llama_sequences(self.exact, self.tokens), strict=True):
+                np.save(file, log_probabilities(logits))
         return files
 
     def ours(self, mix: str, path: Path, **how: Any) -> Path:
@@ -114,11 +123,16 @@ class File:
     means: Means
 
 
-def made(case: Case, column: str, mix: str) -> File:
-    """The file of a column, which is not kept."""
-    path = COLUMNS[column](case, mix, case.folder / "made.gguf")
-    pairs = zip(case.reference, llama_sequences(path, case.tokens), strict=True)
-    return File(path.stat().st_size, np.array([divergence(np.load(file), logits) for file, logits in pairs]))
+def measured(case: Case, column: str, mix: str) -> File:
+    """What the file of a column comes to; the file is not kept."""
+    found = case.folder / f"{mix}{'.pure' if case.pure else ''}.{column}.npy"
+    if not found.exists():
+        path = COLUMNS[column](case, mix, found.with_suffix(".gguf"))
+        pairs = zip(case.reference, llama_sequences(path, case.tokens), strict=True)
+        np.save(found, [path.stat().st_size, *(divergence(np.load(file), logits) for file, logits in pairs)])
+        path.unlink()
+    size, *means = np.load(found)
+    return File(int(size), np.array(means))
 
 
 def ratio(ours: Means, theirs: Means) -> str:
@@ -141,7 +155,7 @@ def as_close(files: Sequence[File], wanted: float) -> float:
 
 def line(case: Case, mix: str, theirs: dict[str, File]) -> str:
     """A line of the table."""
-    files = {name: theirs[mix] if name == "ggml, matrix" else made(case, name, mix) for name in COLUMNS}
+    files = {name: theirs[mix] if name == "ggml, matrix" else measured(case, name, mix) for name in COLUMNS}
     together, beside = files["together"], files["ggml, matrix"]
     needed = as_close([*theirs.values()], together.means.mean())
     return " | ".join(
@@ -155,14 +169,6 @@ def line(case: Case, mix: str, theirs: dict[str, File]) -> str:
     )
 
 
-def calibration(checkpoint: Checkpoint, tokens: Tokens, path: Path) -> Path:
-    """The calibration at this path; made of the tokens where there is none."""
-    if not path.exists():
-        calibrate(checkpoint, tokens, path, imatrix.facts(path.name, tokens))
-    moments_in(path)
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("source", "calibrate", "tokens"):
@@ -172,12 +178,12 @@ def main() -> None:
     parser.add_argument("--pure", action="store_true")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
-    checkpoint = open_checkpoint(given.source)
+    tokens = np.load(given.calibrate), np.load(given.tokens)
     with tempfile.TemporaryDirectory() as scratch:
-        kept = calibration(checkpoint, np.load(given.calibrate), (given.folder or Path(scratch)) / "calibration.gguf")
-        case = Case(checkpoint, given.tokenizer, np.load(given.tokens), kept, given.pure, Path(scratch))
+        folder = given.folder or Path(scratch)
+        case = Case(open_checkpoint(given.source), given.tokenizer, *tokens, given.pure, folder)
         print(" | ".join(["", "MB", *COLUMNS, "matrix / theirs", "together / theirs", "as close: MB", "saved"]))
-        theirs = {mix: made(case, "ggml, matrix", mix) for mix in given.types}
+        theirs = {mix: measured(case, "ggml, matrix", mix) for mix in given.types}
         for mix in given.types:
             print(line(case, mix, theirs), flush=True)
 
