@@ -4,11 +4,11 @@
                                     [--tokenizer FILE] [--types Q4_K_M ...] [--pure] [--folder FOLDER]
 
 A line for each type or mix: mean KL divergence over all positions of --tokens, in thousandths of a nat, of each file in
-`COLUMNS`. The importance matrix and the calibration are of the tokens of --calibrate, the same for all. Then the ratio
-of the two last of ours to llama-quantize's file with the matrix, and two standard errors of it: both are means over the
-same sequences. The last two columns say how many bytes a file of llama-quantize with the matrix would need to be as
-close as ours with codes chosen together, and what part of these it saves: on straight lines of log KL between those of
-its files that no smaller one beats.
+`COLUMNS`. The importance matrix is in the calibration by which codes are chosen together: both are of the tokens of
+--calibrate. Then the ratios of ours, with the matrix and with codes chosen together, to llama-quantize's with the
+matrix, and two standard errors over the sequences. Last, how many bytes llama-quantize's files with the matrix need to
+be as close as ours with codes chosen together, and what part of these that saves: by straight lines of log KL between
+those of its files in the table that no smaller one beats. A dash: none is as close.
 
 --pure: all matrices of the layers one type; embedding and head are Q8_0, whose bytes are equal.
 --folder keeps the calibration, the reference and what each file came to; a later run with the same arguments goes on
@@ -127,10 +127,10 @@ def measured(case: Case, column: str, mix: str) -> File:
     """What the file of a column comes to; the file is not kept."""
     found = case.folder / f"{mix}{'.pure' if case.pure else ''}.{column}.npy"
     if not found.exists():
-        path = COLUMNS[column](case, mix, found.with_suffix(".gguf"))
-        pairs = zip(case.reference, llama_sequences(path, case.tokens), strict=True)
-        np.save(found, [path.stat().st_size, *(divergence(np.load(file), logits) for file, logits in pairs)])
-        path.unlink()
+        with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
+            path = COLUMNS[column](case, mix, Path(scratch) / "made.gguf")
+            pairs = zip(case.reference, llama_sequences(path, case.tokens), strict=True)
+            np.save(found, [path.stat().st_size, *(divergence(np.load(file), logits) for file, logits in pairs)])
     size, *means = np.load(found)
     return File(int(size), np.array(means))
 
@@ -182,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         case = Case(open_checkpoint(given.source), given.tokenizer, *tokens, given.pure, folder)
-        print(" | ".join(["", "MB", *COLUMNS, "matrix / theirs", "together / theirs", "as close: MB", "saved"]))
+        print(" | ".join(["", "MB", *COLUMNS, "matrix / ggml's", "together / ggml's", "ggml as close: MB", "saved"]))
         theirs = {mix: measured(case, "ggml, matrix", mix) for mix in given.types}
         for mix in given.types:
             print(line(case, mix, theirs), flush=True)
