@@ -5,30 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from neoxconv.core.encoding import Grid, Moments, Scaled
+from neoxconv.core.encoding import Comparison, Encoding, Grid, Moments
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import Floats, narrow
+from neoxconv.dtypes import Array, Floats, narrow
+from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
 from neoxconv.formats.calibration import moments_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
-from neoxconv.quant.bands import rounded, sizes_of
 from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.gguf import CALIBRATION, SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
+from neoxconv.verify.scaled import ScaledCheck
 from neoxconv.verify.together import not_the_best, too_far
 
 _Progress = Callable[[int], None]
-SLAB = 4 << 20
-_EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
 # of a window (llama.cpp has none).
@@ -154,33 +153,18 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     """The error of one tensor, and what is wrong with it if anything is."""
     encoding = (pair.target.native if pair.joined else pair.target.dtype).name
     if pair.source.shape != pair.target.shape:
-        found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
-        return TensorError(pair.name, encoding, float("inf"), float("inf")), found
+        finding = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
+        return TensorError(pair.name, encoding, float("inf"), float("inf")), finding
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    check = _ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
-    moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
-    for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
+    unit, compared = _comparing(pair, encoding)
+    for start, stop in slabs(pair.source, SLAB, unit):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
-        stored = pair.target.read(start, stop)
-        values = floats(stored, pair.target.dtype)
-        error = np.abs(weights - values)
-        if pair.joined:
-            stored = narrow(values, pair.target.native)
-        if check:
-            bad = check.wrong(weights, values, start, stop)
-        elif pair.together:
-            bad = too_far(pair.together, weights, stored)
-            bad |= not_the_best(pair.together, weights, stored, moments) if moments is not None else False
-        elif encoding in ENCODINGS:
-            bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
-        else:
-            bad = differs(pair, weights, values)
-        if bad.any() and first < 0:
-            first = start * pair.source.columns + int(np.flatnonzero(bad)[0])
-        wrong += int(bad.sum())
-        largest = max(largest, float(error.max(initial=0)))
-        squares += float(np.square(error, dtype=np.float64).sum())
-        power += float(np.square(weights, dtype=np.float64).sum())
+        found = compared(weights, pair.target.read(start, stop), start)
+        if first < 0 and found.wrong.any():
+            first = start * pair.source.columns + int(found.wrong.argmax())
+        wrong += int(np.count_nonzero(found.wrong))
+        sums = _sums(weights, found.values)
+        largest, squares, power = max(largest, sums.largest), squares + sums.squares, power + sums.power
         progress((stop - start) * pair.source.dtype.size(pair.source.columns))
     result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
     if pair.weighted and result.relative > _LOOSE:
@@ -193,50 +177,65 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     return result, Finding(pair.name, what)
 
 
-class _ScaledCheck:
-    """What weights whose scales lie beside them may have become: each group's size is known from all of the source."""
-
-    def __init__(self, encoding: Scaled, source: LazyTensor) -> None:
-        self.encoding, self.source = encoding, source
-        self.scales = encoding.scales(sizes_of(encoding, source, SLAB))
-
-    @property
-    def unit(self) -> int:
-        """Rows that are whole groups."""
-        return self.encoding.groups.rows_per_whole_group(self.source.columns)
-
-    def wrong(self, weights: Floats, values: Floats, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer.
-
-        With the scales e (encoded), d (decoded) and the slack s of a weight's group, all in the weight's own unit, and
-        nearest(x) the number of the code's table nearest to x (without a unit), a weight w may be stored as v where
-
-            v stands for a code     |v - found * d| <= EXACT * |v| + s              found = nearest(v / d)
-            none is nearer          |asked - found| <= |asked - nearest(asked)| + EXACT * |asked|       asked = w / e
-
-        The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told.
-        """
-        groups, nearest = self.encoding.groups, self.encoding.nearest
-        touched = groups.groups_of(start, stop, self.source.columns)
-        numbers = self.scales.encoded, self.scales.decoded, self.scales.slack
-        encoded, decoded, slack = (groups.per_weight(each[touched], weights.shape) for each in numbers)
-        weights = rounded(self.encoding, self.source, weights)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            asked = np.where(encoded > 0, weights / encoded, 0)
-            found = nearest(np.where(decoded != 0, values / decoded, 0))
-        no_code = ~(np.abs(values - found * decoded) <= _EXACT * np.abs(values) + slack)
-        further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + _EXACT * np.abs(asked))
-        further &= np.abs(decoded) > slack
-        return np.asarray((no_code | further) & ~(np.isnan(weights) & np.isnan(values)))
+_Compared = Callable[[Floats, Array, int], Comparison]  # of weights, what is stored of them, and their first row
 
 
-def differs(pair: _Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:
-    """True where a type that we only read cannot have come from these weights: loosely for blocks, else exactly."""
+def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
+    """How the slabs of a pair are compared, and of how many rows, or a multiple, they must be."""
+    if encoding in SCALED:
+        check = ScaledCheck(SCALED[encoding], pair.source, SLAB)
+        return check.unit, lambda rows, stored, start: Comparison(check.wrong(rows, stored, start), stored)
+    if pair.together:
+        moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
+        return 1, partial(_compare_together, pair, pair.together, moments)
+    if encoding not in ENCODINGS:
+        return 1, partial(_compare_read, pair)
+    if pair.joined:
+        return 1, partial(_compare_joined, pair, ENCODINGS[encoding])
+    return 1, lambda rows, stored, start: ENCODINGS[encoding].compare(rows, stored, pair.weighted)
+
+
+def _compare_together(
+    pair: _Pair, grid: Grid, moments: Floats | None, rows: Floats, stored: Array, _: int
+) -> Comparison:
+    """Codes that were chosen together are the best by the moments of the inputs, or without these not too far away."""
+    wrong = too_far(grid, rows, stored)
+    if moments is not None:
+        wrong |= not_the_best(grid, rows, stored, moments)
+    return Comparison(wrong, floats(stored, pair.target.dtype))
+
+
+def _compare_joined(pair: _Pair, encoding: Encoding, rows: Floats, stored: Array, _: int) -> Comparison:
+    """What was computed from ranks is compared as their type, in which a writer would store it."""
+    values = floats(stored, pair.target.dtype)
+    return Comparison(encoding.wrong(rows, narrow(values, pair.target.native), pair.weighted), values)
+
+
+def _compare_read(pair: _Pair, rows: Floats, stored: Array, _: int) -> Comparison:
+    """A type that we only read cannot have come from other weights: loosely for blocks, else exactly."""
+    values = floats(stored, pair.target.dtype)
     if pair.target.dtype.block == 1:
-        return np.asarray(weights != values) & ~(np.isnan(weights) & np.isnan(values))
-    power = np.square(weights, dtype=np.float64).sum()
-    far = np.square(weights - values, dtype=np.float64).sum() > _LOOSE**2 * power
-    return np.full(weights.shape, far) | ~np.isfinite(values)
+        return Comparison(np.asarray(rows != values) & ~(np.isnan(rows) & np.isnan(values)), values)
+    sums = _sums(rows, values)
+    far = sums.squares > _LOOSE**2 * sums.power
+    return Comparison(np.full(rows.shape, far) | ~np.isfinite(values), values)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of weights and what is read of them: the largest |w - v|, the sum of (w - v)^2 and that of w^2."""
+
+    largest: float
+    squares: float
+    power: float
+
+
+def _sums(rows: Floats, values: Floats) -> _Sums:
+    """The sums of a slab, in a fixed order."""
+    from neoxconv.quant.kernels import tally
+
+    largest, squares, power = tally(*(np.ascontiguousarray(each).reshape(-1) for each in (rows, values)))
+    return _Sums(float(largest), squares, power)
 
 
 def _compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:

@@ -17,7 +17,8 @@ import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import F16, F32, I8, U8, Array, DType, Floats
+from neoxconv.dtypes import F16, F32, I8, U8, Array, Bools, DType, Floats
+from neoxconv.quant.scaled.check import checked
 from neoxconv.quant.scaled.groups import RowGroups
 
 _LEVELS = 127
@@ -46,9 +47,14 @@ def finish(tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
 def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows. The product is rounded once, so that a code of 127 gives the row's largest weight."""
 
+    from neoxconv.quant.scaled.read_kernels import read_steps
+
     def read(start: int, stop: int) -> Array:
         steps = stored["SCB"].floats(start, stop).astype(np.float64) / _LEVELS
-        return (stored["weight"].read(start, stop) * steps[:, None]).astype(np.float32)
+        codes = np.ascontiguousarray(stored["weight"].read(start, stop))
+        values = np.empty(codes.shape, np.float32)
+        read_steps(codes, steps, values)
+        return values
 
     return read
 
@@ -63,6 +69,13 @@ def scales(sizes: Floats) -> Scales:
     return Scales(sizes, sizes, np.zeros_like(sizes))
 
 
+def check(weights: Floats, values: Floats, scales: Scales, width: int) -> Bools:
+    """Which weights cannot have become the values that are read of them."""
+    from neoxconv.quant.scaled.check_kernels import whole_numbers
+
+    return checked(whole_numbers(np.float32(_LEVELS)), weights, values, scales, width)
+
+
 INT8 = Scaled(
     name="INT8",
     dtype=DType("INT8", 1, 1, np.dtype("<f4")),
@@ -73,6 +86,7 @@ INT8 = Scaled(
     decode=decode,
     nearest=_nearest,
     scales=scales,
+    check=check,
     bound=Bound(0.5 / _LEVELS, "row's largest"),
     rounded=lambda native: F16,
 )
