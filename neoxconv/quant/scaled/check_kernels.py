@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bools, Floats
-from neoxconv.quant.kernels import ZERO, f32, i32, kernel, u32
+from neoxconv.quant.kernels import INFINITY, ZERO, f32, i32, kernel, u32
 from neoxconv.quant.scaled.float8_kernels import Limits, rounded
 from neoxconv.quant.scaled.kernels import ROUNDER
 
@@ -106,7 +106,8 @@ def _are_nearest(read: Floats, best: Floats, decoded: np.float32) -> bool:
     """Whether all that is read is what the nearest numbers stand for: nothing is wrong then, whatever the slack."""
     misses = i32(0)
     for i in range(read.size):
-        misses += i32(not abs(read[i] - best[i] * decoded) <= abs(read[i]) * _EXACT)
+        close = abs(read[i] - best[i] * decoded) <= abs(read[i]) * _EXACT
+        misses += i32(not (close & (abs(read[i]) < INFINITY)))
     return bool(misses == 0)
 
 

@@ -214,8 +214,9 @@ def decode(form: _FourBitForm, stored: Mapping[str, LazyTensor], shape: tuple[in
         first, last = touched.start * BLOCK, min(touched.stop * BLOCK, count)
         codes = np.ascontiguousarray(stored["weight"].read(first // 2, -(-last // 2))).reshape(-1)
         values = np.empty(2 * codes.size, np.float32)
-        sizes = np.ascontiguousarray(absmax(touched.start, touched.stop))
-        read_pairs(codes, sizes, stored["weight.quant_map"].floats(0, 16), values)
+        table = stored["weight.quant_map"].floats(0, 16)
+        pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1).view(np.uint64)  # of each byte
+        read_pairs(codes, pairs.reshape(-1), np.ascontiguousarray(absmax(touched.start, touched.stop)), values)
         return values[start * columns - first : stop * columns - first].reshape(stop - start, *shape[1:])
 
     return read

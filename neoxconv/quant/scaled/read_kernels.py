@@ -6,24 +6,24 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Doubles, Floats
-from neoxconv.quant.kernels import f32, kernel, u8
+from neoxconv.quant.kernels import f32, kernel
 
-_PAIRS = 32  # half a block of NF4 and FP4
+_BLOCK = 64  # weights of NF4 and FP4 that share a size
 
 
 @kernel
-def read_pairs(packed: Bytes, sizes: Floats, table: Floats, values: Floats) -> None:
-    """Two codes of 4 bits in a byte, the first in its upper half; every `_PAIRS` bytes share a size.
+def read_pairs(packed: Bytes, pairs: npt.NDArray[np.uint64], sizes: Floats, values: Floats) -> None:
+    """Two codes of 4 bits in a byte, each of which stands for a pair of numbers, times the sizes of their blocks.
 
-    Packed [n], sizes [blocks], the table [16], values [2 n].
+    Packed [n], pairs [256], each two float32; sizes [blocks]; values [2 n].
     """
-    scaled = np.empty(16, np.float32)
+    both = values.view(np.uint64)
+    for i in range(packed.size):
+        both[i] = pairs[packed[i]]
     for g in range(sizes.size):
-        for k in range(16):
-            scaled[k] = table[k] * sizes[g]
-        for i in range(g * _PAIRS, min((g + 1) * _PAIRS, packed.size)):
-            values[2 * i] = scaled[packed[i] >> u8(4)]
-            values[2 * i + 1] = scaled[packed[i] & u8(15)]
+        block, size = values[g * _BLOCK : (g + 1) * _BLOCK], sizes[g]
+        for i in range(block.size):
+            block[i] *= size
 
 
 @kernel
