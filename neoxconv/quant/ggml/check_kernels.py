@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from neoxconv.dtypes import Bools, Bytes, Floats
-from neoxconv.quant.ggml.simple_kernels import extremes
+from neoxconv.quant.ggml.simple_kernels import extremes, largest_size
 from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, f32, i32, kernel
 
 SCALE, LEAST, BY_GAP, BY_WEIGHT, BY_VALUE, FIXED, BEYOND = range(7)  # BEYOND: how far beyond the last code
@@ -120,10 +120,13 @@ def bound_simple(weights: Floats, scale: Floats, least: Floats, form: Simple, nu
     """
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        low, high = extremes(bits[b])
-        step = f32((high - low if form.least else max(-low, high)) / form.levels)
-        lowest = low if form.least else ZERO
-        finite = (abs(step) < INFINITY) & (low == low) & (high == high)
+        if form.least:
+            lowest, high = extremes(bits[b])
+            span = f32(high - lowest)
+        else:
+            lowest, span = ZERO, largest_size(bits[b])
+        step = f32(span / form.levels)
+        finite = abs(step) < INFINITY
         if form.weighted:
             step, lowest = abs(scale[b]), -least[b]
         slope, slack = _half_ulp(step), _half_ulp(lowest)

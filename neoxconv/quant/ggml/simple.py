@@ -138,13 +138,16 @@ def _take_apart(form: _BlockForm, stored: Bytes) -> Blocks:
     from neoxconv.quant.ggml import simple_kernels
 
     raw = whole_blocks(form.name, form.layout, stored)
-    blocks = raw.view(form.layout)[:, 0]
-    step = blocks["step"].astype(np.float32)
-    least = -blocks["least"].astype(np.float32) if form.least else np.zeros_like(step)
-    if form.has("codes"):
-        return Blocks(blocks["codes"].view(np.uint8) ^ np.uint8(128), step, least)
+    step, least = np.zeros((2, len(raw)), np.float32)
+    simple_kernels.halves(raw, 0, step)
+    if form.least:
+        simple_kernels.halves(raw, 2, least)
+        np.negative(least, out=least)
     codes = np.empty((len(raw), _BLOCK), np.uint8)
-    simple_kernels.unpack(raw, form.fifth, codes)
+    if form.has("codes"):
+        simple_kernels.unpack_bytes(raw, codes)
+    else:
+        simple_kernels.unpack(raw, form.fifth, codes)
     return Blocks(codes, step, least)
 
 

@@ -16,6 +16,7 @@ from neoxconv.quant.kernels import (
     as_bits,
     as_float,
     f32,
+    float_bits,
     half_bits,
     i32,
     kernel,
@@ -93,7 +94,7 @@ def _put_codes(block: Bytes, weights: Floats, ruler: _Ruler, fifth: bool) -> Non
 
 
 @kernel
-def _largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
+def largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
     """The largest absolute value of 32 weights, given as bits; NaN where one is."""
     size = i32(0)
     for j in range(bits.size):
@@ -106,7 +107,7 @@ def balanced(weights: Floats, levels: int, blocks: Bytes) -> None:
     """Q8_0: step = largest |w| / levels, codes = w / step, halves away from zero."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        step = f32(_largest_size(bits[b]) / f32(levels))
+        step = f32(largest_size(bits[b]) / f32(levels))
         _put_half(blocks[b], 0, step)
         scale = _inverse(step)
         for j in range(weights.shape[1]):
@@ -142,6 +143,24 @@ def ranged(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
         _put_half(blocks[b], 0, step)
         _put_half(blocks[b], 2, low)
         _put_codes(blocks[b], weights[b], (low, _inverse(step), HALF, i32(levels)), fifth)
+
+
+@kernel
+def halves(blocks: Bytes, at: int, numbers: Floats) -> None:
+    """Fill `numbers` [n] with the float16 at byte `at` of each block."""
+    for b in range(blocks.shape[0]):
+        bits = u16(u16(blocks[b, at]) | u16(u16(blocks[b, at + 1]) << u16(8)))
+        numbers[b] = as_float(float_bits(bits))
+
+
+@kernel
+def unpack_bytes(blocks: Bytes, codes: Bytes) -> None:
+    """Fill codes [n, 32] from the signed bytes at the end of each block, with 128 added."""
+    at = blocks.shape[1] - 32
+    for b in range(blocks.shape[0]):
+        stored, row = blocks[b, at:], codes[b]
+        for j in range(row.size):
+            row[j] = stored[j] ^ u8(128)
 
 
 @kernel
