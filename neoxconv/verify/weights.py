@@ -13,21 +13,24 @@ import numpy as np
 from neoxconv.core.encoding import Comparison, Encoding, Grid, Moments
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import Array, Floats, narrow
+from neoxconv.dtypes import Array, Bools, Floats, narrow
 from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
 from neoxconv.formats.calibration import moments_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
+from neoxconv.quant.bands import rounded
 from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
-from neoxconv.targets.gguf import CALIBRATION, SEARCHED
+from neoxconv.targets.calibrated import chosen_by
+from neoxconv.targets.gguf import SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
 from neoxconv.verify.scaled import ScaledCheck
-from neoxconv.verify.together import not_the_best, too_far
+from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 
 _Progress = Callable[[int], None]
+_CHOSEN_SLAB = 4 << 20  # bytes of float32: the more rows, the more use is made of moments that were read
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
 # of a window (llama.cpp has none).
@@ -58,7 +61,7 @@ class _Pair:
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
     `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
-    chose codes of this grid together, by the `moments` of the inputs, where they are at hand.
+    chose codes together, by the `moments` of the inputs, where they are at hand.
     """
 
     name: str
@@ -66,7 +69,7 @@ class _Pair:
     target: LazyTensor
     joined: bool
     weighted: bool = False
-    together: Grid | None = None
+    together: bool = False
     moments: Moments | None = None
 
 
@@ -123,19 +126,22 @@ def _pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[_Pair], list[
 
 def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, calibration: Path | None) -> list[_Pair]:
     """The pairs, those whose codes were chosen together marked so. Raises PlanError for another calibration's file."""
-    made_with = target.index.settings.get(CALIBRATION)
+    made_with = chosen_by(target.index.settings)
     if calibration and made_with != imatrix.read(calibration).sha256:
         raise PlanError(f"{target.index.where}: was made with another calibration than {calibration}, or without one.")
     if made_with is None:
         return pairs
     moments = moments_in(calibration) if calibration else {}
-    matrices = {w.unified: w.gguf for _, w in source.architecture.names(source.config) if w.linear}
+    weights = [weight for _, weight in source.architecture.in_gguf(source.config)]
+    last = "head" if any(weight.role == "head" for weight in weights) else "embedding"
+    matrices = {w.unified: w.gguf for w in weights if w.linear or w.role == last}
 
     def marked(pair: _Pair) -> _Pair:
-        encoding = ENCODINGS.get(pair.target.dtype.name)
-        if encoding is None or encoding.grid is None or pair.name not in matrices:
+        type_, name = pair.target.dtype.name, matrices.get(pair.name)
+        has_grid = type_ in SCALED or (type_ in ENCODINGS and ENCODINGS[type_].grid)
+        if not has_grid or name is None or (moments and name not in moments):
             return pair
-        return replace(pair, together=encoding.grid, moments=moments.get(matrices[pair.name]))
+        return replace(pair, together=True, moments=moments.get(name))
 
     return list(map(marked, pairs))
 
@@ -157,7 +163,7 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         return TensorError(pair.name, encoding, float("inf"), float("inf")), finding
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
     unit, compared = _comparing(pair, encoding)
-    for start, stop in slabs(pair.source, SLAB, unit):
+    for start, stop in slabs(pair.source, _CHOSEN_SLAB if pair.together else SLAB, unit):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         found = compared(weights, pair.target.read(start, stop), start)
         if first < 0 and found.wrong.any():
@@ -183,26 +189,44 @@ _Compared = Callable[[Floats, Array, int], Comparison]  # of weights, what is st
 def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
     """How the slabs of a pair are compared, and of how many rows, or a multiple, they must be."""
     if encoding in SCALED:
-        check = ScaledCheck(SCALED[encoding], pair.source, SLAB)
+        moments = _moments_of(pair)
+        check = ScaledCheck(SCALED[encoding], pair.source, together=pair.together, moments=moments)
+        if pair.together:
+            return check.unit, partial(_compare_chosen_scaled, check, moments)
         return check.unit, lambda rows, stored, start: Comparison(check.wrong(rows, stored, start), stored)
-    if pair.together:
-        moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
-        return 1, partial(_compare_together, pair, pair.together, moments)
     if encoding not in ENCODINGS:
         return 1, partial(_compare_read, pair)
+    if pair.together and (grid := ENCODINGS[encoding].grid):
+        return 1, partial(_compare_chosen, grid, _moments_of(pair))
     if pair.joined:
         return 1, partial(_compare_joined, pair, ENCODINGS[encoding])
     return 1, lambda rows, stored, start: ENCODINGS[encoding].compare(rows, stored, pair.weighted)
 
 
-def _compare_together(
-    pair: _Pair, grid: Grid, moments: Floats | None, rows: Floats, stored: Array, _: int
+def _moments_of(pair: _Pair) -> Floats | None:
+    """The damped moments by which a pair's codes were chosen, where they are at hand."""
+    return damped_moments(pair.moments, pair.name)[0] if pair.moments else None
+
+
+def _compare_chosen(grid: Grid, moments: Floats | None, rows: Floats, stored: Array, _: int) -> Comparison:
+    """Codes of a grid that were chosen together."""
+    taken = taken_apart(grid, stored)
+    return Comparison(_not_chosen(taken, rows, moments), taken.values)
+
+
+def _compare_chosen_scaled(
+    check: ScaledCheck, moments: Floats | None, rows: Floats, values: Floats, start: int
 ) -> Comparison:
-    """Codes that were chosen together are the best by the moments of the inputs, or without these not too far away."""
-    wrong = too_far(grid, rows, stored)
-    if moments is not None:
-        wrong |= not_the_best(grid, rows, stored, moments)
-    return Comparison(wrong, floats(stored, pair.target.dtype))
+    """The same of codes whose scales lie beside them."""
+    taken = check.stored(values, start)
+    rows = rounded(check.encoding, check.source, rows)
+    return Comparison(check.no_code(taken, start) | _not_chosen(taken, rows, moments), values)
+
+
+def _not_chosen(taken: Stored, rows: Floats, moments: Floats | None) -> Bools:
+    """True where codes are not the best by the moments of the inputs, or are too far away, as far as can be told."""
+    wrong = too_far(taken, rows)
+    return wrong if moments is None else wrong | not_the_best(taken, rows, moments)
 
 
 def _compare_joined(pair: _Pair, encoding: Encoding, rows: Floats, stored: Array, _: int) -> Comparison:

@@ -180,6 +180,18 @@ def check(form: Float8Form, weights: Floats, values: Floats, scales: Scales, wid
     return checked(Even(np.float32(form.largest), True, limits(form)), weights, values, scales, width)
 
 
+def _finite(form: Float8Form) -> tuple[Floats, Bytes]:
+    """The numbers of the form, ascending, and the code of each."""
+    values = table(form)
+    numbers, codes = np.unique(values[np.isfinite(values)], return_index=True)
+    return numbers, np.flatnonzero(np.isfinite(values))[codes].astype(np.uint8)
+
+
+def _pack(form: Float8Form, places: Bytes) -> Bytes:
+    """Codes of their places among the numbers."""
+    return _finite(form)[1][places]
+
+
 def encoding(form: Float8Form) -> Encoding:
     """The row of the table of encodings for numbers on their own."""
     encoder, decoder = partial(encode, form), partial(decode, form)
@@ -207,6 +219,8 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         nearest=partial(_nearest, form),
         scales=partial(scales, form),
         check=partial(check, form),
+        table=_finite(form)[0] / np.float32(form.largest),
+        pack=partial(_pack, form),
         bound=form.scaled_bound,
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import F16, F32, I8, U8, Array, Bools, DType, Floats
+from neoxconv.dtypes import F16, F32, I8, U8, Array, Bools, Bytes, DType, Floats
 from neoxconv.quant.scaled.check import checked
 from neoxconv.quant.scaled.groups import RowGroups
 
@@ -76,6 +76,11 @@ def check(weights: Floats, values: Floats, scales: Scales, width: int) -> Bools:
     return checked(whole_numbers(np.float32(_LEVELS)), weights, values, scales, width)
 
 
+def _pack(places: Bytes) -> Array:
+    """Codes of their places among all of them."""
+    return (places.astype(np.int16) - _LEVELS).astype(np.int8)
+
+
 INT8 = Scaled(
     name="INT8",
     dtype=DType("INT8", 1, 1, np.dtype("<f4")),
@@ -87,6 +92,8 @@ INT8 = Scaled(
     nearest=_nearest,
     scales=scales,
     check=check,
+    table=np.arange(-_LEVELS, _LEVELS + 1, dtype=np.float32) / np.float32(_LEVELS),
+    pack=_pack,
     bound=Bound(0.5 / _LEVELS, "row's largest"),
     rounded=lambda native: F16,
 )
