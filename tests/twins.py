@@ -99,14 +99,19 @@ def fits(encoding: Encoding, weights: Floats, numbers: tuple[Floats, ...]) -> Bo
     return np.asarray(result & (np.abs(np.abs(scale) * reach - span) <= slack))
 
 
+def nearest(encoding: Scaled, shares: Floats) -> Floats:
+    """What the nearest codes stand for, as shares are given."""
+    middles = (encoding.table[:-1] + encoding.table[1:]) / np.float32(2)
+    return encoding.table[np.searchsorted(middles, shares)]
+
+
 def wrong_scaled(encoding: Scaled, rows: Floats, values: Floats, scales: Scales) -> Bools:
     """Which weights of whole groups cannot have become the values that are read of them."""
-    groups, nearest = encoding.groups, encoding.nearest
-    numbers = scales.encoded, scales.decoded, scales.slack
+    groups, numbers = encoding.groups, (scales.encoded, scales.decoded, scales.slack)
     encoded, decoded, slack = (groups.per_weight(each, rows.shape) for each in numbers)
     asked = np.where(encoded > 0, rows / encoded, 0)
-    found = nearest(np.where(decoded != 0, values / decoded, 0))
-    no_code = ~(np.abs(values - found * decoded) <= 1e-5 * np.abs(values) + slack)
-    further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + 1e-5 * np.abs(asked))
+    best, found = nearest(encoding, asked), nearest(encoding, np.where(decoded != 0, values / decoded, 0))
+    no_code = ~((np.abs(values - found * decoded) <= 1e-5 * np.abs(values) + slack) & np.isfinite(values))
+    further = ~(np.abs(asked - found) <= np.abs(asked - best) + 1e-5 * np.abs(asked))
     further &= np.abs(decoded) > slack
     return np.asarray((no_code | further) & ~(np.isnan(rows) & np.isnan(values)))

@@ -222,13 +222,13 @@ class Scaled:
     one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
     source's type, are rounded to before.
 
-    `scales` are made of sizes, of all of a tensor's where they are `nested`. `nearest` gives for weights what their
-    nearest codes stand for. Both are shares of what 1 stands for in their group. `check` says of weights, what is read
-    of them, and the scales of their groups, each of so many weights, which cannot be right.
+    `scales` are made of sizes, of all of a tensor's where they are `nested`. `check` says of weights, what is read of
+    them, and the scales of their groups, each of so many weights, which cannot be right.
 
-    For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as such
-    shares. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of rows. `suited` gives the
-    sizes of groups for rows and how much errors in each column [columns] matter; None: they are the largest weights.
+    For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as shares of
+    what 1 stands for in their group. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of
+    rows. `suited` gives the sizes of groups for rows and how much errors in each column [columns] matter; None: they
+    are the largest weights.
     """
 
     name: str
@@ -238,7 +238,6 @@ class Scaled:
     encode: Callable[[Floats, Floats], Array]
     finish: Callable[[LazyTensor, Floats], tuple[bytes, ...]]
     decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
-    nearest: Callable[[Floats], Floats]
     scales: Callable[[Floats], Scales]
     check: Callable[[Floats, Floats, Scales, int], Bools]
     table: Floats

@@ -9,7 +9,7 @@ from neoxconv.core.encoding import Encoding, Scaled, Scales
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.kernels import tally
-from tests.twins import ENDS, wrong_blocks, wrong_scaled, wrong_superblocks
+from tests.twins import ENDS, nearest, wrong_blocks, wrong_scaled, wrong_superblocks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 BLOCKS = [encoding for encoding in ENCODINGS.values() if encoding.dtype.block > 1]
@@ -63,7 +63,7 @@ def test_verdicts_on_scaled_weights_are_those_of_the_rule(encoding: Scaled, kind
     rows, random, groups = weights(kind), np.random.default_rng(5), encoding.groups
     scales = encoding.scales(groups.largest(rows))
     decoded = groups.per_weight(scales.decoded, SHAPE)
-    right = (encoding.nearest(np.nan_to_num(rows / groups.per_weight(scales.encoded, SHAPE))) * decoded).astype(
+    right = (nearest(encoding, np.nan_to_num(rows / groups.per_weight(scales.encoded, SHAPE))) * decoded).astype(
         np.float32
     )
     some = random.random(SHAPE) < 0.003
@@ -80,6 +80,13 @@ def test_verdicts_on_scaled_weights_are_those_of_the_rule(encoding: Scaled, kind
         for fault, values in others.items():
             found = encoding.check(rows, values.astype(np.float32), known, groups.width(SHAPE))
             assert np.array_equal(found, wrong_scaled(encoding, rows, values.astype(np.float32), known)), fault
+
+
+@pytest.mark.parametrize("encoding", SCALED.values(), ids=lambda e: e.name)
+def test_a_scale_that_is_infinite_is_found_though_every_weight_is_the_largest(encoding: Scaled) -> None:
+    rows = np.full(SHAPE, 0.5, np.float32)
+    scales = encoding.scales(encoding.groups.largest(rows))
+    assert encoding.check(rows, rows * np.float32(np.inf), scales, encoding.groups.width(SHAPE)).all()
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 10_007])

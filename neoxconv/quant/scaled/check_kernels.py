@@ -4,7 +4,7 @@ All run over weights in their order: each `width` of them, the last maybe fewer,
 encoded, d when it is read back, and the slack s of d, all in the weight's unit. With nearest(x) the number of the
 type's table nearest to x, a share of the scale, a weight w may be stored as v where
 
-    v stands for a code     |v - found * d| <= EXACT * |v| + s              found = nearest(v / d)
+    v stands for a code     |v - found * d| <= EXACT * |v| + s, v finite    found = nearest(v / d)
     none is nearer          |asked - found| <= |asked - nearest(asked)| + EXACT * |asked|       asked = w / e
 
 The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told.
@@ -41,7 +41,7 @@ _Few = tuple[np.float32, ...]
 def _is_wrong(weight: np.float32, value: np.float32, shares: _Few, scales: _Few) -> bool:
     """The rule above; shares are asked, nearest(asked) and found, scales are d and s."""
     (asked, best, found), (decoded, slack) = shares, scales
-    no_code = not abs(value - found * decoded) <= abs(value) * _EXACT + slack
+    no_code = not (abs(value - found * decoded) <= abs(value) * _EXACT + slack) & (abs(value) < INFINITY)
     further = not abs(asked - found) <= abs(asked - best) + abs(asked) * _EXACT
     both_nan = (weight != weight) & (value != value)
     return bool((no_code | (further & (abs(decoded) > slack))) & (not both_nan))

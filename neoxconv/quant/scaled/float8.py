@@ -168,11 +168,6 @@ def _decode_scaled(form: Float8Form, by_row: bool, stored: Mapping[str, LazyTens
     return read
 
 
-def _nearest(form: Float8Form, shares: Floats) -> Floats:
-    """The nearest numbers, as shares of the largest."""
-    return decode(form, encode(form, shares * np.float32(form.largest))) / np.float32(form.largest)
-
-
 def check(form: Float8Form, weights: Floats, values: Floats, scales: Scales, width: int) -> Bools:
     """Which weights cannot have become the values that are read of them."""
     from neoxconv.quant.scaled.check_kernels import Even
@@ -216,7 +211,6 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         encode=partial(_encode_scaled, form),
         finish=partial(finish, form),
         decode=partial(_decode_scaled, form, by_row),
-        nearest=partial(_nearest, form),
         scales=partial(scales, form),
         check=partial(check, form),
         table=_finite(form)[0] / np.float32(form.largest),

@@ -285,11 +285,6 @@ def pack(form: _FourBitForm, places: Bytes) -> Bytes:
     return np.asarray(codes[::2] << 4 | codes[1::2], np.uint8)
 
 
-def _nearest(form: _FourBitForm, shares: Floats) -> Floats:
-    """The numbers of the table that are nearest."""
-    return form.values[form.order][np.searchsorted(form.middles, shares)]
-
-
 def scaled(form: _FourBitForm) -> Scaled:
     """The row of the table of encodings for `form`."""
     return Scaled(
@@ -300,7 +295,6 @@ def scaled(form: _FourBitForm) -> Scaled:
         encode=partial(encode, form),
         finish=partial(finish, form),
         decode=partial(decode, form),
-        nearest=partial(_nearest, form),
         scales=partial(scales, form),
         check=partial(check, form),
         table=form.distinct[0],

@@ -59,11 +59,6 @@ def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     return read
 
 
-def _nearest(shares: Floats) -> Floats:
-    """The nearest multiples of a 127th."""
-    return np.asarray(np.rint(shares * np.float32(_LEVELS)) / np.float32(_LEVELS), np.float32)
-
-
 def scales(sizes: Floats) -> Scales:
     """A code of 127 stands for the largest weight."""
     return Scales(sizes, sizes, np.zeros_like(sizes))
@@ -89,7 +84,6 @@ INT8 = Scaled(
     encode=encode,
     finish=finish,
     decode=decode,
-    nearest=_nearest,
     scales=scales,
     check=check,
     table=np.arange(-_LEVELS, _LEVELS + 1, dtype=np.float32) / np.float32(_LEVELS),
