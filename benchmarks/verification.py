@@ -42,11 +42,11 @@ def main() -> None:
     try:
         model = Synthetic(layers=given.layers, hidden=6144, heads=64, rows=given.rows, tp=2, pp=1, context=2048)
         source = write_checkpoint(folder / "source", model)
-        print(f"{'over the conversion':26}{'weights':>9}{'both':>9}   (processor time, goal: 1 at most)")
+        print(f"{'over the conversion':28}{'weights':>9}{'both':>9}   (processor time, goal: 1 at most)")
         for name, recipe in ((name_of(recipe), recipe) for recipe in ROWS):
             if given.only.search(name):
                 weights, both = ratios(source, recipe, folder / "target", given.runs)
-                print(f"{name:26}{weights:9.2f}{both:9.2f}", flush=True)
+                print(f"{name:28}{weights:9.2f}{both:9.2f}", flush=True)
     finally:
         shutil.rmtree(folder)
 
