@@ -19,6 +19,7 @@ from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits import moments
 from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.moments import source_digest
+from neoxconv.verify.logits.through import through_of
 from neoxconv.verify.logits.tokens import mixed
 from neoxconv.verify.logits.trial import Sample
 from neoxconv.words import size
@@ -34,6 +35,7 @@ class _Calibration:
     samples: tuple[Sample, ...]  # mixed
     covariance: bool
     gradients: bool
+    through: str | None  # the type that layers are quantized to, one after the other
     as_family: str | None  # that it will be written as, where GGUF lacks its own
     device: str
     overwrite: bool
@@ -45,7 +47,8 @@ def asked_for(source: Place, given: Given) -> _Calibration:
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
     plain = {
-        name: given[name] for name in ("output", "covariance", "gradients", "as_family", "device", "overwrite", "quiet")
+        name: given[name]
+        for name in ("output", "covariance", "gradients", "through", "as_family", "device", "overwrite", "quiet")
     }
     texts = given["text"] or (None,)
     samples = tuple(chosen(Sample, {**given, "text": text}) for text in texts)
@@ -62,14 +65,17 @@ def make_matrix(asked: _Calibration) -> str:
     made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
     passes = 3 if asked.gradients else 1  # over the layers: forwards, and for gradients forwards and back
     with progress_bar(passes * checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
-        if asked.covariance or asked.gradients:
-            memory, disk = moments.needed(checkpoint, tokens.size)
+        if asked.covariance or asked.gradients or asked.through:
+            through = through_of(checkpoint, asked.through) if asked.through else None
+            memory, disk = moments.needed(checkpoint, tokens.size, through)
             if not asked.quiet:
                 say(f"  {output}: {size(disk)}; up to {size(memory)} of memory besides the model's slabs", err=True)
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}
+            keys |= {"neoxconv.through": asked.through} if asked.through else {}
             count = moments.calibrate(
-                checkpoint, tokens, output, keys, gradients=asked.gradients, device=asked.device, progress=progress
-            )
+                checkpoint, tokens, output, keys,
+                gradients=asked.gradients, through=through, device=asked.device, progress=progress,
+            )  # fmt: skip
             return f"{escaped(output)}: second moments of the inputs of {count} tensors {made}"
         sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
     with whole(output) as partial:

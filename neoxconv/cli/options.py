@@ -15,6 +15,7 @@ from neoxconv.cli.values import BITS, COUNT, LENGTH, PATH, byte_count, limit, lo
 from neoxconv.names import (
     DTYPES,
     FORMATS,
+    MIXES,
     NORMS,
     PRESETS,
     QKV_LAYOUTS,
@@ -203,6 +204,12 @@ of_calibrate = _options(
         "--gradients",
         is_flag=True,
         help="Also what `convert --bits` needs: how much predictions depend on each matrix.",
+    ),
+    _choice_option(
+        "--through",
+        choices=MIXES,
+        metavar="TYPE",
+        help="Quantize layer after layer, as `convert --type TYPE`, so that later ones make up for earlier ones.",
     ),
     click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),

@@ -33,15 +33,28 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Aim:
+    """Rows [rows, columns] float32 to be rounded to an encoding in place of a matrix's own.
+
+    They make up for what the same encodings got wrong before them; for others they are of no use.
+    """
+
+    rows: LazyTensor
+    encoding: str
+
+
+@dataclass(frozen=True)
 class Moments:
     """The second moments E[x x^T] of what a matrix is multiplied with, which are read when they are needed.
 
-    `read` gives [columns, columns] float32, symmetric; `digest` is the SHA-256 of their bytes.
+    `read` gives [columns, columns] float32, symmetric; `digest` is the SHA-256 of their bytes. `aim`: where layers were
+    calibrated one through the other.
     """
 
     columns: int
     digest: str
     read: Callable[[], Floats]
+    aim: Aim | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
     NAME.in_sum2 [columns], NAME.counts [1]    as llama.cpp's importance matrix has them (imatrix.py); it reads no more
     NAME.gradient [1]                          E[g^2] at its outputs, where gradients were asked for
     NAME.moments [columns (columns + 1) / 2]   E[x x^T], the upper triangle row after row; once for all that share x
+    NAME.aim [rows, columns]                   what is rounded in its place, where layers were calibrated through others
     neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
+    neoxconv.aims.of, .types                   the matrices that have an aim, and the type that it is for
 
 The file is written layer after layer. Its size is known before the first, and a run that was interrupted goes on.
 """
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv.core.encoding import Moments, copied
+from neoxconv.core.encoding import Aim, Moments, copied
 from neoxconv.core.layout import Entry, FileLayout
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats
@@ -31,16 +33,24 @@ from neoxconv.storage import open_storage
 
 _MOMENTS = ".moments"
 _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256"))
+_AIM = ".aim"
+_AIMED, _TYPES = "neoxconv.aims.of", "neoxconv.aims.types"
 _GRADIENT = ".gradient"
 _UNKNOWN = "0" * 64  # a digest that is not known yet
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What several matrices are multiplied with: the GGUF names of these, the first of which names it, and its size."""
+    """What several matrices are multiplied with: the GGUF names of these, the first of which names it, and its size.
+
+    A matrix that gets an aim shares its inputs with no other: `rows` are its own then, `encoding` is what the aim is
+    for.
+    """
 
     names: tuple[str, ...]
     columns: int
+    rows: int = 0
+    encoding: str = ""
 
     @property
     def owner(self) -> str:
@@ -67,12 +77,16 @@ class Writer:
         entries += [_vector(name + COUNTS, 1) for each in self.inputs for name in each.names]
         entries += [_vector(name + _GRADIENT, 1) for each in self.inputs for name in each.names if self.gradients]
         entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
+        aimed = [each for each in self.inputs if each.encoding]
+        entries += [_tensor(each.owner + _AIM, (each.rows, each.columns)) for each in aimed]
         owners = {name: each.owner for each in self.inputs for name in each.names}
         told = {
             _OF: list(owners),
             _IN: list(owners.values()),
             _SHA256: [self.digests[owner] for owner in owners.values()],
         }
+        if aimed:
+            told |= {_AIMED: [each.owner for each in aimed], _TYPES: [each.encoding for each in aimed]}
         (file,) = gguf_write.layout("calibration", {"general.type": "imatrix", **self.keys, **told}, entries, None)
         return file
 
@@ -96,6 +110,10 @@ class Writer:
             found |= {name + SUMS: sums, name + COUNTS: np.array([self.tokens], np.float32)}
         self._write(found)
 
+    def add_aim(self, each: Inputs, rows: Floats) -> None:
+        """Write what is rounded in place of the matrix [rows, columns] that has these inputs."""
+        self._write({each.owner + _AIM: rows})
+
     def finish(self, gradients: Mapping[str, float]) -> None:
         """Write the digests and, by the names of matrices, E[g^2], and have all of it on disk."""
         self._write({name + _GRADIENT: np.array([value], np.float32) for name, value in gradients.items()})
@@ -117,9 +135,13 @@ class Writer:
 
 def _vector(name: str, count: int) -> Entry:
     """A vector of float32 that nobody reads yet."""
-    return Entry(
-        name, name, LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), F32), copied(F32)
-    )
+    return _tensor(name, (count,))
+
+
+def _tensor(name: str, shape: tuple[int, ...]) -> Entry:
+    """A tensor of float32 that nobody reads yet."""
+    nothing = LazyTensor(shape, F32, lambda start, stop: np.zeros((stop - start, *shape[1:]), np.float32), F32)
+    return Entry(name, name, nothing, copied(F32))
 
 
 def moments_in(path: Path) -> dict[str, Moments]:
@@ -135,7 +157,7 @@ def moments_in(path: Path) -> dict[str, Moments]:
             f"{path}: holds no second moments; make a calibration with `neoxconv calibrate --covariance`, "
             "or give an importance matrix with --imatrix."
         )
-    found = {}
+    found, aims = {}, _aims_of(header.keys, header.tensors)
     for name, owner, digest in zip(names, owners, digests, strict=True):
         tensor, sums = header.tensors.get(owner + _MOMENTS), header.tensors.get(name + SUMS)
         if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
@@ -145,8 +167,14 @@ def moments_in(path: Path) -> dict[str, Moments]:
                 f"{path}: the second moments of {owner} have {tensor.rows} numbers, expected those of a triangle of "
                 f"{sums.rows} columns; calibrate again."
             )
-        found[name] = Moments(sums.rows, digest, _Reader(path, owner, tensor, sums.rows, digest))
+        found[name] = Moments(sums.rows, digest, _Reader(path, owner, tensor, sums.rows, digest), aims.get(name))
     return found
+
+
+def _aims_of(keys: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, Aim]:
+    """The aims in a calibration, by the GGUF names of matrices."""
+    pairs = zip(_texts(keys.get(_AIMED)), _texts(keys.get(_TYPES)), strict=False)
+    return {name: Aim(tensors[name + _AIM], encoding) for name, encoding in pairs if name + _AIM in tensors}
 
 
 def _texts(value: Any) -> list[str]:

@@ -77,6 +77,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     if chosen:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
         entries = _with_contexts(entries, matrix, moments, recipe)
+    _check_aims(entries, moments, recipe)
     notes = (
         *stands_in,
         *([line(chosen)] if chosen else []),
@@ -232,19 +233,25 @@ def _with_contexts(
             if columns.get(name) != values.size
         ))  # fmt: skip
     useful = [name for name, values in found.items() if values.any()]
-    return [
-        replace(
-            entry,
-            context=Context(
-                found.get(entry.name) if entry.name in useful else None,
-                thorough,
-                moments.get(entry.name) if entry.grid else None,
-            ),
-        )
-        if entry.search and (thorough or entry.name in useful)
-        else entry
+
+    def with_context(entry: Entry) -> Entry:
+        known = moments.get(entry.name) if entry.grid else None
+        importance = found.get(entry.name) if entry.name in useful else None
+        tensor = known.aim.rows if known and known.aim else entry.tensor
+        return replace(entry, tensor=tensor, context=Context(importance, thorough, known))
+
+    return [with_context(entry) if entry.search and (thorough or entry.name in useful) else entry for entry in entries]
+
+
+def _check_aims(entries: Sequence[Entry], moments: Mapping[str, Moments], recipe: Recipe) -> None:
+    """Raise PlanError where a calibration was made through other types than those of the entries."""
+    aims = {name: found.aim for name, found in moments.items() if found.aim}
+    raise_all(PlanError, (
+        f"{recipe.calibration}: was made through {entry.name} as {aims[entry.name].encoding}, and here it is "
+        f"{entry.encoding.name}; calibrate --through the type that you convert to."
         for entry in entries
-    ]
+        if entry.name in aims and aims[entry.name].encoding != entry.encoding.name
+    ))  # fmt: skip
 
 
 def _matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:

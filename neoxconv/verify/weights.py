@@ -170,7 +170,9 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
             bad = check.wrong(weights, values, start, stop)
         elif pair.together:
             bad = too_far(pair.together, weights, stored)
-            bad |= not_the_best(pair.together, weights, stored, moments) if moments is not None else False
+            if pair.moments and moments is not None:
+                asked = pair.moments.aim.rows.floats(start, stop) if pair.moments.aim else weights
+                bad |= not_the_best(pair.together, asked, stored, moments)
         elif encoding in ENCODINGS:
             bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
         else:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,17 @@ from neoxconv.errors import PlanError
 from neoxconv.formats.calibration import Inputs, Writer
 from neoxconv.verify.logits.gradients import squares_of_gradients
 from neoxconv.verify.logits.stream import running, side
+from neoxconv.verify.logits.through import Encodings, Through, gets_aim, held_through
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
 
-def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
-    """For each layer what its matrices are multiplied with, by the unified name of the first of them that has it."""
+def inputs_of(checkpoint: Checkpoint, through: Encodings | None = None) -> tuple[dict[str, Inputs], ...]:
+    """For each layer what its matrices are multiplied with, by the unified name of the first of them that has it.
+
+    `through`: the encodings of matrices by their unified names, where those that write to the stream get an aim.
+    """
     layers: list[dict[str, Inputs]] = [{} for _ in range(checkpoint.config.layers)]
     first: dict[str, str] = {}  # by the norm that makes it
     for layer, weight in checkpoint.architecture.names(checkpoint.config):
@@ -40,22 +45,31 @@ def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
             continue
         owner = first.setdefault(weight.norm or weight.unified, weight.unified)
         before = layers[layer][owner].names if owner in layers[layer] else ()
-        columns = checkpoint.config.sizes[weight.shape[1]]
-        layers[layer][owner] = Inputs((*before, weight.gguf), columns)
+        rows, columns = (checkpoint.config.sizes[size] for size in weight.shape)
+        encoding = through[weight.unified].name if through and gets_aim(weight, through) else ""
+        layers[layer][owner] = Inputs((*before, weight.gguf), columns, rows if encoding else 0, encoding)
     return tuple(layers)
 
 
-def needed(checkpoint: Checkpoint, tokens: int) -> tuple[int, int]:
+def needed(checkpoint: Checkpoint, tokens: int, through: Encodings | None = None) -> tuple[int, int]:
     """Bytes that a calibration holds at most, and those that its file will have but for the header.
 
     Held are the moments of a layer, the largest of them once more while it is packed, and the tokens' streams before
-    and after the layer.
+    and after the layer. What `through` adds is in through.py.
     """
-    layers = inputs_of(checkpoint)
+    layers = inputs_of(checkpoint, through)
+    if through:
+        aims = sum(4 * each.rows * each.columns for layer in layers for each in layer.values())
+        return held_through(checkpoint.config, tokens), aims + _packed(layers)
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
     largest = max(4 * each.packed for layer in layers for each in layer.values())
     streams = 2 * 4 * tokens * checkpoint.config.hidden
-    return moments + 2 * largest + streams, sum(4 * each.packed for layer in layers for each in layer.values())
+    return moments + 2 * largest + streams, _packed(layers)
+
+
+def _packed(layers: Sequence[_Owners]) -> int:
+    """Bytes of the moments in a calibration."""
+    return sum(4 * each.packed for layer in layers for each in layer.values())
 
 
 @dataclass
@@ -74,6 +88,26 @@ class _Sums:
         if name not in self.found:
             self.found[name] = torch.zeros(flat.shape[1], flat.shape[1], device=self.device)
         self.found[name].addmm_(flat.T, flat)
+
+
+class _Alone:
+    """Runs layers of the model by itself, and writes the moments of what their matrices are multiplied with."""
+
+    def __init__(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor, device: str, writer: Writer) -> None:
+        self.sums, self.writer = _Sums({}, device), writer
+        self.model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: self.sums.watch(name, x))
+
+    def embed(self, ids: Tensor) -> list[Tensor]:
+        """The streams before the first layer."""
+        return self.model.embed(ids)
+
+    def layer(self, number: int, inputs: _Owners, streams: list[Tensor]) -> list[Tensor]:
+        """The streams after a layer."""
+        self.sums = _Sums(inputs, self.sums.device)
+        streams = self.model.layer(number, streams)
+        for name, each in inputs.items():
+            self.writer.add(each, (self.sums.found.pop(name) / self.writer.tokens).cpu().numpy())
+        return streams
 
 
 @dataclass(frozen=True)
@@ -111,35 +145,34 @@ def calibrate(
     keys: Mapping[str, Any],
     *,
     gradients: bool = False,
+    through: Encodings | None = None,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
-    With `gradients` also how much each matrix moves predictions, by the first of the tokens. The ranks are joined
-    first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
+    With `gradients` also how much each matrix moves predictions, by the first of the tokens. With `through` the layers
+    are quantized as they are run, to these encodings by unified names, and later matrices make up for earlier ones. The
+    ranks are joined first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
     """
     checkpoint.refuse_doubts()
-    layers = inputs_of(checkpoint)
+    layers = inputs_of(checkpoint, through)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
     inputs = tuple(each for layer in layers for each in layer.values())
     writer = Writer(partial, inputs, keys, tokens.size, gradients)
     state = Progress(beside, _key(checkpoint, tokens, keys))
     with running(tokens, device) as (pool, ids):
-        sums = _Sums({}, device)
-        model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
+        alone = _Alone(checkpoint, pool, device, writer)
+        stage = Through(checkpoint, pool, device, through, writer) if through else alone
         if (known := state.load(device)) and partial.exists():
             done, streams, writer.digests = known
             progress(done)
         else:
             _refuse_strangers(partial, beside)
-            done, streams = 0, model.embed(ids)
+            done, streams = 0, stage.embed(ids)
             writer.begin()
         for number in range(done, len(layers)):
-            sums = _Sums(layers[number], device)
-            streams = model.layer(number, streams)
-            for name, each in layers[number].items():
-                writer.add(each, (sums.found.pop(name) / tokens.size).cpu().numpy())
+            streams = stage.layer(number, layers[number], streams)
             state.save(number + 1, streams, writer.digests)
             progress(1)
     names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
