@@ -28,6 +28,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import ModelConfig, Weight
 from neoxconv.core.tensor import slabs
 from neoxconv.dtypes import Floats
+from neoxconv.errors import PlanError
 from neoxconv.formats.calibration import Inputs, Writer
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import Factors, factors_of
@@ -41,13 +42,15 @@ Encodings = Mapping[str, Encoding]  # by the unified names of matrices
 
 
 def through_of(checkpoint: Checkpoint, mix: str) -> Encodings:
-    """What a mix stores the matrices of a model as, if it is given a calibration."""
+    """What a mix stores the matrices of a model as, if it is given a calibration.
+
+    Raises PlanError where that leaves nothing to make up for.
+    """
     recipe = Recipe("gguf", type=mix, calibration=Path())  # of which there will be one is all that matters
-    return {
-        entry.unified: entry.encoding
-        for entry in gguf_entries(checkpoint, recipe)
-        if isinstance(entry.encoding, Encoding)
-    }
+    entries = gguf_entries(checkpoint, recipe)
+    if not any(entry.grid for entry in entries):
+        raise PlanError(f"--through {mix}: has no codes to choose; give the quantized type that you will convert to.")
+    return {entry.unified: entry.encoding for entry in entries if isinstance(entry.encoding, Encoding)}
 
 
 def gets_aim(weight: Weight, through: Encodings) -> bool:
@@ -98,7 +101,10 @@ class Through:
         return [torch.cat([x, x]) for x in self.forward.embed([self.rank], ids, self.config)]
 
     def layer(self, number: int, inputs: Mapping[str, Inputs], streams: list[Tensor]) -> list[Tensor]:
-        """Both streams after a layer, whose `inputs` are as `inputs_of` gives them."""
+        """Both streams after a layer, whose `inputs` are as `inputs_of` gives them.
+
+        All tokens at once, as no matrix can be used before all of what it is multiplied with is known.
+        """
         self.inputs = {name: each for each in inputs.values() for name in each.names}
         self.found: dict[str, tuple[Tensor, Factors]] = {}
         own, quantized = (half.flatten(0, -2) for half in streams[0].chunk(2))
@@ -128,7 +134,8 @@ class Through:
     def _measured(self, inputs: Inputs, name: str, x: Tensor) -> tuple[Tensor, Factors]:
         """The moments of inputs [tokens, columns] and their factors; they are written when they are first met."""
         if inputs.owner not in self.found:
-            moments = x.T @ x / len(x)
+            upper = torch.triu(x.T @ x / len(x))
+            moments = upper + torch.triu(upper, 1).T  # as the file holds them, or `convert` would find other codes
             values = moments.cpu().numpy()
             self.writer.add(inputs, values)
             self.found[inputs.owner] = moments, factors_of(Moments(len(values), "", values.copy), name)
