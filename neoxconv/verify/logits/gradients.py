@@ -10,7 +10,6 @@ The streams before every layer are kept; layer after layer, the last first, is r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
-from neoxconv.verify.logits.stream import READERS, Side, StreamedRank, side
+from neoxconv.verify.logits.stream import Side, StreamedRank, multipliers, side
 
 _SEED = 7  # of the labels
 
@@ -74,7 +73,7 @@ def squares_of_gradients(
     def seen(name: str, gradient: Tensor) -> None:
         found[name] = float(gradient.double().square().mean())
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with multipliers() as pool:
         ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
         plain = side(checkpoint, pool, merged=True, device=device)
         ranks: list[StreamedRank] = [
