@@ -27,7 +27,7 @@ class Entry:
     unified: str
     tensor: LazyTensor
     encoding: Encoding | Scaled
-    context: Context | None = None  # only where the encoding has a search
+    context: Context | None = None  # only where the encoding can make use of it
 
     @property
     def search(self) -> Callable[[Floats, Context], Array] | None:
@@ -65,9 +65,10 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
-        if isinstance(self.encoding, Scaled):
-            return 2 * 4 * self.encoding.count_groups(self.tensor)
-        return FACTORS * self.tensor.columns**2 if self.context and self.context.moments else 0
+        factors = FACTORS * self.tensor.columns**2 if self.context and self.context.moments else 0
+        if isinstance(self.encoding, Scaled):  # and with factors the scales as they are read back
+            return factors + (3 if factors else 2) * 4 * self.encoding.count_groups(self.tensor)
+        return factors
 
 
 def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,10 @@ class Architecture:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
         weights = tuple(weight for weight in self.weights if weight.when(config))
         return _weights_of_model(weights, config.layers, config.tied)
+
+    def in_gguf(self, config: ModelConfig) -> tuple[_Named, ...]:
+        """Those of a GGUF file: of a tied model the head too where llama.cpp wants one."""
+        return self.names(replace(config, tied=config.tied and not self.gguf_head))
 
     def in_layer_files(self, config: ModelConfig) -> Iterator[Stored]:
         """Every tensor of the layer files that `slim` writes, in their order: weights, and buffers that follow one."""

@@ -1,13 +1,15 @@
 """A calibration: an importance matrix with the second moments of what each matrix is multiplied with, as one GGUF file.
 
     NAME.in_sum2 [columns], NAME.counts [1]    as llama.cpp's importance matrix has them (imatrix.py); it reads no more
-    NAME.gradient [1]                          E[g^2] at its outputs, where gradients were asked for
+    NAME.gradient [rows]                       E[g^2] at its outputs, where gradients were asked for
+    NAME.gradient_inputs [columns]             E[|g|^2 x^2] / E[|g|^2] at its inputs
     NAME.moments [columns (columns + 1) / 2]   E[x x^T], the upper triangle row after row; once for all that share x
     NAME.aim [rows, columns]                   what is rounded in its place, where layers were calibrated through others
     neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
     neoxconv.aims.of, .types                   the matrices that have an aim, and the type that it is for
 
 The file is written layer after layer. Its size is known before the first, and a run that was interrupted goes on.
+Until gradients are known, nan stands for them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from neoxconv.core.encoding import Aim, Moments, copied
+from neoxconv.core.encoding import Aim, Gradients, Moments, copied
 from neoxconv.core.layout import Entry, FileLayout
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F32, Floats
@@ -29,13 +31,13 @@ from neoxconv.errors import CheckpointError
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.gguf import write as gguf_write
 from neoxconv.formats.imatrix import COUNTS, SUMS, numbers
-from neoxconv.storage import open_storage
+from neoxconv.storage import Storage, open_storage
 
 _MOMENTS = ".moments"
 _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256"))
 _AIM = ".aim"
 _AIMED, _TYPES = "neoxconv.aims.of", "neoxconv.aims.types"
-_GRADIENT = ".gradient"
+_GRADIENT, _GRADIENT_INPUTS = ".gradient", ".gradient_inputs"
 _UNKNOWN = "0" * 64  # a digest that is not known yet
 
 
@@ -63,10 +65,18 @@ class Inputs:
 
 
 class Writer:
-    """A calibration that is written input after input, at `path`: `begin`, `add` for each, `finish`."""
+    """A calibration that is written input after input, at `path`: `begin`, `add` for each, `finish`.
+
+    `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name.
+    """
 
     def __init__(
-        self, path: Path, inputs: tuple[Inputs, ...], keys: Mapping[str, Any], tokens: int, gradients: bool
+        self,
+        path: Path,
+        inputs: tuple[Inputs, ...],
+        keys: Mapping[str, Any],
+        tokens: int,
+        gradients: Mapping[str, tuple[int, int]],
     ) -> None:
         self.path, self.inputs, self.keys, self.tokens, self.gradients = path, inputs, keys, tokens, gradients
         self.digests = dict.fromkeys((each.owner for each in inputs), _UNKNOWN)
@@ -75,7 +85,8 @@ class Writer:
         """Where everything lies; of the same size whatever the digests are."""
         entries = [_vector(name + SUMS, each.columns) for each in self.inputs for name in each.names]
         entries += [_vector(name + COUNTS, 1) for each in self.inputs for name in each.names]
-        entries += [_vector(name + _GRADIENT, 1) for each in self.inputs for name in each.names if self.gradients]
+        for name, (rows, columns) in self.gradients.items():
+            entries += [_vector(name + _GRADIENT, rows), _vector(name + _GRADIENT_INPUTS, columns)]
         entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
         aimed = [each for each in self.inputs if each.encoding]
         entries += [_tensor(each.owner + _AIM, (each.rows, each.columns)) for each in aimed]
@@ -94,7 +105,8 @@ class Writer:
         """Make the file, without what is still to come."""
         with open(self.path, "wb") as stream:
             stream.truncate(self.layout().size)
-        self._write({})
+        nothing = Gradients(np.array([np.nan], np.float32), np.array([np.nan], np.float32))
+        self._write(_named(dict.fromkeys(self.gradients, nothing)))
 
     def add(self, each: Inputs, moments: Floats) -> None:
         """Write the second moments [columns, columns] of inputs. Raises CheckpointError where they are not finite."""
@@ -114,9 +126,9 @@ class Writer:
         """Write what is rounded in place of the matrix [rows, columns] that has these inputs."""
         self._write({each.owner + _AIM: rows})
 
-    def finish(self, gradients: Mapping[str, float]) -> None:
-        """Write the digests and, by the names of matrices, E[g^2], and have all of it on disk."""
-        self._write({name + _GRADIENT: np.array([value], np.float32) for name, value in gradients.items()})
+    def finish(self, gradients: Mapping[str, Gradients]) -> None:
+        """Write the digests and, by the GGUF names of matrices, gradients, and have all of it on disk."""
+        self._write(_named(gradients))
 
     def _write(self, tensors: Mapping[str, Floats]) -> None:
         """Write the header and tensors at their places."""
@@ -131,6 +143,12 @@ class Writer:
                 stream.write(np.ascontiguousarray(values).data)
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _named(gradients: Mapping[str, Gradients]) -> dict[str, Floats]:
+    """Gradients by the names of the tensors that hold them."""
+    rows = {name + _GRADIENT: found.rows for name, found in gradients.items()}
+    return rows | {name + _GRADIENT_INPUTS: found.columns for name, found in gradients.items()}
 
 
 def _vector(name: str, count: int) -> Entry:
@@ -182,16 +200,43 @@ def _texts(value: Any) -> list[str]:
     return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
 
 
-def gradients_in(path: Path) -> dict[str, float]:
-    """E[g^2] by the GGUF names of matrices. Raises CheckpointError where a calibration was made without."""
+def gradients_in(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Gradients]:
+    """How much predictions depend on matrices, by their GGUF names; `shapes` are those of the model's.
+
+    Raises CheckpointError where a calibration was made without, and for what is damaged or another model's.
+    """
     file = open_storage(path)
     tensors = gguf.read_header(file).tensors
-    found = {
-        name.removesuffix(_GRADIENT): numbers(file, tensors[name], name) for name in tensors if name.endswith(_GRADIENT)
-    }
+    found = {}
+    for name in [name.removesuffix(_GRADIENT) for name in tensors if name.endswith(_GRADIENT)]:
+        if name not in shapes:
+            raise CheckpointError(f"{path}: {name} is not in the model; the calibration is another model's.")
+        rows, columns = (
+            _squares(file, name + suffix, tensors.get(name + suffix), count)
+            for suffix, count in zip((_GRADIENT, _GRADIENT_INPUTS), shapes[name], strict=True)
+        )
+        found[name] = Gradients(rows, columns)
     if not found:
         raise CheckpointError(f"{path}: says nothing of gradients; make it with `neoxconv calibrate --gradients`.")
-    return {name: float(values[0]) for name, values in found.items()}
+    return found
+
+
+def _squares(file: Storage, name: str, tensor: LazyTensor | None, count: int) -> Floats:
+    """A tensor [count] of mean squares. Raises CheckpointError where it is none."""
+    values = numbers(file, tensor, name)
+    if values.size != count:
+        raise CheckpointError(
+            f"{file.path}: {name} has {values.size} numbers, the model's matrix asks for {count}; "
+            "the calibration is another model's, or damaged: calibrate again."
+        )
+    bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if bad.size or not values.any():
+        what = f"number {bad[0]} is {values[bad[0]]}" if bad.size else "all numbers are 0"
+        raise CheckpointError(
+            f"{file.path}: {name}: {what}, expected finite ones from 0 on; the calibration is unfinished or damaged: "
+            "calibrate again."
+        )
+    return values
 
 
 @dataclass(frozen=True)

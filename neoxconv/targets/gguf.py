@@ -24,7 +24,8 @@ from neoxconv.formats.tokenizer.from_keys import Keys
 from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
-from neoxconv.targets.budget import TYPES, Chosen, choose_within, costs_of, line
+from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
+from neoxconv.targets.calibrated import KEY, refuse_others
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -34,7 +35,7 @@ from neoxconv.words import plural
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
-CALIBRATION = "neoxconv.calibration"
+AIMED = "neoxconv.aimed"  # names of tensors that are not rounded weights, but what a calibration has in their place
 _BESIDE_CHOSEN = "Q4_K_M"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
@@ -70,17 +71,18 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({KEY: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({AIMED: aimed} if (aimed := _check_aims(entries, moments, recipe)) else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
-    chosen = _within_budget(entries, keys, moments, checkpoint, recipe)
+    chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
     if chosen:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
         entries = _with_contexts(entries, matrix, moments, recipe)
-    _check_aims(entries, moments, recipe)
+        _check_aims(entries, moments, recipe)
     notes = (
         *stands_in,
-        *([line(chosen)] if chosen else []),
+        *([line(chosen, recipe)] if chosen else []),
         *_gguf_notes(checkpoint, choice, entries, chosen),
         *(_matrix_notes(matrix, entries) if matrix else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
@@ -135,7 +137,7 @@ def _notes_beside(beside: Carried, keys: Mapping[str, Any], recipe: Recipe) -> l
 def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
     """The mix that the recipe asks for, with its overrides; by default BF16 for a bf16 source, else F16.
 
-    Where types are chosen by what they cost it is the mix of embedding and head, which have no second moments.
+    Where types are chosen by what they cost it is the mix of what has no cost.
     """
     native = [tensor.native.name for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
     plain = "BF16" if native.count("BF16") * 2 > len(native) else "F16"
@@ -147,12 +149,12 @@ def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:
 
 def _gguf_tensors(checkpoint: Checkpoint) -> list[tuple[GgufTensor, Weight]]:
     """Every tensor of a GGUF file, as a mix sees it and as the table has it; a head where llama.cpp wants one."""
-    config, architecture = checkpoint.config, checkpoint.architecture
-    config = replace(config, tied=config.tied and not architecture.gguf_head)
-    rows, queries = architecture.names(config), config.heads // config.key_heads
+    config = checkpoint.config
+    rows, queries = checkpoint.architecture.in_gguf(config), config.heads // config.key_heads
+    tied = all(weight.role != "head" for _, weight in rows)
     columns = [math.prod(config.sizes[size] for size in weight.shape[1:]) for _, weight in rows]
     return [
-        (GgufTensor(w.gguf, w.role, layer, config.layers, width, queries, config.tied and w.role == "embedding"), w)
+        (GgufTensor(w.gguf, w.role, layer, config.layers, width, queries, tied and w.role == "embedding"), w)
         for (layer, w), width in zip(rows, columns, strict=True)
     ]
 
@@ -186,32 +188,41 @@ def _within_budget(
     entries: Sequence[Entry],
     keys: Mapping[str, Any],
     moments: Mapping[str, Moments],
+    matrix: Matrix | None,
     checkpoint: Checkpoint,
     recipe: Recipe,
 ) -> Chosen | None:
-    """Types for the layers' matrices by what they cost; None where nobody asked. Raises PlanError where none fit."""
+    """Types for matrices by what they cost; None where nobody asked. Raises PlanError where none fit."""
     if recipe.bits is None and recipe.size is None:
         if recipe.types:
             raise PlanError("--types limits what --bits or --size may choose; give one of them.")
         return None
-    if recipe.calibration is None or (recipe.bits and recipe.size):
-        raise PlanError("--bits and --size need --calibration FILE, and exclude each other.")
-    gradients = gradients_in(recipe.calibration)
-    free = [entry for entry in entries if entry.name in gradients and not _is_asked(entry, recipe)]
-    names = {entry.name for entry in free}
+    if recipe.bits and recipe.size:
+        raise PlanError("--bits and --size exclude each other; give one of them.")
+    shapes = {entry.name: entry.tensor.shape for entry in entries}
+    gradients = gradients_in(recipe.calibration, shapes) if recipe.calibration else {}
+    importance = {name: values for name, values in matrix.entries.items() if values.any()} if matrix else {}
+    costs = []
+    for entry, (tensor, _) in zip(entries, _gguf_tensors(checkpoint), strict=True):
+        if (entry.name in gradients if gradients else tensor.role in ROLES) and not _is_asked(tensor, recipe):
+            known = Known(importance.get(entry.name), gradients.get(entry.name), moments.get(entry.name))
+            costs.append(costs_of(entry, tensor, known, recipe.types or TYPES))
+    costs = [each for each in costs if each.nats]  # others have rows that no type's blocks divide
+    names = {each.entry.name for each in costs}
     fixed = sum(entry.nbytes for entry in entries if entry.name not in names)
     if recipe.size:
         (file,) = write.layout("model", keys, entries, None)
         room = recipe.size - file.slots[0].offset - ALIGNMENT * len(entries)
     else:
         room = int(checkpoint.parameters * (recipe.bits or 0) / 8)
-    costs = [costs_of(entry, moments[entry.name], gradients[entry.name], recipe.types or TYPES) for entry in free]
     return choose_within(costs, room - fixed)
 
 
-def _is_asked(entry: Entry, recipe: Recipe) -> bool:
-    """Whether --tensor-type gives a tensor its type."""
-    return any(re.search(pattern, entry.name) for pattern, _ in recipe.tensor_type)
+def _is_asked(tensor: GgufTensor, recipe: Recipe) -> bool:
+    """Whether --tensor-type, --output-type or --embedding-type gives a matrix its type."""
+    head = recipe.output_type if tensor.role == "head" or tensor.tied else None
+    embedding = recipe.embedding_type if tensor.role == "embedding" else None
+    return bool(head or embedding) or any(re.search(pattern, tensor.name) for pattern, _ in recipe.tensor_type)
 
 
 def _with_contexts(
@@ -223,15 +234,7 @@ def _with_contexts(
     """
     found, thorough = matrix.entries if matrix else {}, recipe.effort == "high"
     if matrix:
-        columns = {entry.name: entry.tensor.columns for entry in entries}
-        raise_all(PlanError, (
-            f"{matrix.path}: {name} has importances of {values.size} columns, the model's has {columns[name]}; "
-            "the matrix is another model's."
-            if name in columns
-            else f"{matrix.path}: {name} is not in the model; the matrix is another model's."
-            for name, values in found.items()
-            if columns.get(name) != values.size
-        ))  # fmt: skip
+        refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
     useful = [name for name, values in found.items() if values.any()]
 
     def with_context(entry: Entry) -> Entry:
@@ -243,8 +246,8 @@ def _with_contexts(
     return [with_context(entry) if entry.search and (thorough or entry.name in useful) else entry for entry in entries]
 
 
-def _check_aims(entries: Sequence[Entry], moments: Mapping[str, Moments], recipe: Recipe) -> None:
-    """Raise PlanError where a calibration was made through other types than those of the entries."""
+def _check_aims(entries: Sequence[Entry], moments: Mapping[str, Moments], recipe: Recipe) -> list[str]:
+    """The names of tensors for which a calibration has aims. Raises PlanError where it was made through other types."""
     aims = {name: found.aim for name, found in moments.items() if found.aim}
     raise_all(PlanError, (
         f"{recipe.calibration}: was made through {entry.name} as {aims[entry.name].encoding}, and here it is "
@@ -252,6 +255,7 @@ def _check_aims(entries: Sequence[Entry], moments: Mapping[str, Moments], recipe
         for entry in entries
         if entry.name in aims and aims[entry.name].encoding != entry.encoding.name
     ))  # fmt: skip
+    return list(aims)
 
 
 def _matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:

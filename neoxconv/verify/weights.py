@@ -10,25 +10,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.core.encoding import Grid, Moments, Scaled
+from neoxconv.core.encoding import Moments
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import Floats, narrow
+from neoxconv.dtypes import Array, Bools, Floats, narrow
 from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
 from neoxconv.formats.calibration import moments_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
-from neoxconv.quant.bands import rounded, sizes_of
+from neoxconv.quant.bands import rounded
 from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
-from neoxconv.targets.gguf import CALIBRATION, SEARCHED
+from neoxconv.targets.calibrated import chosen_by
+from neoxconv.targets.gguf import AIMED, SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
-from neoxconv.verify.together import not_the_best, too_far
+from neoxconv.verify.scaled import SLAB, ScaledCheck
+from neoxconv.verify.together import not_the_best, taken_apart, too_far
 
 _Progress = Callable[[int], None]
-SLAB = 4 << 20
-_EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
 # of a window (llama.cpp has none).
@@ -59,7 +59,8 @@ class _Pair:
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
     `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
-    chose codes of this grid together, by the `moments` of the inputs, where they are at hand.
+    chose codes together, by the `moments` of the inputs, where they are at hand; `aimed`: it rounded an aim that lies
+    with the moments, so that little can be said without them.
     """
 
     name: str
@@ -67,8 +68,9 @@ class _Pair:
     target: LazyTensor
     joined: bool
     weighted: bool = False
-    together: Grid | None = None
+    together: bool = False
     moments: Moments | None = None
+    aimed: bool = False
 
 
 def verify_weights(
@@ -124,19 +126,22 @@ def _pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[_Pair], list[
 
 def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, calibration: Path | None) -> list[_Pair]:
     """The pairs, those whose codes were chosen together marked so. Raises PlanError for another calibration's file."""
-    made_with = target.index.settings.get(CALIBRATION)
+    made_with = chosen_by(target.index.settings)
     if calibration and made_with != imatrix.read(calibration).sha256:
         raise PlanError(f"{target.index.where}: was made with another calibration than {calibration}, or without one.")
     if made_with is None:
         return pairs
-    moments = moments_in(calibration) if calibration else {}
-    matrices = {w.unified: w.gguf for _, w in source.architecture.names(source.config) if w.linear}
+    moments, aimed = moments_in(calibration) if calibration else {}, target.index.settings.get(AIMED, ())
+    weights = [weight for _, weight in source.architecture.in_gguf(source.config)]
+    last = "head" if any(weight.role == "head" for weight in weights) else "embedding"
+    matrices = {w.unified: w.gguf for w in weights if w.linear or w.role == last}
 
     def marked(pair: _Pair) -> _Pair:
-        encoding = ENCODINGS.get(pair.target.dtype.name)
-        if encoding is None or encoding.grid is None or pair.name not in matrices:
+        type_, name = pair.target.dtype.name, matrices.get(pair.name)
+        has_grid = type_ in SCALED or (type_ in ENCODINGS and ENCODINGS[type_].grid)
+        if not has_grid or name is None or (moments and name not in moments):
             return pair
-        return replace(pair, together=encoding.grid, moments=moments.get(matrices[pair.name]))
+        return replace(pair, together=True, moments=moments.get(name), aimed=name in aimed)
 
     return list(map(marked, pairs))
 
@@ -157,8 +162,8 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    check = _ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
     moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
+    check = ScaledCheck(SCALED[encoding], pair.source, moments) if encoding in SCALED else None
     for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
@@ -166,13 +171,12 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         error = np.abs(weights - values)
         if pair.joined:
             stored = narrow(values, pair.target.native)
-        if check:
-            bad = check.wrong(weights, values, start, stop)
+        if pair.aimed and moments is None:
+            bad = ~np.isfinite(values)
         elif pair.together:
-            bad = too_far(pair.together, weights, stored)
-            if pair.moments and moments is not None:
-                asked = pair.moments.aim.rows.floats(start, stop) if pair.moments.aim else weights
-                bad |= not_the_best(pair.together, asked, stored, moments)
+            bad = _not_chosen(encoding, check, _asked(pair, weights, start, stop), stored, start, moments)
+        elif check:
+            bad = check.wrong(weights, values, start)
         elif encoding in ENCODINGS:
             bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
         else:
@@ -195,41 +199,25 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     return result, Finding(pair.name, what)
 
 
-class _ScaledCheck:
-    """What weights whose scales lie beside them may have become: each group's size is known from all of the source."""
+def _asked(pair: _Pair, weights: Floats, start: int, stop: int) -> Floats:
+    """What rows `start` to `stop` were rounded from: their weights, or the aim that stands in a calibration."""
+    aim = pair.moments.aim if pair.moments else None
+    return aim.rows.floats(start, stop) if aim else weights
 
-    def __init__(self, encoding: Scaled, source: LazyTensor) -> None:
-        self.encoding, self.source = encoding, source
-        self.scales = encoding.scales(sizes_of(encoding, source, SLAB))
 
-    @property
-    def unit(self) -> int:
-        """Rows that are whole groups."""
-        return self.encoding.groups.rows_per_whole_group(self.source.columns)
-
-    def wrong(self, weights: Floats, values: Floats, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer.
-
-        With the scales e (encoded), d (decoded) and the slack s of a weight's group, all in the weight's own unit, and
-        nearest(x) the number of the code's table nearest to x (without a unit), a weight w may be stored as v where
-
-            v stands for a code     |v - found * d| <= EXACT * |v| + s              found = nearest(v / d)
-            none is nearer          |asked - found| <= |asked - nearest(asked)| + EXACT * |asked|       asked = w / e
-
-        The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told.
-        """
-        groups, nearest = self.encoding.groups, self.encoding.nearest
-        touched = groups.groups_of(start, stop, self.source.columns)
-        numbers = self.scales.encoded, self.scales.decoded, self.scales.slack
-        encoded, decoded, slack = (groups.per_weight(each[touched], weights.shape) for each in numbers)
-        weights = rounded(self.encoding, self.source, weights)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            asked = np.where(encoded > 0, weights / encoded, 0)
-            found = nearest(np.where(decoded != 0, values / decoded, 0))
-        no_code = ~(np.abs(values - found * decoded) <= _EXACT * np.abs(values) + slack)
-        further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + _EXACT * np.abs(asked))
-        further &= np.abs(decoded) > slack
-        return np.asarray((no_code | further) & ~(np.isnan(weights) & np.isnan(values)))
+def _not_chosen(
+    encoding: str, check: ScaledCheck | None, weights: Floats, stored: Array, start: int, moments: Floats | None
+) -> Bools:
+    """True where rows from `start` on are not what was chosen together for weights, as far as can be told."""
+    if check:
+        rows, weights = check.stored(stored, start), rounded(check.encoding, check.source, weights)
+        bad = check.no_code(rows, start)
+    else:
+        grid = ENCODINGS[encoding].grid
+        assert grid
+        rows, bad = taken_apart(grid, stored), np.zeros(weights.shape, np.bool_)
+    bad |= too_far(rows, weights)
+    return bad | not_the_best(rows, weights, moments) if moments is not None else bad
 
 
 def differs(pair: _Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:

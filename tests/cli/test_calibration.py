@@ -56,10 +56,11 @@ def test_moments_are_those_of_what_transformers_multiplies_with(source: Path, tm
             (layer.mlp.dense_h_to_4h, "ffn_up"), (layer.mlp.dense_4h_to_h, "ffn_down"),
         ):  # fmt: skip
             module.register_forward_pre_hook(hook(f"blk.{i}.{gguf}.weight"))
+    model.get_output_embeddings().register_forward_pre_hook(hook("output.weight"))
     with torch.inference_mode():
         model(torch.from_numpy(TOKENS))
     found = moments_in(calibration(source))
-    assert set(found) == set(expected) and len(found) == 12
+    assert set(found) == set(expected) and len(found) == 13
     for name, square in expected.items():
         assert np.allclose(found[name].read(), square, rtol=1e-3, atol=1e-4 * np.abs(square).max()), name
 
@@ -68,7 +69,7 @@ def test_it_is_an_importance_matrix_too(source: Path) -> None:
     made = calibration(source)
     sums = calibrate(open_checkpoint(source), TOKENS)
     read = imatrix.read(made)
-    assert read.chunks == 6 and set(read.entries) == set(sums)
+    assert read.chunks == 6 and set(read.entries) == {*sums, "output.weight"}
     for name, values in sums.items():
         assert np.allclose(read.entries[name], values / values.mean(), rtol=1e-4), name
 
@@ -184,7 +185,7 @@ def test_wrong_files_are_told(
 def test_damage_is_found_when_moments_are_read(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = calibration(source)
     data = bytearray(made.read_bytes())
-    data[-200] ^= 1
+    data[-200 - 4 * 64 * 65 // 2] ^= 1  # before the head's, which come last
     made.write_bytes(bytes(data))
     words = ("--to", "gguf", "--type", "f16", "--tensor-type", "blk.*weight=q4_0", "--calibration", made)
     assert cli("convert", source, source.parent / "m.gguf", *words) == 1
@@ -221,5 +222,5 @@ def test_another_models_calibration_is_refused(
 def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = calibration(source)
     assert "of memory besides" in capsys.readouterr().err
-    taken = sum(64 * 65 // 2 * 3 + 256 * 257 // 2 for _ in range(3)) * 4
+    taken = sum(64 * 65 // 2 * 3 + 256 * 257 // 2 for _ in range(3)) * 4 + 64 * 65 // 2 * 4
     assert taken < made.stat().st_size < taken + 60_000

@@ -11,15 +11,20 @@ import pytest
 import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.core.encoding import Gradients, Moments
 from neoxconv.core.layout import Entry
 from neoxconv.core.tensor import in_memory
-from neoxconv.errors import PlanError
+from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.calibration import gradients_in
 from neoxconv.quant import ENCODINGS
-from neoxconv.targets.budget import Costs, choose_within
+from neoxconv.targets.budget import ROLES, Costs, Known, choose_within, costs_of
+from neoxconv.targets.gguf import gguf_entries
+from neoxconv.targets.mixes import GgufTensor
+from neoxconv.verify.logits import moments, stream
 from neoxconv.verify.logits.gradients import squares_of_gradients
 from tests.fixtures import fixture
-from tests.helpers import cli
+from tests.helpers import PowerCut, cli
+from tests.little_llamas import little_llama
 from tests.toy import toy
 
 NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
@@ -57,6 +62,40 @@ def test_the_choice_is_about_the_best_of_all_and_never_a_byte_over(seed: int) ->
         choose_within(matrices, least - 1)
 
 
+def test_a_cost_is_the_sum_over_rows_of_what_their_errors_do() -> None:
+    rng = np.random.default_rng(3)
+    weights, inputs = (rng.standard_normal((count, 64)).astype(np.float32) for count in (128, 500))
+    inputs[:, 7] *= 9
+    square = inputs.T @ inputs / np.float32(500)
+    entry = Entry("blk.1", "", in_memory(weights), ENCODINGS["Q4_0"])
+    tensor = GgufTensor("blk.1", "mlp_in", 1, 2, 64)
+    columns = (np.diag(square) * rng.uniform(0.5, 2, 64)).astype(np.float32)
+    errors = (weights - ENCODINGS["Q4_0"].decode(ENCODINGS["Q4_0"].encode(weights))).astype(np.float64)
+    scale = np.sqrt(columns / np.diag(square))
+    known = Known(None, Gradients(np.full(128, 0.25, np.float32), columns), Moments(64, "", square.copy))
+    found = costs_of(entry, tensor, known, ("Q4_0", "Q4_K"))
+    assert set(found.nats) == {"Q4_0"}, "no row of 64 is Q4_K"
+    scaled = errors * scale
+    assert found.nats["Q4_0"] == pytest.approx(0.5 * 0.25 * np.trace(scaled @ square @ scaled.T), rel=1e-4)
+    alone = costs_of(entry, tensor, Known(None, known.gradients), ("Q4_0",))
+    assert alone.nats["Q4_0"] == pytest.approx(0.5 * 0.25 * (errors**2 @ columns).sum(), rel=1e-4)
+    without = costs_of(entry, tensor, Known(), ("Q4_0",))
+    share = (errors**2).sum() / (weights.astype(np.float64) ** 2).sum()
+    assert without.nats["Q4_0"] == pytest.approx(ROLES["mlp_in"] * share, rel=1e-4)
+
+
+def test_rows_stand_for_what_they_weigh() -> None:
+    """A few rows of a large vocabulary that come often decide."""
+    weights = np.random.default_rng(3).standard_normal((4096, 32)).astype(np.float32)
+    weights[:1000] *= 10
+    rows = np.where(np.arange(4096) < 1000, np.float32(1), np.float32(0))
+    entry = Entry("token_embd.weight", "", in_memory(weights), ENCODINGS["Q8_0"])
+    known = Known(None, Gradients(rows, np.ones(32, np.float32)))
+    found = costs_of(entry, GgufTensor(entry.name, "embedding", None, 2, 32), known, ("Q4_0",))
+    errors = weights[:1000] - ENCODINGS["Q4_0"].decode(ENCODINGS["Q4_0"].encode(weights[:1000]))
+    assert found.nats["Q4_0"] == pytest.approx(0.5 * np.square(errors, dtype=np.float64).sum(), rel=0.1)
+
+
 @pytest.mark.parametrize("changes", [{}, {"parallel_residual": False}, {"llama": True, "kv_heads": 2, "ff": 96}])
 def test_gradients_are_those_of_autograd(changes: dict[str, Any], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -65,26 +104,48 @@ def test_gradients_are_those_of_autograd(changes: dict[str, Any], tmp_path: Path
     found = squares_of_gradients(checkpoint, tokens)
     folder = run(make_plan(checkpoint, Recipe("hf")), tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    outputs: dict[str, torch.Tensor] = {}
+    passed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def hook(name: str) -> Any:
-        def seen(module: object, inputs: object, output: torch.Tensor) -> None:
+        def seen(module: object, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             output.retain_grad()
-            outputs[name + ".weight"] = output
+            passed[name + ".weight"] = inputs[0].detach(), output
 
         return seen
 
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             module.register_forward_hook(hook(name))
     predicted = model(torch.from_numpy(tokens), use_cache=False).logits.log_softmax(-1)
     chance = torch.Generator().manual_seed(7)
     labels = torch.cat([torch.multinomial(row.detach().exp(), 1, generator=chance) for row in predicted])
     (-predicted.flatten(0, 1).gather(1, labels).sum()).backward()
-    assert set(found) == set(outputs)
-    for name, value in found.items():
-        gradient = outputs[name].grad
-        assert gradient is not None and value == pytest.approx(float(gradient.double().square().mean()), rel=1e-4), name
+    passed = {name if name in found else "embed_out.weight": both for name, both in passed.items()}
+    assert set(found) == set(passed)
+    for name, gradients in found.items():
+        x, output = passed[name]
+        assert output.grad is not None
+        squares = output.grad.double().square().flatten(0, 1)
+        if name.endswith(("embed_in.weight", "embed_tokens.weight")):
+            x, squares = squares, torch.nn.functional.one_hot(x.flatten(), 512) * squares.sum(1, keepdim=True)
+            columns = x.sum(0) / x.sum()
+        else:
+            if name.endswith(("embed_out.weight", "lm_head.weight")):
+                chances = predicted.detach().double().exp().flatten(0, 1)
+                squares = chances * (1 - chances)
+            columns = squares.sum(1) @ x.double().square().flatten(0, 1) / squares.sum()
+        assert np.allclose(gradients.rows, squares.mean(0), rtol=1e-3, atol=1e-5 * squares.mean()), name
+        assert np.allclose(gradients.columns, columns, rtol=1e-3, atol=1e-5 * columns.mean()), name
+
+
+def test_gradients_add_up_over_groups_of_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(toy(tmp_path, hidden=64, dtype="F32"))
+    tokens = np.arange(96, dtype=np.int64).reshape(3, 32) * 5 % 512
+    whole = squares_of_gradients(checkpoint, tokens)
+    monkeypatch.setattr(stream, "INSIDE", 1)
+    for name, found in squares_of_gradients(checkpoint, tokens).items():
+        assert np.allclose(found.rows, whole[name].rows, rtol=1e-3), name
+        assert np.allclose(found.columns, whole[name].columns, rtol=1e-3), name
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +162,8 @@ def test_a_file_keeps_within_its_bits_and_its_size(
     calibrated: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, made = calibrated
-    assert len(gradients_in(made)) == 32
+    shapes = {entry.name: entry.tensor.shape for entry in gguf_entries(open_checkpoint(source), Recipe("gguf"))}
+    assert len(gradients_in(made, shapes)) == 34
     words = ("convert", source, tmp_path / "a.gguf", "--to", "gguf", "--calibration", made)
     assert cli(*words, "--bits", "5", "--dry-run") == 0
     assert "predicted KL divergence" in capsys.readouterr().out
@@ -130,3 +192,141 @@ def test_a_calibration_without_gradients_is_told(tmp_path: Path, capsys: pytest.
     assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--covariance") == 0
     assert cli("convert", source, tmp_path / "a.gguf", "--to", "gguf", "--bits", "5", "--calibration", made) == 1
     assert "calibrate --gradients" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, Path]:
+    """A toy and its calibration with gradients."""
+    source = toy(tmp_path, hidden=64)
+    np.save(tmp_path / "tokens.npy", np.arange(64).reshape(2, 32))
+    made = tmp_path / "cal.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
+    return source, made
+
+
+DAMAGED = ("blk.1.ffn_up.weight.gradient", "blk.1.ffn_up.weight.gradient_inputs")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize(("number", "told"), [(np.nan, "is nan"), (-1.0, "is -1.0"), (np.inf, "is inf")])
+def test_gradients_that_are_none_are_named(
+    name: str, number: float, told: str, small: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gguf
+
+    source, made = small
+    tensor = next(t for t in gguf.GGUFReader(made).tensors if t.name == name)
+    data = bytearray(made.read_bytes())
+    data[tensor.data_offset : tensor.data_offset + 4] = np.float32(number).tobytes()
+    made.write_bytes(bytes(data))
+    assert cli("convert", source, made.parent / "a.gguf", "--to", "gguf", "--bits", "6", "--calibration", made) == 1
+    message = capsys.readouterr().err
+    assert name in message and told in message and "cal.gguf" in message and "calibrate again" in message
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"hidden": 64, "layers": 1}, "is not in the model"),
+    ({"hidden": 64, "rows": 1024}, "asks for"),
+])  # fmt: skip
+def test_gradients_of_another_model_are_refused(
+    changes: dict[str, Any], told: str, small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, made = small
+    entries = gguf_entries(open_checkpoint(toy(tmp_path / "other", **changes)), Recipe("gguf"))
+    with pytest.raises(CheckpointError, match=told):
+        gradients_in(made, {entry.name: entry.tensor.shape for entry in entries})
+
+
+def test_a_run_that_stopped_before_its_gradients_leaves_none(
+    small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, made = small
+    words = ("calibrate", source, "-o", made.with_name("cut.gguf"), "--tokens", made.with_name("tokens.npy"))
+
+    def cut(*arguments: object, **named: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moments, "squares_of_gradients", cut)
+        with pytest.raises(PowerCut):
+            cli(*words, "--gradients")
+    shapes = {entry.name: entry.tensor.shape for entry in gguf_entries(open_checkpoint(source), Recipe("gguf"))}
+    with pytest.raises(CheckpointError, match="unfinished"):
+        gradients_in(made.with_name("cut.gguf.partial"), shapes)
+    assert cli(*words, "--covariance") == 1, "it has other places in its file"
+    assert "of another calibration" in capsys.readouterr().err
+    assert cli(*words, "--gradients") == 0
+    assert made.with_name("cut.gguf").read_bytes() == made.read_bytes()
+
+
+def test_gradients_are_of_tokens_from_all_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = toy(tmp_path, hidden=64)
+    rows = np.arange(8)[:, None] + np.zeros((8, 32), int)
+    np.save(tmp_path / "tokens.npy", rows)
+    seen: list[np.ndarray] = []
+
+    def watched(checkpoint: Any, tokens: np.ndarray, **named: Any) -> Any:
+        seen.append(tokens)
+        return squares_of_gradients(checkpoint, tokens, **named)
+
+    monkeypatch.setattr(moments, "_GRADIENT_TOKENS", 4 * 32)
+    monkeypatch.setattr(moments, "squares_of_gradients", watched)
+    words = ("--tokens", tmp_path / "tokens.npy", "--gradients")
+    assert cli("calibrate", source, "-o", tmp_path / "cal.gguf", *words) == 0
+    assert seen[0][:, 0].tolist() == [0, 2, 4, 6]
+
+
+def test_types_are_chosen_without_a_calibration_too(
+    small: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, made = small
+    words = ("convert", source, made.parent / "a.gguf", "--to", "gguf", "--bits", "6", "--overwrite")
+    for more, told in (((), "weights alone"), (("--imatrix", made), "the importance matrix")):
+        assert cli(*words, *more) == 0
+        assert f"types by {told}" in capsys.readouterr().err
+        plan = make_plan(open_checkpoint(source), Recipe("gguf", bits=6.0, imatrix=made if more else None))
+        assert 8 * sum(step.nbytes for step in plan.steps) / plan.checkpoint.parameters <= 6
+        assert cli("verify", source, made.parent / "a.gguf") == 0
+
+
+def test_a_matrix_that_no_type_fits_keeps_what_the_mix_gives_it(
+    small: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of 64, but for the MLP's last of 256."""
+    source, made = small
+    words = ("convert", source, made.parent / "a.gguf", "--to", "gguf", "--bits", "9", "--types", "q4_k")
+    assert cli(*words, "--calibration", made, "--dry-run") == 0
+    assert "types by what they cost: 2 Q4_K" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_path: Path) -> None:
+    source = little_llama(tmp_path / "llama", tie_word_embeddings=True) if tied else toy(tmp_path, hidden=64)
+    np.save(tmp_path / "tokens.npy", np.arange(64).reshape(2, 32))
+    made = tmp_path / "cal.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
+    checkpoint = open_checkpoint(source)
+
+    def types(**asked: Any) -> dict[str, str]:
+        plan = make_plan(checkpoint, Recipe("gguf", calibration=made, bits=8.0, types=("Q4_0", "Q5_0"), **asked))
+        return {step.entry.name: step.entry.encoding.name for step in plan.steps if "blk" not in step.entry.name}
+
+    head, matrices = "token_embd.weight" if tied else "output.weight", {"token_embd.weight", "output.weight"}
+    assert {name for name in types() if types()[name] == "Q5_0"} == ({head} if tied else matrices)
+    assert types(output_type="Q8_0")[head] == "Q8_0"
+    assert types(embedding_type="Q8_0")["token_embd.weight"] == "Q8_0"
+
+
+def test_a_tied_matrix_costs_what_both_of_its_uses_do(tmp_path: Path) -> None:
+    source, tokens = little_llama(tmp_path / "llama", tie_word_embeddings=True), np.arange(64).reshape(2, 32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    made = tmp_path / "cal.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
+    checkpoint = open_checkpoint(source)
+    shapes = {entry.name: entry.tensor.shape for entry in gguf_entries(checkpoint, Recipe("gguf"))}
+    both = gradients_in(made, shapes)["token_embd.weight"]
+    found = squares_of_gradients(checkpoint, tokens)
+    uses = [found[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    expected = sum(each.rows.sum() * each.columns.sum() for each in uses)
+    assert both.rows.sum() * both.columns.sum() == pytest.approx(expected, rel=1e-4)
+    assert all(each.rows.sum() * each.columns.sum() > 0.01 * expected for each in uses)

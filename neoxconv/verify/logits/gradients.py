@@ -1,8 +1,9 @@
 """How much predictions depend on what each matrix puts out: the mean squares of gradients, by a streamed backward pass.
 
-g is the gradient of -log p(label) at a matrix's output, the label drawn from the model's own predictions. Then E[g g^T]
-is the Fisher information, and an error E of the matrix moves predictions by about 1/2 tr(E[g g^T] E H E^T) nats, H the
-second moments of its inputs. Here E[g g^T] is taken as its mean diagonal times the identity.
+g is the gradient of -log p(label) at a matrix's output, the label drawn from the model's own predictions, and x its
+input. An error E of the matrix then moves predictions by about 1/2 E[(g^T E x)^2] nats: E[g g^T] is the Fisher
+information. Kept are its diagonals, E[g_r^2] by row and E[|g|^2 x_c^2] by column. The second is not E[|g|^2] E[x_c^2]:
+a sequence's first token has the largest inputs and predictions hardly depend on them.
 
 The streams before every layer are kept; layer after layer, the last first, is run once more and differentiated.
 """
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neoxconv.core.encoding import Gradients
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.verify.logits.stream import Side, StreamedRank, multipliers, side
 
 _SEED = 7  # of the labels
+_TINY = 1e-300  # so that gradients that are all zero are nothing, not nan
 
 
 class _Product(torch.autograd.Function):
@@ -31,13 +34,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rank: _Traced, name: str, start: int, stop: int | None) -> Tensor:
         ctx.told = rank, name, start, stop
+        ctx.save_for_backward(x)
         return StreamedRank.linear(rank, x, name, start, stop)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         rank, name, start, stop = ctx.told
-        rank.seen(name + ".weight", gradient)
+        rank.seen(name + ".weight", gradient, *ctx.saved_tensors)
         tensor = rank.part(name, start, stop)
         result, at = torch.zeros(*gradient.shape[:-1], tensor.columns, device=gradient.device), 0
         for weight in rank.slabs(tensor):
@@ -50,11 +54,35 @@ class _Product(torch.autograd.Function):
 class _Traced(StreamedRank):
     """A rank whose products can be differentiated."""
 
-    seen: Callable[[str, Tensor], None] = lambda name, gradient: None
+    seen: Callable[[str, Tensor, Tensor], None] = lambda name, gradient, x: None
 
     def linear(self, x: Tensor, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         result: Tensor = _Product.apply(x, self, name, start, stop)  # type: ignore[no-untyped-call]
         return result
+
+
+class _Sums:
+    """Sums over tokens, by the unified name of a matrix: of g_r^2 [rows], and of |g|^2 x_c^2 [columns]."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Tensor] = {}
+        self.columns: dict[str, Tensor] = {}
+
+    def add(self, name: str, squares: Tensor, x: Tensor) -> None:
+        """Add squares of gradients [..., rows] and inputs [..., columns] of the same tokens."""
+        squares, x = squares.flatten(0, -2).double(), x.flatten(0, -2).double()
+        self.add_up(name, squares.sum(0), squares.sum(1) @ x.square())
+
+    def add_up(self, name: str, rows: Tensor, columns: Tensor) -> None:
+        """Add sums."""
+        self.rows[name] = self.rows.get(name, 0) + rows
+        self.columns[name] = self.columns.get(name, 0) + columns
+
+    def means(self, name: str, tokens: int) -> Gradients:
+        """What the sums over so many tokens say of a matrix."""
+        rows, columns = self.rows[name], self.columns[name]
+        found = rows / tokens, columns / rows.sum().clamp(min=_TINY)
+        return Gradients(*(values.float().cpu().numpy() for values in found))
 
 
 def squares_of_gradients(
@@ -63,15 +91,19 @@ def squares_of_gradients(
     *,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
-) -> dict[str, float]:
-    """By the unified name of each matrix in the layers: E[g^2], the mean over tokens [batch, time] and outputs.
+) -> dict[str, Gradients]:
+    """By the unified name of each matrix of the layers, of the embedding and of the head (a tied one too), over tokens
+    [batch, time]: the mean squares of gradients. `progress` is told of every layer, forwards and back.
 
-    `progress` is told of every layer, forwards and back.
+    For the embedding x is the token itself: row r counts where it is looked up, column c is one of the stream.
     """
-    found: dict[str, float] = {}
+    sums = _Sums()
+    ((head, embedding),) = checkpoint.architecture.tied_head.items()
+    linear = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.linear}
 
-    def seen(name: str, gradient: Tensor) -> None:
-        found[name] = float(gradient.double().square().mean())
+    def seen(name: str, gradient: Tensor, x: Tensor) -> None:
+        if name in linear:
+            sums.add(name, gradient.square(), x)
 
     with multipliers() as pool:
         ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
@@ -85,29 +117,39 @@ def squares_of_gradients(
             for number in range(checkpoint.config.layers):
                 streams.append(plain.layer(number, streams[-1]))
                 progress(1)
-        gradients = _of_labels(model, streams.pop())
+        gradients = _of_labels(model, streams.pop(), partial(sums.add, head))
         for number in reversed(range(checkpoint.config.layers)):
             gradients = _back(partial(model.layer, number), streams.pop(), gradients)
             progress(1)
-    names = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.linear}
-    return {name: value for name, value in found.items() if name in names}
+    squares = gradients[0].flatten(0, 1).double().square()
+    rows = torch.zeros(checkpoint.config.rows, dtype=squares.dtype, device=device)
+    sums.add_up(embedding, rows.index_add_(0, ids.flatten(), squares.sum(1)), squares.sum(0))
+    return {name: sums.means(name, tokens.size) for name in sums.rows}
 
 
-def _of_labels(model: Side, streams: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of -log p(label), summed over tokens, at the streams after the last layer; sequence by sequence."""
+def _of_labels(model: Side, streams: Sequence[Tensor], head: Callable[[Tensor, Tensor], None]) -> list[Tensor]:
+    """The gradients of -log p(label), summed over tokens, at the streams after the last layer; sequence by sequence.
+
+    `head` is told their mean squares at the logits [1, time, rows] and what the head is multiplied with.
+    """
     chance = torch.Generator().manual_seed(_SEED)
-    rows = [_of_sequence(model, [x[i : i + 1] for x in streams], chance) for i in range(len(streams[0]))]
+    rows = [_of_sequence(model, [x[i : i + 1] for x in streams], chance, head) for i in range(len(streams[0]))]
     return [torch.cat(found) for found in zip(*rows, strict=True)]
 
 
-def _of_sequence(model: Side, streams: Sequence[Tensor], chance: torch.Generator) -> list[Tensor]:
-    """The same for one sequence."""
+def _of_sequence(
+    model: Side, streams: Sequence[Tensor], chance: torch.Generator, head: Callable[[Tensor, Tensor], None]
+) -> list[Tensor]:
+    """The same for one sequence. The gradient at a word's logit is p, less 1 for the label: in the mean p (1 - p)."""
     before = [x.detach().requires_grad_() for x in streams]
     with torch.enable_grad():
-        predicted = model.logits(model.final(before), 0, model.config.rows).log_softmax(-1)
+        normed = model.final(before)
+        predicted = model.logits(normed, 0, model.config.rows).log_softmax(-1)
         flat = predicted.flatten(0, -2)
-        labels = torch.multinomial(flat.detach().exp().cpu(), 1, generator=chance).to(flat.device)
+        chances = flat.detach().exp()
+        labels = torch.multinomial(chances.cpu(), 1, generator=chance).to(flat.device)
         (-flat.gather(1, labels).sum()).backward()  # type: ignore[no-untyped-call]
+    head(chances * (1 - chances), normed[0].detach().flatten(0, -2))
     return [_gradient(x) for x in before]
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neoxconv.core.encoding import Gradients
 from neoxconv.core.model import Checkpoint
-from neoxconv.dtypes import Numbers
+from neoxconv.core.table import Weight
+from neoxconv.dtypes import Floats, Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.errors import PlanError
 from neoxconv.formats.calibration import Inputs, Writer
@@ -30,6 +32,7 @@ from neoxconv.verify.logits.stream import running, side
 from neoxconv.verify.logits.through import Encodings, Through, gets_aim, held_through
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
+_EMBEDDING, _HEAD = "embedding", "head"  # roles
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
 
@@ -58,18 +61,14 @@ def needed(checkpoint: Checkpoint, tokens: int, through: Encodings | None = None
     and after the layer. What `through` adds is in through.py.
     """
     layers = inputs_of(checkpoint, through)
+    every = [Inputs((), checkpoint.config.hidden), *(each for layer in layers for each in layer.values())]
+    disk = sum(4 * (each.packed + each.rows * each.columns) for each in every)
     if through:
-        aims = sum(4 * each.rows * each.columns for layer in layers for each in layer.values())
-        return held_through(checkpoint.config, tokens), aims + _packed(layers)
+        return held_through(checkpoint.config, tokens), disk
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
     largest = max(4 * each.packed for layer in layers for each in layer.values())
     streams = 2 * 4 * tokens * checkpoint.config.hidden
-    return moments + 2 * largest + streams, _packed(layers)
-
-
-def _packed(layers: Sequence[_Owners]) -> int:
-    """Bytes of the moments in a calibration."""
-    return sum(4 * each.packed for layer in layers for each in layer.values())
+    return moments + 2 * largest + streams, disk
 
 
 @dataclass
@@ -108,6 +107,10 @@ class _Alone:
         for name, each in inputs.items():
             self.writer.add(each, (self.sums.found.pop(name) / self.writer.tokens).cpu().numpy())
         return streams
+
+    def final(self, streams: list[Tensor]) -> list[Tensor]:
+        """What the head is multiplied with."""
+        return self.model.final(streams)
 
 
 @dataclass(frozen=True)
@@ -151,37 +154,107 @@ def calibrate(
 ) -> int:
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
-    With `gradients` also how much each matrix moves predictions, by the first of the tokens. With `through` the layers
+    With `gradients` also how much each matrix moves predictions, by tokens from all over them. With `through` layers
     are quantized as they are run, to these encodings by unified names, and later matrices make up for earlier ones. The
     ranks are joined first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
     """
     checkpoint.refuse_doubts()
-    layers = inputs_of(checkpoint, through)
+    layers, matrices = inputs_of(checkpoint, through), _matrices(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
-    inputs = tuple(each for layer in layers for each in layer.values())
-    writer = Writer(partial, inputs, keys, tokens.size, gradients)
-    state = Progress(beside, _key(checkpoint, tokens, keys))
+    last = next(weight for weight in reversed(matrices) if not weight.linear)  # the head, or the embedding that is one
+    head = _head_inputs(checkpoint, last, gradients)
+    inputs = (*(each for layer in layers for each in layer.values()), *head)
+    writer = Writer(partial, inputs, keys, tokens.size, _extents(checkpoint, matrices) if gradients else {})
+    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients}))
+    square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress, through), {}
+    if gradients:
+        found = squares_of_gradients(checkpoint, _spread(tokens), device=device, progress=progress)
+        if last.role == _EMBEDDING:
+            found, square = _of_tied(checkpoint, found, square)
+    for each in head:
+        writer.add(each, square)
+    writer.finish({weight.gguf: _in_order(found[weight.unified], weight, checkpoint) for weight in matrices if found})
+    os.replace(partial, path)
+    beside.unlink()
+    return sum(len(each.names) for each in inputs)
+
+
+def _forward(
+    checkpoint: Checkpoint,
+    layers: Sequence[dict[str, Inputs]],
+    tokens: Numbers,
+    writer: Writer,
+    state: Progress,
+    device: str,
+    progress: Callable[[int], None],
+    through: Encodings | None,
+) -> Floats:
+    """Write the moments of every layer from the first that is not done; returns those of what the head multiplies."""
     with running(tokens, device) as (pool, ids):
         alone = _Alone(checkpoint, pool, device, writer)
         stage = Through(checkpoint, pool, device, through, writer) if through else alone
-        if (known := state.load(device)) and partial.exists():
+        if (known := state.load(device)) and writer.path.exists():
             done, streams, writer.digests = known
             progress(done)
         else:
-            _refuse_strangers(partial, beside)
+            _refuse_strangers(writer.path, state.path)
             done, streams = 0, stage.embed(ids)
             writer.begin()
         for number in range(done, len(layers)):
             streams = stage.layer(number, layers[number], streams)
             state.save(number + 1, streams, writer.digests)
             progress(1)
-    names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
-    few = tokens[: max(1, _GRADIENT_TOKENS // tokens.shape[1])]
-    found = squares_of_gradients(checkpoint, few, device=device, progress=progress) if gradients else {}
-    writer.finish({names[name]: value for name, value in found.items()})
-    os.replace(partial, path)
-    beside.unlink()
-    return sum(len(each.names) for layer in layers for each in layer.values())
+        normed = stage.final(streams)[0].flatten(0, 1)
+        square: Floats = (normed.T @ normed / tokens.size).cpu().numpy()
+        return square
+
+
+def _spread(tokens: Numbers) -> Numbers:
+    """Sequences at equal distances from tokens [batch, time], of `_GRADIENT_TOKENS` in all at most; one at least."""
+    count = min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))
+    found: Numbers = tokens[np.arange(count) * len(tokens) // count]
+    return found
+
+
+def _matrices(checkpoint: Checkpoint) -> list[Weight]:
+    """The weights of a GGUF file that have gradients: matrices of the layers, embedding and head."""
+    weights = [weight for _, weight in checkpoint.architecture.in_gguf(checkpoint.config)]
+    return [weight for weight in weights if weight.linear or weight.role in (_EMBEDDING, _HEAD)]
+
+
+def _extents(checkpoint: Checkpoint, matrices: Sequence[Weight]) -> dict[str, tuple[int, int]]:
+    """Rows and columns by GGUF name."""
+    sizes = checkpoint.config.sizes
+    return {weight.gguf: (sizes[weight.shape[0]], sizes[weight.shape[1]]) for weight in matrices}
+
+
+def _head_inputs(checkpoint: Checkpoint, last: Weight, gradients: bool) -> tuple[Inputs, ...]:
+    """What the head is multiplied with. A tied one has moments only with the gradients that weigh both of its uses."""
+    return (Inputs((last.gguf,), checkpoint.config.hidden),) if gradients or last.role == _HEAD else ()
+
+
+def _of_tied(
+    checkpoint: Checkpoint, found: Mapping[str, Gradients], square: Floats
+) -> tuple[dict[str, Gradients], Floats]:
+    """Gradients with those of a tied embedding, which is the head too, and the moments that stand for both.
+
+    A lookup costs by column alone, as if its inputs were independent: their part is added to the diagonal.
+    """
+    ((head, embedding),) = checkpoint.architecture.tied_head.items()
+    above, below = found[head], found[embedding]
+    part = below.rows.sum(dtype=np.float64) / above.rows.sum(dtype=np.float64)
+    columns = above.columns + part * below.columns
+    rows = (above.rows * above.columns.mean() + below.rows * below.columns.mean()) / columns.mean()
+    both = Gradients(rows.astype(np.float32), columns.astype(np.float32))
+    square = square + np.diag(part * below.columns).astype(np.float32)
+    return {name: both if name == embedding else gradients for name, gradients in found.items()}, square
+
+
+def _in_order(gradients: Gradients, weight: Weight, checkpoint: Checkpoint) -> Gradients:
+    """Gradients with the rows in GGUF's order."""
+    if weight.gguf_order is None:
+        return gradients
+    return replace(gradients, rows=gradients.rows[weight.gguf_order(checkpoint.config)])
 
 
 def _refuse_strangers(*paths: Path) -> None:

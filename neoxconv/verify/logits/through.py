@@ -111,6 +111,10 @@ class Through:
         self.lacking = own - quantized
         return self.forward.block([self.rank], number, streams, self.config)
 
+    def final(self, streams: list[Tensor]) -> list[Tensor]:
+        """What the head is multiplied with in the model's own stream."""
+        return self.forward.final([self.rank], [x.chunk(2)[0] for x in streams], self.config)
+
     def products(self, name: str, own: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
         """A matrix times inputs [tokens, columns] of its own stream, and as rounded times those of the other."""
         weight = self.weights[name]
