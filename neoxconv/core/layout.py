@@ -16,7 +16,9 @@ from neoxconv.core.encoding import Context, Encoding, Grid, Part, Scaled
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Array, Floats
 
-FACTORS = 20  # bytes for each number of second moments while they are read and factored
+FEEDBACK_ROWS = 256  # of a matrix at a time where codes are chosen together: the more, the more use of what is fetched
+FACTORS = 8  # bytes for each number of second moments: as they are, and their factor
+_FEEDBACK = 48  # bytes for each of the weights whose codes are being chosen (measured: docs/numerics.md)
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,16 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
-        factors = FACTORS * self.tensor.columns**2 if self.context and self.context.moments else 0
-        if isinstance(self.encoding, Scaled):  # and with factors the scales as they are read back
-            return factors + (3 if factors else 2) * 4 * self.encoding.count_groups(self.tensor)
-        return factors
+        groups = 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+        if self.context is None or self.context.moments is None:
+            return 2 * groups
+        columns = self.tensor.columns  # the scales of groups are kept as they are read back, too
+        return FACTORS * columns**2 + _FEEDBACK * columns * min(FEEDBACK_ROWS, self.tensor.rows) + 3 * groups
+
+    @property
+    def shares(self) -> str:
+        """What it has in common with other entries, whose steps then follow each other; else its name."""
+        return self.context.moments.digest if self.context and self.context.moments else self.name
 
 
 def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:

@@ -6,7 +6,8 @@
     NAME.moments [columns (columns + 1) / 2]   E[x x^T], the upper triangle row after row; once for all that share x
     NAME.aim [rows, columns]                   what is rounded in its place, where layers were calibrated through others
     neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
-    neoxconv.aims.of, .types                   the matrices that have an aim, and the type that it is for
+    neoxconv.aims.of, .types, .sha256          the matrices that have an aim, the type that it is for, its digest
+    neoxconv.source                            the digest of the source that it was made of
 
 The file is written layer after layer. Its size is known before the first, and a run that was interrupted goes on.
 Until gradients are known, nan stands for them.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import numpy as np
 
 from neoxconv.core.encoding import Aim, Gradients, Moments, copied
 from neoxconv.core.layout import Entry, FileLayout
+from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import F32, Floats
-from neoxconv.errors import CheckpointError
+from neoxconv.dtypes import F32, Array, Floats
+from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.gguf import write as gguf_write
 from neoxconv.formats.imatrix import COUNTS, SUMS, numbers
@@ -36,8 +38,11 @@ from neoxconv.storage import Storage, open_storage
 _MOMENTS = ".moments"
 _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256"))
 _AIM = ".aim"
-_AIMED, _TYPES = "neoxconv.aims.of", "neoxconv.aims.types"
+_AIMED, _TYPES, _AIMS_SHA256 = (f"neoxconv.aims.{name}" for name in ("of", "types", "sha256"))
 _GRADIENT, _GRADIENT_INPUTS = ".gradient", ".gradient_inputs"
+SOURCE = "neoxconv.source"
+_BAND = 16 << 20  # bytes of moments that are written at a time
+_TURNED = 64  # rows of moments that are copied to the other side of the diagonal at a time
 _UNKNOWN = "0" * 64  # a digest that is not known yet
 
 
@@ -65,9 +70,10 @@ class Inputs:
 
 
 class Writer:
-    """A calibration that is written input after input, at `path`: `begin`, `add` for each, `finish`.
+    """A calibration that is written input after input, at `path`: `begin` or `resume`, `add` for each, `finish`.
 
-    `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name.
+    `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name. Nobody else may write the
+    file meanwhile. Raises OSError where the disk does not take it.
     """
 
     def __init__(
@@ -79,70 +85,132 @@ class Writer:
         gradients: Mapping[str, tuple[int, int]],
     ) -> None:
         self.path, self.inputs, self.keys, self.tokens, self.gradients = path, inputs, keys, tokens, gradients
-        self.digests = dict.fromkeys((each.owner for each in inputs), _UNKNOWN)
+        self.aimed = [each for each in inputs if each.encoding]
+        known = [*(each.owner for each in inputs), *(each.owner + _AIM for each in self.aimed)]
+        self.digests = dict.fromkeys(known, _UNKNOWN)  # of moments by their owner, of aims by their name
+        self.descriptor = -1
+
+    @property
+    def names(self) -> list[str]:
+        """Of all the matrices."""
+        return [name for each in self.inputs for name in each.names]
 
     def layout(self) -> FileLayout:
         """Where everything lies; of the same size whatever the digests are."""
         entries = [_vector(name + SUMS, each.columns) for each in self.inputs for name in each.names]
-        entries += [_vector(name + COUNTS, 1) for each in self.inputs for name in each.names]
+        entries += [_vector(name + COUNTS, 1) for name in self.names]
         for name, (rows, columns) in self.gradients.items():
             entries += [_vector(name + _GRADIENT, rows), _vector(name + _GRADIENT_INPUTS, columns)]
         entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
-        aimed = [each for each in self.inputs if each.encoding]
-        entries += [_tensor(each.owner + _AIM, (each.rows, each.columns)) for each in aimed]
+        entries += [_tensor(each.owner + _AIM, (each.rows, each.columns)) for each in self.aimed]
         owners = {name: each.owner for each in self.inputs for name in each.names}
         told = {
             _OF: list(owners),
             _IN: list(owners.values()),
             _SHA256: [self.digests[owner] for owner in owners.values()],
         }
-        if aimed:
-            told |= {_AIMED: [each.owner for each in aimed], _TYPES: [each.encoding for each in aimed]}
+        if self.aimed:
+            told |= {
+                _AIMED: [each.owner for each in self.aimed],
+                _TYPES: [each.encoding for each in self.aimed],
+                _AIMS_SHA256: [self.digests[each.owner + _AIM] for each in self.aimed],
+            }
         (file,) = gguf_write.layout("calibration", {"general.type": "imatrix", **self.keys, **told}, entries, None)
         return file
 
-    def begin(self) -> None:
-        """Make the file, without what is still to come."""
-        with open(self.path, "wb") as stream:
-            stream.truncate(self.layout().size)
+    def begin(self, *, again: bool) -> None:
+        """Make the file, without what is still to come. Raises OSError where there is one, unless it is ours."""
+        self.descriptor = self._taken(os.O_CREAT if again else os.O_CREAT | os.O_EXCL)
+        self.digests = dict.fromkeys(self.digests, _UNKNOWN)
+        os.truncate(self.descriptor, 0)
+        os.truncate(self.descriptor, self.layout().size)
         nothing = Gradients(np.array([np.nan], np.float32), np.array([np.nan], np.float32))
         self._write(_named(dict.fromkeys(self.gradients, nothing)))
 
-    def add(self, each: Inputs, moments: Floats) -> None:
-        """Write the second moments [columns, columns] of inputs. Raises CheckpointError where they are not finite."""
-        if not np.isfinite(moments).all():
-            raise CheckpointError(
-                f"{self.path}: what {each.owner} is multiplied with is not finite; check the weights."
-            )
-        packed = np.concatenate([moments[row, row:] for row in range(len(moments))], dtype=np.float32)
-        self.digests[each.owner] = hashlib.sha256(packed.data).hexdigest()
-        sums = (np.diag(moments).astype(np.float64) * self.tokens).astype(np.float32)
-        found = {each.owner + _MOMENTS: packed}
+    def resume(self, digests: Mapping[str, str]) -> bool:
+        """Go on with a file in which moments have these digests; False where it cannot be the one that was begun."""
+        if set(digests) != set(self.digests) or not self.path.is_file() or self.path.is_symlink():
+            return False
+        if self.path.stat().st_size != self.layout().size:
+            return False
+        self.descriptor, self.digests = self._taken(), dict(digests)
+        return True
+
+    def _taken(self, flags: int = 0) -> int:
+        """The file, open and locked; raises PlanError where another process has it. Links are not followed."""
+        import fcntl
+
+        descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise PlanError(f"{self.path}: another run is at work there; wait until it ends, or stop it.") from error
+        except OSError:  # a file system without locks
+            pass
+        return descriptor
+
+    def add(self, each: Inputs, sums: Floats) -> None:
+        """Write the second moments of inputs, of sums over tokens [columns, columns], whose upper triangle is read.
+
+        Raises CheckpointError where they are not finite.
+        """
+        (start,) = (slot.offset for slot in self.layout().slots if slot.entry.name == each.owner + _MOMENTS)
+        digest = hashlib.sha256()
+        for packed in _packed(sums, self.tokens):
+            if not np.isfinite(packed).all():
+                raise CheckpointError(
+                    f"{self.path}: what {each.owner} is multiplied with is not finite; check the weights."
+                )
+            digest.update(packed.data)
+            _write_all(self.descriptor, packed, start)
+            start += packed.nbytes
+        self.digests[each.owner] = digest.hexdigest()
+        told: dict[str, Floats] = {}
         for name in each.names:
-            found |= {name + SUMS: sums, name + COUNTS: np.array([self.tokens], np.float32)}
-        self._write(found)
+            told |= {name + SUMS: np.diag(sums), name + COUNTS: np.array([self.tokens], np.float32)}
+        self._write(told)
 
     def add_aim(self, each: Inputs, rows: Floats) -> None:
         """Write what is rounded in place of the matrix [rows, columns] that has these inputs."""
+        rows = np.ascontiguousarray(rows)
+        self.digests[each.owner + _AIM] = hashlib.sha256(rows.data).hexdigest()
         self._write({each.owner + _AIM: rows})
 
     def finish(self, gradients: Mapping[str, Gradients]) -> None:
         """Write the digests and, by the GGUF names of matrices, gradients, and have all of it on disk."""
         self._write(_named(gradients))
 
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
     def _write(self, tensors: Mapping[str, Floats]) -> None:
-        """Write the header and tensors at their places."""
+        """Write the header and tensors at their places, and have them on disk."""
         file = self.layout()
         offsets = {slot.entry.name: slot.offset for slot in file.slots}
-        with open(self.path, "r+b") as stream:
-            for offset, data in file.pieces:
-                stream.seek(offset)
-                stream.write(data)
-            for name, values in tensors.items():
-                stream.seek(offsets[name])
-                stream.write(np.ascontiguousarray(values).data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        for offset, data in file.pieces:
+            _write_all(self.descriptor, np.frombuffer(data, np.uint8), offset)
+        for name, values in tensors.items():
+            _write_all(self.descriptor, np.ascontiguousarray(values), offsets[name])
+        os.fsync(self.descriptor)
+
+
+def _write_all(descriptor: int, values: Array, offset: int) -> None:
+    """Write all of an array at `offset`; one pwrite may write less."""
+    view = values.reshape(-1).view(np.uint8).data
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _packed(sums: Floats, tokens: int) -> Iterator[Floats]:
+    """The upper triangle of sums [columns, columns], a band of rows after the other, over how many there were."""
+    step = max(1, _BAND // (4 * len(sums)))
+    for start in range(0, len(sums), step):
+        rows = sums[start : start + step, start:] / np.float32(tokens)
+        yield np.concatenate([row[i:] for i, row in enumerate(rows)])
 
 
 def _named(gradients: Mapping[str, Gradients]) -> dict[str, Floats]:
@@ -160,6 +228,30 @@ def _tensor(name: str, shape: tuple[int, ...]) -> Entry:
     """A tensor of float32 that nobody reads yet."""
     nothing = LazyTensor(shape, F32, lambda start, stop: np.zeros((stop - start, *shape[1:]), np.float32), F32)
     return Entry(name, name, nothing, copied(F32))
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """The SHA-256 of what a source is: its files' names, sizes and headers, and how its ranks were joined."""
+    files = [(file.storage.name, file.storage.size, file.checksum) for file in checkpoint.index.files]
+    told = files, checkpoint.norms, sorted(checkpoint.unusual.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def source_of(path: Path) -> str:
+    """What a calibration was made of, as `source_digest` has it; empty where it does not say."""
+    found = gguf.read_header(open_storage(path)).keys.get(SOURCE)
+    return found if isinstance(found, str) else ""
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of the header and of all but moments and aims, whose digests it has: they may be gigabytes."""
+    file = open_storage(path)
+    header = gguf.read_header(file)
+    digest = hashlib.sha256(header.checksum.encode())
+    for name, tensor in header.tensors.items():
+        if not name.endswith((_MOMENTS, _AIM)):
+            digest.update(numbers(file, tensor, name).data)
+    return digest.hexdigest()
 
 
 def moments_in(path: Path) -> dict[str, Moments]:
@@ -180,10 +272,11 @@ def moments_in(path: Path) -> dict[str, Moments]:
         tensor, sums = header.tensors.get(owner + _MOMENTS), header.tensors.get(name + SUMS)
         if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
             raise CheckpointError(f"{path}: the second moments of {owner} are missing; calibrate again.")
-        if tensor.rows != sums.rows * (sums.rows + 1) // 2:
+        expected = (sums.rows * (sums.rows + 1) // 2,)
+        if tensor.shape != expected or sums.columns != 1:
             raise CheckpointError(
-                f"{path}: the second moments of {owner} have {tensor.rows} numbers, expected those of a triangle of "
-                f"{sums.rows} columns; calibrate again."
+                f"{path}: the second moments of {owner} are {list(tensor.shape)}, expected {list(expected)}, a "
+                f"triangle of {sums.rows} columns; calibrate again."
             )
         found[name] = Moments(sums.rows, digest, _Reader(path, owner, tensor, sums.rows, digest), aims.get(name))
     return found
@@ -253,9 +346,19 @@ class _Reader:
         packed = self.tensor.floats(0, self.tensor.rows)
         if hashlib.sha256(np.ascontiguousarray(packed).data).hexdigest() != self.digest:
             raise CheckpointError(f"{self.path}: the second moments of {self.owner} are damaged; calibrate again.")
-        side = self.side
-        square = np.empty((side, side), np.float32)
-        ends = np.cumsum(np.arange(side, 0, -1))
-        for row, end in enumerate(ends.tolist()):
-            square[row, row:] = square[row:, row] = packed[end - side + row : end]
-        return square
+        return _square(packed, self.side)
+
+
+def _square(packed: Floats, side: int) -> Floats:
+    """A symmetric matrix [side, side] of its upper triangle, row after row; what is below comes band by band."""
+    square, end = np.empty((side, side), np.float32), 0
+    for row in range(side):
+        start, end = end, end + side - row
+        square[row, row:] = packed[start:end]
+    for start in range(0, side, _TURNED):
+        stop = min(start + _TURNED, side)
+        band = square[start:stop, start:].copy()  # its rows lie closer together, so that a cache holds them
+        own, right = band[:, : stop - start], band[:, stop - start :]
+        square[start:stop, start:stop] = np.triu(own) + np.triu(own, 1).T
+        square[stop:, start:stop] = right.T
+    return square

@@ -13,9 +13,10 @@ from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
+from neoxconv.dtypes import F32
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import gradients_in, moments_in
+from neoxconv.formats.calibration import digest_of, gradients_in, moments_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
@@ -25,7 +26,7 @@ from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
-from neoxconv.targets.calibrated import KEY, refuse_others
+from neoxconv.targets.calibrated import KEY, notes_on_source, refuse_others
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -71,7 +72,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({KEY: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({KEY: digest_of(recipe.calibration)} if recipe.calibration else {}),
         **({AIMED: aimed} if (aimed := _check_aims(entries, moments, recipe)) else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
@@ -84,7 +85,8 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         *stands_in,
         *([line(chosen, recipe)] if chosen else []),
         *_gguf_notes(checkpoint, choice, entries, chosen),
-        *(_matrix_notes(matrix, entries) if matrix else ()),
+        *(_matrix_notes(matrix, entries, recipe) if matrix else ()),
+        *(notes_on_source(checkpoint, recipe.calibration) if recipe.calibration else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
     )
     tokenizer = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
@@ -236,32 +238,45 @@ def _with_contexts(
     if matrix:
         refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
     useful = [name for name, values in found.items() if values.any()]
+    aims = {name: known.aim.rows for name, known in moments.items() if known.aim}
+    raise_all(PlanError, (
+        f"{recipe.calibration}: the aim of {entry.name} is {aims[entry.name].dtype.name} "
+        f"{list(aims[entry.name].shape)}, expected F32 {list(entry.tensor.shape)}; the calibration is another model's, "
+        "or damaged: calibrate again."
+        for entry in entries
+        if entry.name in aims and (aims[entry.name].shape, aims[entry.name].dtype) != (entry.tensor.shape, F32)
+    ))  # fmt: skip
 
     def with_context(entry: Entry) -> Entry:
         known = moments.get(entry.name) if entry.grid else None
         importance = found.get(entry.name) if entry.name in useful else None
-        tensor = known.aim.rows if known and known.aim else entry.tensor
+        tensor = aims.get(entry.name, entry.tensor) if known else entry.tensor
         return replace(entry, tensor=tensor, context=Context(importance, thorough, known))
 
     return [with_context(entry) if entry.search and (thorough or entry.name in useful) else entry for entry in entries]
 
 
 def _check_aims(entries: Sequence[Entry], moments: Mapping[str, Moments], recipe: Recipe) -> list[str]:
-    """The names of tensors for which a calibration has aims. Raises PlanError where it was made through other types."""
+    """The names of tensors for which a calibration has aims. Raises PlanError where these are for other tensors."""
     aims = {name: found.aim for name, found in moments.items() if found.aim}
+    aimed = [(entry, aims[entry.name]) for entry in entries if entry.name in aims]
     raise_all(PlanError, (
-        f"{recipe.calibration}: was made through {entry.name} as {aims[entry.name].encoding}, and here it is "
-        f"{entry.encoding.name}; calibrate --through the type that you convert to."
-        for entry in entries
-        if entry.name in aims and aims[entry.name].encoding != entry.encoding.name
+        f"{recipe.calibration}: was made through {entry.name} as {aim.encoding}, and here it is {entry.encoding.name}; "
+        "calibrate --through the type that you convert to."
+        for entry, aim in aimed if aim.encoding != entry.encoding.name
     ))  # fmt: skip
     return list(aims)
 
 
-def _matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:
+def _matrix_notes(matrix: Matrix, entries: Sequence[Entry], recipe: Recipe) -> list[str]:
     """What the importance matrix was, and the tensors that could have used an entry but have none."""
     lacking = [e.name for e in entries if e.search and (e.context is None or e.context.importance is None)]
-    note = f"importance matrix of {plural(len(matrix.entries), 'tensor')}, sha256 {matrix.sha256}"
+    count = plural(len(matrix.entries), "tensor")
+    note = (
+        f"calibration of {count}, digest {digest_of(recipe.calibration)}"
+        if recipe.calibration
+        else f"importance matrix of {count}, sha256 {matrix.sha256}"
+    )
     without = f"{plural(len(lacking), 'tensor')} without importances, quantized as if all columns mattered alike: "
     return [note, *([without + listed(lacking)] if lacking else [])]
 

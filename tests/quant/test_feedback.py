@@ -18,9 +18,10 @@ from neoxconv.errors import CheckpointError
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
-from neoxconv.quant.feedback.kernels import add_product
+from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
+from tests.twins import nearest
 
 GRIDS = [row for row in ENCODINGS.values() if row.grid]
 COLUMNS = 512
@@ -142,7 +143,7 @@ def test_codes_for_scales_that_are_known_are_no_worse_for_any_single_change(row:
     largest = row.groups.largest(weights)
     plain = row.scales(largest)
     encoded, decoded = (row.groups.per_weight(each, weights.shape) for each in (plain.encoded, plain.decoded))
-    alone = row.nearest(weights / encoded) * decoded
+    alone = nearest(row, weights / encoded) * decoded
     assert loss(moments.read(), weights, values).sum() < 0.4 * loss(moments.read(), weights, alone).sum()
     stored = Stored(row.table, codes, values, scale, 64, np.zeros_like(scale))
     assert not not_the_best(stored, weights, factors.moments).any() and not too_far(stored, weights).any()
@@ -207,6 +208,28 @@ def test_products_are_numpys_whatever_their_size() -> None:
         assert np.allclose(result, 1 + left.astype(float) @ right, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 7, 128, 300, 544])
+def test_the_factor_is_numpys_and_ahead_is_made_of_it(n: int) -> None:
+    inputs = np.random.default_rng(n).standard_normal((2 * n, n))
+    square = (inputs.T @ inputs / n).astype(np.float32)
+    matrix = square.copy()
+    assert factor(matrix) == n
+    lower = np.tril(matrix).astype(np.float64)
+    assert np.allclose(lower.T @ lower, square, atol=2e-5)
+    right = np.linalg.cholesky(square[::-1, ::-1].astype(np.float64))[
+        ::-1, ::-1
+    ]  # upper, and right @ right.T is square
+    ahead_of(matrix)
+    assert np.allclose(np.triu(matrix, 1), np.triu(right / np.diag(right), 1), atol=1e-4)
+    assert np.array_equal(np.tril(matrix), lower)
+
+
+def test_a_matrix_that_is_not_positive_has_no_factor() -> None:
+    square = np.eye(300, dtype=np.float32)
+    square[170, 170] = -1
+    assert factor(square) == 300 - 171
+
+
 def test_inputs_that_do_not_go_together_change_almost_nothing() -> None:
     weights, _, _ = case()
     factors = factors_of(Moments(COLUMNS, "", lambda: np.eye(COLUMNS, dtype=np.float32)), "a")
@@ -247,6 +270,7 @@ def test_damping_is_a_part_of_the_mean_diagonal() -> None:
 SCRIPT = """
 import hashlib
 from tests.quant import test_feedback as t
+from tests.twins import nearest
 weights, moments, factors = t.case_of_whole_numbers()
 digest = hashlib.sha256()
 for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):

@@ -12,7 +12,7 @@ second stream. All other matrices are rounded as they are, by what they are mult
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,8 @@ class _Both(StreamedRank):
 class Through:
     """Runs layers on both streams, one batch behind the other, and writes moments and aims as it quantizes them."""
 
+    sides = 2  # models whose streams pass
+
     def __init__(
         self, checkpoint: Checkpoint, pool: ThreadPoolExecutor, device: str, through: Encodings, writer: Writer
     ) -> None:
@@ -100,7 +102,9 @@ class Through:
         """Both streams before the first layer: what embeddings are rounded to is left out."""
         return [torch.cat([x, x]) for x in self.forward.embed([self.rank], ids, self.config)]
 
-    def layer(self, number: int, inputs: Mapping[str, Inputs], streams: list[Tensor]) -> list[Tensor]:
+    def layer(
+        self, number: int, inputs: Mapping[str, Inputs], streams: list[Tensor], progress: Callable[[int], None]
+    ) -> list[Tensor]:
         """Both streams after a layer, whose `inputs` are as `inputs_of` gives them.
 
         All tokens at once, as no matrix can be used before all of what it is multiplied with is known.
@@ -109,11 +113,13 @@ class Through:
         self.found: dict[str, tuple[Tensor, Factors]] = {}
         own, quantized = (half.flatten(0, -2) for half in streams[0].chunk(2))
         self.lacking = own - quantized
-        return self.forward.block([self.rank], number, streams, self.config)
+        streams = self.forward.block([self.rank], number, streams, self.config)
+        progress(len(streams[0]) // self.sides)
+        return streams
 
     def final(self, streams: list[Tensor]) -> list[Tensor]:
-        """What the head is multiplied with in the model's own stream."""
-        return self.forward.final([self.rank], [x.chunk(2)[0] for x in streams], self.config)
+        """What the head is multiplied with, for any of the streams."""
+        return self.forward.final([self.rank], streams, self.config)
 
     def products(self, name: str, own: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
         """A matrix times inputs [tokens, columns] of its own stream, and as rounded times those of the other."""
@@ -138,10 +144,11 @@ class Through:
     def _measured(self, inputs: Inputs, name: str, x: Tensor) -> tuple[Tensor, Factors]:
         """The moments of inputs [tokens, columns] and their factors; they are written when they are first met."""
         if inputs.owner not in self.found:
-            upper = torch.triu(x.T @ x / len(x))
+            sums = x.T @ x
+            self.writer.add(inputs, sums.cpu().numpy())
+            upper = torch.triu(sums / self.writer.tokens)
             moments = upper + torch.triu(upper, 1).T  # as the file holds them, or `convert` would find other codes
             values = moments.cpu().numpy()
-            self.writer.add(inputs, values)
             self.found[inputs.owner] = moments, factors_of(Moments(len(values), "", values.copy), name)
         return self.found[inputs.owner]
 
