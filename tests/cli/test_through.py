@@ -183,6 +183,6 @@ def test_wrong_types_are_told(
 def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = open_checkpoint(source)
     made = calibration(source, "cal", "--through", "q4_0")
-    assert "of memory besides" in capsys.readouterr().err
+    assert "of memory" in capsys.readouterr().err
     _, told = moments.needed(checkpoint, TOKENS.size, through_of(checkpoint, "Q4_0"))
     assert told < made.stat().st_size < told + 60_000
