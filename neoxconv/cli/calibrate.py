@@ -34,6 +34,7 @@ class _Calibration:
     samples: tuple[Sample, ...]  # mixed
     covariance: bool
     gradients: bool
+    outputs: bool
     as_family: str | None  # that it will be written as, where GGUF lacks its own
     device: str
     overwrite: bool
@@ -45,7 +46,8 @@ def asked_for(source: Place, given: Given) -> _Calibration:
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
     plain = {
-        name: given[name] for name in ("output", "covariance", "gradients", "as_family", "device", "overwrite", "quiet")
+        name: given[name]
+        for name in ("output", "covariance", "gradients", "outputs", "as_family", "device", "overwrite", "quiet")
     }
     texts = given["text"] or (None,)
     samples = tuple(chosen(Sample, {**given, "text": text}) for text in texts)
@@ -60,15 +62,23 @@ def make_matrix(asked: _Calibration) -> str:
     checkpoint, _ = written_as(opened(asked.source, asked.reading), "gguf", asked.as_family)
     tokens, text = mixed(checkpoint, samples)
     made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
-    passes = 3 if asked.gradients else 1  # over the layers: forwards, and for gradients forwards and back
+    backwards = asked.gradients or asked.outputs
+    passes = 3 if backwards else 1  # over the layers: forwards, and for gradients forwards and back
     with progress_bar(passes * checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
-        if asked.covariance or asked.gradients:
-            memory, disk = moments.needed(checkpoint, tokens.size)
+        if asked.covariance or backwards:
+            memory, disk = moments.needed(checkpoint, *tokens.shape, backwards, asked.outputs)
             if not asked.quiet:
                 say(f"  {output}: {size(disk)}; up to {size(memory)} of memory besides the model's slabs", err=True)
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}
             count = moments.calibrate(
-                checkpoint, tokens, output, keys, gradients=asked.gradients, device=asked.device, progress=progress
+                checkpoint,
+                tokens,
+                output,
+                keys,
+                gradients=backwards,
+                outputs=asked.outputs,
+                device=asked.device,
+                progress=progress,
             )
             return f"{escaped(output)}: second moments of the inputs of {count} tensors {made}"
         sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)

@@ -17,6 +17,7 @@ from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Array, Floats
 
 FACTORS = 20  # bytes for each number of second moments while they are read and factored
+_WHOLE = 28  # bytes for each weight of a matrix that is encoded as a whole
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ class Entry:
         """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
         if isinstance(self.encoding, Scaled):
             return 2 * 4 * self.encoding.count_groups(self.tensor)
-        return FACTORS * self.tensor.columns**2 if self.context and self.context.moments else 0
+        if self.context is None or self.context.moments is None:
+            return 0
+        inputs = FACTORS * self.tensor.columns**2
+        if self.context.outputs is None:
+            return inputs
+        return inputs + FACTORS * self.tensor.rows**2 + _WHOLE * self.tensor.rows * self.tensor.columns
 
 
 def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:

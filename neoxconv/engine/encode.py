@@ -15,6 +15,7 @@ from neoxconv.quant import floats
 from neoxconv.quant.bands import bands, sizes_of
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import factors_of
+from neoxconv.quant.feedback.rows import encode_matrix
 
 _LARGEST_HALF = 65504
 _FEEDBACK_SLAB = 8 << 20  # bytes: the more rows, the more use is made of factors that were fetched from memory
@@ -56,6 +57,9 @@ def _encoder_of(entry: Entry, encoding: Encoding, slab: int) -> tuple[_Encoder, 
     if context.moments is None or grid is None:
         return lambda rows: search(rows, context), slab
     factors = factors_of(context.moments, entry.name)
+    if context.outputs:
+        outputs = factors_of(context.outputs, entry.name, damping=0)
+        return lambda rows: encode_matrix(grid, rows, factors, outputs), 4 * entry.tensor.rows * entry.tensor.columns
     return lambda rows: feedback.encode(grid, rows, factors), max(slab, _FEEDBACK_SLAB)
 
 

@@ -4,7 +4,9 @@
     NAME.gradient [rows]                       E[g^2] at its outputs, where gradients were asked for
     NAME.gradient_inputs [columns]             E[|g|^2 x^2] / E[|g|^2] at its inputs
     NAME.moments [columns (columns + 1) / 2]   E[x x^T], the upper triangle row after row; once for all that share x
+    NAME.outputs [rows (rows + 1) / 2]         E[g g^T], damped, in the same way, where it was asked for
     neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
+    neoxconv.outputs.of, .sha256               for each of the names that have some: the digest of its outputs
 
 The file is written layer after layer. Its size is known before the first, and a run that was interrupted goes on.
 Until gradients are known, nan stands for them.
@@ -33,6 +35,8 @@ from neoxconv.storage import Storage, open_storage
 
 _MOMENTS = ".moments"
 _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256"))
+_OUTPUTS = ".outputs"
+_OUTPUTS_OF, _OUTPUTS_SHA256 = (f"neoxconv.outputs.{name}" for name in ("of", "sha256"))
 _GRADIENT, _GRADIENT_INPUTS = ".gradient", ".gradient_inputs"
 _UNKNOWN = "0" * 64  # a digest that is not known yet
 
@@ -51,13 +55,19 @@ class Inputs:
     @property
     def packed(self) -> int:
         """Numbers in a triangle."""
-        return self.columns * (self.columns + 1) // 2
+        return triangle(self.columns)
+
+
+def triangle(side: int) -> int:
+    """Numbers in the upper triangle of a square."""
+    return side * (side + 1) // 2
 
 
 class Writer:
     """A calibration that is written input after input, at `path`: `begin`, `add` for each, `finish`.
 
-    `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name.
+    `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name; `outputs`: rows of those
+    with second moments of gradients, which `add_outputs` writes.
     """
 
     def __init__(
@@ -67,9 +77,12 @@ class Writer:
         keys: Mapping[str, Any],
         tokens: int,
         gradients: Mapping[str, tuple[int, int]],
+        outputs: Mapping[str, int],
     ) -> None:
         self.path, self.inputs, self.keys, self.tokens, self.gradients = path, inputs, keys, tokens, gradients
-        self.digests = dict.fromkeys((each.owner for each in inputs), _UNKNOWN)
+        self.outputs = outputs
+        self.digests = dict.fromkeys([each.owner + _MOMENTS for each in inputs], _UNKNOWN)
+        self.digests |= dict.fromkeys([name + _OUTPUTS for name in outputs], _UNKNOWN)
 
     def layout(self) -> FileLayout:
         """Where everything lies; of the same size whatever the digests are."""
@@ -78,12 +91,18 @@ class Writer:
         for name, (rows, columns) in self.gradients.items():
             entries += [_vector(name + _GRADIENT, rows), _vector(name + _GRADIENT_INPUTS, columns)]
         entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
+        entries += [_vector(name + _OUTPUTS, triangle(rows)) for name, rows in self.outputs.items()]
         owners = {name: each.owner for each in self.inputs for name in each.names}
         told = {
             _OF: list(owners),
             _IN: list(owners.values()),
-            _SHA256: [self.digests[owner] for owner in owners.values()],
+            _SHA256: [self.digests[owner + _MOMENTS] for owner in owners.values()],
         }
+        if self.outputs:
+            told |= {
+                _OUTPUTS_OF: list(self.outputs),
+                _OUTPUTS_SHA256: [self.digests[name + _OUTPUTS] for name in self.outputs],
+            }
         (file,) = gguf_write.layout("calibration", {"general.type": "imatrix", **self.keys, **told}, entries, None)
         return file
 
@@ -100,13 +119,23 @@ class Writer:
             raise CheckpointError(
                 f"{self.path}: what {each.owner} is multiplied with is not finite; check the weights."
             )
-        packed = np.concatenate([moments[row, row:] for row in range(len(moments))], dtype=np.float32)
-        self.digests[each.owner] = hashlib.sha256(packed.data).hexdigest()
         sums = (np.diag(moments).astype(np.float64) * self.tokens).astype(np.float32)
-        found = {each.owner + _MOMENTS: packed}
+        found = self._packed(each.owner + _MOMENTS, moments)
         for name in each.names:
             found |= {name + SUMS: sums, name + COUNTS: np.array([self.tokens], np.float32)}
         self._write(found)
+
+    def add_outputs(self, name: str, outputs: Floats) -> None:
+        """Write the second moments [rows, rows] of gradients. Raises CheckpointError where they are not finite."""
+        if not np.isfinite(outputs).all():
+            raise CheckpointError(f"{self.path}: the gradients at {name} are not finite; check the weights.")
+        self._write(self._packed(name + _OUTPUTS, outputs))
+
+    def _packed(self, tensor: str, square: Floats) -> dict[str, Floats]:
+        """The upper triangle of a square, by the name of the tensor that holds it; its digest is noted."""
+        packed = np.concatenate([square[row, row:] for row in range(len(square))], dtype=np.float32)
+        self.digests[tensor] = hashlib.sha256(packed.data).hexdigest()
+        return {tensor: packed}
 
     def finish(self, gradients: Mapping[str, Gradients]) -> None:
         """Write the digests and, by the GGUF names of matrices, gradients, and have all of it on disk."""
@@ -153,18 +182,37 @@ def moments_in(path: Path) -> dict[str, Moments]:
             f"{path}: holds no second moments; make a calibration with `neoxconv calibrate --covariance`, "
             "or give an importance matrix with --imatrix."
         )
-    found = {}
-    for name, owner, digest in zip(names, owners, digests, strict=True):
-        tensor, sums = header.tensors.get(owner + _MOMENTS), header.tensors.get(name + SUMS)
-        if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
-            raise CheckpointError(f"{path}: the second moments of {owner} are missing; calibrate again.")
-        if tensor.rows != sums.rows * (sums.rows + 1) // 2:
-            raise CheckpointError(
-                f"{path}: the second moments of {owner} have {tensor.rows} numbers, expected those of a triangle of "
-                f"{sums.rows} columns; calibrate again."
-            )
-        found[name] = Moments(sums.rows, digest, _Reader(path, owner, tensor, sums.rows, digest))
-    return found
+    return {
+        name: _moments(path, header.tensors, owner + _MOMENTS, name + SUMS, digest)
+        for name, owner, digest in zip(names, owners, digests, strict=True)
+    }
+
+
+def outputs_in(path: Path) -> dict[str, Moments]:
+    """The second moments of gradients in a calibration, damped, by the GGUF names of matrices; none where it has none.
+
+    Nothing is read of them yet. Raises CheckpointError where they are incomplete.
+    """
+    header = gguf.read_header(open_storage(path))
+    names, digests = (_texts(header.keys.get(key)) for key in (_OUTPUTS_OF, _OUTPUTS_SHA256))
+    if len(names) != len(digests):
+        raise CheckpointError(f"{path}: names {len(names)} matrices for {len(digests)} outputs; calibrate again.")
+    return {
+        name: _moments(path, header.tensors, name + _OUTPUTS, name + _GRADIENT, digest)
+        for name, digest in zip(names, digests, strict=True)
+    }
+
+
+def _moments(path: Path, tensors: Mapping[str, LazyTensor], name: str, diagonal: str, digest: str) -> Moments:
+    """The moments in the tensor `name`, of a side as long as the tensor `diagonal`. Raises CheckpointError."""
+    tensor, sums = tensors.get(name), tensors.get(diagonal)
+    if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
+        raise CheckpointError(f"{path}: {name} is missing; calibrate again.")
+    if tensor.rows != triangle(sums.rows):
+        raise CheckpointError(
+            f"{path}: {name} has {tensor.rows} numbers, expected those of a triangle of {sums.rows}; calibrate again."
+        )
+    return Moments(sums.rows, digest, _Reader(path, name, tensor, sums.rows, digest))
 
 
 def _texts(value: Any) -> list[str]:
@@ -216,7 +264,7 @@ class _Reader:
     """Reads one tensor of moments when it is called, and checks its digest."""
 
     path: Path
-    owner: str
+    name: str
     tensor: LazyTensor
     side: int
     digest: str
@@ -224,7 +272,7 @@ class _Reader:
     def __call__(self) -> Floats:
         packed = self.tensor.floats(0, self.tensor.rows)
         if hashlib.sha256(np.ascontiguousarray(packed).data).hexdigest() != self.digest:
-            raise CheckpointError(f"{self.path}: the second moments of {self.owner} are damaged; calibrate again.")
+            raise CheckpointError(f"{self.path}: {self.name} is damaged; calibrate again.")
         side = self.side
         square = np.empty((side, side), np.float32)
         ends = np.cumsum(np.arange(side, 0, -1))

@@ -15,7 +15,7 @@ from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import gradients_in, moments_in
+from neoxconv.formats.calibration import gradients_in, moments_in, outputs_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
@@ -224,7 +224,7 @@ def _is_asked(tensor: GgufTensor, recipe: Recipe) -> bool:
 def _with_contexts(
     entries: list[Entry], matrix: Matrix | None, moments: Mapping[str, Moments], recipe: Recipe
 ) -> list[Entry]:
-    """The entries, each with the importance of its columns, and with --calibration with the moments of its inputs.
+    """The entries, each with the importance of its columns, and with --calibration with the moments that are in it.
 
     Raises PlanError where the matrix is another model's.
     """
@@ -240,6 +240,7 @@ def _with_contexts(
             if columns.get(name) != values.size
         ))  # fmt: skip
     useful = [name for name, values in found.items() if values.any()]
+    outputs = outputs_in(recipe.calibration) if recipe.calibration else {}
     return [
         replace(
             entry,
@@ -247,6 +248,7 @@ def _with_contexts(
                 found.get(entry.name) if entry.name in useful else None,
                 thorough,
                 moments.get(entry.name) if entry.grid else None,
+                outputs.get(entry.name) if entry.grid else None,
             ),
         )
         if entry.search and (thorough or entry.name in useful)

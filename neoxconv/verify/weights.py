@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from neoxconv.core.encoding import Grid, Moments, Scaled
 from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import Weight
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import Floats, narrow
 from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import moments_in
+from neoxconv.formats.calibration import moments_in, outputs_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded, sizes_of
 from neoxconv.quant.feedback.encode import damped_moments
@@ -59,7 +60,8 @@ class _Pair:
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
     `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
-    chose codes of this grid together, by the `moments` of the inputs, where they are at hand.
+    chose codes of this grid together, by the `moments` of the inputs and perhaps the `outputs`, those of gradients,
+    where they are at hand.
     """
 
     name: str
@@ -69,6 +71,7 @@ class _Pair:
     weighted: bool = False
     together: Grid | None = None
     moments: Moments | None = None
+    outputs: Moments | None = None
 
 
 def verify_weights(
@@ -133,15 +136,28 @@ def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, ca
     weights = [weight for _, weight in source.architecture.in_gguf(source.config)]
     last = "head" if any(weight.role == "head" for weight in weights) else "embedding"
     matrices = {w.unified: w.gguf for w in weights if w.linear or w.role == last}
+    outputs = _outputs_in(calibration, weights, source) if calibration else {}
 
     def marked(pair: _Pair) -> _Pair:
         encoding = ENCODINGS.get(pair.target.dtype.name)
         name = matrices.get(pair.name)
         if encoding is None or encoding.grid is None or name is None or (moments and name not in moments):
             return pair
-        return replace(pair, together=encoding.grid, moments=moments.get(name))
+        return replace(pair, together=encoding.grid, moments=moments.get(name), outputs=outputs.get(name))
 
     return list(map(marked, pairs))
+
+
+def _outputs_in(calibration: Path, weights: Sequence[Weight], source: Checkpoint) -> dict[str, Moments]:
+    """The moments of gradients by GGUF name, but in the order of the source's rows."""
+    found = outputs_in(calibration)
+    orders = {w.gguf: np.argsort(w.gguf_order(source.config)) for w in weights if w.gguf_order and w.gguf in found}
+    return found | {name: _in_order(found[name], order) for name, order in orders.items()}
+
+
+def _in_order(moments: Moments, order: npt.NDArray[np.intp]) -> Moments:
+    """Moments whose row and column i are those numbered order[i]."""
+    return replace(moments, read=lambda: moments.read()[order][:, order])
 
 
 def _by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -162,7 +178,9 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
     check = _ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
     moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
-    for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
+    outputs = damped_moments(pair.outputs, pair.name, damping=0)[0] if pair.outputs else None
+    unit = check.unit if check else pair.source.rows if pair.outputs else 1
+    for start, stop in slabs(pair.source, SLAB, unit):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         stored = pair.target.read(start, stop)
         values = floats(stored, pair.target.dtype)
@@ -173,7 +191,8 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
             bad = check.wrong(weights, values, start, stop)
         elif pair.together:
             bad = too_far(pair.together, weights, stored)
-            bad |= not_the_best(pair.together, weights, stored, moments) if moments is not None else False
+            if moments is not None:
+                bad |= not_the_best(pair.together, weights, stored, moments, outputs)
         elif encoding in ENCODINGS:
             bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
         else:

@@ -76,7 +76,7 @@ def test_feedback_is_gptq(name: str) -> None:
     weights, _, factors = case()
     grid = ENCODINGS[name].grid
     assert grid
-    codes, numbers = feedback._fed(grid, weights, factors)
+    codes, numbers = feedback.fed(grid, weights, factors)
     scale, least = feedback.scales(numbers)
     expected = gptq(grid.table, weights, np.repeat(scale, grid.block, 1), factors.moments)
     found = feedback.values_of(grid, codes, scale, least)

@@ -39,7 +39,7 @@ class Factors:
     importance: Floats
 
 
-def damped_moments(moments: Moments, name: str) -> tuple[Floats, float]:
+def damped_moments(moments: Moments, name: str, damping: float = DAMPING) -> tuple[Floats, float]:
     """H [columns, columns], its mean diagonal 1 before it was damped, and that mean as it was.
 
     Raises CheckpointError where the moments are none.
@@ -49,29 +49,34 @@ def damped_moments(moments: Moments, name: str) -> tuple[Floats, float]:
     if not np.isfinite(found).all() or not mean > 0:
         raise CheckpointError(f"{name}: its calibration holds no finite second moments; calibrate again.")
     found /= np.float32(mean)
-    found[np.diag_indices(len(found))] += np.float32(DAMPING)
+    found[np.diag_indices(len(found))] += np.float32(damping)
     return found, float(mean)
 
 
-def factors_of(moments: Moments, name: str) -> Factors:
+def factors_of(moments: Moments, name: str, damping: float = DAMPING) -> Factors:
     """The factors of second moments. Raises CheckpointError where there can be none; `name` is the tensor's."""
     from neoxconv.quant.feedback.kernels import ahead_of, factor
 
-    damped, _ = damped_moments(moments, name)
+    damped, _ = damped_moments(moments, name, damping)
     triangle = np.ascontiguousarray(damped[::-1, ::-1], np.float64)
     if factor(triangle) < len(triangle):
         raise CheckpointError(f"{name}: its second moments are not positive; calibrate again, with more tokens.")
     ahead = np.empty(damped.shape, np.float32)
     ahead_of(triangle, ahead)
-    return Factors(damped, ahead, np.diag(damped) - np.float32(DAMPING))
+    return Factors(damped, ahead, np.diag(damped) - np.float32(damping))
 
 
 def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
     """Rows [n, columns] as stored rows of the grid's type."""
-    weights = np.where(np.isfinite(rows), rows, np.float32(0)).astype(np.float32)
-    codes, numbers = _fed(grid, weights, factors)
-    _descended(grid, weights, codes, numbers, factors.moments)
+    weights = finite(rows)
+    codes, numbers = fed(grid, weights, factors)
+    descended(grid, weights, codes, numbers, factors.moments)
     return grid.pack(codes, numbers)
+
+
+def finite(rows: Floats) -> Floats:
+    """Rows with 0 in place of what is no number."""
+    return np.where(np.isfinite(rows), rows, np.float32(0)).astype(np.float32)
 
 
 def scales(numbers: Floats) -> tuple[Floats, Floats]:
@@ -79,7 +84,7 @@ def scales(numbers: Floats) -> tuple[Floats, Floats]:
     return numbers[..., 0] * numbers[..., 2], numbers[..., 1] * numbers[..., 3]
 
 
-def _fed(grid: Grid, weights: Floats, factors: Factors) -> tuple[Bytes, Floats]:
+def fed(grid: Grid, weights: Floats, factors: Factors) -> tuple[Bytes, Floats]:
     """Codes [n, columns] by feedback, and numbers [n, blocks, 4]."""
     from neoxconv.quant.feedback.kernels import add_product, feed
 
@@ -100,7 +105,7 @@ def _fed(grid: Grid, weights: Floats, factors: Factors) -> tuple[Bytes, Floats]:
     return codes, numbers
 
 
-def _descended(grid: Grid, weights: Floats, codes: Bytes, numbers: Floats, moments: Floats) -> None:
+def descended(grid: Grid, weights: Floats, codes: Bytes, numbers: Floats, moments: Floats) -> None:
     """Bring the codes to where no single change lowers the error, or near it."""
     from neoxconv.quant.feedback.kernels import descend
 

@@ -118,6 +118,32 @@ def descend(
 
 
 @kernel
+def descend_rows(
+    pulls: Floats, moments: Floats, scales: Floats, table: Floats, codes: Bytes, slopes: Floats, changes: Floats
+) -> bool:
+    """One pass over rows [b, n] that belong together, one after the other; whether a code changed.
+
+    `slopes` [b, n] are those of `descend` with what all other rows get wrong in them: `pulls` [b, b], of diagonal 1,
+    says how much of a change of row k's own slopes comes to row i's. `changes` [b, n] become those own changes.
+    """
+    moving = np.ones((1, 2), np.bool_)
+    moved = False
+    for r in range(slopes.shape[0]):
+        before = slopes[r].copy()
+        moving[0, 1] = False
+        descend(moments, scales[r : r + 1], table, codes[r : r + 1], slopes[r : r + 1], moving, 0, slopes.shape[1])
+        for c in range(slopes.shape[1]):
+            changes[r, c] = slopes[r, c] - before[c]
+        if moving[0, 1]:
+            moved = True
+            for i in range(slopes.shape[0]):
+                if i != r:
+                    for c in range(slopes.shape[1]):
+                        slopes[i, c] += pulls[i, r] * changes[r, c]
+    return moved
+
+
+@kernel
 def factor(matrix: Doubles) -> int:
     """The upper triangle of a symmetric matrix [n, n] becomes V with V^T V = matrix; returns n, or where it fails.
 

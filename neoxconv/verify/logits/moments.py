@@ -25,11 +25,12 @@ from neoxconv.core.table import Weight
 from neoxconv.dtypes import Floats, Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.errors import PlanError
-from neoxconv.formats.calibration import Inputs, Writer
+from neoxconv.formats.calibration import Inputs, Writer, triangle
 from neoxconv.verify.logits.gradients import squares_of_gradients
 from neoxconv.verify.logits.stream import running, side
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
+_OUTPUT_TOKENS = 32768  # at most: second moments do need more
 _EMBEDDING, _HEAD = "embedding", "head"  # roles
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
@@ -48,18 +49,27 @@ def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
     return tuple(layers)
 
 
-def needed(checkpoint: Checkpoint, tokens: int) -> tuple[int, int]:
+def needed(
+    checkpoint: Checkpoint, sequences: int, length: int, gradients: bool = False, outputs: bool = False
+) -> tuple[int, int]:
     """Bytes that a calibration holds at most, and those that its file will have but for the header.
 
     Held are the moments of a layer, the largest of them once more while it is packed, and the tokens' streams before
-    and after the layer.
+    and after the layer. For gradients the streams before all layers are held, of fewer tokens, and for the outputs two
+    sums of a layer, and the largest three times more while it is put in order and packed.
     """
     layers = inputs_of(checkpoint)
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
     largest = max(4 * each.packed for layer in layers for each in layer.values())
-    streams = 2 * 4 * tokens * checkpoint.config.hidden
-    head = 4 * Inputs((), checkpoint.config.hidden).packed
-    return moments + 2 * largest + streams, head + sum(4 * each.packed for layer in layers for each in layer.values())
+    stream = 4 * length * checkpoint.config.hidden
+    held = moments + 2 * largest + 2 * sequences * stream
+    disk = 4 * triangle(checkpoint.config.hidden) + sum(4 * each.packed for layer in layers for each in layer.values())
+    if gradients or outputs:
+        kept = (checkpoint.config.layers + 2) * _few(sequences, length, outputs) * stream
+        rows = [checkpoint.config.sizes[w.shape[0]] for w in _matrices(checkpoint) if w.linear and outputs]
+        squares = sum(2 * 4 * side**2 for side in rows) // checkpoint.config.layers + 3 * 4 * max(rows, default=0) ** 2
+        held, disk = max(held, kept + squares), disk + sum(4 * triangle(side) for side in rows)
+    return held, disk
 
 
 @dataclass
@@ -115,22 +125,27 @@ def calibrate(
     keys: Mapping[str, Any],
     *,
     gradients: bool = False,
+    outputs: bool = False,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
-    With `gradients` also how much each matrix moves predictions, by tokens from all over them. The ranks are joined
-    first, as a GGUF file holds them. Unfinished work lies in `path`.partial and `path`.streams.
+    With `gradients` also how much each matrix moves predictions, by tokens from all over them; with `outputs` that too,
+    and the second moments of gradients at what matrices put out. The ranks are joined first, as a GGUF file holds them.
+    Unfinished work lies in `path`.partial and `path`.streams.
     """
     checkpoint.refuse_doubts()
+    gradients = gradients or outputs
     layers, matrices = inputs_of(checkpoint), _matrices(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
     last = next(w for w in reversed(matrices) if not w.linear)  # the head, or the embedding that is one
     head = _head_inputs(checkpoint, last, gradients)
     inputs = (*(each for layer in layers for each in layer.values()), *head)
-    writer = Writer(partial, inputs, keys, tokens.size, _extents(checkpoint, matrices) if gradients else {})
-    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients}))
+    extents = _extents(checkpoint, matrices) if gradients else {}
+    rows = {weight.gguf: extents[weight.gguf][0] for weight in matrices if weight.linear and outputs}
+    writer = Writer(partial, inputs, keys, tokens.size, extents, rows)
+    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients, "outputs": outputs}))
     with running(tokens, device) as (pool, ids):
         sums = _Sums({}, device)
         model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
@@ -150,8 +165,7 @@ def calibrate(
             progress(1)
         normed = model.final(streams)[0].flatten(0, 1)
         square = (normed.T @ normed / tokens.size).cpu().numpy()
-    spread = np.arange(few := min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))) * len(tokens) // few
-    found = squares_of_gradients(checkpoint, tokens[spread], device=device, progress=progress) if gradients else {}
+    found = _backward(checkpoint, tokens, writer, device, progress) if gradients else {}
     if found and last.role == _EMBEDDING:
         found, square = _of_tied(checkpoint, found, square)
     for each in head:
@@ -160,6 +174,31 @@ def calibrate(
     os.replace(partial, path)
     beside.unlink()
     return sum(len(each.names) for each in inputs)
+
+
+def _backward(
+    checkpoint: Checkpoint, tokens: Numbers, writer: Writer, device: str, progress: Callable[[int], None]
+) -> dict[str, Gradients]:
+    """Gradients by unified name; their second moments are written, where the calibration is to have them."""
+    weights = {weight.unified: weight for weight in _matrices(checkpoint)}
+
+    def add(name: str, square: Floats) -> None:
+        order = _gguf_rows(weights[name], checkpoint)
+        writer.add_outputs(weights[name].gguf, square[order][:, order])
+
+    few = _few(len(tokens), tokens.shape[1], bool(writer.outputs))
+    return squares_of_gradients(
+        checkpoint,
+        tokens[np.arange(few) * len(tokens) // few],
+        device=device,
+        progress=progress,
+        outputs=add if writer.outputs else None,
+    )
+
+
+def _few(sequences: int, length: int, outputs: bool) -> int:
+    """How many of the sequences gradients are taken of."""
+    return min(sequences, max(1, (_OUTPUT_TOKENS if outputs else _GRADIENT_TOKENS) // length))
 
 
 def _matrices(checkpoint: Checkpoint) -> list[Weight]:
@@ -196,11 +235,14 @@ def _of_tied(
     return {name: both if name == embedding else gradients for name, gradients in found.items()}, square
 
 
+def _gguf_rows(weight: Weight, checkpoint: Checkpoint) -> Numbers | slice:
+    """Which row of a weight each row of a GGUF file is."""
+    return weight.gguf_order(checkpoint.config) if weight.gguf_order else slice(None)
+
+
 def _in_order(gradients: Gradients, weight: Weight, checkpoint: Checkpoint) -> Gradients:
     """Gradients with the rows in GGUF's order."""
-    if weight.gguf_order is None:
-        return gradients
-    return replace(gradients, rows=gradients.rows[weight.gguf_order(checkpoint.config)])
+    return replace(gradients, rows=gradients.rows[_gguf_rows(weight, checkpoint)])
 
 
 def _refuse_strangers(*paths: Path) -> None:
