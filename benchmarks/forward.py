@@ -24,14 +24,12 @@ KEPT = ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "gpt_neox.rotary_emb",
 
 def ours(folder: str, count: str) -> None:
     """Stream the model of a folder over `count` tokens."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import torch
 
-    from neoxconv.verify.logits.stream import side
+    from neoxconv.verify.logits.stream import multipliers, side
 
     checkpoint, began = open_checkpoint(folder), time.monotonic()
-    with torch.inference_mode(), ThreadPoolExecutor(2) as pool:
+    with torch.inference_mode(), multipliers() as pool:
         model = side(checkpoint, pool)
         streams = model.embed(ids(count))
         for layer in range(checkpoint.config.layers):

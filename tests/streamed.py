@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from neoxconv.core.model import Checkpoint
-from neoxconv.verify.logits.stream import side
+from neoxconv.verify.logits.stream import multipliers, side
 
 
 def logits_of(checkpoint: Checkpoint, tokens: np.ndarray, merged: bool = False) -> np.ndarray:
     """The logits [batch, time, words] of the streamed pass, the head in three bands."""
     rows = checkpoint.config.rows
-    with torch.inference_mode(), ThreadPoolExecutor(2) as pool:
+    with torch.inference_mode(), multipliers() as pool:
         model = side(checkpoint, pool, merged=merged)
         streams = model.embed(torch.from_numpy(tokens))
         for layer in range(checkpoint.config.layers):

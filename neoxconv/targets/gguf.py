@@ -24,7 +24,7 @@ from neoxconv.formats.tokenizer.from_keys import Keys
 from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
-from neoxconv.targets.budget import TYPES, Chosen, choose_within, costs_of, line
+from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -79,7 +79,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         entries = _with_contexts(entries, matrix, moments, recipe)
     notes = (
         *stands_in,
-        *([line(chosen)] if chosen else []),
+        *([line(chosen, recipe)] if chosen else []),
         *_gguf_notes(checkpoint, choice, entries, chosen),
         *(_matrix_notes(matrix, entries) if matrix else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
@@ -194,23 +194,27 @@ def _within_budget(
         if recipe.types:
             raise PlanError("--types limits what --bits or --size may choose; give one of them.")
         return None
-    if recipe.calibration is None or (recipe.bits and recipe.size):
-        raise PlanError("--bits and --size need --calibration FILE, and exclude each other.")
-    gradients = gradients_in(recipe.calibration, {entry.name: entry.tensor.shape for entry in entries})
+    if recipe.bits and recipe.size:
+        raise PlanError("--bits and --size exclude each other; give one of them.")
+    shapes = {entry.name: entry.tensor.shape for entry in entries}
+    gradients = gradients_in(recipe.calibration, shapes) if recipe.calibration else {}
     described = [tensor for tensor, _ in _gguf_tensors(checkpoint)]
-    pairs = zip(entries, described, strict=True)
-    free = [entry for entry, tensor in pairs if entry.name in gradients and not _is_asked(tensor, recipe)]
-    names = {entry.name for entry in free}
+    free = [
+        (entry, tensor)
+        for entry, tensor in zip(entries, described, strict=True)
+        if (entry.name in gradients or (not gradients and tensor.role in ROLES)) and not _is_asked(tensor, recipe)
+    ]
+    names = {entry.name for entry, _ in free}
     fixed = sum(entry.nbytes for entry in entries if entry.name not in names)
     if recipe.size:
         (file,) = write.layout("model", keys, entries, None)
         room = recipe.size - file.slots[0].offset - ALIGNMENT * len(entries)
     else:
         room = int(checkpoint.parameters * (recipe.bits or 0) / 8)
-    importance = matrix.entries if matrix else {}
-    costs = [
-        costs_of(e, gradients[e.name], moments.get(e.name), recipe.types or TYPES, importance.get(e.name)) for e in free
-    ]
+    importance, costs = matrix.entries if matrix else {}, []
+    for entry, tensor in free:
+        known = Known(importance.get(entry.name), gradients.get(entry.name), moments.get(entry.name))
+        costs.append(costs_of(entry, tensor, known, recipe.types or TYPES))
     return choose_within(costs, room - fixed)
 
 

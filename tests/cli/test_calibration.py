@@ -189,7 +189,7 @@ def test_damage_is_found_when_moments_are_read(source: Path, capsys: pytest.Capt
     made.write_bytes(bytes(data))
     words = ("--to", "gguf", "--type", "f16", "--tensor-type", "blk.*weight=q4_0", "--calibration", made)
     assert cli("convert", source, source.parent / "m.gguf", *words) == 1
-    assert "are damaged" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_what_shares_its_inputs_is_measured_once(tmp_path: Path) -> None:

@@ -11,17 +11,20 @@ import pytest
 import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.core.encoding import Gradients, Moments
 from neoxconv.core.layout import Entry
 from neoxconv.core.tensor import in_memory
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.calibration import gradients_in
 from neoxconv.quant import ENCODINGS
-from neoxconv.targets.budget import Costs, choose_within
+from neoxconv.targets.budget import ROLES, Costs, Known, choose_within, costs_of
 from neoxconv.targets.gguf import gguf_entries
+from neoxconv.targets.mixes import GgufTensor
 from neoxconv.verify.logits import moments, stream
 from neoxconv.verify.logits.gradients import squares_of_gradients
 from tests.fixtures import fixture
 from tests.helpers import PowerCut, cli
+from tests.little_llamas import little_llama
 from tests.toy import toy
 
 NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
@@ -57,6 +60,40 @@ def test_the_choice_is_about_the_best_of_all_and_never_a_byte_over(seed: int) ->
     assert choose_within(matrices, most).nats == pytest.approx(sum(each.nats["Q6_K"] for each in matrices))
     with pytest.raises(PlanError, match="at least"):
         choose_within(matrices, least - 1)
+
+
+def test_a_cost_is_the_sum_over_rows_of_what_their_errors_do() -> None:
+    rng = np.random.default_rng(3)
+    weights, inputs = (rng.standard_normal((count, 64)).astype(np.float32) for count in (128, 500))
+    inputs[:, 7] *= 9
+    square = inputs.T @ inputs / np.float32(500)
+    entry = Entry("blk.1", "", in_memory(weights), ENCODINGS["Q4_0"])
+    tensor = GgufTensor("blk.1", "mlp_in", 1, 2, 64)
+    columns = (np.diag(square) * rng.uniform(0.5, 2, 64)).astype(np.float32)
+    errors = (weights - ENCODINGS["Q4_0"].decode(ENCODINGS["Q4_0"].encode(weights))).astype(np.float64)
+    scale = np.sqrt(columns / np.diag(square))
+    known = Known(None, Gradients(np.full(128, 0.25, np.float32), columns), Moments(64, "", square.copy))
+    found = costs_of(entry, tensor, known, ("Q4_0", "Q4_K"))
+    assert set(found.nats) == {"Q4_0"}, "no row of 64 is Q4_K"
+    scaled = errors * scale
+    assert found.nats["Q4_0"] == pytest.approx(0.5 * 0.25 * np.trace(scaled @ square @ scaled.T), rel=1e-4)
+    alone = costs_of(entry, tensor, Known(None, known.gradients), ("Q4_0",))
+    assert alone.nats["Q4_0"] == pytest.approx(0.5 * 0.25 * (errors**2 @ columns).sum(), rel=1e-4)
+    without = costs_of(entry, tensor, Known(), ("Q4_0",))
+    share = (errors**2).sum() / (weights.astype(np.float64) ** 2).sum()
+    assert without.nats["Q4_0"] == pytest.approx(ROLES["mlp_in"] * share, rel=1e-4)
+
+
+def test_rows_stand_for_what_they_weigh() -> None:
+    """A few rows of a large vocabulary that come often decide."""
+    weights = np.random.default_rng(3).standard_normal((4096, 32)).astype(np.float32)
+    weights[:1000] *= 10
+    rows = np.where(np.arange(4096) < 1000, np.float32(1), np.float32(0))
+    entry = Entry("token_embd.weight", "", in_memory(weights), ENCODINGS["Q8_0"])
+    known = Known(None, Gradients(rows, np.ones(32, np.float32)))
+    found = costs_of(entry, GgufTensor(entry.name, "embedding", None, 2, 32), known, ("Q4_0",))
+    errors = weights[:1000] - ENCODINGS["Q4_0"].decode(ENCODINGS["Q4_0"].encode(weights[:1000]))
+    assert found.nats["Q4_0"] == pytest.approx(0.5 * np.square(errors, dtype=np.float64).sum(), rel=0.1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"parallel_residual": False}, {"llama": True, "kv_heads": 2, "ff": 96}])
@@ -238,3 +275,34 @@ def test_gradients_are_of_tokens_from_all_over(tmp_path: Path, monkeypatch: pyte
     words = ("--tokens", tmp_path / "tokens.npy", "--gradients")
     assert cli("calibrate", source, "-o", tmp_path / "cal.gguf", *words) == 0
     assert seen[0][:, 0].tolist() == [0, 2, 4, 6]
+
+
+def test_types_are_chosen_without_a_calibration_too(
+    small: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, made = small
+    words = ("convert", source, made.parent / "a.gguf", "--to", "gguf", "--bits", "6", "--overwrite")
+    for more, told in (((), "weights alone"), (("--imatrix", made), "the importance matrix")):
+        assert cli(*words, *more) == 0
+        assert f"types by {told}" in capsys.readouterr().err
+        plan = make_plan(open_checkpoint(source), Recipe("gguf", bits=6.0, imatrix=made if more else None))
+        assert 8 * sum(step.nbytes for step in plan.steps) / plan.checkpoint.parameters <= 6
+        assert cli("verify", source, made.parent / "a.gguf") == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_path: Path) -> None:
+    source = little_llama(tmp_path / "llama", tie_word_embeddings=True) if tied else toy(tmp_path, hidden=64)
+    np.save(tmp_path / "tokens.npy", np.arange(64).reshape(2, 32))
+    made = tmp_path / "cal.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
+    checkpoint = open_checkpoint(source)
+
+    def types(**asked: str) -> dict[str, str]:
+        plan = make_plan(checkpoint, Recipe("gguf", calibration=made, bits=8.0, types=("Q4_0", "Q5_0"), **asked))
+        return {step.entry.name: step.entry.encoding.name for step in plan.steps if "blk" not in step.entry.name}
+
+    head, matrices = "token_embd.weight" if tied else "output.weight", {"token_embd.weight", "output.weight"}
+    assert {name for name in types() if types()[name] == "Q5_0"} == ({head} if tied else matrices)
+    assert types(output_type="Q8_0")[head] == "Q8_0"
+    assert types(embedding_type="Q8_0")["token_embd.weight"] == "Q8_0"

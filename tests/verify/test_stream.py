@@ -52,6 +52,23 @@ def test_the_reference_does_not_join_ranks() -> None:
     assert np.array_equal(logits_of(unjoined, tokens), logits_of(checkpoint, tokens))
 
 
+def test_logits_are_the_same_for_any_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SLAB", 4 * 64 * 5)  # bytes: a few rows, so that all threads have work
+    checkpoint, found = open_checkpoint(toy(tmp_path)), []
+    tokens = np.arange(48, dtype=np.int64).reshape(2, 24)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(logits_of(checkpoint, tokens))
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
+
+
+def test_multiplying_leaves_the_threads_of_torch_to_others(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    logits_of(open_checkpoint(toy(tmp_path)), np.arange(8, dtype=np.int64)[None])
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("changes", [{}, {"head_by_columns": True}, {"tp": 4}, {"tanh_gelu": False, "rotary_pct": 1.0}])
 def test_a_synthetic_model_is_what_transformers_computes(changes: dict[str, object], tmp_path: Path) -> None:
     source = toy(tmp_path, norm_noise=0.0, **changes)

@@ -11,7 +11,6 @@ The streams before every layer are kept; layer after layer, the last first, is r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from neoxconv.core.encoding import Gradients
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Floats, Numbers
 from neoxconv.verify.logits.outputs import Halves
-from neoxconv.verify.logits.stream import READERS, Side, StreamedRank, side
+from neoxconv.verify.logits.stream import Side, StreamedRank, multipliers, side
 
 _SEED = 7  # of the labels
 _TINY = 1e-300  # so that gradients that are all zero are nothing, not nan
@@ -111,7 +110,7 @@ def squares_of_gradients(
             if outputs:
                 halves.add(name, gradient)
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with multipliers() as pool:
         ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
         plain = side(checkpoint, pool, merged=True, device=device)
         ranks: list[StreamedRank] = [

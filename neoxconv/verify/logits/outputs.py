@@ -33,7 +33,8 @@ class Halves:
         rows, first = gradients.shape[-1], self.seen.get(name, 0)
         self.seen[name] = first + len(gradients)
         if name not in self.sums:
-            self.sums[name] = tuple(torch.zeros(rows, rows, device=gradients.device) for _ in range(2))
+            even, odd = (torch.zeros(rows, rows, device=gradients.device) for _ in range(2))
+            self.sums[name] = even, odd
         for half, total in enumerate(self.sums[name]):
             flat = gradients[(half + first) % 2 :: 2, 1:].flatten(0, 1)
             total.addmm_(flat.T, flat)

@@ -1,7 +1,8 @@
 """A model run layer by layer from disk: no more of its weights in memory than a few slabs of rows.
 
-The tokens' streams are kept, and one pass over the weights serves all of them. While one slab is multiplied the next
-ones are read and widened by another thread.
+The tokens' streams are kept, and one pass over the weights serves all of them. Each thread reads a slab of a weight,
+widens it and multiplies with it, so that nothing waits for a disk or for another thread, and the sums are in the same
+order for any number of threads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +30,6 @@ from neoxconv.quant import floats
 
 SLAB = 16 << 20  # bytes of float32
 _AHEAD = 2  # slabs
-READERS = 2  # threads
 INSIDE = 256 << 20  # bytes that the inside of an MLP may take; 2730 tokens of the 20B model
 _Watch = Callable[[str, Tensor], None]  # told a weight's name and what it is multiplied with
 
@@ -58,12 +59,16 @@ class StreamedRank:
         if self.watch:
             self.watch(name + ".weight", x)
         tensor = self.part(name, start, stop)
-        result = torch.empty(*x.shape[:-1], tensor.rows, device=x.device)
-        at = 0
-        for weight in self.slabs(tensor):
-            result[..., at : at + len(weight)] = x @ weight.T
-            at += len(weight)
-        return result
+        flat = x.reshape(-1, tensor.columns)
+        result = torch.empty(len(flat), tensor.rows, device=x.device)
+        list(self.pool.map(partial(self._multiply, flat, tensor, result), *_bands(tensor)))
+        self.progress(tensor.nbytes)
+        return result.reshape(*x.shape[:-1], tensor.rows)
+
+    def _multiply(self, flat: Tensor, tensor: LazyTensor, result: Tensor, start: int, stop: int) -> None:
+        """Fill the columns of `result` that are `flat` times rows `start` to `stop` of a weight."""
+        with torch.inference_mode():
+            torch.mm(flat, self.on_device(read(tensor, start, stop)).T, out=result[:, start:stop])
 
     def part(self, name: str, start: int, stop: int | None) -> LazyTensor:
         """Rows `start` to `stop`, to the end by default, of a weight."""
@@ -72,11 +77,9 @@ class StreamedRank:
 
     def slabs(self, tensor: LazyTensor) -> Iterator[Tensor]:
         """The tensor's rows in float32, in bands, read ahead."""
-        step = max(1, SLAB // (4 * tensor.columns))
         waiting: deque[Future[Floats]] = deque()
-        starts = iter(range(0, tensor.rows, step))
-        for start in starts:
-            waiting.append(self.pool.submit(read, tensor, start, min(start + step, tensor.rows)))
+        for start, stop in zip(*_bands(tensor), strict=True):
+            waiting.append(self.pool.submit(read, tensor, start, stop))
             if len(waiting) > _AHEAD:
                 yield self.on_device(waiting.popleft().result())
         while waiting:
@@ -90,6 +93,13 @@ class StreamedRank:
 def read(tensor: LazyTensor, start: int, stop: int) -> Floats:
     """Rows as float32, whatever they are stored as."""
     return floats(tensor.read(start, stop), tensor.dtype)
+
+
+def _bands(tensor: LazyTensor) -> tuple[list[int], list[int]]:
+    """Where slabs of a tensor's rows begin and end."""
+    step = max(1, SLAB // (4 * tensor.columns))
+    starts = list(range(0, tensor.rows, step))
+    return starts, [*starts[1:], tensor.rows]
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,13 @@ def running(tokens: Numbers, device: str) -> Iterator[tuple[ThreadPoolExecutor, 
     Raises PlanError where torch cannot compute on the device.
     """
     _check_device(device)
-    with torch.inference_mode(), ThreadPoolExecutor(READERS) as pool:
+    with torch.inference_mode(), multipliers() as pool:
         yield pool, torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
+
+
+def multipliers() -> ThreadPoolExecutor:
+    """As many threads as torch would use, each of which multiplies by itself."""
+    return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _check_device(device: str) -> None:
