@@ -66,7 +66,7 @@ def make_matrix(asked: _Calibration) -> str:
     passes = 3 if backwards else 1  # over the layers: forwards, and for gradients forwards and back
     with progress_bar(passes * checkpoint.config.layers, "layers", asked.quiet, "layer") as progress:
         if asked.covariance or backwards:
-            memory, disk = moments.needed(checkpoint, *tokens.shape, backwards, asked.outputs)
+            memory, disk = moments.needed(checkpoint, len(tokens), tokens.shape[1], backwards, asked.outputs)
             if not asked.quiet:
                 say(f"  {output}: {size(disk)}; up to {size(memory)} of memory besides the model's slabs", err=True)
             keys = facts(text, tokens) | {"neoxconv.source": source_digest(checkpoint)}

@@ -6,7 +6,8 @@ both agree on is signal, S = the sum over i != j of A_ij B_ij; what is left of A
 half. The mean of both halves has half of it: the diagonal is damped by N / 2S of its mean, and by a little more. Where
 there is no signal nothing but the diagonal is left, by which rows are independent of each other.
 
-The first token of each sequence is left out: of some matrices it has most of the squared gradient.
+The first token of each sequence is left out, and no other has more than 16 times the mean |g|^2: of some matrices a few
+tokens have most of it (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 from neoxconv.dtypes import Floats
 
 _DAMPING = 0.1  # of the mean diagonal, where there is no noise
+_MOST = 16  # times the mean |g|^2 of the tokens that are run together
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -35,8 +38,9 @@ class Halves:
         if name not in self.sums:
             even, odd = (torch.zeros(rows, rows, device=gradients.device) for _ in range(2))
             self.sums[name] = even, odd
+        capped = _capped(gradients[:, 1:])
         for half, total in enumerate(self.sums[name]):
-            flat = gradients[(half + first) % 2 :: 2, 1:].flatten(0, 1)
+            flat = capped[(half + first) % 2 :: 2].flatten(0, 1)
             total.addmm_(flat.T, flat)
 
     def take(self, name: str) -> Floats:
@@ -45,7 +49,7 @@ class Halves:
         damping = _DAMPING + _noise(even, odd)
         total = even.add_(odd)
         diagonal = total.diagonal().clone()
-        mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        mean = diagonal.mean().clamp(min=_TINY)
         total /= mean
         if damping == float("inf"):
             total.zero_()
@@ -53,6 +57,13 @@ class Halves:
         else:
             total.diagonal().add_(damping)
         return total.cpu().numpy()
+
+
+def _capped(gradients: Tensor) -> Tensor:
+    """Gradients [sequences, time, rows], the longest of them made shorter."""
+    squares = gradients.square().sum(-1, keepdim=True)
+    most = (_MOST * squares.mean()).clamp(min=_TINY)
+    return gradients * (most / squares.clamp(min=most)).sqrt()
 
 
 def _noise(even: Tensor, odd: Tensor) -> float:
