@@ -17,7 +17,8 @@ from neoxconv.core.encoding import Grid
 from neoxconv.dtypes import Array, Bytes, Floats
 from neoxconv.quant.feedback.encode import Factors, descended, fed, finite, scales, slopes_of, values_of
 
-_BATCH = 16  # rows: 8 to 64 give the same (docs/numerics.md), and few would fetch the matrix from memory too often
+_FED = 4  # rows that are asked at a time: 1 is no better, 16 is worse for q and k (docs/numerics.md)
+_BATCH = 16  # rows of the descent: fewer would fetch the matrix from memory too often
 _PASSES = 100  # of the descent at most
 
 
@@ -34,8 +35,8 @@ def _fed_by_rows(grid: Grid, weights: Floats, inputs: Factors, ahead: Floats) ->
     codes = np.empty(weights.shape, np.uint8)
     numbers = np.empty((len(weights), weights.shape[1] // grid.block, 4), np.float32)
     errors = np.empty(weights.shape, np.float32)
-    for start in range(0, len(weights), _BATCH):
-        batch = slice(start, start + _BATCH)
+    for start in range(0, len(weights), _FED):
+        batch = slice(start, start + _FED)
         asked = weights[batch] + _owed(ahead, errors, start)
         codes[batch], numbers[batch] = fed(grid, asked, inputs)
         descended(grid, asked, codes[batch], numbers[batch], inputs.moments)
@@ -50,7 +51,7 @@ def _owed(ahead: Floats, errors: Floats, start: int) -> Floats:
     """
     from neoxconv.quant.feedback.kernels import add_product
 
-    stop = min(start + _BATCH, len(errors))
+    stop = min(start + _FED, len(errors))
     owed = np.zeros((stop - start, errors.shape[1]), np.float32)
     add_product(owed, np.ascontiguousarray(ahead[:start, start:stop].T), errors[:start])
     inside = np.ascontiguousarray(-ahead[start:stop, start:stop].T)
