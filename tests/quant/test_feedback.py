@@ -18,6 +18,7 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
 from neoxconv.quant.feedback.kernels import add_product
+from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.verify.together import not_the_best, too_far
 from tests.machines import PLAIN
 
@@ -167,17 +168,6 @@ def test_damping_is_a_part_of_the_mean_diagonal() -> None:
     assert np.allclose(diagonal, np.diag(np.diag(diagonal)), atol=1e-4)
 
 
-SCRIPT = """
-import hashlib
-from tests.quant import test_feedback as t
-weights, moments, factors = t.case_of_whole_numbers()
-digest = hashlib.sha256()
-for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):
-    digest.update(t.feedback.encode(t.ENCODINGS[name].grid, weights, factors).tobytes())
-print(digest.hexdigest())
-"""
-
-
 def case_of_whole_numbers() -> tuple[Floats, Moments, Factors]:
     """Weights and moments that every processor's numpy makes alike: no product of its own is rounded."""
     numbers = (np.arange(16 * 256) * 2654435761 % 4093 - 2046).reshape(16, 256)
@@ -188,14 +178,22 @@ def case_of_whole_numbers() -> tuple[Floats, Moments, Factors]:
     return (numbers / 16384).astype(np.float32), moments, factors_of(moments, "a")
 
 
-def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
+def digest_of_whole_numbers() -> str:
+    """The SHA-256 of what both ways of choosing codes together make of that case, in four types."""
+    weights, moments, inputs = case_of_whole_numbers()
+    outputs = factors_of(Moments(16, "", lambda: moments.read()[:16, :16].copy()), "a")
     digest = hashlib.sha256()
-    weights, _, factors = case_of_whole_numbers()
     for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):
         grid = ENCODINGS[name].grid
         assert grid
-        digest.update(feedback.encode(grid, weights, factors).tobytes())
+        digest.update(feedback.encode(grid, weights, inputs).tobytes())
+        digest.update(encode_matrix(grid, weights, inputs, outputs).tobytes())
+    return digest.hexdigest()
+
+
+def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
+    script = "from tests.quant import test_feedback as t; print(t.digest_of_whole_numbers())"
     child = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True
     )
-    assert child.stdout.strip() == digest.hexdigest()
+    assert child.stdout.strip() == digest_of_whole_numbers()

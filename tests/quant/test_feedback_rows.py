@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import cache
 
 import numpy as np
 import pytest
 
-from neoxconv.core.encoding import Encoding, Grid, Moments
+from neoxconv.core.encoding import Context, Encoding, Grid, Moments
+from neoxconv.core.layout import Entry
+from neoxconv.core.tensor import in_memory
 from neoxconv.dtypes import Array, Doubles, Floats
+from neoxconv.engine.encode import pieces
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback import rows as by_rows
@@ -135,3 +139,21 @@ def test_rows_without_anything_in_them_are_stored() -> None:
     for row in GRIDS:
         values = row.decode(encode_matrix(grid_of(row), rows, inputs, outputs))
         assert np.isfinite(values).all() and np.abs(values).max() <= 1e-6
+
+
+def test_no_more_memory_is_taken_than_a_plan_tells() -> None:
+    rng = np.random.default_rng(6)
+    rows, columns = 640, 512
+    weights = (rng.standard_normal((rows, columns)) * 0.05).astype(np.float32)
+    moments, outputs = moments_of(mixed(rng, 1024, columns)), moments_of(mixed(rng, 1024, rows))
+    context = Context(None, False, moments, outputs)
+    entry = Entry("a", "a", in_memory(weights), ENCODINGS["Q4_0"], context)
+    encoded("Q4_0")  # so that kernels are compiled
+    tracemalloc.start()
+    try:
+        (piece,) = pieces(entry, 1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert piece.data.size == entry.nbytes
+    assert 0.5 * entry.kept < peak < entry.kept
