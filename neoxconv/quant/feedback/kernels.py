@@ -120,14 +120,14 @@ def descend(
 @kernel
 def descend_rows(
     pulls: Floats, moments: Floats, scales: Floats, table: Floats, codes: Bytes, slopes: Floats, changes: Floats
-) -> bool:
-    """One pass over rows [b, n] that belong together, one after the other; whether a code changed.
+) -> None:
+    """One pass over rows [b, n] that belong together, one after the other.
 
     `slopes` [b, n] are those of `descend` with what all other rows get wrong in them: `pulls` [b, b], of diagonal 1,
-    says how much of a change of row k's own slopes comes to row i's. `changes` [b, n] become those own changes.
+    says how much of a change of row k's own slopes comes to row i's. `changes` [b, n] become those own changes; they are
+    zero for a row none of whose codes changed.
     """
     moving = np.ones((1, 2), np.bool_)
-    moved = False
     for r in range(slopes.shape[0]):
         before = slopes[r].copy()
         moving[0, 1] = False
@@ -135,12 +135,10 @@ def descend_rows(
         for c in range(slopes.shape[1]):
             changes[r, c] = slopes[r, c] - before[c]
         if moving[0, 1]:
-            moved = True
             for i in range(slopes.shape[0]):
                 if i != r:
                     for c in range(slopes.shape[1]):
                         slopes[i, c] += pulls[i, r] * changes[r, c]
-    return moved
 
 
 @kernel

@@ -69,16 +69,19 @@ def _descended_by_rows(
     scale, least = scales(numbers)
     slopes = slopes_of_matrix(weights - values_of(grid, codes, scale, least), moments, outputs)
     for _ in range(_PASSES):
-        moved = False
+        moving = False
         for start in range(0, len(weights), _BATCH):
             stop = min(start + _BATCH, len(weights))
             batch, changes = slice(start, stop), np.empty((stop - start, weights.shape[1]), np.float32)
             pulls = np.ascontiguousarray(outputs[:, batch] / np.diag(outputs)[:, None])
-            if descend_rows(pulls[batch], moments, scale[batch], grid.table, codes[batch], slopes[batch], changes):
-                moved = True
+            descend_rows(pulls[batch], moments, scale[batch], grid.table, codes[batch], slopes[batch], changes)
+            moved = changes.any(axis=1)  # in later passes few are
+            if moved.any():
+                moving = True
+                pulls, changes = np.ascontiguousarray(pulls[:, moved]), changes[moved]
                 add_product(slopes[:start], pulls[:start], changes)
                 add_product(slopes[stop:], pulls[stop:], changes)
-        if not moved:
+        if not moving:
             break
 
 
