@@ -112,9 +112,6 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--calibration", type=PATH, metavar="FILE", help="gguf: choose codes together; made by calibrate --covariance."
-    ),
-    click.option(
         "--bits", type=BITS, metavar="X", help="gguf: types by what they cost, at most X bits a weight in all."
     ),
     _size_option("--size", help="gguf: the same, for a file of at most this size."),
@@ -142,6 +139,12 @@ of_convert = _options(
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
     ),
     _of_gguf,
+    click.option(
+        "--calibration",
+        type=PATH,
+        metavar="FILE",
+        help="gguf, bnb, float8: choose codes together; made by calibrate --covariance.",
+    ),
     _as_family,
     click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
     _choice_option(
@@ -202,7 +205,7 @@ of_calibrate = _options(
     click.option(
         "--gradients",
         is_flag=True,
-        help="Also what `convert --bits` needs: how much predictions depend on each matrix.",
+        help="Also what `convert --bits` chooses best by: how much predictions depend on each matrix.",
     ),
     click.option(
         "--outputs",

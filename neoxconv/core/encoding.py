@@ -208,8 +208,12 @@ class Scaled:
     one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
     source's type, are rounded to before.
 
-    For verification: `scales` are made of sizes; `nearest` gives for weights what their nearest codes stand for. Both
-    are shares of what 1 stands for in their group.
+    `scales` are made of sizes. `nearest` gives for weights what their nearest codes stand for. Both are shares of what
+    1 stands for in their group.
+
+    For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as such
+    shares. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of rows. `suited` gives the
+    sizes of groups for rows and how much errors in each column [columns] matter; None: they are the largest weights.
     """
 
     name: str
@@ -221,7 +225,10 @@ class Scaled:
     decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
     nearest: Callable[[Floats], Floats]
     scales: Callable[[Floats], Scales]
+    table: Floats
+    pack: Callable[[Bytes], Array]
     bound: Bound
+    suited: Callable[[Floats, Floats], Floats] | None = None
     rounded: Callable[[DType], DType] | None = None
 
     def count_groups(self, tensor: LazyTensor) -> int:

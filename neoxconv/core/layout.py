@@ -28,7 +28,7 @@ class Entry:
     unified: str
     tensor: LazyTensor
     encoding: Encoding | Scaled
-    context: Context | None = None  # only where the encoding has a search
+    context: Context | None = None  # only where the encoding can make use of it
 
     @property
     def search(self) -> Callable[[Floats, Context], Array] | None:
@@ -66,14 +66,13 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
-        if isinstance(self.encoding, Scaled):
-            return 2 * 4 * self.encoding.count_groups(self.tensor)
-        if self.context is None or self.context.moments is None:
-            return 0
-        inputs = FACTORS * self.tensor.columns**2
-        if self.context.outputs is None:
-            return inputs
-        return inputs + FACTORS * self.tensor.rows**2 + _WHOLE * self.tensor.rows * self.tensor.columns
+        context = self.context or Context()
+        factors = FACTORS * self.tensor.columns**2 if context.moments else 0
+        if isinstance(self.encoding, Scaled):  # and with factors the scales as they are read back
+            return factors + (3 if factors else 2) * 4 * self.encoding.count_groups(self.tensor)
+        if context.outputs:
+            factors += FACTORS * self.tensor.rows**2 + _WHOLE * self.tensor.rows * self.tensor.columns
+        return factors
 
 
 def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neoxconv.core.encoding import Encoding, Scaled
+from neoxconv.core.encoding import Encoding, Moments, Scaled
 from neoxconv.core.layout import Entry
-from neoxconv.core.tensor import slabs
+from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
 from neoxconv.quant import floats
 from neoxconv.quant.bands import bands, sizes_of
@@ -92,12 +92,33 @@ def _count_bad(entry: Entry, encoding: Encoding, *, rows: Array, data: Array, va
 def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece]:
     """The codes of a tensor, then the parts that need the sizes of all its groups."""
     tensor, groups = entry.tensor, encoding.groups
+    if entry.context and entry.context.moments:
+        yield from _chosen_pieces(entry, encoding, entry.context.moments, slab)
+        return
     sizes = sizes_of(encoding, tensor, slab) if groups.whole else np.empty(encoding.count_groups(tensor), np.float32)
     for start, values in bands(encoding, tensor, slab):
         touched = groups.groups_of(start, start + len(values), tensor.columns)
         if not groups.whole:
             sizes[touched] = groups.largest(values)
         yield _Piece(0, _as_bytes(encoding.encode(values, sizes[touched])), nonfinite(values, F32))
+    yield from _finished(encoding, tensor, sizes)
+
+
+def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int) -> Iterator[_Piece]:
+    """The same with codes that are chosen together, for the scales as they are read back."""
+    tensor, groups = entry.tensor, encoding.groups
+    factors = factors_of(moments, entry.name)
+    sizes = sizes_of(encoding, tensor, slab, feedback.matters(factors.moments))
+    scales = encoding.scales(sizes).decoded
+    for start, values in bands(encoding, tensor, max(slab, _FEEDBACK_SLAB)):
+        scale = groups.per_weight(scales[groups.groups_of(start, start + len(values), tensor.columns)], values.shape)
+        codes = encoding.pack(feedback.choose(encoding.table, values, scale, factors))
+        yield _Piece(0, _as_bytes(codes), nonfinite(values, F32))
+    yield from _finished(encoding, tensor, sizes)
+
+
+def _finished(encoding: Scaled, tensor: LazyTensor, sizes: Floats) -> Iterator[_Piece]:
+    """The parts that need the sizes of all groups."""
     for number, data in enumerate(encoding.finish(tensor, sizes), 1):
         yield _Piece(number, np.frombuffer(data, np.uint8))
 

@@ -12,11 +12,20 @@ from neoxconv.dtypes import Floats, narrow, widen
 from neoxconv.quant import floats
 
 
-def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int) -> Floats:
-    """The size of every group of a tensor, or of the tensor where that is one, which is read for it."""
+def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int, matters: Floats | None = None) -> Floats:
+    """The size of every group of a tensor, or of the tensor where that is one, which is read for it.
+
+    For codes that are chosen together: how much errors in each column matter [columns].
+    """
     groups, sizes = encoding.groups, np.zeros(encoding.count_groups(tensor), np.float32)
+
+    def sized(rows: Floats) -> Floats:
+        if encoding.suited is None or matters is None:
+            return groups.largest(rows)
+        return encoding.suited(rows, matters)
+
     for start, values in bands(encoding, tensor, slab):
-        found, touched = groups.largest(values), groups.groups_of(start, start + len(values), tensor.columns)
+        found, touched = sized(values), groups.groups_of(start, start + len(values), tensor.columns)
         sizes[touched] = np.maximum(sizes, found) if groups.whole else found
     return sizes
 

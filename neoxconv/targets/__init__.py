@@ -75,7 +75,7 @@ TARGETS: dict[str, Target] = {
             make=bnb.to_bnb,
             entries=bnb.bnb_entries,
             recipes=bnb.RECIPES,
-            options=("type", "shard_size", "double_quant", "compute_dtype"),
+            options=("type", "shard_size", "double_quant", "compute_dtype", "calibration"),
             only_of={"double_quant": bnb.FOUR_BIT, "compute_dtype": bnb.FOUR_BIT},
         ),
         Target(
@@ -84,7 +84,7 @@ TARGETS: dict[str, Target] = {
             make=float8.to_float8,
             entries=float8.float8_entries,
             recipes=float8.RECIPES,
-            options=("type", "shard_size", "scale"),
+            options=("type", "shard_size", "scale", "calibration"),
         ),
     )
 }

@@ -11,8 +11,8 @@ from neoxconv.dtypes import TORCH_NAMES
 from neoxconv.errors import PlanError
 from neoxconv.names import BNB_TYPES
 from neoxconv.quant import SCALED
-from neoxconv.targets.hf import hf_folder, main_dtype
-from neoxconv.targets.linear import quantized_entries
+from neoxconv.targets.hf import main_dtype
+from neoxconv.targets.linear import quantized_entries, quantized_folder
 from neoxconv.targets.recipe import Recipe
 
 _DEFAULT = "NF4"
@@ -25,12 +25,15 @@ _THRESHOLD = 6.0  # transformers' default: inputs beyond it are multiplied in fl
 
 
 def to_bnb(checkpoint: Checkpoint, recipe: Recipe) -> Content:
-    """The folder, its tensors equal to those that bitsandbytes makes of the Hugging Face conversion."""
+    """The folder, its tensors equal to those that bitsandbytes makes of the Hugging Face conversion.
+
+    With --calibration they are its own: codes chosen together, and for NF4 and FP4 scales that suit all of a block.
+    """
     kind = recipe.type or _DEFAULT
     entries = bnb_entries(checkpoint, recipe)
     compute = TORCH_NAMES[recipe.compute_dtype] if recipe.compute_dtype else main_dtype(entries)
     settings = _eight_bit() if kind == "INT8" else _four_bit(kind.lower(), recipe.double_quant, compute)
-    return hf_folder(checkpoint, recipe, entries, {"quantization_config": settings})
+    return quantized_folder(checkpoint, recipe, entries, {"quantization_config": settings})
 
 
 def bnb_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:

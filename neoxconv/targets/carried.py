@@ -18,12 +18,13 @@ from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.storage import Place, is_file, open_storage
+from neoxconv.targets.calibrated import SETTING
 
 GENERATION = "generation_config.json"
 _LARGEST = 1 << 20  # bytes of a generation_config.json
 _KINDS = ("bos", "eos", "pad")  # of the tokens that config.json names
 # Fields of config.json that are decided here: by the target's types, or not at all, since they would be untrue.
-_DECIDED = ("quantization_config", "rope_scaling", "transformers_version")
+_DECIDED = ("quantization_config", "rope_scaling", "transformers_version", SETTING)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError
 from neoxconv.names import SCALES
 from neoxconv.quant import ENCODINGS, SCALED
-from neoxconv.targets.hf import hf_folder
-from neoxconv.targets.linear import quantized_entries
+from neoxconv.targets.linear import quantized_entries, quantized_folder
 from neoxconv.targets.recipe import Recipe
 
 _DEFAULT = "E4M3"
@@ -22,10 +21,12 @@ _STORAGE = "float8 for storage: transformers 5 widens these weights when it load
 
 
 def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
-    """The folder; scales in compressed-tensors' words."""
+    """The folder; scales in compressed-tensors' words. Raises PlanError for a calibration without scales."""
     kind, scale = choice(recipe)
     settings = {} if scale == "none" else {"quantization_config": compressed(checkpoint, kind, scale)}
-    content = hf_folder(checkpoint, recipe, float8_entries(checkpoint, recipe), settings)
+    if scale == "none" and recipe.calibration:
+        raise PlanError("--calibration is for float8 with scales; give --scale channel or tensor.")
+    content = quantized_folder(checkpoint, recipe, float8_entries(checkpoint, recipe), settings)
     return content if kind == _DEFAULT and scale != "none" else replace(content, notes=(*content.notes, _STORAGE))
 
 

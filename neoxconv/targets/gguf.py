@@ -13,7 +13,7 @@ from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
-from neoxconv.errors import PlanError, raise_all
+from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
 from neoxconv.formats.calibration import gradients_in, moments_in, outputs_in
 from neoxconv.formats.gguf import write
@@ -25,6 +25,7 @@ from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
+from neoxconv.targets.calibrated import KEY, refuse_others
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -34,7 +35,6 @@ from neoxconv.words import plural
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
-CALIBRATION = "neoxconv.calibration"
 _BESIDE_CHOSEN = "Q4_K_M"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
@@ -70,7 +70,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({CALIBRATION: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({KEY: matrix.sha256} if matrix and recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
@@ -198,23 +198,20 @@ def _within_budget(
         raise PlanError("--bits and --size exclude each other; give one of them.")
     shapes = {entry.name: entry.tensor.shape for entry in entries}
     gradients = gradients_in(recipe.calibration, shapes) if recipe.calibration else {}
-    described = [tensor for tensor, _ in _gguf_tensors(checkpoint)]
-    free = [
-        (entry, tensor)
-        for entry, tensor in zip(entries, described, strict=True)
-        if (entry.name in gradients or (not gradients and tensor.role in ROLES)) and not _is_asked(tensor, recipe)
-    ]
-    names = {entry.name for entry, _ in free}
+    importance = {name: values for name, values in matrix.entries.items() if values.any()} if matrix else {}
+    costs = []
+    for entry, (tensor, _) in zip(entries, _gguf_tensors(checkpoint), strict=True):
+        if (entry.name in gradients if gradients else tensor.role in ROLES) and not _is_asked(tensor, recipe):
+            known = Known(importance.get(entry.name), gradients.get(entry.name), moments.get(entry.name))
+            costs.append(costs_of(entry, tensor, known, recipe.types or TYPES))
+    costs = [each for each in costs if each.nats]  # others have rows that no type's blocks divide
+    names = {each.entry.name for each in costs}
     fixed = sum(entry.nbytes for entry in entries if entry.name not in names)
     if recipe.size:
         (file,) = write.layout("model", keys, entries, None)
         room = recipe.size - file.slots[0].offset - ALIGNMENT * len(entries)
     else:
         room = int(checkpoint.parameters * (recipe.bits or 0) / 8)
-    importance, costs = matrix.entries if matrix else {}, []
-    for entry, tensor in free:
-        known = Known(importance.get(entry.name), gradients.get(entry.name), moments.get(entry.name))
-        costs.append(costs_of(entry, tensor, known, recipe.types or TYPES))
     return choose_within(costs, room - fixed)
 
 
@@ -234,15 +231,7 @@ def _with_contexts(
     """
     found, thorough = matrix.entries if matrix else {}, recipe.effort == "high"
     if matrix:
-        columns = {entry.name: entry.tensor.columns for entry in entries}
-        raise_all(PlanError, (
-            f"{matrix.path}: {name} has importances of {values.size} columns, the model's has {columns[name]}; "
-            "the matrix is another model's."
-            if name in columns
-            else f"{matrix.path}: {name} is not in the model; the matrix is another model's."
-            for name, values in found.items()
-            if columns.get(name) != values.size
-        ))  # fmt: skip
+        refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
     useful = [name for name, values in found.items() if values.any()]
     outputs = outputs_in(recipe.calibration) if recipe.calibration else {}
     return [

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from neoxconv.core.encoding import Encoding, Scaled
-from neoxconv.core.layout import Entry
+from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.targets.hf import unified_entries
+from neoxconv.targets.calibrated import SETTING, calibration_for
+from neoxconv.targets.hf import hf_folder, unified_entries
 from neoxconv.targets.recipe import Recipe
+
+
+def quantized_folder(
+    checkpoint: Checkpoint, recipe: Recipe, entries: list[Entry], settings: Mapping[str, Any]
+) -> Content:
+    """A Hugging Face folder of such entries, with `settings` in its configuration.
+
+    With --calibration the codes of the layers' matrices are chosen together. Raises PlanError where it does not fit.
+    """
+    if recipe.calibration is None:
+        return hf_folder(checkpoint, recipe, entries, settings)
+    calibration = calibration_for(checkpoint, recipe.calibration)
+    told = {**settings, SETTING: calibration.sha256}
+    content = hf_folder(checkpoint, recipe, calibration.applied(entries), told)
+    return replace(content, notes=(*content.notes, calibration.note))
 
 
 def quantized_entries(checkpoint: Checkpoint, recipe: Recipe, encoding: Encoding | Scaled) -> list[Entry]:

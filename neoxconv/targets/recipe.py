@@ -26,7 +26,7 @@ class Recipe:
     tensor_type: tuple[tuple[str, str], ...] = ()  # gguf: (pattern of names, type)
     effort: str = "normal"  # gguf: or high, a longer search for less error
     imatrix: Path | None = None  # gguf: an importance matrix
-    calibration: Path | None = None  # gguf: one with second moments, by which codes are chosen together
+    calibration: Path | None = None  # gguf, bnb, float8: one with second moments, by which codes are chosen together
     bits: float | None = None  # gguf: types by what they cost, with so many bits a weight at most
     size: int | None = None  # gguf: the same, with so many bytes of the file at most
     types: tuple[str, ...] = ()  # gguf: which may be chosen so; by default all

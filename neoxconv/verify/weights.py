@@ -10,26 +10,26 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from neoxconv.core.encoding import Grid, Moments, Scaled
+from neoxconv.core.encoding import Moments
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import Floats, narrow
+from neoxconv.dtypes import Array, Bools, Floats, narrow
 from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
 from neoxconv.formats.calibration import moments_in, outputs_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
-from neoxconv.quant.bands import rounded, sizes_of
+from neoxconv.quant.bands import rounded
 from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
-from neoxconv.targets.gguf import CALIBRATION, SEARCHED
+from neoxconv.targets.calibrated import chosen_by
+from neoxconv.targets.gguf import SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
-from neoxconv.verify.together import not_the_best, too_far
+from neoxconv.verify.scaled import SLAB, ScaledCheck
+from neoxconv.verify.together import not_the_best, taken_apart, too_far
 
 _Progress = Callable[[int], None]
-SLAB = 4 << 20
-_EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
 # of a window (llama.cpp has none).
@@ -60,8 +60,8 @@ class _Pair:
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
     `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
-    chose codes of this grid together, by the `moments` of the inputs and perhaps the `outputs`, those of gradients,
-    where they are at hand.
+    chose codes together, by the `moments` of the inputs and perhaps the `outputs`, those of gradients, where they are
+    at hand.
     """
 
     name: str
@@ -69,7 +69,7 @@ class _Pair:
     target: LazyTensor
     joined: bool
     weighted: bool = False
-    together: Grid | None = None
+    together: bool = False
     moments: Moments | None = None
     outputs: Moments | None = None
 
@@ -127,7 +127,7 @@ def _pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[_Pair], list[
 
 def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, calibration: Path | None) -> list[_Pair]:
     """The pairs, those whose codes were chosen together marked so. Raises PlanError for another calibration's file."""
-    made_with = target.index.settings.get(CALIBRATION)
+    made_with = chosen_by(target.index.settings)
     if calibration and made_with != imatrix.read(calibration).sha256:
         raise PlanError(f"{target.index.where}: was made with another calibration than {calibration}, or without one.")
     if made_with is None:
@@ -139,11 +139,12 @@ def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, ca
     outputs = _outputs_in(calibration, weights, source) if calibration else {}
 
     def marked(pair: _Pair) -> _Pair:
-        encoding = ENCODINGS.get(pair.target.dtype.name)
-        name = matrices.get(pair.name)
-        if encoding is None or encoding.grid is None or name is None or (moments and name not in moments):
+        type_, name = pair.target.dtype.name, matrices.get(pair.name)
+        has_grid = type_ in SCALED or (type_ in ENCODINGS and ENCODINGS[type_].grid)
+        if not has_grid or name is None or (moments and name not in moments):
             return pair
-        return replace(pair, together=encoding.grid, moments=moments.get(name), outputs=outputs.get(name))
+        found = outputs.get(name) if type_ in ENCODINGS else None
+        return replace(pair, together=True, moments=moments.get(name), outputs=found)
 
     return list(map(marked, pairs))
 
@@ -176,9 +177,9 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), found
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    check = _ScaledCheck(SCALED[encoding], pair.source) if encoding in SCALED else None
     moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
     outputs = damped_moments(pair.outputs, pair.name, damping=0)[0] if pair.outputs else None
+    check = ScaledCheck(SCALED[encoding], pair.source, moments) if encoding in SCALED else None
     unit = check.unit if check else pair.source.rows if pair.outputs else 1
     for start, stop in slabs(pair.source, SLAB, unit):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
@@ -187,12 +188,10 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         error = np.abs(weights - values)
         if pair.joined:
             stored = narrow(values, pair.target.native)
-        if check:
-            bad = check.wrong(weights, values, start, stop)
-        elif pair.together:
-            bad = too_far(pair.together, weights, stored)
-            if moments is not None:
-                bad |= not_the_best(pair.together, weights, stored, moments, outputs)
+        if pair.together:
+            bad = _not_chosen(encoding, check, weights, stored, start, (moments, outputs))
+        elif check:
+            bad = check.wrong(weights, values, start)
         elif encoding in ENCODINGS:
             bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
         else:
@@ -215,41 +214,28 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     return result, Finding(pair.name, what)
 
 
-class _ScaledCheck:
-    """What weights whose scales lie beside them may have become: each group's size is known from all of the source."""
+def _not_chosen(
+    encoding: str,
+    check: ScaledCheck | None,
+    weights: Floats,
+    stored: Array,
+    start: int,
+    known: tuple[Floats | None, Floats | None],
+) -> Bools:
+    """True where rows from `start` on are not what was chosen together for weights, as far as can be told.
 
-    def __init__(self, encoding: Scaled, source: LazyTensor) -> None:
-        self.encoding, self.source = encoding, source
-        self.scales = encoding.scales(sizes_of(encoding, source, SLAB))
-
-    @property
-    def unit(self) -> int:
-        """Rows that are whole groups."""
-        return self.encoding.groups.rows_per_whole_group(self.source.columns)
-
-    def wrong(self, weights: Floats, values: Floats, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """True where a value of rows `start` to `stop` is not what a code stands for, or another code is nearer.
-
-        With the scales e (encoded), d (decoded) and the slack s of a weight's group, all in the weight's own unit, and
-        nearest(x) the number of the code's table nearest to x (without a unit), a weight w may be stored as v where
-
-            v stands for a code     |v - found * d| <= EXACT * |v| + s              found = nearest(v / d)
-            none is nearer          |asked - found| <= |asked - nearest(asked)| + EXACT * |asked|       asked = w / e
-
-        The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told.
-        """
-        groups, nearest = self.encoding.groups, self.encoding.nearest
-        touched = groups.groups_of(start, stop, self.source.columns)
-        numbers = self.scales.encoded, self.scales.decoded, self.scales.slack
-        encoded, decoded, slack = (groups.per_weight(each[touched], weights.shape) for each in numbers)
-        weights = rounded(self.encoding, self.source, weights)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            asked = np.where(encoded > 0, weights / encoded, 0)
-            found = nearest(np.where(decoded != 0, values / decoded, 0))
-        no_code = ~(np.abs(values - found * decoded) <= _EXACT * np.abs(values) + slack)
-        further = ~(np.abs(asked - found) <= np.abs(asked - nearest(asked)) + _EXACT * np.abs(asked))
-        further &= np.abs(decoded) > slack
-        return np.asarray((no_code | further) & ~(np.isnan(weights) & np.isnan(values)))
+    `known` are the damped moments of inputs and of gradients.
+    """
+    moments, outputs = known
+    if check:
+        rows, weights = check.stored(stored, start), rounded(check.encoding, check.source, weights)
+        bad = check.no_code(rows, start)
+    else:
+        grid = ENCODINGS[encoding].grid
+        assert grid
+        rows, bad = taken_apart(grid, stored), np.zeros(weights.shape, np.bool_)
+    bad |= too_far(rows, weights)
+    return bad | not_the_best(rows, weights, moments, outputs) if moments is not None else bad
 
 
 def differs(pair: _Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:

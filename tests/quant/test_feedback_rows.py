@@ -11,14 +11,14 @@ import pytest
 from neoxconv.core.encoding import Context, Encoding, Grid, Moments
 from neoxconv.core.layout import Entry
 from neoxconv.core.tensor import in_memory
-from neoxconv.dtypes import Array, Doubles, Floats
+from neoxconv.dtypes import Array, Bools, Doubles, Floats
 from neoxconv.engine.encode import pieces
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback import rows as by_rows
 from neoxconv.quant.feedback.encode import Factors, factors_of
 from neoxconv.quant.feedback.rows import encode_matrix
-from neoxconv.verify.together import not_the_best
+from neoxconv.verify.together import not_the_best, taken_apart
 from tests.quant.test_feedback import GRIDS, moments_of
 
 ROWS, COLUMNS = 74, 256  # no whole number of batches
@@ -59,6 +59,12 @@ def loss(row: Encoding, stored: Array) -> float:
     return float((slopes(weights, row.decode(stored), inputs, outputs) * errors).sum())
 
 
+def wrong(grid: Grid, stored: Array) -> Bools:
+    """Where verify finds the case's codes not to be the best."""
+    weights, inputs, outputs = case()
+    return not_the_best(taken_apart(grid, stored), weights, inputs.moments, outputs.moments)
+
+
 @cache
 def encoded(name: str) -> Array:
     return encode_matrix(grid_of(ENCODINGS[name]), *case())
@@ -78,25 +84,24 @@ def test_no_single_code_can_be_better_by_trying_each(name: str) -> None:
     weights, inputs, outputs = case()
     grid, stored = grid_of(ENCODINGS[name]), encoded(name)
     codes, scale, least = grid.unpack(stored)
-    values = feedback.values_of(grid, codes, scale, least)
+    values = feedback.values_of(grid.table, codes, scale, least)
     slope = slopes(weights, values, inputs, outputs)
     weight = np.outer(np.diag(outputs.moments), np.diag(inputs.moments)).astype(float)
     total = float((slope * (weights - values)).sum())
     for other in range(len(grid.table)):  # a code alone changes the loss by d^2 O_ii H_jj - 2 d (O E H)_ij
-        change = feedback.values_of(grid, np.full_like(codes, other), scale, least).astype(float) - values
+        change = feedback.values_of(grid.table, np.full_like(codes, other), scale, least).astype(float) - values
         assert (change**2 * weight - 2 * change * slope > -1e-6 * total).all()
-    assert not not_the_best(grid, weights, stored, inputs.moments, outputs.moments).any()
+    assert not wrong(grid, stored).any()
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1"])  # the others' integers and steps cannot be told from their products
 def test_planted_faults_are_seen(name: str) -> None:
-    weights, inputs, outputs = case()
     grid, stored = grid_of(ENCODINGS[name]), encoded(name)
     codes, scale, least = grid.unpack(stored)
     numbers = np.stack([scale, least, np.ones_like(scale), np.ones_like(scale)], -1)
 
-    def found(codes: Array, numbers: Floats) -> Array:
-        return not_the_best(grid, weights, grid.pack(codes, numbers), inputs.moments, outputs.moments)
+    def found(codes: Array, numbers: Floats) -> Bools:
+        return wrong(grid, grid.pack(codes, numbers))
 
     assert not found(codes, numbers).any()
     moved, doubled = codes.copy(), numbers.copy()
@@ -106,9 +111,9 @@ def test_planted_faults_are_seen(name: str) -> None:
     assert found(codes, doubled)[9].any()
     exchanged = stored.copy()
     exchanged[[3, 7]] = exchanged[[7, 3]]
-    assert not_the_best(grid, weights, exchanged, inputs.moments, outputs.moments)[[3, 7]].any(1).all()
-    one_sided = feedback.encode(grid, weights, inputs)
-    assert not_the_best(grid, weights, one_sided, inputs.moments, outputs.moments).any()
+    assert wrong(grid, exchanged)[[3, 7]].any(1).all()
+    weights, inputs, _ = case()
+    assert wrong(grid, feedback.encode(grid, weights, inputs)).any()
 
 
 def test_what_rows_owe_is_that_of_a_factor_in_blocks() -> None:

@@ -285,11 +285,10 @@ def test_gradients_are_of_tokens_from_all_over(tmp_path: Path, monkeypatch: pyte
     rows = np.arange(8)[:, None] + np.zeros((8, 32), int)
     np.save(tmp_path / "tokens.npy", rows)
     seen: list[np.ndarray] = []
-    found = moments.squares_of_gradients
 
     def watched(checkpoint: Any, tokens: np.ndarray, **named: Any) -> Any:
         seen.append(tokens)
-        return found(checkpoint, tokens, **named)
+        return squares_of_gradients(checkpoint, tokens, **named)
 
     monkeypatch.setattr(moments, "_GRADIENT_TOKENS", 4 * 32)
     monkeypatch.setattr(moments, "squares_of_gradients", watched)
@@ -311,6 +310,16 @@ def test_types_are_chosen_without_a_calibration_too(
         assert cli("verify", source, made.parent / "a.gguf") == 0
 
 
+def test_a_matrix_that_no_type_fits_keeps_what_the_mix_gives_it(
+    small: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of 64, but for the MLP's last of 256."""
+    source, made = small
+    words = ("convert", source, made.parent / "a.gguf", "--to", "gguf", "--bits", "9", "--types", "q4_k")
+    assert cli(*words, "--calibration", made, "--dry-run") == 0
+    assert "types by what they cost: 2 Q4_K" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_path: Path) -> None:
     source = little_llama(tmp_path / "llama", tie_word_embeddings=True) if tied else toy(tmp_path, hidden=64)
@@ -319,7 +328,7 @@ def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_pat
     assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
     checkpoint = open_checkpoint(source)
 
-    def types(**asked: str) -> dict[str, str]:
+    def types(**asked: Any) -> dict[str, str]:
         plan = make_plan(checkpoint, Recipe("gguf", calibration=made, bits=8.0, types=("Q4_0", "Q5_0"), **asked))
         return {step.entry.name: step.entry.encoding.name for step in plan.steps if "blk" not in step.entry.name}
 
@@ -327,3 +336,18 @@ def test_types_of_embedding_and_head_are_chosen_or_asked_for(tied: bool, tmp_pat
     assert {name for name in types() if types()[name] == "Q5_0"} == ({head} if tied else matrices)
     assert types(output_type="Q8_0")[head] == "Q8_0"
     assert types(embedding_type="Q8_0")["token_embd.weight"] == "Q8_0"
+
+
+def test_a_tied_matrix_costs_what_both_of_its_uses_do(tmp_path: Path) -> None:
+    source, tokens = little_llama(tmp_path / "llama", tie_word_embeddings=True), np.arange(64).reshape(2, 32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    made = tmp_path / "cal.gguf"
+    assert cli("calibrate", source, "-o", made, "--tokens", tmp_path / "tokens.npy", "--gradients") == 0
+    checkpoint = open_checkpoint(source)
+    shapes = {entry.name: entry.tensor.shape for entry in gguf_entries(checkpoint, Recipe("gguf"))}
+    both = gradients_in(made, shapes)["token_embd.weight"]
+    found = squares_of_gradients(checkpoint, tokens)
+    uses = [found[name] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    expected = sum(each.rows.sum() * each.columns.sum() for each in uses)
+    assert both.rows.sum() * both.columns.sum() == pytest.approx(expected, rel=1e-4)
+    assert all(each.rows.sum() * each.columns.sum() > 0.01 * expected for each in uses)

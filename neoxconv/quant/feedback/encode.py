@@ -4,13 +4,15 @@ With H = R R^T, R upper, and A[j, k] = R[j, k] / R[k, k] for j < k, rounding col
 
     Q_k = the nearest to W_k + sum over j < k of (W_j - Q_j) A[j, k]
 
-is GPTQ (arXiv 2210.17323) without its inverse; it is LDLQ of QuIP (arXiv 2307.13304), there proved equal. Scales are
-found on the weights as they are asked for by then, group of columns after group. Afterwards every code in turn becomes
-the best one given all the others, which lowers tr(E H E^T) until no change does, or for `_PASSES` passes.
+is GPTQ (arXiv 2210.17323) without its inverse; it is LDLQ of QuIP (arXiv 2307.13304), there proved equal. The scales
+of block types are found on the weights as they are asked for by then, group of columns after group; those that lie
+beside the codes are known before. Afterwards every code in turn becomes the best one given all the others, which lowers
+tr(E H E^T) until no change does, or for `_PASSES` passes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +25,12 @@ from neoxconv.errors import CheckpointError
 # held-out loss (docs/numerics.md).
 DAMPING = 0.05
 _PASSES = 100  # of the descent at most; 20 to 40 end it (benchmarks/feedback.py)
+_GROUP = 64  # columns at a time where scales are known before
 _BAND = 256  # columns of a product at a time, so that the operands stay in a cache
+
+
+# Scales and least weights of columns from one number to another, given what is asked for of these; each [n, blocks].
+_Find = Callable[[Floats, int, int], tuple[Floats, Floats]]
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,35 @@ def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
     """Rows [n, columns] as stored rows of the grid's type."""
     weights = finite(rows)
     codes, numbers = fed(grid, weights, factors)
-    descended(grid, weights, codes, numbers, factors.moments)
+    scale, least = scales(numbers)
+    descended(grid.table, weights, codes, (scale, least), factors.moments)
     return grid.pack(codes, numbers)
 
 
+def matters(moments: Floats) -> Floats:
+    """How much errors in each column [columns] matter to scales that are found before codes, from damped moments.
+
+    It is the root of H's diagonal. The diagonal itself, and all alike, are worse (docs/numerics.md).
+    """
+    return np.asarray(np.sqrt(np.diag(moments)), np.float32)
+
+
+def choose(table: Floats, rows: Floats, scale: Floats, factors: Factors) -> Bytes:
+    """Codes [n, columns], places in an ascending table, of rows whose scale is known for every weight [n, columns]."""
+    weights, scale = finite(rows), np.ascontiguousarray(scale)
+    known = scale, np.zeros_like(scale)
+
+    def find(asked: Floats, start: int, stop: int) -> tuple[Floats, Floats]:
+        own, least = (np.ascontiguousarray(each[:, start:stop]) for each in known)
+        return own, least
+
+    codes = _chosen(table, weights, factors, _GROUP, find)
+    descended(table, weights, codes, known, factors.moments)
+    return codes
+
+
 def finite(rows: Floats) -> Floats:
-    """Rows with 0 in place of what is no number."""
+    """Rows with zeros for what is no number."""
     return np.where(np.isfinite(rows), rows, np.float32(0)).astype(np.float32)
 
 
@@ -85,46 +115,54 @@ def scales(numbers: Floats) -> tuple[Floats, Floats]:
 
 
 def fed(grid: Grid, weights: Floats, factors: Factors) -> tuple[Bytes, Floats]:
-    """Codes [n, columns] by feedback, and numbers [n, blocks, 4]."""
+    """Codes [n, columns] by feedback, and numbers [n, blocks, 4], found as the columns' turn comes."""
+    numbers = np.empty((len(weights), weights.shape[1] // grid.block, 4), np.float32)
+
+    def find(asked: Floats, start: int, stop: int) -> tuple[Floats, Floats]:
+        blocks = slice(start // grid.block, stop // grid.block)
+        numbers[:, blocks] = grid.find(asked, factors.importance[start:stop])
+        return scales(numbers[:, blocks])
+
+    return _chosen(grid.table, weights, factors, grid.group, find), numbers
+
+
+def _chosen(table: Floats, weights: Floats, factors: Factors, group: int, find: _Find) -> Bytes:
+    """Codes [n, columns] by feedback, `group` columns at a time."""
     from neoxconv.quant.feedback.kernels import add_product, feed
 
-    count, columns = weights.shape
-    codes = np.empty(weights.shape, np.uint8)
-    numbers = np.empty((count, columns // grid.block, 4), np.float32)
-    errors = np.empty(weights.shape, np.float32)
-    for start in range(0, columns, grid.group):
-        stop = start + grid.group
-        blocks = slice(start // grid.block, stop // grid.block)
+    columns = weights.shape[1]
+    codes, errors = np.empty(weights.shape, np.uint8), np.empty(weights.shape, np.float32)
+    for start in range(0, columns, group):
+        stop = min(start + group, columns)
         own = np.ascontiguousarray(weights[:, start:stop])
         asked, chosen, wrong = own.copy(), np.empty(own.shape, np.uint8), np.empty_like(own)
         add_product(asked, errors[:, :start], np.ascontiguousarray(factors.ahead[:start, start:stop]))
-        numbers[:, blocks] = grid.find(asked, factors.importance[start:stop])
-        scale, least = scales(numbers[:, blocks])
-        feed(asked, own, scale, least, grid.table, factors.ahead[start:stop, start:stop].copy(), chosen, wrong)
+        scale, least = find(asked, start, stop)
+        feed(asked, own, scale, least, table, factors.ahead[start:stop, start:stop].copy(), chosen, wrong)
         codes[:, start:stop], errors[:, start:stop] = chosen, wrong
-    return codes, numbers
+    return codes
 
 
-def descended(grid: Grid, weights: Floats, codes: Bytes, numbers: Floats, moments: Floats) -> None:
-    """Bring the codes to where no single change lowers the error, or near it."""
+def descended(table: Floats, weights: Floats, codes: Bytes, scales: tuple[Floats, Floats], moments: Floats) -> None:
+    """Bring the codes to where no single change lowers the error, or near it; `scales` are scales and least weights."""
     from neoxconv.quant.feedback.kernels import descend
 
-    scale, least = scales(numbers)
+    scale, least = scales
     moving = np.ones((len(weights), 2), np.bool_)
-    slopes = slopes_of(weights - values_of(grid, codes, scale, least), moments)
+    slopes = slopes_of(weights - values_of(table, codes, scale, least), moments)
     for _ in range(_PASSES):
         moving[:, 1] = False
         for start in range(0, weights.shape[1], _BAND):
             stop = min(start + _BAND, weights.shape[1])
-            descend(moments, scale, grid.table, codes, slopes, moving, start, stop)
+            descend(moments, scale, table, codes, slopes, moving, start, stop)
         moving[:, 0] = moving[:, 1]
         if not moving.any():
             break
 
 
-def values_of(grid: Grid, codes: Bytes, scale: Floats, least: Floats) -> Floats:
+def values_of(table: Floats, codes: Bytes, scale: Floats, least: Floats) -> Floats:
     """What codes [n, columns] stand for, with the scales and least weights [n, blocks]."""
-    values = grid.table[codes].reshape(*scale.shape, grid.block) * scale[..., None] - least[..., None]
+    values = table[codes].reshape(*scale.shape, -1) * scale[..., None] - least[..., None]
     return np.asarray(values, np.float32).reshape(codes.shape)
 
 

@@ -124,8 +124,8 @@ def descend_rows(
     """One pass over rows [b, n] that belong together, one after the other.
 
     `slopes` [b, n] are those of `descend` with what all other rows get wrong in them: `pulls` [b, b], of diagonal 1,
-    says how much of a change of row k's own slopes comes to row i's. `changes` [b, n] become those own changes; they are
-    zero for a row none of whose codes changed.
+    says how much of a change of row k's own slopes comes to row i's. `changes` [b, n] become those own changes, zero
+    for a row none of whose codes changed.
     """
     moving = np.ones((1, 2), np.bool_)
     for r in range(slopes.shape[0]):

@@ -39,8 +39,9 @@ def _fed_by_rows(grid: Grid, weights: Floats, inputs: Factors, ahead: Floats) ->
         batch = slice(start, start + _FED)
         asked = weights[batch] + _owed(ahead, errors, start)
         codes[batch], numbers[batch] = fed(grid, asked, inputs)
-        descended(grid, asked, codes[batch], numbers[batch], inputs.moments)
-        errors[batch] = weights[batch] - values_of(grid, codes[batch], *scales(numbers[batch]))
+        known = scales(numbers[batch])
+        descended(grid.table, asked, codes[batch], known, inputs.moments)
+        errors[batch] = weights[batch] - values_of(grid.table, codes[batch], *known)
     return codes, numbers
 
 
@@ -67,7 +68,7 @@ def _descended_by_rows(
     from neoxconv.quant.feedback.kernels import add_product, descend_rows
 
     scale, least = scales(numbers)
-    slopes = slopes_of_matrix(weights - values_of(grid, codes, scale, least), moments, outputs)
+    slopes = slopes_of_matrix(weights - values_of(grid.table, codes, scale, least), moments, outputs)
     for _ in range(_PASSES):
         moving = False
         for start in range(0, len(weights), _BATCH):

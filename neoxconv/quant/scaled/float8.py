@@ -167,6 +167,18 @@ def _nearest(form: Float8Form, shares: Floats) -> Floats:
     return decode(form, encode(form, shares * np.float32(form.largest))) / np.float32(form.largest)
 
 
+def _finite(form: Float8Form) -> tuple[Floats, Bytes]:
+    """The numbers of the form, ascending, and the code of each."""
+    values = table(form)
+    numbers, codes = np.unique(values[np.isfinite(values)], return_index=True)
+    return numbers, np.flatnonzero(np.isfinite(values))[codes].astype(np.uint8)
+
+
+def _pack(form: Float8Form, places: Bytes) -> Bytes:
+    """Codes of their places among the numbers."""
+    return _finite(form)[1][places]
+
+
 def encoding(form: Float8Form) -> Encoding:
     """The row of the table of encodings for numbers on their own."""
     return Encoding(
@@ -192,6 +204,8 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         decode=partial(_decode_scaled, form, by_row),
         nearest=partial(_nearest, form),
         scales=partial(scales, form),
+        table=_finite(form)[0] / np.float32(form.largest),
+        pack=partial(_pack, form),
         bound=form.scaled_bound,
     )
 

@@ -33,6 +33,7 @@ STATE = "weight.quant_state.bitsandbytes__"  # and the kind
 _LONGEST = 24  # characters of a float32 in JSON
 _CHUNK = 4096 * NESTED  # scales that are nested at a time
 _STEPS = 65536  # bitsandbytes looks the nearest number of a nested table up on a grid of so many points
+_TRIED = np.linspace(0.7, 1.1, 17, dtype=np.float32)  # of a block's largest weight, as its scale
 WIDEST = 0.0142  # the largest distance of two neighbours in the nested table: a step that rounding may decide
 
 
@@ -62,6 +63,12 @@ class _FourBitForm:
         """The numbers halfway between neighbours."""
         rising = self.values[self.order]
         return (rising[:-1] + rising[1:]) / np.float32(2)
+
+    @property
+    def distinct(self) -> tuple[Floats, Bytes]:
+        """The numbers of the table, ascending, each once, and the code of each."""
+        numbers, codes = np.unique(self.values, return_index=True)
+        return numbers, codes.astype(np.uint8)
 
     @property
     def bound(self) -> Bound:
@@ -249,6 +256,25 @@ def scales(form: _FourBitForm, sizes: Floats) -> Scales:
     return Scales(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
 
 
+def suited(form: _FourBitForm, rows: Floats, matters: Floats) -> Floats:
+    """The scale [blocks] with which the blocks' nearest codes err least, of a few for each; errors are squared and
+    weighted by how much their columns matter [columns]."""
+    from neoxconv.quant.scaled.kernels import fit_sizes
+
+    blocks = whole_blocks(rows, BLOCK)
+    sizes = largest(blocks)
+    fit_sizes(blocks, whole_blocks(np.broadcast_to(matters, rows.shape), BLOCK), form.distinct[0], _TRIED, sizes)
+    return sizes
+
+
+def pack(form: _FourBitForm, places: Bytes) -> Bytes:
+    """Bytes of two codes, flat, of places [n, columns] in the ascending table."""
+    numbers, order = form.distinct
+    codes = order[places].reshape(-1)
+    codes = np.append(codes, order[numbers == 0][: codes.size % 2])  # as bitsandbytes fills a last byte up
+    return np.asarray(codes[::2] << 4 | codes[1::2], np.uint8)
+
+
 def _nearest(form: _FourBitForm, shares: Floats) -> Floats:
     """The numbers of the table that are nearest."""
     return form.values[form.order][np.searchsorted(form.middles, shares)]
@@ -266,6 +292,9 @@ def scaled(form: _FourBitForm) -> Scaled:
         decode=partial(decode, form),
         nearest=partial(_nearest, form),
         scales=partial(scales, form),
+        table=form.distinct[0],
+        suited=partial(suited, form),
+        pack=partial(pack, form),
         bound=form.bound,
         rounded=lambda native: native,
     )

@@ -17,7 +17,7 @@ import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import F16, F32, I8, U8, Array, DType, Floats
+from neoxconv.dtypes import F16, F32, I8, U8, Array, Bytes, DType, Floats
 from neoxconv.quant.scaled.groups import RowGroups
 
 _LEVELS = 127
@@ -63,6 +63,11 @@ def scales(sizes: Floats) -> Scales:
     return Scales(sizes, sizes, np.zeros_like(sizes))
 
 
+def _pack(places: Bytes) -> Array:
+    """Codes of their places among all of them."""
+    return (places.astype(np.int16) - _LEVELS).astype(np.int8)
+
+
 INT8 = Scaled(
     name="INT8",
     dtype=DType("INT8", 1, 1, np.dtype("<f4")),
@@ -73,6 +78,8 @@ INT8 = Scaled(
     decode=decode,
     nearest=_nearest,
     scales=scales,
+    table=np.arange(-_LEVELS, _LEVELS + 1, dtype=np.float32) / np.float32(_LEVELS),
+    pack=_pack,
     bound=Bound(0.5 / _LEVELS, "row's largest"),
     rounded=lambda native: F16,
 )

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import ONE, ZERO, f32, i32, kernel, u8, u32
+from neoxconv.quant.kernels import HALF, INFINITY, ONE, ZERO, f32, i32, kernel, u8, u32
 
 SIZE = u32(0x7FFFFFFF)  # the bits of a float32 without its sign
 _ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
@@ -44,6 +44,37 @@ def nearest_codes(blocks: Floats, sizes: Floats, middles: Floats, order: Bytes, 
             ranks[i] = rank
         for j in range(out.size):
             out[j] = u8(order[ranks[2 * j]] << 4) | order[ranks[2 * j + 1]]
+
+
+@kernel
+def fit_sizes(blocks: Floats, matters: Floats, table: Floats, tried: Floats, sizes: Floats) -> None:
+    """Multiply sizes [n], the largest weights of blocks [n, k], each by one of the numbers `tried`.
+
+    It is the one with which nearest codes, which stand for the ascending `table` times the size, err least: squares
+    times what `matters` [n, k]. Of two that are as good the first wins; what is not finite stays as it is.
+    """
+    count, width = blocks.shape
+    middles = (table[:-1] + table[1:]) * HALF
+    places = np.empty(width, np.int32)
+    shares = np.empty(width, np.float32)
+    for b in range(count):
+        inverse = ONE / max(sizes[b], _TINY)
+        row, best, chosen = blocks[b], INFINITY, ONE
+        for i in range(row.size):
+            shares[i] = row[i] * inverse
+        for t in range(tried.size):
+            for i in range(shares.size):
+                place = i32(0)
+                for k in range(middles.size):
+                    place += i32(shares[i] > middles[k] * tried[t])
+                places[i] = place
+            wrong = ZERO
+            for i in range(shares.size):
+                error = shares[i] - table[places[i]] * tried[t]
+                wrong += error * error * matters[b, i]
+            if wrong < best:
+                best, chosen = wrong, tried[t]
+        sizes[b] *= chosen
 
 
 @kernel

@@ -139,21 +139,44 @@ def calibrate(
     gradients = gradients or outputs
     layers, matrices = inputs_of(checkpoint), _matrices(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
-    last = next(w for w in reversed(matrices) if not w.linear)  # the head, or the embedding that is one
+    last = next(weight for weight in reversed(matrices) if not weight.linear)  # the head, or the embedding that is one
     head = _head_inputs(checkpoint, last, gradients)
     inputs = (*(each for layer in layers for each in layer.values()), *head)
     extents = _extents(checkpoint, matrices) if gradients else {}
     rows = {weight.gguf: extents[weight.gguf][0] for weight in matrices if weight.linear and outputs}
     writer = Writer(partial, inputs, keys, tokens.size, extents, rows)
     state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients, "outputs": outputs}))
+    square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress), {}
+    if gradients:
+        found = _backward(checkpoint, tokens, writer, device, progress)
+        if last.role == _EMBEDDING:
+            found, square = _of_tied(checkpoint, found, square)
+    for each in head:
+        writer.add(each, square)
+    writer.finish({weight.gguf: _in_order(found[weight.unified], weight, checkpoint) for weight in matrices if found})
+    os.replace(partial, path)
+    beside.unlink()
+    return sum(len(each.names) for each in inputs)
+
+
+def _forward(
+    checkpoint: Checkpoint,
+    layers: Sequence[dict[str, Inputs]],
+    tokens: Numbers,
+    writer: Writer,
+    state: Progress,
+    device: str,
+    progress: Callable[[int], None],
+) -> Floats:
+    """Write the moments of every layer from the first that is not done; returns those of what the head multiplies."""
     with running(tokens, device) as (pool, ids):
         sums = _Sums({}, device)
         model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
-        if (known := state.load(device)) and partial.exists():
+        if (known := state.load(device)) and writer.path.exists():
             done, streams, writer.digests = known
             progress(done)
         else:
-            _refuse_strangers(partial, beside)
+            _refuse_strangers(writer.path, state.path)
             done, streams = 0, model.embed(ids)
             writer.begin()
         for number in range(done, len(layers)):
@@ -164,16 +187,8 @@ def calibrate(
             state.save(number + 1, streams, writer.digests)
             progress(1)
         normed = model.final(streams)[0].flatten(0, 1)
-        square = (normed.T @ normed / tokens.size).cpu().numpy()
-    found = _backward(checkpoint, tokens, writer, device, progress) if gradients else {}
-    if found and last.role == _EMBEDDING:
-        found, square = _of_tied(checkpoint, found, square)
-    for each in head:
-        writer.add(each, square)
-    writer.finish({weight.gguf: _in_order(found[weight.unified], weight, checkpoint) for weight in matrices if found})
-    os.replace(partial, path)
-    beside.unlink()
-    return sum(len(each.names) for each in inputs)
+        square: Floats = (normed.T @ normed / tokens.size).cpu().numpy()
+        return square
 
 
 def _backward(
