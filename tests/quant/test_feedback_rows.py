@@ -19,8 +19,8 @@ from neoxconv.quant.feedback import rows as by_rows
 from neoxconv.quant.feedback.encode import Factors, factors_of
 from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.verify.together import not_the_best, taken_apart
-from tests.quant.test_feedback import GRIDS, moments_of
 
+GRIDS = [row for row in ENCODINGS.values() if row.grid]
 ROWS, COLUMNS = 74, 256  # no whole number of batches
 
 
@@ -28,6 +28,11 @@ def mixed(rng: np.random.Generator, count: int, size: int) -> Floats:
     """Vectors [count, size] that go together: a few directions have most."""
     mixing = rng.standard_normal((size, size)) * np.exp(-np.arange(size) / 12)[:, None]
     return (rng.standard_normal((count, size)) @ mixing + 0.3 * rng.standard_normal((count, size))).astype(np.float32)
+
+
+def moments_of(vectors: Floats) -> Moments:
+    square = (vectors.T @ vectors / np.float32(len(vectors))).astype(np.float32)
+    return Moments(len(square), "", square.copy)
 
 
 def factors(vectors: Floats) -> Factors:
