@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -123,13 +124,19 @@ def causal_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
 
 def llama_logits(gguf: Path, tokens: Tokens) -> Logits:
     """Run a GGUF file through llama.cpp on the CPU, one sequence at a time, and return the logits of every position."""
+    return np.stack([*llama_sequences(gguf, tokens)])
+
+
+def llama_sequences(gguf: Path, tokens: Tokens) -> Iterator[Logits]:
+    """The same, each sequence's [time, vocab] when it is asked for."""
     llama = program("llama_cpp")
     from neoxconv.verify.logits.programs import llama_model, one_sequence
 
     llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
     model = llama_model(llama, gguf)
     try:
-        return np.stack([one_sequence(llama, model, row) for row in np.asarray(tokens, np.int64)])
+        for row in np.asarray(tokens, np.int64):
+            yield one_sequence(llama, model, row)
     finally:
         llama.llama_model_free(model)
 
@@ -147,12 +154,18 @@ def llama_quantize(
     threads: int = 2,
     imatrix: dict[str, npt.NDArray[np.float32]] | None = None,
     dry_run: bool = False,
+    settings: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Write `dst_gguf` as llama-quantize does; `ftype` is a name such as Q4_K_M or its number."""
+    """Write `dst_gguf` as llama-quantize does; `ftype` is a name such as Q4_K_M or its number.
+
+    `settings` are further fields of its parameters by name.
+    """
     llama = program("llama_cpp")
     wanted = llama.llama_model_quantize_default_params()
     wanted.ftype = ftype if isinstance(ftype, int) else llama_ftype(llama, ftype)
     wanted.nthread, wanted.dry_run = threads, dry_run
+    for name, value in settings.items():
+        setattr(wanted, name, value)
     rows = [(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
             for name, values in (imatrix or {}).items()]  # fmt: skip
     entries = (llama.llama_model_imatrix_data * (len(rows) + 1))(*rows)  # one without a name ends the list

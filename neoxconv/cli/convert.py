@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ def prepare(source: Place, target: Place, given: Given) -> _Request:
     reading = chosen(Reading, given)
     checkpoint = opened(source, reading)
     target = engine.as_target(target)
-    _check_apart(checkpoint, source, target)
+    _check_apart(checkpoint, source, target, (recipe.imatrix, recipe.calibration))
     conversion = engine.prepare(
         make_plan(checkpoint, recipe),
         target,
@@ -203,8 +203,8 @@ def prepare(source: Place, target: Place, given: Given) -> _Request:
     return _Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
 
 
-def _check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
-    """Raise PlanError where making the target would write into the source, or replace a folder that holds it."""
+def _check_apart(checkpoint: Checkpoint, source: Place, target: Place, read: Sequence[Place | None]) -> None:
+    """Raise PlanError where making the target would write into the source, or replace it or what else is `read`."""
     index = checkpoint.index
     folders = [source] if source.is_dir() else []
     folders += [] if index.single else [index.folder]
@@ -213,3 +213,5 @@ def _check_apart(checkpoint: Checkpoint, source: Place, target: Place) -> None:
             raise PlanError(f"{made}: lies in the source {folder.resolve()}; give a target outside of it.")
         if any(holds(made, file.storage.path) for file in index.files):
             raise PlanError(f"{made}: holds the source {source}; give a target outside of it.")
+        if file := next((file for file in read if file and holds(made, file)), None):
+            raise PlanError(f"{made}: would replace {file}, which is read; give another name.")

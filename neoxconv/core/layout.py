@@ -16,8 +16,10 @@ from neoxconv.core.encoding import Context, Encoding, Grid, Part, Scaled
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Array, Floats
 
-FACTORS = 20  # bytes for each number of second moments while they are read and factored
-_WHOLE = 28  # bytes for each weight of a matrix that is encoded as a whole
+FEEDBACK_ROWS = 256  # of a matrix at a time where codes are chosen together: the more, the more use of what is fetched
+FACTORS = 8  # bytes for each number of second moments: as they are, and their factor
+_FEEDBACK = 48  # bytes for each of the weights whose codes are being chosen (measured: docs/numerics.md)
+_WHOLE = 36  # the same where rows are chosen together too
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,19 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
-        context = self.context or Context()
-        factors = FACTORS * self.tensor.columns**2 if context.moments else 0
-        if isinstance(self.encoding, Scaled):  # and with factors the scales as they are read back
-            return factors + (3 if factors else 2) * 4 * self.encoding.count_groups(self.tensor)
-        if context.outputs:
-            factors += FACTORS * self.tensor.rows**2 + _WHOLE * self.tensor.rows * self.tensor.columns
-        return factors
+        groups = 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+        if self.context is None or self.context.moments is None:
+            return 2 * groups
+        rows, columns = self.tensor.rows, self.tensor.columns
+        if self.context.outputs:
+            return FACTORS * (columns**2 + rows**2) + _WHOLE * columns * rows
+        feedback = FACTORS * columns**2 + _FEEDBACK * columns * min(FEEDBACK_ROWS, rows)
+        return feedback + 3 * groups  # their scales are kept as they are read back, too
+
+    @property
+    def shares(self) -> str:
+        """What it has in common with other entries, whose steps then follow each other; else its name."""
+        return self.context.moments.digest if self.context and self.context.moments else self.name
 
 
 def in_groups(entries: Iterable[Entry], size: int) -> list[list[Entry]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neoxconv.core.encoding import Encoding, Moments, Scaled
-from neoxconv.core.layout import Entry
+from neoxconv.core.layout import FEEDBACK_ROWS, Entry
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
 from neoxconv.quant import floats
@@ -16,9 +16,9 @@ from neoxconv.quant.bands import bands, sizes_of
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import factors_of
 from neoxconv.quant.feedback.rows import encode_matrix
+from neoxconv.quant.feedback.shared import SHARED
 
 _LARGEST_HALF = 65504
-_FEEDBACK_SLAB = 8 << 20  # bytes: the more rows, the more use is made of factors that were fetched from memory
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def _encoder_of(entry: Entry, encoding: Encoding, slab: int) -> tuple[_Encoder, 
         return encoding.encode, slab
     if context.moments is None or grid is None:
         return lambda rows: search(rows, context), slab
-    factors = factors_of(context.moments, entry.name)
+    factors = SHARED.of(context.moments, entry.name)
     if context.outputs:
         outputs = factors_of(context.outputs, entry.name, damping=0)
         return lambda rows: encode_matrix(grid, rows, factors, outputs), 4 * entry.tensor.rows * entry.tensor.columns
-    return lambda rows: feedback.encode(grid, rows, factors), max(slab, _FEEDBACK_SLAB)
+    return lambda rows: feedback.encode(grid, rows, factors), 4 * entry.tensor.columns * FEEDBACK_ROWS
 
 
 def _plain_piece(entry: Entry, encoding: Encoding, rows: Array, encoder: _Encoder) -> _Piece:
@@ -107,10 +107,10 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece
 def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int) -> Iterator[_Piece]:
     """The same with codes that are chosen together, for the scales as they are read back."""
     tensor, groups = entry.tensor, encoding.groups
-    factors = factors_of(moments, entry.name)
+    factors = SHARED.of(moments, entry.name)
     sizes = sizes_of(encoding, tensor, slab, feedback.matters(factors.moments))
     scales = encoding.scales(sizes).decoded
-    for start, values in bands(encoding, tensor, max(slab, _FEEDBACK_SLAB)):
+    for start, values in bands(encoding, tensor, 4 * tensor.columns * FEEDBACK_ROWS):
         scale = groups.per_weight(scales[groups.groups_of(start, start + len(values), tensor.columns)], values.shape)
         codes = encoding.pack(feedback.choose(encoding.table, values, scale, factors))
         yield _Piece(0, _as_bytes(codes), nonfinite(values, F32))

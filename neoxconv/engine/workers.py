@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.plan import Step
 from neoxconv.engine.steps import Digests, Progress, Work, run_step
+from neoxconv.quant.feedback.shared import SHARED
 
 Submit = Callable[[Step], Future[Digests]]
 
@@ -25,19 +26,22 @@ class Crew:
 @contextmanager
 def threads(work: Work, jobs: int) -> Iterator[Submit]:
     """What gives steps to threads of this process, which stop when it is left."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            yield lambda step: pool.submit(run_step, work, step)
-        finally:
-            work.stop.set()
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                yield lambda step: pool.submit(run_step, work, step)
+            finally:
+                work.stop.set()
+    finally:
+        SHARED.forget()
 
 
 def run_steps(steps: Sequence[Step], submit: Submit, journal: Journal, done: Progress = lambda count: None) -> Digests:
     """The digests of all slots, each noted as soon as its step is done, whose bytes `done` is then told.
 
-    The largest steps start first, so that none is left alone at the end.
+    The largest steps start first, so that none is left alone at the end, each with those that share something with it.
     """
-    futures = {submit(step): step.nbytes for step in sorted(steps, key=lambda step: -step.nbytes)}
+    futures = {submit(step): step.nbytes for step in in_order(steps)}
     digests: Digests = {}
     try:
         for future in as_completed(futures):
@@ -49,3 +53,11 @@ def run_steps(steps: Sequence[Step], submit: Submit, journal: Journal, done: Pro
         for future in futures:
             future.cancel()
     return digests
+
+
+def in_order(steps: Sequence[Step]) -> list[Step]:
+    """The largest steps first, each followed by those that share something with it."""
+    sharing: dict[str, list[Step]] = {}
+    for step in sorted(steps, key=lambda step: -step.nbytes):
+        sharing.setdefault(step.entry.shares, []).append(step)
+    return [step for group in sharing.values() for step in group]

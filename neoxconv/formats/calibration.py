@@ -7,6 +7,7 @@
     NAME.outputs [rows (rows + 1) / 2]         E[g g^T], damped, in the same way, where it was asked for
     neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
     neoxconv.outputs.of, .sha256               for each of the names that have some: the digest of its outputs
+    neoxconv.source                            the digest of the source that it was made of
 
 The file is written layer after layer. Its size is known before the first, and a run that was interrupted goes on.
 Until gradients are known, nan stands for them.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import numpy as np
 
 from neoxconv.core.encoding import Gradients, Moments, copied
 from neoxconv.core.layout import Entry, FileLayout
+from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import F32, Floats
-from neoxconv.errors import CheckpointError
+from neoxconv.dtypes import F32, Array, Floats
+from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.gguf import write as gguf_write
 from neoxconv.formats.imatrix import COUNTS, SUMS, numbers
@@ -38,6 +40,9 @@ _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256
 _OUTPUTS = ".outputs"
 _OUTPUTS_OF, _OUTPUTS_SHA256 = (f"neoxconv.outputs.{name}" for name in ("of", "sha256"))
 _GRADIENT, _GRADIENT_INPUTS = ".gradient", ".gradient_inputs"
+SOURCE = "neoxconv.source"
+_BAND = 16 << 20  # bytes of moments that are written at a time
+_TURNED = 64  # rows of moments that are copied to the other side of the diagonal at a time
 _UNKNOWN = "0" * 64  # a digest that is not known yet
 
 
@@ -64,10 +69,11 @@ def triangle(side: int) -> int:
 
 
 class Writer:
-    """A calibration that is written input after input, at `path`: `begin`, `add` for each, `finish`.
+    """A calibration that is written input after input, at `path`: `begin` or `resume`, `add` for each, `finish`.
 
     `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name; `outputs`: rows of those
-    with second moments of gradients, which `add_outputs` writes.
+    with second moments of gradients. Nobody else may write the file meanwhile. Raises OSError where the disk does not
+    take it.
     """
 
     def __init__(
@@ -81,13 +87,19 @@ class Writer:
     ) -> None:
         self.path, self.inputs, self.keys, self.tokens, self.gradients = path, inputs, keys, tokens, gradients
         self.outputs = outputs
-        self.digests = dict.fromkeys([each.owner + _MOMENTS for each in inputs], _UNKNOWN)
-        self.digests |= dict.fromkeys([name + _OUTPUTS for name in outputs], _UNKNOWN)
+        triangles = [each.owner + _MOMENTS for each in inputs] + [name + _OUTPUTS for name in outputs]
+        self.digests = dict.fromkeys(triangles, _UNKNOWN)
+        self.descriptor = -1
+
+    @property
+    def names(self) -> list[str]:
+        """Of all the matrices."""
+        return [name for each in self.inputs for name in each.names]
 
     def layout(self) -> FileLayout:
         """Where everything lies; of the same size whatever the digests are."""
         entries = [_vector(name + SUMS, each.columns) for each in self.inputs for name in each.names]
-        entries += [_vector(name + COUNTS, 1) for each in self.inputs for name in each.names]
+        entries += [_vector(name + COUNTS, 1) for name in self.names]
         for name, (rows, columns) in self.gradients.items():
             entries += [_vector(name + _GRADIENT, rows), _vector(name + _GRADIENT_INPUTS, columns)]
         entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
@@ -99,61 +111,105 @@ class Writer:
             _SHA256: [self.digests[owner + _MOMENTS] for owner in owners.values()],
         }
         if self.outputs:
-            told |= {
-                _OUTPUTS_OF: list(self.outputs),
-                _OUTPUTS_SHA256: [self.digests[name + _OUTPUTS] for name in self.outputs],
-            }
+            digests = [self.digests[name + _OUTPUTS] for name in self.outputs]
+            told |= {_OUTPUTS_OF: list(self.outputs), _OUTPUTS_SHA256: digests}
         (file,) = gguf_write.layout("calibration", {"general.type": "imatrix", **self.keys, **told}, entries, None)
         return file
 
-    def begin(self) -> None:
-        """Make the file, without what is still to come."""
-        with open(self.path, "wb") as stream:
-            stream.truncate(self.layout().size)
+    def begin(self, *, again: bool) -> None:
+        """Make the file, without what is still to come. Raises OSError where there is one, unless it is ours."""
+        self.descriptor = self._taken(os.O_CREAT if again else os.O_CREAT | os.O_EXCL)
+        self.digests = dict.fromkeys(self.digests, _UNKNOWN)
+        os.truncate(self.descriptor, 0)
+        os.truncate(self.descriptor, self.layout().size)
         nothing = Gradients(np.array([np.nan], np.float32), np.array([np.nan], np.float32))
         self._write(_named(dict.fromkeys(self.gradients, nothing)))
 
-    def add(self, each: Inputs, moments: Floats) -> None:
-        """Write the second moments [columns, columns] of inputs. Raises CheckpointError where they are not finite."""
-        if not np.isfinite(moments).all():
-            raise CheckpointError(
-                f"{self.path}: what {each.owner} is multiplied with is not finite; check the weights."
-            )
-        sums = (np.diag(moments).astype(np.float64) * self.tokens).astype(np.float32)
-        found = self._packed(each.owner + _MOMENTS, moments)
+    def resume(self, digests: Mapping[str, str]) -> bool:
+        """Go on with a file in which moments have these digests; False where it cannot be the one that was begun."""
+        if set(digests) != set(self.digests) or not self.path.is_file() or self.path.is_symlink():
+            return False
+        if self.path.stat().st_size != self.layout().size:
+            return False
+        self.descriptor, self.digests = self._taken(), dict(digests)
+        return True
+
+    def _taken(self, flags: int = 0) -> int:
+        """The file, open and locked; raises PlanError where another process has it. Links are not followed."""
+        import fcntl
+
+        descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise PlanError(f"{self.path}: another run is at work there; wait until it ends, or stop it.") from error
+        except OSError:  # a file system without locks
+            pass
+        return descriptor
+
+    def add(self, each: Inputs, sums: Floats) -> None:
+        """Write the second moments of inputs, of sums over tokens [columns, columns], whose upper triangle is read.
+
+        Raises CheckpointError where they are not finite.
+        """
+        self._add(each.owner + _MOMENTS, sums, self.tokens, f"what {each.owner} is multiplied with is")
+        told: dict[str, Floats] = {}
         for name in each.names:
-            found |= {name + SUMS: sums, name + COUNTS: np.array([self.tokens], np.float32)}
-        self._write(found)
+            told |= {name + SUMS: np.diag(sums), name + COUNTS: np.array([self.tokens], np.float32)}
+        self._write(told)
 
     def add_outputs(self, name: str, outputs: Floats) -> None:
         """Write the second moments [rows, rows] of gradients. Raises CheckpointError where they are not finite."""
-        if not np.isfinite(outputs).all():
-            raise CheckpointError(f"{self.path}: the gradients at {name} are not finite; check the weights.")
-        self._write(self._packed(name + _OUTPUTS, outputs))
+        self._add(name + _OUTPUTS, outputs, 1, f"gradients at {name} are")
+        self._write({})
 
-    def _packed(self, tensor: str, square: Floats) -> dict[str, Floats]:
-        """The upper triangle of a square, by the name of the tensor that holds it; its digest is noted."""
-        packed = np.concatenate([square[row, row:] for row in range(len(square))], dtype=np.float32)
-        self.digests[tensor] = hashlib.sha256(packed.data).hexdigest()
-        return {tensor: packed}
+    def _add(self, tensor: str, sums: Floats, count: int, what: str) -> None:
+        """Write the upper triangle of sums over `count`, and note its digest."""
+        (start,) = (slot.offset for slot in self.layout().slots if slot.entry.name == tensor)
+        digest = hashlib.sha256()
+        for packed in _packed(sums, count):
+            if not np.isfinite(packed).all():
+                raise CheckpointError(f"{self.path}: {what} not finite; check the weights.")
+            digest.update(packed.data)
+            _write_all(self.descriptor, packed, start)
+            start += packed.nbytes
+        self.digests[tensor] = digest.hexdigest()
 
     def finish(self, gradients: Mapping[str, Gradients]) -> None:
         """Write the digests and, by the GGUF names of matrices, gradients, and have all of it on disk."""
         self._write(_named(gradients))
 
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
     def _write(self, tensors: Mapping[str, Floats]) -> None:
-        """Write the header and tensors at their places."""
+        """Write the header and tensors at their places, and have them on disk."""
         file = self.layout()
         offsets = {slot.entry.name: slot.offset for slot in file.slots}
-        with open(self.path, "r+b") as stream:
-            for offset, data in file.pieces:
-                stream.seek(offset)
-                stream.write(data)
-            for name, values in tensors.items():
-                stream.seek(offsets[name])
-                stream.write(np.ascontiguousarray(values).data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        for offset, data in file.pieces:
+            _write_all(self.descriptor, np.frombuffer(data, np.uint8), offset)
+        for name, values in tensors.items():
+            _write_all(self.descriptor, np.ascontiguousarray(values), offsets[name])
+        os.fsync(self.descriptor)
+
+
+def _write_all(descriptor: int, values: Array, offset: int) -> None:
+    """Write all of an array at `offset`; one pwrite may write less."""
+    view = values.reshape(-1).view(np.uint8).data
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _packed(sums: Floats, tokens: int) -> Iterator[Floats]:
+    """The upper triangle of sums [columns, columns], a band of rows after the other, over how many there were."""
+    step = max(1, _BAND // (4 * len(sums)))
+    for start in range(0, len(sums), step):
+        rows = sums[start : start + step, start:] / np.float32(tokens)
+        yield np.concatenate([row[i:] for i, row in enumerate(rows)])
 
 
 def _named(gradients: Mapping[str, Gradients]) -> dict[str, Floats]:
@@ -167,6 +223,30 @@ def _vector(name: str, count: int) -> Entry:
     return Entry(
         name, name, LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), F32), copied(F32)
     )
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """The SHA-256 of what a source is: its files' names, sizes and headers, and how its ranks were joined."""
+    files = [(file.storage.name, file.storage.size, file.checksum) for file in checkpoint.index.files]
+    told = files, checkpoint.norms, sorted(checkpoint.unusual.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def source_of(path: Path) -> str:
+    """What a calibration was made of, as `source_digest` has it; empty where it does not say."""
+    found = gguf.read_header(open_storage(path)).keys.get(SOURCE)
+    return found if isinstance(found, str) else ""
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of the header and of all but moments, whose digests the header has: they may be gigabytes."""
+    file = open_storage(path)
+    header = gguf.read_header(file)
+    digest = hashlib.sha256(header.checksum.encode())
+    for name, tensor in header.tensors.items():
+        if not name.endswith((_MOMENTS, _OUTPUTS)):
+            digest.update(numbers(file, tensor, name).data)
+    return digest.hexdigest()
 
 
 def moments_in(path: Path) -> dict[str, Moments]:
@@ -183,7 +263,7 @@ def moments_in(path: Path) -> dict[str, Moments]:
             "or give an importance matrix with --imatrix."
         )
     return {
-        name: _moments(path, header.tensors, owner + _MOMENTS, name + SUMS, digest)
+        name: _moments(path, header.tensors, (owner + _MOMENTS, name + SUMS), digest, f"second moments of {owner}")
         for name, owner, digest in zip(names, owners, digests, strict=True)
     }
 
@@ -198,21 +278,23 @@ def outputs_in(path: Path) -> dict[str, Moments]:
     if len(names) != len(digests):
         raise CheckpointError(f"{path}: names {len(names)} matrices for {len(digests)} outputs; calibrate again.")
     return {
-        name: _moments(path, header.tensors, name + _OUTPUTS, name + _GRADIENT, digest)
+        name: _moments(path, header.tensors, (name + _OUTPUTS, name + _GRADIENT), digest, f"outputs of {name}")
         for name, digest in zip(names, digests, strict=True)
     }
 
 
-def _moments(path: Path, tensors: Mapping[str, LazyTensor], name: str, diagonal: str, digest: str) -> Moments:
-    """The moments in the tensor `name`, of a side as long as the tensor `diagonal`. Raises CheckpointError."""
-    tensor, sums = tensors.get(name), tensors.get(diagonal)
+def _moments(path: Path, tensors: Mapping[str, LazyTensor], names: tuple[str, str], digest: str, what: str) -> Moments:
+    """The moments in the first of two tensors, of a side as long as the second. Raises CheckpointError."""
+    tensor, sums = (tensors.get(name) for name in names)
     if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
-        raise CheckpointError(f"{path}: {name} is missing; calibrate again.")
-    if tensor.rows != triangle(sums.rows):
+        raise CheckpointError(f"{path}: the {what} are missing; calibrate again.")
+    expected = (triangle(sums.rows),)
+    if tensor.shape != expected or sums.columns != 1:
         raise CheckpointError(
-            f"{path}: {name} has {tensor.rows} numbers, expected those of a triangle of {sums.rows}; calibrate again."
+            f"{path}: the {what} are {list(tensor.shape)}, expected {list(expected)}, a triangle of {sums.rows} "
+            "columns; calibrate again."
         )
-    return Moments(sums.rows, digest, _Reader(path, name, tensor, sums.rows, digest))
+    return Moments(sums.rows, digest, _Reader(path, what, tensor, sums.rows, digest))
 
 
 def _texts(value: Any) -> list[str]:
@@ -264,7 +346,7 @@ class _Reader:
     """Reads one tensor of moments when it is called, and checks its digest."""
 
     path: Path
-    name: str
+    what: str
     tensor: LazyTensor
     side: int
     digest: str
@@ -272,10 +354,20 @@ class _Reader:
     def __call__(self) -> Floats:
         packed = self.tensor.floats(0, self.tensor.rows)
         if hashlib.sha256(np.ascontiguousarray(packed).data).hexdigest() != self.digest:
-            raise CheckpointError(f"{self.path}: {self.name} is damaged; calibrate again.")
-        side = self.side
-        square = np.empty((side, side), np.float32)
-        ends = np.cumsum(np.arange(side, 0, -1))
-        for row, end in enumerate(ends.tolist()):
-            square[row, row:] = square[row:, row] = packed[end - side + row : end]
-        return square
+            raise CheckpointError(f"{self.path}: the {self.what} are damaged; calibrate again.")
+        return _square(packed, self.side)
+
+
+def _square(packed: Floats, side: int) -> Floats:
+    """A symmetric matrix [side, side] of its upper triangle, row after row; what is below comes band by band."""
+    square, end = np.empty((side, side), np.float32), 0
+    for row in range(side):
+        start, end = end, end + side - row
+        square[row, row:] = packed[start:end]
+    for start in range(0, side, _TURNED):
+        stop = min(start + _TURNED, side)
+        band = square[start:stop, start:].copy()  # its rows lie closer together, so that a cache holds them
+        own, right = band[:, : stop - start], band[:, stop - start :]
+        square[start:stop, start:stop] = np.triu(own) + np.triu(own, 1).T
+        square[stop:, start:stop] = right.T
+    return square

@@ -14,6 +14,7 @@ import hashlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 # Far above any model.
 _BAND = 16 << 20  # bytes
 _MAX_ENTRIES, _MAX_NAME, _MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # MAX_NAME in bytes
+_MAX_TOTAL = 1 << 26  # columns of all entries: three times those of a model of 1T parameters
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,13 @@ class Matrix:
     """The importance of columns by the GGUF names of tensors."""
 
     path: Path
-    sha256: str
     entries: dict[str, Floats]  # [columns] each, with a mean of 1
     chunks: int  # of text that it was made with; 0 where the file does not say
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return _digest(open_storage(self.path))
 
 
 def read(path: Path) -> Matrix:
@@ -51,7 +57,7 @@ def read(path: Path) -> Matrix:
     if not found:
         raise CheckpointError(f"{path}: holds no importances; make it with llama-imatrix.")
     entries = {name: _with_mean_1(path, name, values) for name, values in found.items()}
-    return Matrix(path, _digest(file), entries, chunks)
+    return Matrix(path, entries, chunks)
 
 
 def _whole(file: Storage) -> bytes:
@@ -64,7 +70,7 @@ def _whole(file: Storage) -> bytes:
 
 
 def _digest(file: Storage) -> str:
-    """The SHA-256 of a file, a band of its bytes at a time: a calibration may have many."""
+    """The SHA-256 of a file, a band of its bytes at a time."""
     found = hashlib.sha256()
     for start in range(0, file.size, _BAND):
         found.update(file.text(start, min(_BAND, file.size - start)))
@@ -95,11 +101,16 @@ def _read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
     kind = header.keys.get("general.type")
     if kind != "imatrix":
         raise CheckpointError(f"{file.path}: general.type is {kind!r:.40}, expected 'imatrix'; give another file.")
-    entries = {}
+    entries, total = {}, 0
     for name, tensor in header.tensors.items():
         entry = name.removesuffix(SUMS)
         if entry != name:
             count = numbers(file, header.tensors.get(entry + COUNTS), entry + COUNTS)
+            total += tensor.rows * tensor.columns
+            if total > _MAX_TOTAL:
+                raise CheckpointError(
+                    f"{file.path}: has importances of more than {_MAX_TOTAL} columns; give another file."
+                )
             sums = numbers(file, tensor, name)
             if count.size != 1:
                 raise CheckpointError(
@@ -115,6 +126,11 @@ def numbers(file: Storage, tensor: LazyTensor | None, name: str) -> Floats:
     if tensor is None or tensor.dtype.name != "F32":
         found = "is missing" if tensor is None else f"is {tensor.dtype.name}, expected F32"
         raise CheckpointError(f"{file.path}: {name} {found}; make the matrix again.")
+    count = tensor.rows * tensor.columns
+    if count > _MAX_COLUMNS:
+        raise CheckpointError(
+            f"{file.path}: {name} has {count} numbers, at most {_MAX_COLUMNS}; make the matrix again."
+        )
     return tensor.floats(0, tensor.rows).reshape(-1)
 
 

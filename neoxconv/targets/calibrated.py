@@ -10,12 +10,12 @@ from typing import Any
 from neoxconv.core.encoding import Context, Moments
 from neoxconv.core.layout import Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.errors import PlanError, raise_all
+from neoxconv.errors import PlanError, escaped, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import moments_in
+from neoxconv.formats.calibration import digest_of, moments_in, source_digest, source_of
 from neoxconv.formats.imatrix import Matrix
 
-# What files say of it, GGUF's keys and config.json: the SHA-256 of the calibration by which codes were chosen.
+# What files say of it, GGUF's keys and config.json: the digest of the calibration by which codes were chosen.
 KEY, SETTING = "neoxconv.calibration", "neoxconv_calibration"
 
 
@@ -23,8 +23,9 @@ KEY, SETTING = "neoxconv.calibration", "neoxconv_calibration"
 class Calibration:
     """The second moments of what matrices are multiplied with, by their unified names."""
 
-    sha256: str
+    digest: str
     moments: Mapping[str, Moments]
+    notes: tuple[str, ...]
 
     def context(self, entry: Entry) -> Context | None:
         """What an entry's encoder is to know."""
@@ -34,14 +35,9 @@ class Calibration:
         """The entries, those of matrices with the moments of their inputs."""
         return [replace(entry, context=self.context(entry)) for entry in entries]
 
-    @property
-    def note(self) -> str:
-        """What was done by it."""
-        return f"codes chosen together in {len(self.moments)} matrices, by the calibration of sha256 {self.sha256}"
-
 
 def chosen_by(settings: Mapping[str, Any]) -> str | None:
-    """The SHA-256 of the calibration by which a target's codes were chosen, as it says."""
+    """The digest of the calibration by which a target's codes were chosen, as it says."""
     found = settings.get(KEY, settings.get(SETTING))
     return None if found is None else str(found)
 
@@ -65,7 +61,19 @@ def calibration_for(checkpoint: Checkpoint, path: Path) -> Calibration:
         f"{path}: has no second moments for {name}; calibrate this model again."
         for name in linear if name not in found
     ))  # fmt: skip
-    return Calibration(matrix.sha256, {unified: found[name] for name, unified in linear.items()})
+    digest, moments = digest_of(path), {unified: found[name] for name, unified in linear.items()}
+    done = f"codes chosen together in {len(moments)} matrices, by the calibration of digest {digest}"
+    return Calibration(digest, moments, (done, *notes_on_source(checkpoint, path)))
+
+
+def notes_on_source(checkpoint: Checkpoint, path: Path) -> list[str]:
+    """A word where a calibration was made of other files, which may be the same model in another format."""
+    if source_of(path) == source_digest(checkpoint):
+        return []
+    return [
+        f"{escaped(path)} was made of other files than this source: right for the same model in another format, "
+        "wrong for another model"
+    ]
 
 
 def refuse_others(matrix: Matrix, columns: Mapping[str, int]) -> None:

@@ -2,7 +2,7 @@
 
 Measured on a small model that was trained with gpt-neox, 10.5 M parameters; a released one of 135 M moves 15 to 50
 times as far (docs/verification.md). GGUF's mixes in llama.cpp (python -m benchmarks.divergence), bitsandbytes' types in
-transformers on a CPU, float8 in float32 with the weights that its files stand for (the same with --folders).
+transformers on a CPU, float8 in float32 with the weights that its files stand for (python -m benchmarks.folders).
 """
 
 DIVERGENCES = {

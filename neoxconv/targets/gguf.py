@@ -15,7 +15,7 @@ from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
 from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import gradients_in, moments_in, outputs_in
+from neoxconv.formats.calibration import digest_of, gradients_in, moments_in, outputs_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
@@ -25,7 +25,7 @@ from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
-from neoxconv.targets.calibrated import KEY, refuse_others
+from neoxconv.targets.calibrated import KEY, notes_on_source, refuse_others
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -70,7 +70,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({KEY: matrix.sha256} if matrix and recipe.calibration else {}),
+        **({KEY: digest_of(recipe.calibration)} if recipe.calibration else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
@@ -81,7 +81,8 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         *stands_in,
         *([line(chosen, recipe)] if chosen else []),
         *_gguf_notes(checkpoint, choice, entries, chosen),
-        *(_matrix_notes(matrix, entries) if matrix else ()),
+        *(_matrix_notes(matrix, entries, recipe) if matrix else ()),
+        *(notes_on_source(checkpoint, recipe.calibration) if recipe.calibration else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
     )
     tokenizer = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
@@ -250,10 +251,15 @@ def _with_contexts(
     ]
 
 
-def _matrix_notes(matrix: Matrix, entries: Sequence[Entry]) -> list[str]:
+def _matrix_notes(matrix: Matrix, entries: Sequence[Entry], recipe: Recipe) -> list[str]:
     """What the importance matrix was, and the tensors that could have used an entry but have none."""
     lacking = [e.name for e in entries if e.search and (e.context is None or e.context.importance is None)]
-    note = f"importance matrix of {plural(len(matrix.entries), 'tensor')}, sha256 {matrix.sha256}"
+    count = plural(len(matrix.entries), "tensor")
+    note = (
+        f"calibration of {count}, digest {digest_of(recipe.calibration)}"
+        if recipe.calibration
+        else f"importance matrix of {count}, sha256 {matrix.sha256}"
+    )
     without = f"{plural(len(lacking), 'tensor')} without importances, quantized as if all columns mattered alike: "
     return [note, *([without + listed(lacking)] if lacking else [])]
 

@@ -24,9 +24,9 @@ def quantized_folder(
     if recipe.calibration is None:
         return hf_folder(checkpoint, recipe, entries, settings)
     calibration = calibration_for(checkpoint, recipe.calibration)
-    told = {**settings, SETTING: calibration.sha256}
+    told = {**settings, SETTING: calibration.digest}
     content = hf_folder(checkpoint, recipe, calibration.applied(entries), told)
-    return replace(content, notes=(*content.notes, calibration.note))
+    return replace(content, notes=(*content.notes, *calibration.notes))
 
 
 def quantized_entries(checkpoint: Checkpoint, recipe: Recipe, encoding: Encoding | Scaled) -> list[Entry]:

@@ -16,8 +16,7 @@ from neoxconv.core.table import Weight
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import Array, Bools, Floats, narrow
 from neoxconv.errors import PlanError
-from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import moments_in, outputs_in
+from neoxconv.formats.calibration import digest_of, moments_in, outputs_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded
 from neoxconv.quant.feedback.encode import damped_moments
@@ -128,7 +127,7 @@ def _pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[_Pair], list[
 def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, calibration: Path | None) -> list[_Pair]:
     """The pairs, those whose codes were chosen together marked so. Raises PlanError for another calibration's file."""
     made_with = chosen_by(target.index.settings)
-    if calibration and made_with != imatrix.read(calibration).sha256:
+    if calibration and made_with != digest_of(calibration):
         raise PlanError(f"{target.index.where}: was made with another calibration than {calibration}, or without one.")
     if made_with is None:
         return pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,11 +91,11 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(source: Path, monkeypatch:
     run = Side.layer
     counted = []
 
-    def cut(self: Side, number: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+    def cut(self: Side, number: int, streams: list[torch.Tensor], **words: Any) -> list[torch.Tensor]:
         counted.append(number)
         if len(counted) == 3:
             raise PowerCut
-        return run(self, number, streams)
+        return run(self, number, streams, **words)
 
     with monkeypatch.context() as patch:
         patch.setattr(Side, "layer", cut)
@@ -103,7 +104,9 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(source: Path, monkeypatch:
     assert not (source.parent / "cut.gguf").exists()
     counted.clear()
     monkeypatch.setattr(
-        Side, "layer", lambda self, number, streams: (counted.append(number), run(self, number, streams))[1]
+        Side,
+        "layer",
+        lambda self, number, streams, **words: (counted.append(number), run(self, number, streams, **words))[1],
     )
     assert digests(calibration(source, "cut.gguf")) == whole
     assert counted == [2]
@@ -195,7 +198,7 @@ def test_damage_is_found_when_moments_are_read(source: Path, capsys: pytest.Capt
     made.write_bytes(bytes(data))
     words = ("--to", "gguf", "--type", "f16", "--tensor-type", "blk.*weight=q4_0", "--calibration", made)
     assert cli("convert", source, source.parent / "m.gguf", *words) == 1
-    assert "is damaged" in capsys.readouterr().err
+    assert "are damaged" in capsys.readouterr().err
 
 
 def test_what_shares_its_inputs_is_measured_once(tmp_path: Path) -> None:
@@ -216,6 +219,14 @@ def test_unfinished_work_that_cannot_be_read_is_named(
     assert "cal.gguf.streams" in capsys.readouterr().err
 
 
+def test_the_calibration_is_not_replaced_by_the_target(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = calibration(source)
+    before = digests(made)
+    words = ("--to", "gguf", "--type", "q4_0", "--calibration", made, "--overwrite")
+    assert cli("convert", source, made, *words) == 1
+    assert "which is read" in capsys.readouterr().err and digests(made) == before
+
+
 def test_another_models_calibration_is_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,7 +238,7 @@ def test_another_models_calibration_is_refused(
 
 def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = calibration(source)
-    assert "of memory besides" in capsys.readouterr().err
+    assert "of memory" in capsys.readouterr().err
     taken = sum(64 * 65 // 2 * 3 + 256 * 257 // 2 for _ in range(3)) * 4 + 64 * 65 // 2 * 4
     assert taken < made.stat().st_size < taken + 60_000
 
@@ -267,7 +278,7 @@ def test_a_file_of_rows_chosen_together_is_verified(source: Path, capsys: pytest
 def test_a_plan_tells_the_memory_of_a_whole_matrix(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = make_plan(open_checkpoint(source), Recipe("gguf", type="Q4_0", calibration=with_outputs(source))).steps
     kept = {step.entry.name: step.entry.kept for step in entries}
-    assert kept["blk.0.ffn_up.weight"] == 20 * 64**2 + 20 * 256**2 + 28 * 64 * 256
+    assert kept["blk.0.ffn_up.weight"] == 8 * (64**2 + 256**2) + 36 * 64 * 256
 
 
 def test_outputs_that_are_damaged_or_missing_are_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +287,48 @@ def test_outputs_that_are_damaged_or_missing_are_told(source: Path, capsys: pyte
     made.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
     words = ("--to", "gguf", "--type", "f16", "--tensor-type", "blk.*weight=q4_0", "--calibration", made)
     assert cli("convert", source, source.parent / "m.gguf", *words) == 1
-    assert "blk.2.ffn_down.weight.outputs is damaged" in capsys.readouterr().err
+    assert "the outputs of blk.2.ffn_down.weight are damaged" in capsys.readouterr().err
     made.write_bytes(whole.replace(b"blk.2.ffn_down.weight.outputs", b"blk.2.ffn_down.weight.outputz"))
     assert cli("convert", source, source.parent / "m.gguf", *words) == 1
-    assert "blk.2.ffn_down.weight.outputs is missing" in capsys.readouterr().err
+    assert "the outputs of blk.2.ffn_down.weight are missing" in capsys.readouterr().err
+
+
+def stored(files: list[Path]) -> dict[str, bytes]:
+    """The bytes of every tensor of GGUF files, by name."""
+    import gguf
+
+    return {tensor.name: tensor.data.tobytes() for file in files for tensor in gguf.GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_matrices_with_the_same_inputs_share_factors_whatever_the_jobs(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neoxconv.quant.feedback import shared
+    from tests.little_llamas import little_llama
+    from tests.oracles import program
+    from tests.relatives import random_model, saved
+
+    if family == "gptj":
+        sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 320}
+        model = random_model(program("transformers").GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0))
+        source = saved(model, tmp_path / "hf")
+    else:
+        source = little_llama(tmp_path / "hf")
+    np.save(tmp_path / "tokens.npy", TOKENS % 300)
+    calibrated = ("calibrate", source, "-o", tmp_path / "cal.gguf", "--tokens", tmp_path / "tokens.npy", "--covariance")
+    assert cli(*calibrated) == 0
+    made: list[str] = []
+    factors_of = shared.factors_of
+    monkeypatch.setattr(shared, "factors_of", lambda moments, name: (made.append(name), factors_of(moments, name))[1])
+    words = ("--to", "gguf", "--type", "q5_0", "--pure", "--calibration", tmp_path / "cal.gguf")
+    assert cli("convert", source, tmp_path / "1.gguf", *words, "--jobs", "1") == 0
+    found = moments_in(tmp_path / "cal.gguf")
+    assert len(made) == len({each.digest for each in found.values()}) < len(found) or family == "gptj"
+    assert shared.SHARED.last is None and not shared.SHARED.used
+    assert cli("convert", source, tmp_path / "8.gguf", *words, "--jobs", "8") == 0
+    assert digests(tmp_path / "8.gguf") == digests(tmp_path / "1.gguf")
+    assert cli("convert", source, tmp_path / "split.gguf", *words, "--split-size", "30KB") == 0
+    split = sorted((tmp_path / "split.gguf").glob("*.gguf"))
+    assert len(split) > 1 and stored(split) == stored([tmp_path / "1.gguf"])
+    assert cli("verify", source, tmp_path / "1.gguf", "--calibration", tmp_path / "cal.gguf") == 0

@@ -144,3 +144,11 @@ def test_no_scheduler_is_said_at_once(source: Path, tmp_path: Path, monkeypatch:
         run(plan, tmp_path / "x", executor="dask://127.0.0.1:9")
     for address in ("tcp://a:1", "dask://", "dask://host"):
         assert main(["convert", str(source), str(tmp_path / "x"), "--to", "hf", "--executor", address]) == 2
+
+
+def test_codes_chosen_together_are_the_same_there(cluster: Cluster, tmp_path: Path) -> None:
+    source, made = toy(tmp_path, layers=2, hidden=64), tmp_path / "cal.gguf"
+    assert main(["calibrate", str(source), "-o", str(made), "--covariance", "--quiet"]) == 0
+    plan = make_plan(open_checkpoint(source), Recipe("gguf", type="Q4_0", calibration=made))
+    run(plan, tmp_path / "there.gguf", executor=f"dask://{cluster.address}")
+    assert digests(tmp_path / "there.gguf") == digests(run(plan, tmp_path / "here.gguf"))

@@ -14,7 +14,7 @@ import pytest
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.cli.main import main
 from neoxconv.core.encoding import Context, Encoding
-from neoxconv.dtypes import Floats
+from neoxconv.dtypes import Bytes, Floats
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats import imatrix
 from neoxconv.quant import ENCODINGS
@@ -43,6 +43,20 @@ def test_the_error_by_importance_is_no_larger_than_ggmls(encoding: Encoding, kin
         ratio = weighted(encoding.name, rows, importance, ours) / weighted(encoding.name, rows, importance, theirs)
         assert ratio <= 1, spread
         assert not encoding.wrong(rows, stored, weighted=True).any()
+
+
+@pytest.mark.parametrize("kind", ["gauss", "laplace"])
+def test_a_matrix_makes_no_weights_of_2_bits_smaller(kind: str) -> None:
+    """Which cost more than the lesser error brought: layer after layer then puts out too little."""
+    rows, encoding = weights(kind, 1 << 16), ENCODINGS["Q2_K"]
+    assert encoding.search
+
+    def kept(stored: Bytes, importance: Floats) -> float:
+        """What part of the weights is in what is stored, by least squares."""
+        return float((encoding.decode(stored) * rows * importance).sum() / (rows**2 * importance).sum())
+
+    usual = columns("usual")
+    assert kept(encoding.search(rows, Context(usual)), usual) > kept(encoding.encode(rows), usual) - 0.003
 
 
 @searched

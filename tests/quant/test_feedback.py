@@ -18,7 +18,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
-from neoxconv.quant.feedback.kernels import add_product
+from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
@@ -206,6 +206,28 @@ def test_products_are_numpys_whatever_their_size() -> None:
         result = np.ones((m, g), np.float32)
         add_product(result, left, right)
         assert np.allclose(result, 1 + left.astype(float) @ right, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 7, 128, 300, 544])
+def test_the_factor_is_numpys_and_ahead_is_made_of_it(n: int) -> None:
+    inputs = np.random.default_rng(n).standard_normal((2 * n, n))
+    square = (inputs.T @ inputs / n).astype(np.float32)
+    matrix = square.copy()
+    assert factor(matrix) == n
+    lower = np.tril(matrix).astype(np.float64)
+    assert np.allclose(lower.T @ lower, square, atol=2e-5)
+    right = np.linalg.cholesky(square[::-1, ::-1].astype(np.float64))[
+        ::-1, ::-1
+    ]  # upper, and right @ right.T is square
+    ahead_of(matrix)
+    assert np.allclose(np.triu(matrix, 1), np.triu(right / np.diag(right), 1), atol=1e-4)
+    assert np.array_equal(np.tril(matrix), lower)
+
+
+def test_a_matrix_that_is_not_positive_has_no_factor() -> None:
+    square = np.eye(300, dtype=np.float32)
+    square[170, 170] = -1
+    assert factor(square) == 300 - 171
 
 
 def test_inputs_that_do_not_go_together_change_almost_nothing() -> None:

@@ -37,8 +37,8 @@ _Find = Callable[[Floats, int, int], tuple[Floats, Floats]]
 class Factors:
     """What feedback needs of the inputs of a matrix with n columns.
 
-    `moments` [n, n] float32: H, damped, its mean diagonal 1; `ahead` [n, n] float32: A, strictly upper; `importance`
-    [n] float32: H's diagonal before damping, of mean 1.
+    `moments` [n, n] float32: H, damped, its mean diagonal 1; `ahead` [n, n] float32: A above its diagonal, elsewhere
+    what it was made of; `importance` [n] float32: H's diagonal before damping, of mean 1.
     """
 
     moments: Floats
@@ -65,12 +65,11 @@ def factors_of(moments: Moments, name: str, damping: float = DAMPING) -> Factors
     from neoxconv.quant.feedback.kernels import ahead_of, factor
 
     damped, _ = damped_moments(moments, name, damping)
-    triangle = np.ascontiguousarray(damped[::-1, ::-1], np.float64)
+    triangle = damped.copy()
     if factor(triangle) < len(triangle):
         raise CheckpointError(f"{name}: its second moments are not positive; calibrate again, with more tokens.")
-    ahead = np.empty(damped.shape, np.float32)
-    ahead_of(triangle, ahead)
-    return Factors(damped, ahead, np.diag(damped) - np.float32(damping))
+    ahead_of(triangle)
+    return Factors(damped, triangle, np.diag(damped) - np.float32(damping))
 
 
 def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
@@ -145,16 +144,18 @@ def _chosen(table: Floats, weights: Floats, factors: Factors, group: int, find: 
 
 def descended(table: Floats, weights: Floats, codes: Bytes, scales: tuple[Floats, Floats], moments: Floats) -> None:
     """Bring the codes to where no single change lowers the error, or near it; `scales` are scales and least weights."""
-    from neoxconv.quant.feedback.kernels import descend
+    from neoxconv.quant.feedback.kernels import descend, find_room
 
     scale, least = scales
-    moving = np.ones((len(weights), 2), np.bool_)
     slopes = slopes_of(weights - values_of(table, codes, scale, least), moments)
+    low, high = np.empty_like(slopes), np.empty_like(slopes)
+    find_room(moments, scale, table, codes, low, high)
+    moving = np.ones((len(weights), 2), np.bool_)
     for _ in range(_PASSES):
         moving[:, 1] = False
         for start in range(0, weights.shape[1], _BAND):
             stop = min(start + _BAND, weights.shape[1])
-            descend(moments, scale, table, codes, slopes, moving, start, stop)
+            descend(moments, scale, table, codes, slopes, low, high, moving, start, stop)
         moving[:, 0] = moving[:, 1]
         if not moving.any():
             break

@@ -65,17 +65,20 @@ def _descended_by_rows(
     grid: Grid, weights: Floats, codes: Bytes, numbers: Floats, moments: Floats, outputs: Floats
 ) -> None:
     """Bring the codes to where no single change lowers the error, or near it."""
-    from neoxconv.quant.feedback.kernels import add_product, descend_rows
+    from neoxconv.quant.feedback.kernels import add_product, descend_rows, find_room
 
     scale, least = scales(numbers)
     slopes = slopes_of_matrix(weights - values_of(grid.table, codes, scale, least), moments, outputs)
+    low, high = np.empty_like(slopes), np.empty_like(slopes)
+    find_room(moments, scale, grid.table, codes, low, high)
     for _ in range(_PASSES):
         moving = False
         for start in range(0, len(weights), _BATCH):
             stop = min(start + _BATCH, len(weights))
             batch, changes = slice(start, stop), np.empty((stop - start, weights.shape[1]), np.float32)
             pulls = np.ascontiguousarray(outputs[:, batch] / np.diag(outputs)[:, None])
-            descend_rows(pulls[batch], moments, scale[batch], grid.table, codes[batch], slopes[batch], changes)
+            room = low[batch], high[batch]
+            descend_rows(pulls[batch], moments, scale[batch], grid.table, codes[batch], slopes[batch], *room, changes)
             moved = changes.any(axis=1)  # in later passes few are
             if moved.any():
                 moving = True

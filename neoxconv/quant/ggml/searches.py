@@ -65,12 +65,17 @@ CURVE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 11
 _IQ4_GRID = (*steps(-134, -119, 6), 113.0, 120.0, 127.0)  # the latter: the largest weight at the curve's other end
 
 # Blocks and levels are those of ggml-common.h; `spread` that of quantize_row_*_impl in ggml-quants.c (sigma2; llama.cpp
-# of llama-cpp-python 0.3.36), `kind` that of quantize_row_*_ref there. Grids and shares were chosen by hand:
-# `python -m benchmarks.encoders` measures the speed and the errors that they give.
+# of llama-cpp-python 0.3.36) but for Q2_K, `kind` that of quantize_row_*_ref there. Grids and shares were chosen by
+# hand: `python -m benchmarks.encoders` measures the speed and the errors that they give.
+
+# With ggml's 1 the least error makes the weights 4 % too small. That adds up from layer to layer, and a matrix made
+# Q2_K worse than none (docs/numerics.md, "Importance matrices").
+_Q2_K_SPREAD = 0.1
+
 SEARCHES = {
     "Q2_K": Search(
         block=16, subs=16, lowest=0, highest=3, levels=15,
-        grid=steps(2.7, 3.6, 3), wide=steps(2.1, 3.9, 13), kind=ABOVE, share=0.0, spread=1.0,
+        grid=steps(2.7, 3.6, 3), wide=steps(2.1, 3.9, 13), kind=ABOVE, share=0.0, spread=_Q2_K_SPREAD,
     ),
     "Q3_K": Search(
         block=16, subs=16, lowest=-4, highest=3, levels=32,

@@ -22,7 +22,8 @@ def calibrate(
 ) -> dict[str, Doubles]:
     """By the GGUF name of each matrix in the layers: the sum over tokens [batch, time] of its squared inputs [columns].
 
-    The ranks are joined first, as a GGUF file holds them; `progress` is told of every layer.
+    The ranks are joined first, as a GGUF file holds them; `progress` is told of sequences,
+    once for each layer.
     """
     checkpoint.refuse_doubts()
     names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}
@@ -36,8 +37,7 @@ def calibrate(
         model = side(checkpoint, pool, merged=True, device=device, watch=watch)
         streams = model.embed(ids)
         for number in range(checkpoint.config.layers):
-            streams = model.layer(number, streams)
-            progress(1)
+            streams = model.layer(number, streams, into=streams, progress=progress)
     with np.errstate(over="ignore"):
         bad = [name for name, values in sums.items() if not np.isfinite(values.astype(np.float32)).all()]
     if bad:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,13 +25,16 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.dtypes import Floats, Numbers
 from neoxconv.engine.side_file import whole
-from neoxconv.errors import PlanError
-from neoxconv.formats.calibration import Inputs, Writer, triangle
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.formats.calibration import Inputs, Writer, source_digest, triangle
 from neoxconv.verify.logits.gradients import squares_of_gradients
-from neoxconv.verify.logits.stream import running, side
+from neoxconv.verify.logits.stream import INSIDE, Side, running, side
+from neoxconv.words import size
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
 _OUTPUT_TOKENS = 32768  # at most: second moments do need more
+_BAND = 2048  # rows of sums that are made at a time, from their diagonal on
+_MAX_TOLD = 16 << 20  # bytes of the first line of unfinished work
 _EMBEDDING, _HEAD = "embedding", "head"  # roles
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
@@ -49,32 +53,47 @@ def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
     return tuple(layers)
 
 
-def needed(
-    checkpoint: Checkpoint, sequences: int, length: int, gradients: bool = False, outputs: bool = False
-) -> tuple[int, int]:
-    """Bytes that a calibration holds at most, and those that its file will have but for the header.
+_PROGRAM = 640 << 20  # bytes: Python, torch, slabs of weights (measured: docs/numerics.md)
+_INSIDES = 3  # of an MLP at once: before its activation, behind it, and what is on its way between them
 
-    Held are the moments of a layer, the largest of them once more while it is packed, and the tokens' streams before
-    and after the layer. For gradients the streams before all layers are held, of fewer tokens, and for the outputs two
-    sums of a layer, and the largest three times more while it is put in order and packed.
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a calibration takes at most: of memory, of its file, of disk while it is made."""
+
+    memory: int
+    file: int
+    disk: int
+
+
+def needs(checkpoint: Checkpoint, tokens: int, outputs: bool = False) -> Needs:
+    """What a calibration takes.
+
+    Held are the moments of a layer's inputs and the tokens' streams, which are on disk too, twice while they are saved.
+    With `outputs` these are instead two sums for each matrix of a layer, the largest three times more while it is put
+    in order and packed, and the streams before all layers, of fewer tokens.
     """
-    layers = inputs_of(checkpoint)
+    layers, config = inputs_of(checkpoint), checkpoint.config
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
-    largest = max(4 * each.packed for layer in layers for each in layer.values())
-    stream = 4 * length * checkpoint.config.hidden
-    held = moments + 2 * largest + 2 * sequences * stream
-    disk = 4 * triangle(checkpoint.config.hidden) + sum(4 * each.packed for layer in layers for each in layer.values())
-    if gradients or outputs:
-        kept = (checkpoint.config.layers + 2) * _few(sequences, length, outputs) * stream
-        rows = [checkpoint.config.sizes[w.shape[0]] for w in _matrices(checkpoint) if w.linear and outputs]
-        squares = sum(2 * 4 * side**2 for side in rows) // checkpoint.config.layers + 3 * 4 * max(rows, default=0) ** 2
-        held, disk = max(held, kept + squares), disk + sum(4 * triangle(side) for side in rows)
-    return held, disk
+    streams, inside = 4 * tokens * config.hidden, min(INSIDE, 4 * tokens * config.ff)
+    head = 4 * Inputs((), config.hidden).packed
+    file = head + sum(4 * each.packed for layer in layers for each in layer.values())
+    held, disk = moments + streams, file + 2 * streams
+    if outputs:
+        sides = [config.sizes[weight.shape[0]] for weight in _matrices(checkpoint) if weight.linear]
+        kept = (config.layers + 2) * 4 * min(tokens, _OUTPUT_TOKENS) * config.hidden
+        squares = sum(2 * 4 * side**2 for side in sides) // config.layers + 3 * 4 * max(sides) ** 2
+        more = sum(4 * triangle(side) for side in sides)
+        held, file, disk = max(held, streams + kept + squares), file + more, disk + more
+    return Needs(_PROGRAM + held + _INSIDES * inside, file, disk)
 
 
 @dataclass
 class _Sums:
-    """The sums of x x^T of one layer's inputs, by the unified name of the first weight that they multiply."""
+    """The sums of x x^T of one layer's inputs, by the unified name of the first weight that they multiply.
+
+    Only the upper triangle is made, and what lies beside it in bands.
+    """
 
     owners: _Owners
     device: str
@@ -85,37 +104,62 @@ class _Sums:
         if name not in self.owners:
             return
         flat = x.reshape(-1, x.shape[-1])
+        columns = flat.shape[1]
         if name not in self.found:
-            self.found[name] = torch.zeros(flat.shape[1], flat.shape[1], device=self.device)
-        self.found[name].addmm_(flat.T, flat)
+            self.found[name] = torch.zeros(columns, columns, device=self.device)
+        for start in range(0, columns, _BAND):
+            rows = slice(start, start + _BAND)
+            self.found[name][rows, start:].addmm_(flat[:, rows].T, flat[:, start:])
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a calibration has come: the layers that are done, the streams after them and the digests so far."""
+    """How far a calibration has come: the layers that are done, the streams after them and the digests so far.
+
+    A line of JSON, then the streams as float32.
+    """
 
     path: Path
     key: str  # of all that decides the calibration
 
     def save(self, layers: int, streams: list[Tensor], digests: Mapping[str, str]) -> None:
         """Write it whole, in place of what was there."""
-        told = json.dumps({"key": self.key, "layers": layers, "digests": dict(digests)})
-        arrays: dict[str, Any] = {f"stream{i}": x.cpu().numpy() for i, x in enumerate(streams)}
-        with whole(self.path) as partial, open(partial, "wb") as stream:
-            np.savez(stream, told=np.array(told), **arrays)
+        data = [x.cpu().numpy().reshape(-1) for x in streams]
+        told = {"key": self.key, "layers": layers, "sha256": _sha256(data), "digests": dict(digests)}
+        with whole(self.path) as partial, open(partial, "wb") as file:
+            file.write(json.dumps(told).encode() + b"\n")
+            for values in data:
+                file.write(values.data)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def load(self, device: str) -> tuple[int, list[Tensor], dict[str, str]] | None:
-        """What was saved by a run that was asked for the same; None where there is none, or it cannot be read."""
+    def load(self, shape: tuple[int, ...], ranks: int, layers: int) -> tuple[int, list[Tensor], dict[str, str]] | None:
+        """What was saved by a run that was asked for the same, of so many layers and streams of a shape.
+
+        None where there is none, or it cannot be read or is damaged.
+        """
+        count = math.prod(shape)
         try:
-            with np.load(self.path, allow_pickle=False) as found:
-                told = json.loads(str(found["told"]))
-                if told["key"] != self.key:
+            with open(self.path, "rb") as file:
+                line = file.readline(_MAX_TOLD)
+                told = json.loads(line)
+                if told["key"] != self.key or self.path.stat().st_size != len(line) + 4 * count * ranks:
                     return None
-                count = sum(name.startswith("stream") for name in found.files)
-                streams = [torch.from_numpy(found[f"stream{i}"]).to(device) for i in range(count)]
-            return told["layers"], streams, told["digests"]
-        except (OSError, ValueError, TypeError, LookupError, EOFError, BadZipFile):
+                data = [np.fromfile(file, np.float32, count) for _ in range(ranks)]
+            done, digests = told["layers"], told["digests"]
+            if told["sha256"] != _sha256(data) or type(done) is not int or not 0 <= done <= layers:
+                return None
+            return done, [torch.from_numpy(values.reshape(shape)) for values in data], dict(digests)
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return None
+
+
+def _sha256(data: list[Floats]) -> str:
+    """The SHA-256 of the bytes of arrays, one after the other."""
+    digest = hashlib.sha256()
+    for values in data:
+        digest.update(values.data)
+    return digest.hexdigest()
 
 
 def calibrate(
@@ -133,7 +177,8 @@ def calibrate(
 
     With `gradients` also how much each matrix moves predictions, by tokens from all over them; with `outputs` that too,
     and the second moments of gradients at what matrices put out. The ranks are joined first, as a GGUF file holds them.
-    Unfinished work lies in `path`.partial and `path`.streams.
+    `progress` is told of sequences, once for each layer. Unfinished work lies in `path`.partial and `path`.streams.
+    Raises NeoxconvError where the disk does not take it.
     """
     checkpoint.refuse_doubts()
     gradients = gradients or outputs
@@ -146,16 +191,25 @@ def calibrate(
     rows = {weight.gguf: extents[weight.gguf][0] for weight in matrices if weight.linear and outputs}
     writer = Writer(partial, inputs, keys, tokens.size, extents, rows)
     state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients, "outputs": outputs}))
-    square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress), {}
-    if gradients:
-        found = _backward(checkpoint, tokens, writer, device, progress)
-        if last.role == _EMBEDDING:
-            found, square = _of_tied(checkpoint, found, square)
-    for each in head:
-        writer.add(each, square)
-    writer.finish({weight.gguf: _in_order(found[weight.unified], weight, checkpoint) for weight in matrices if found})
-    os.replace(partial, path)
-    beside.unlink()
+    _check_room(path, needs(checkpoint, tokens.size, outputs).disk, partial, beside)
+    try:
+        square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress), {}
+        if gradients:
+            found = _backward(checkpoint, tokens, writer, device, lambda count: progress(count * len(tokens)))
+            if last.role == _EMBEDDING:
+                found, square = _of_tied(checkpoint, found, square)
+        for each in head:
+            writer.add(each, square * np.float32(tokens.size))
+        writer.finish({w.gguf: _in_order(found[w.unified], w, checkpoint) for w in matrices if found})
+        os.replace(partial, path)
+        beside.unlink()
+    except OSError as error:
+        raise NeoxconvError(
+            f"{error.filename or partial}: {error.strerror or error}; what is done is kept, run the same command again "
+            "to go on."
+        ) from error
+    finally:
+        writer.close()
     return sum(len(each.names) for each in inputs)
 
 
@@ -172,23 +226,45 @@ def _forward(
     with running(tokens, device) as (pool, ids):
         sums = _Sums({}, device)
         model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
-        if (known := state.load(device)) and writer.path.exists():
-            done, streams, writer.digests = known
-            progress(done)
+        known = state.load((*tokens.shape, checkpoint.config.hidden), len(model.ranks), len(layers))
+        if known and writer.resume(known[2]):
+            done, streams = known[0], [x.to(device) for x in known[1]]
+            progress(done * len(tokens))
         else:
-            _refuse_strangers(writer.path, state.path)
+            if not known:
+                _refuse_strangers(writer.path, state.path)
             done, streams = 0, model.embed(ids)
-            writer.begin()
+            state.save(0, streams, writer.digests)
+            writer.begin(again=bool(known))
         for number in range(done, len(layers)):
             sums = _Sums(layers[number], device)
-            streams = model.layer(number, streams)
+            streams = model.layer(number, streams, into=streams, progress=progress)
             for name, each in layers[number].items():
-                writer.add(each, (sums.found.pop(name) / tokens.size).cpu().numpy())
+                writer.add(each, sums.found.pop(name).cpu().numpy())
             state.save(number + 1, streams, writer.digests)
-            progress(1)
-        normed = model.final(streams)[0].flatten(0, 1)
-        square: Floats = (normed.T @ normed / tokens.size).cpu().numpy()
-        return square
+        return _of_head(model, streams, tokens.size)
+
+
+def _of_head(model: Side, streams: Sequence[Tensor], tokens: int) -> Floats:
+    """The second moments of what the head multiplies, sequence after sequence."""
+    hidden = model.config.hidden
+    sums = torch.zeros(hidden, hidden, device=streams[0].device)
+    for i in range(len(streams[0])):
+        normed = model.final([x[i : i + 1] for x in streams])[0].flatten(0, 1)
+        sums.addmm_(normed.T, normed)
+    square: Floats = (sums / tokens).cpu().numpy()
+    return square
+
+
+def _check_room(path: Path, needed: int, *unfinished: Path) -> None:
+    """Raise PlanError where the disk has no room for what is still to be written."""
+    written = sum(512 * each.stat().st_blocks for each in unfinished if each.is_file())
+    free = shutil.disk_usage(path.resolve().parent).free
+    if needed - written > free:
+        raise PlanError(
+            f"{path}: takes {size(needed - written)} of disk while it is made, {size(free)} are free; make room, or "
+            "give another place."
+        )
 
 
 def _backward(
@@ -201,19 +277,16 @@ def _backward(
         order = _gguf_rows(weights[name], checkpoint)
         writer.add_outputs(weights[name].gguf, square[order][:, order])
 
-    few = _few(len(tokens), tokens.shape[1], bool(writer.outputs))
-    return squares_of_gradients(
-        checkpoint,
-        tokens[np.arange(few) * len(tokens) // few],
-        device=device,
-        progress=progress,
-        outputs=add if writer.outputs else None,
-    )
+    few = _spread(tokens, _OUTPUT_TOKENS if writer.outputs else _GRADIENT_TOKENS)
+    outputs = add if writer.outputs else None
+    return squares_of_gradients(checkpoint, few, device=device, progress=progress, outputs=outputs)
 
 
-def _few(sequences: int, length: int, outputs: bool) -> int:
-    """How many of the sequences gradients are taken of."""
-    return min(sequences, max(1, (_OUTPUT_TOKENS if outputs else _GRADIENT_TOKENS) // length))
+def _spread(tokens: Numbers, most: int) -> Numbers:
+    """Sequences at equal distances from tokens [batch, time], of so many tokens in all at most; one at least."""
+    count = min(len(tokens), max(1, most // tokens.shape[1]))
+    found: Numbers = tokens[np.arange(count) * len(tokens) // count]
+    return found
 
 
 def _matrices(checkpoint: Checkpoint) -> list[Weight]:
@@ -272,20 +345,6 @@ def _refuse_strangers(*paths: Path) -> None:
 def _key(checkpoint: Checkpoint, tokens: Numbers, keys: Mapping[str, Any]) -> str:
     """SHA-256 over all that decides a calibration: the source, how it was opened, the tokens."""
     digest = hashlib.sha256(np.ascontiguousarray(tokens).data)
-    for part in _source_facts(checkpoint):
-        digest.update(repr(part).encode())
-    digest.update(json.dumps(dict(keys), sort_keys=True).encode())
+    digest.update(source_digest(checkpoint).encode())
+    digest.update(json.dumps({**keys, **checkpoint.config.facts}, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _source_facts(checkpoint: Checkpoint) -> Iterator[Any]:
-    """What a source is: its files' names, sizes and headers, its configuration, and how its ranks were joined."""
-    for file in checkpoint.index.files:
-        yield file.storage.name, file.storage.size, file.checksum
-    yield sorted(checkpoint.config.facts.items(), key=lambda item: item[0])
-    yield checkpoint.norms, checkpoint.unusual
-
-
-def source_digest(checkpoint: Checkpoint) -> str:
-    """The SHA-256 of what a source is, for the keys of a calibration."""
-    return hashlib.sha256(repr(list(_source_facts(checkpoint))).encode()).hexdigest()

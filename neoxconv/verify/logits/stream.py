@@ -115,16 +115,34 @@ class Side:
         """The streams before the first layer, for tokens [batch, time]."""
         return self.forward.embed(self.ranks, tokens, self.config)
 
-    def layer(self, number: int, streams: list[Tensor]) -> list[Tensor]:
-        """The streams after a layer; the sequences pass in groups, and the weights once for each group."""
+    def layer(
+        self,
+        number: int,
+        streams: list[Tensor],
+        into: list[Tensor] | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> list[Tensor]:
+        """The streams after a layer; the sequences pass in groups, and the weights once for each group.
+
+        Where memory is short the result can be had in place of other streams, as of those before the layer. `progress`
+        is told of sequences.
+        """
         if number in self.stages:
             streams = across_stages(streams)
         batch, time, _ = streams[0].shape
         group = max(1, INSIDE // (4 * self.config.ff * time))
-        parts = [
-            self.forward.block(self.ranks, number, [x[start : start + group] for x in streams], self.config)
-            for start in range(0, batch, group)
-        ]
+        parts = []
+        for start in range(0, batch, group):
+            band = [x[start : start + group] for x in streams]
+            after = self.forward.block(self.ranks, number, band, self.config)
+            progress(len(after[0]))
+            if into is None:
+                parts.append(after)
+                continue
+            for stream, x in zip(into, after, strict=True):
+                stream[start : start + group] = x
+        if into is not None:
+            return into
         return [torch.cat(found) for found in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
     def final(self, streams: list[Tensor]) -> list[Tensor]:

@@ -66,10 +66,12 @@ def package_text() -> str:
     return "".join(file.read_text("utf-8") for file in sorted(root.rglob("*.py")))
 
 
-def tokens_for(checkpoint: Checkpoint, sample: Sample, own: str | None = None) -> tuple[Numbers, str]:
+def tokens_for(
+    checkpoint: Checkpoint, sample: Sample, own: str | None = None, enough: int | None = None
+) -> tuple[Numbers, str]:
     """Tokens [sequences, length] and where they are from; sequences are cut to what there is and the model's context.
 
-    Without a text they are from `own`, all of it, by default from two sequences of a short one.
+    Without a text they are from `own`, all of it or as many as are `enough`; by default two sequences of a short one.
     Raises PlanError or CheckpointError where there is no tokenizer, or the ids are not the model's.
     """
     text, sequences = sample.text, sample.sequences
@@ -88,7 +90,8 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample, own: str | None = None) -
             f"{words.name}: gives token {found.max()}, but the model has {checkpoint.config.rows} words; "
             "it is another model's."
         )
-    wanted = sequences or (len(found) if text or own else _SEQUENCES)
+    of_ours = -(-enough // length) if enough else len(found)
+    wanted = sequences or (len(found) if text else of_ours if own else _SEQUENCES)
     if text is None and own is None:
         found = np.tile(found, -(-length * wanted // len(found)))
     rows = min(len(found) // length, wanted)
@@ -99,14 +102,14 @@ def tokens_for(checkpoint: Checkpoint, sample: Sample, own: str | None = None) -
     return found[: rows * length].reshape(rows, length), str(text.name if text else "built-in text")
 
 
-def mixed(checkpoint: Checkpoint, samples: Sequence[Sample]) -> tuple[Numbers, str]:
+def mixed(checkpoint: Checkpoint, samples: Sequence[Sample], enough: int) -> tuple[Numbers, str]:
     """The tokens of several samples [sequences, length] in turn, as many of each, and where they are from.
 
-    A sample of nothing is of this package's source.
+    A sample of nothing is of this package's source, as many tokens as are `enough`.
 
     Raises what `tokens_for` raises, and PlanError where one sample is too short for sequences of the others' length.
     """
-    found = [tokens_for(checkpoint, sample, package_text()) for sample in samples]
+    found = [tokens_for(checkpoint, sample, package_text(), enough) for sample in samples]
     lengths = {tokens.shape[1] for tokens, _ in found}
     if len(lengths) > 1:
         raise PlanError(f"the texts give sequences of {sorted(lengths)} tokens; give longer texts, or a --length.")
