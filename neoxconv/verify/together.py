@@ -3,8 +3,7 @@
 With the second moments H of the inputs, every code is the best one given all the others: no single change lowers
 tr(E H E^T), E = W - Q, or with the moments O of gradients too tr(O E H E^T). That is exact where the encoder's descent
 has come to its end. A code that was moved, a scale that was doubled, rows that were exchanged are then not the best.
-Without them there are bounds only, chosen by hand three times as wide as what was seen (docs/verification.md, "Codes
-chosen together").
+Without them there are bounds only, wider than what was seen (docs/verification.md, "Thresholds").
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from neoxconv.quant.feedback.rows import slopes_of_matrix
 # Of the distance between two codes, the mean one where codes are closer: what the encoder's sums, brought up to date
 # many times, are off.
 _NEAR = 0.01
-_FAR = 4.0  # distances of neighbouring codes: the root mean square error of a block
-_OTHER_ROW = 1.0  # a row's error, as a part of the row: of two rows that have nothing in common it is 1.4
+_FAR = 8.0  # distances of neighbouring codes: the root mean square error of a block
+_OTHER_ROW = 1.2  # a row's error, as a part of the row: of two rows that have nothing in common it is 1.4
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
+from tests.twins import nearest
 
 GRIDS = [row for row in ENCODINGS.values() if row.grid]
 COLUMNS = 512
@@ -143,7 +144,7 @@ def test_codes_for_scales_that_are_known_are_no_worse_for_any_single_change(row:
     largest = row.groups.largest(weights)
     plain = row.scales(largest)
     encoded, decoded = (row.groups.per_weight(each, weights.shape) for each in (plain.encoded, plain.decoded))
-    alone = row.nearest(weights / encoded) * decoded
+    alone = nearest(row, weights / encoded) * decoded
     assert loss(moments.read(), weights, values).sum() < 0.4 * loss(moments.read(), weights, alone).sum()
     stored = Stored(row.table, codes, values, scale, 64, np.zeros_like(scale))
     assert not not_the_best(stored, weights, factors.moments).any() and not too_far(stored, weights).any()
