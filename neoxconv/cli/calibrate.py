@@ -39,23 +39,27 @@ class _Calibration:
     covariance: bool
     gradients: bool
     through: str | None  # the type that layers are quantized to, one after the other
+    outputs: bool
     as_family: str | None  # that it will be written as, where GGUF lacks its own
     device: str
     overwrite: bool
     quiet: bool
 
 
+_PLAIN = "output", "covariance", "gradients", "outputs", "through", "as_family", "device", "overwrite", "quiet"
+
+
 def asked_for(source: Place, given: Given) -> _Calibration:
-    """The request that the options make. Raises UsageError for two kinds of tokens."""
+    """The request that the options make. Raises UsageError for options that exclude each other."""
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
-    plain = {
-        name: given[name]
-        for name in ("output", "covariance", "gradients", "through", "as_family", "device", "overwrite", "quiet")
-    }
+    if given["outputs"] and given["through"]:
+        raise click.UsageError("--outputs and --through exclude each other; give one of them.")
     texts = given["text"] or (None,)
     samples = tuple(chosen(Sample, {**given, "text": text}) for text in texts)
-    return _Calibration(source, reading=chosen(Reading, given), samples=samples, **plain)
+    return _Calibration(
+        source, reading=chosen(Reading, given), samples=samples, **{name: given[name] for name in _PLAIN}
+    )
 
 
 def make_matrix(asked: _Calibration) -> str:
@@ -66,10 +70,11 @@ def make_matrix(asked: _Calibration) -> str:
     checkpoint, _ = written_as(opened(asked.source, asked.reading), "gguf", asked.as_family)
     tokens, text = mixed(checkpoint, samples, _PLENTY * _widest(checkpoint))
     made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
-    passes = 3 if asked.gradients else 1  # over the layers: forwards, and for gradients forwards and back
+    backwards = asked.gradients or asked.outputs
+    passes = 3 if backwards else 1  # over the layers: forwards, and for gradients forwards and back
     total = passes * checkpoint.config.layers * len(tokens)
     with progress_bar(total, "calibrating", asked.quiet, " sequences") as progress:
-        if asked.covariance or asked.gradients or asked.through:
+        if asked.covariance or backwards or asked.through:
             keys = facts(text, tokens) | {SOURCE: source_digest(checkpoint)}
             keys |= {"neoxconv.through": asked.through} if asked.through else {}
             count = _with_moments(asked, checkpoint, tokens, keys, progress)
@@ -90,12 +95,19 @@ def _with_moments(
     """Write a calibration, what it takes told before; returns how many matrices it is of."""
     through = through_of(checkpoint, asked.through) if asked.through else None
     if not asked.quiet:
-        say(_told(asked.output, moments.needs(checkpoint, tokens.size, through)), err=True)
+        say(_told(asked.output, moments.needs(checkpoint, tokens.size, asked.outputs, through)), err=True)
     try:
         return moments.calibrate(
-            checkpoint, tokens, asked.output, keys,
-            gradients=asked.gradients, through=through, device=asked.device, progress=progress,
-        )  # fmt: skip
+            checkpoint,
+            tokens,
+            asked.output,
+            keys,
+            gradients=asked.gradients,
+            outputs=asked.outputs,
+            through=through,
+            device=asked.device,
+            progress=progress,
+        )
     except KeyboardInterrupt as stop:
         raise type(stop)(f"{asked.output}: not finished; run the same command again to continue.") from stop
 

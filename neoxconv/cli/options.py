@@ -214,6 +214,11 @@ of_calibrate = _options(
         metavar="TYPE",
         help="Quantize layer after layer, as `convert --type TYPE`, so that later ones make up for earlier ones.",
     ),
+    click.option(
+        "--outputs",
+        is_flag=True,
+        help="Also gradients at outputs: codes of rows are chosen together too. FILE grows by rows squared.",
+    ),
     click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),
     click.option("--sequences", type=COUNT, metavar="N", help="Sequences at most."),

@@ -16,7 +16,7 @@ from neoxconv.core.tensor import reordered
 from neoxconv.dtypes import F32
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import digest_of, gradients_in, moments_in
+from neoxconv.formats.calibration import digest_of, gradients_in, moments_in, outputs_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
@@ -230,7 +230,7 @@ def _is_asked(tensor: GgufTensor, recipe: Recipe) -> bool:
 def _with_contexts(
     entries: list[Entry], matrix: Matrix | None, moments: Mapping[str, Moments], recipe: Recipe
 ) -> list[Entry]:
-    """The entries, each with the importance of its columns, and with --calibration with the moments of its inputs.
+    """The entries, each with the importance of its columns, and with --calibration with the moments that are in it.
 
     Raises PlanError where the matrix is another model's.
     """
@@ -238,6 +238,7 @@ def _with_contexts(
     if matrix:
         refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
     useful = [name for name, values in found.items() if values.any()]
+    outputs = outputs_in(recipe.calibration) if recipe.calibration else {}
     aims = {name: known.aim.rows for name, known in moments.items() if known.aim}
     raise_all(PlanError, (
         f"{recipe.calibration}: the aim of {entry.name} is {aims[entry.name].dtype.name} "
@@ -251,7 +252,8 @@ def _with_contexts(
         known = moments.get(entry.name) if entry.grid else None
         importance = found.get(entry.name) if entry.name in useful else None
         tensor = aims.get(entry.name, entry.tensor) if known else entry.tensor
-        return replace(entry, tensor=tensor, context=Context(importance, thorough, known))
+        context = Context(importance, thorough, known, outputs.get(entry.name) if known else None)
+        return replace(entry, tensor=tensor, context=context)
 
     return [with_context(entry) if entry.search and (thorough or entry.name in useful) else entry for entry in entries]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,11 +12,12 @@ import numpy as np
 
 from neoxconv.core.encoding import Comparison, Encoding, Grid, Moments
 from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import Weight
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import Array, Bools, Floats, narrow
+from neoxconv.dtypes import Array, Bools, Floats, Numbers, narrow
 from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
-from neoxconv.formats.calibration import digest_of, moments_in
+from neoxconv.formats.calibration import digest_of, moments_in, outputs_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded
 from neoxconv.quant.feedback.encode import damped_moments
@@ -60,8 +61,8 @@ class _Pair:
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
     `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
-    chose codes together, by the `moments` of the inputs, where they are at hand; `aimed`: it rounded an aim that lies
-    with the moments, so that little can be said without them.
+    chose codes together, by the `moments` of the inputs and perhaps the `outputs`, those of gradients, where they are
+    at hand; `aimed`: it rounded an aim that lies with the moments, so that little can be said without them.
     """
 
     name: str
@@ -71,6 +72,7 @@ class _Pair:
     weighted: bool = False
     together: bool = False
     moments: Moments | None = None
+    outputs: Moments | None = None
     aimed: bool = False
 
 
@@ -136,15 +138,29 @@ def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, ca
     weights = [weight for _, weight in source.architecture.in_gguf(source.config)]
     last = "head" if any(weight.role == "head" for weight in weights) else "embedding"
     matrices = {w.unified: w.gguf for w in weights if w.linear or w.role == last}
+    outputs = _outputs_in(calibration, weights, source) if calibration else {}
 
     def marked(pair: _Pair) -> _Pair:
         type_, name = pair.target.dtype.name, matrices.get(pair.name)
         has_grid = type_ in SCALED or (type_ in ENCODINGS and ENCODINGS[type_].grid)
         if not has_grid or name is None or (moments and name not in moments):
             return pair
-        return replace(pair, together=True, moments=moments.get(name), aimed=name in aimed)
+        found = outputs.get(name) if type_ in ENCODINGS else None
+        return replace(pair, together=True, moments=moments.get(name), outputs=found, aimed=name in aimed)
 
     return list(map(marked, pairs))
+
+
+def _outputs_in(calibration: Path, weights: Sequence[Weight], source: Checkpoint) -> dict[str, Moments]:
+    """The moments of gradients by GGUF name, but in the order of the source's rows."""
+    found = outputs_in(calibration)
+    orders = {w.gguf: np.argsort(w.gguf_order(source.config)) for w in weights if w.gguf_order and w.gguf in found}
+    return found | {name: _in_order(found[name], order) for name, order in orders.items()}
+
+
+def _in_order(moments: Moments, order: Numbers) -> Moments:
+    """Moments whose row and column i are those numbered order[i]."""
+    return replace(moments, read=lambda: moments.read()[order][:, order])
 
 
 def _by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -206,7 +222,8 @@ def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
     if pair.aimed and pair.moments is None:
         return 1, partial(_compare_unknown, pair)
     if pair.together and (grid := ENCODINGS[encoding].grid):
-        return 1, partial(_compare_chosen, grid, _moments_of(pair))
+        outputs = damped_moments(pair.outputs, pair.name, damping=0)[0] if pair.outputs else None
+        return pair.source.rows if pair.outputs else 1, partial(_compare_chosen, grid, _moments_of(pair), outputs)
     if pair.joined:
         return 1, partial(_compare_joined, pair, ENCODINGS[encoding])
     return 1, lambda rows, stored, start: ENCODINGS[encoding].compare(rows, stored, pair.weighted)
@@ -217,10 +234,12 @@ def _moments_of(pair: _Pair) -> Floats | None:
     return damped_moments(pair.moments, pair.name)[0] if pair.moments else None
 
 
-def _compare_chosen(grid: Grid, moments: Floats | None, rows: Floats, stored: Array, _: int) -> Comparison:
-    """Codes of a grid that were chosen together."""
+def _compare_chosen(
+    grid: Grid, moments: Floats | None, outputs: Floats | None, rows: Floats, stored: Array, _: int
+) -> Comparison:
+    """Codes of a grid that were chosen together; with `outputs` the rows are all of a matrix."""
     taken = taken_apart(grid, stored)
-    return Comparison(_not_chosen(taken, rows, moments), taken.values)
+    return Comparison(_not_chosen(taken, rows, moments, outputs), taken.values)
 
 
 def _compare_chosen_scaled(
@@ -232,10 +251,10 @@ def _compare_chosen_scaled(
     return Comparison(check.no_code(taken, start) | _not_chosen(taken, rows, moments), values)
 
 
-def _not_chosen(taken: Stored, rows: Floats, moments: Floats | None) -> Bools:
-    """True where codes are not the best by the moments of the inputs, or are too far away, as far as can be told."""
+def _not_chosen(taken: Stored, rows: Floats, moments: Floats | None, outputs: Floats | None = None) -> Bools:
+    """True where codes are not the best by the moments that are known, or are too far away, as far as can be told."""
     wrong = too_far(taken, rows)
-    return wrong if moments is None else wrong | not_the_best(taken, rows, moments)
+    return wrong if moments is None else wrong | not_the_best(taken, rows, moments, outputs)
 
 
 def _compare_unknown(pair: _Pair, rows: Floats, stored: Array, _: int) -> Comparison:

@@ -27,13 +27,14 @@ from neoxconv.core.table import Weight
 from neoxconv.dtypes import Floats, Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.formats.calibration import Inputs, Writer, source_digest
+from neoxconv.formats.calibration import Inputs, Writer, source_digest, triangle
 from neoxconv.verify.logits.gradients import squares_of_gradients
 from neoxconv.verify.logits.stream import INSIDE, running, side
 from neoxconv.verify.logits.through import Encodings, Through, gets_aim, held_through
 from neoxconv.words import size
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
+_OUTPUT_TOKENS = 32768  # at most: second moments do need more
 _BAND = 2048  # rows of sums that are made at a time, from their diagonal on
 _MAX_TOLD = 16 << 20  # bytes of the first line of unfinished work
 _EMBEDDING, _HEAD = "embedding", "head"  # roles
@@ -71,11 +72,12 @@ class Needs:
     disk: int
 
 
-def needs(checkpoint: Checkpoint, tokens: int, through: Encodings | None = None) -> Needs:
+def needs(checkpoint: Checkpoint, tokens: int, outputs: bool = False, through: Encodings | None = None) -> Needs:
     """What a calibration takes.
 
     Held are the moments of a layer's inputs and the tokens' streams, which are on disk too, twice while they are saved.
-    What `through` adds is in through.py.
+    With `outputs` these are instead two sums for each matrix of a layer, the largest three times more while it is put
+    in order and packed, and the streams before all layers, of fewer tokens. What `through` adds is in through.py.
     """
     layers, config = inputs_of(checkpoint, through), checkpoint.config
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
@@ -85,7 +87,14 @@ def needs(checkpoint: Checkpoint, tokens: int, through: Encodings | None = None)
     file = head + sum(4 * (each.packed + each.rows * each.columns) for each in every)
     if through:
         return Needs(_PROGRAM + held_through(config, tokens), file, file + 4 * streams)
-    return Needs(_PROGRAM + moments + streams + _INSIDES * inside, file, file + 2 * streams)
+    held, disk = moments + streams, file + 2 * streams
+    if outputs:
+        sides = [config.sizes[weight.shape[0]] for weight in _matrices(checkpoint) if weight.linear]
+        kept = (config.layers + 2) * 4 * min(tokens, _OUTPUT_TOKENS) * config.hidden
+        squares = sum(2 * 4 * side**2 for side in sides) // config.layers + 3 * 4 * max(sides) ** 2
+        more = sum(4 * triangle(side) for side in sides)
+        held, file, disk = max(held, streams + kept + squares), file + more, disk + more
+    return Needs(_PROGRAM + held + _INSIDES * inside, file, disk)
 
 
 @dataclass
@@ -198,31 +207,34 @@ def calibrate(
     *,
     gradients: bool = False,
     through: Encodings | None = None,
+    outputs: bool = False,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
-    With `gradients` also how much each matrix moves predictions, by tokens from all over them. With `through` layers
-    are quantized as they are run, to these encodings by unified names, and later matrices make up for earlier ones. The
-    ranks are joined first, as a GGUF file holds them. `progress` is told of sequences, once for each layer. Unfinished
-    work lies in `path`.partial and `path`.streams. Raises NeoxconvError where the disk does not take it.
+    With `gradients` also how much each matrix moves predictions, by tokens from all over them; with `outputs` that too,
+    and the second moments of gradients at what matrices put out. With `through` layers are quantized as they are run,
+    to these encodings by unified names, and later matrices make up for earlier ones. The ranks are joined first, as a
+    GGUF file holds them. `progress` is told of sequences, once for each layer. Unfinished work lies in `path`.partial
+    and `path`.streams. Raises NeoxconvError where the disk does not take it.
     """
     checkpoint.refuse_doubts()
+    gradients = gradients or outputs
     layers, matrices = inputs_of(checkpoint, through), _matrices(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
     last = next(weight for weight in reversed(matrices) if not weight.linear)  # the head, or the embedding that is one
     head = _head_inputs(checkpoint, last, gradients)
     inputs = (*(each for layer in layers for each in layer.values()), *head)
-    writer = Writer(partial, inputs, keys, tokens.size, _extents(checkpoint, matrices) if gradients else {})
-    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients}))
-    _check_room(path, needs(checkpoint, tokens.size, through).disk, partial, beside)
+    extents = _extents(checkpoint, matrices) if gradients else {}
+    rows = {weight.gguf: extents[weight.gguf][0] for weight in matrices if weight.linear and outputs}
+    writer = Writer(partial, inputs, keys, tokens.size, extents, rows)
+    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients, "outputs": outputs}))
+    _check_room(path, needs(checkpoint, tokens.size, outputs, through).disk, partial, beside)
     try:
         square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress, through), {}
         if gradients:
-            found = squares_of_gradients(
-                checkpoint, _spread(tokens), device=device, progress=lambda count: progress(count * len(tokens))
-            )
+            found = _backward(checkpoint, tokens, writer, device, lambda count: progress(count * len(tokens)))
             if last.role == _EMBEDDING:
                 found, square = _of_tied(checkpoint, found, square)
         for each in head:
@@ -291,9 +303,24 @@ def _check_room(path: Path, needed: int, *unfinished: Path) -> None:
         )
 
 
-def _spread(tokens: Numbers) -> Numbers:
-    """Sequences at equal distances from tokens [batch, time], of `_GRADIENT_TOKENS` in all at most; one at least."""
-    count = min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))
+def _backward(
+    checkpoint: Checkpoint, tokens: Numbers, writer: Writer, device: str, progress: Callable[[int], None]
+) -> dict[str, Gradients]:
+    """Gradients by unified name; their second moments are written, where the calibration is to have them."""
+    weights = {weight.unified: weight for weight in _matrices(checkpoint)}
+
+    def add(name: str, square: Floats) -> None:
+        order = _gguf_rows(weights[name], checkpoint)
+        writer.add_outputs(weights[name].gguf, square[order][:, order])
+
+    few = _spread(tokens, _OUTPUT_TOKENS if writer.outputs else _GRADIENT_TOKENS)
+    outputs = add if writer.outputs else None
+    return squares_of_gradients(checkpoint, few, device=device, progress=progress, outputs=outputs)
+
+
+def _spread(tokens: Numbers, most: int) -> Numbers:
+    """Sequences at equal distances from tokens [batch, time], of so many tokens in all at most; one at least."""
+    count = min(len(tokens), max(1, most // tokens.shape[1]))
     found: Numbers = tokens[np.arange(count) * len(tokens) // count]
     return found
 
@@ -332,11 +359,14 @@ def _of_tied(
     return {name: both if name == embedding else gradients for name, gradients in found.items()}, square
 
 
+def _gguf_rows(weight: Weight, checkpoint: Checkpoint) -> Numbers | slice:
+    """Which row of a weight each row of a GGUF file is."""
+    return weight.gguf_order(checkpoint.config) if weight.gguf_order else slice(None)
+
+
 def _in_order(gradients: Gradients, weight: Weight, checkpoint: Checkpoint) -> Gradients:
     """Gradients with the rows in GGUF's order."""
-    if weight.gguf_order is None:
-        return gradients
-    return replace(gradients, rows=gradients.rows[weight.gguf_order(checkpoint.config)])
+    return replace(gradients, rows=gradients.rows[_gguf_rows(weight, checkpoint)])
 
 
 def _refuse_strangers(*paths: Path) -> None:
