@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from neoxconv.core.encoding import Encoding
+from neoxconv.core.encoding import Encoding, copied
 from neoxconv.core.layout import Entry, FileLayout
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import BF16, F16, F32, DType, Floats, narrow, widen
@@ -18,13 +19,7 @@ RAW = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8, torch.flo
 
 
 def encoding(dtype: DType) -> Encoding:
-    return Encoding(
-        name=dtype.name,
-        dtype=dtype,
-        encode=lambda rows: narrow(rows, dtype),
-        decode=lambda data: widen(data, dtype),
-        wrong=lambda rows, data: narrow(rows, dtype) != data,
-    )
+    return replace(copied(dtype), encode=lambda rows: narrow(rows, dtype), decode=lambda data: widen(data, dtype))
 
 
 ENCODINGS = {dtype: encoding(dtype) for dtype in TORCH}

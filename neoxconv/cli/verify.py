@@ -241,7 +241,7 @@ def _check_bytes(asked: _Audit, manifest: Mapping[str, Any] | None) -> Report:
     """The first level, with a bar."""
     total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
     with progress_bar(total, "bytes", asked.quiet) as progress:
-        return verify_bytes(asked.target, manifest=manifest, progress=progress)
+        return verify_bytes(asked.target, manifest=manifest, jobs=asked.jobs, progress=progress)
 
 
 def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Report:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import Array, Bytes, DType, Floats
+from neoxconv.dtypes import Array, Bools, Bytes, DType, Floats
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,24 @@ class Grid:
     unpack: Callable[[Array], tuple[Bytes, Floats, Floats]]
 
 
-class _Check(Protocol):
-    """Which weights [n, columns] no correct encoder could have stored as they are: a boolean for each.
+@dataclass(frozen=True)
+class Comparison:
+    """Weights [n, columns] beside what is stored of them.
+
+    `wrong`: which of them no correct encoder could have stored as they are; `values` float32: what is read of them.
+    """
+
+    wrong: Bools
+    values: Floats
+
+
+class _Compare(Protocol):
+    """Compare weights [n, columns] with what is stored of them.
 
     `weighted`: the encoder may have known an importance of the columns, and sacrificed others to them.
     """
 
-    def __call__(self, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]: ...
+    def __call__(self, rows: Floats, stored: Array, weighted: bool = False) -> Comparison: ...
 
 
 class Groups(Protocol):
@@ -134,6 +144,9 @@ class Groups(Protocol):
     def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
         """The value of its group for every weight: [groups] -> `shape`, of rows that begin with a group."""
 
+    def width(self, shape: tuple[int, ...]) -> int:
+        """How many weights, in their order, are a group of rows of such a shape."""
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -153,16 +166,16 @@ class Encoding:
     """How rows of float32 become stored bytes, and back.
 
     `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.numpy` (for block types [n, row bytes] of uint8);
-    `decode` is the way back. `wrong` says which weights no correct encoder could have stored as they are. `search` is
-    an encoder that makes use of a context; None where there is nothing to choose. `grid` is what codes can be chosen
-    from together. Weights of a magnitude beyond `limit` are cut to the largest that the type holds.
+    `decode` is the way back; `compare` is too, with a verdict on each weight. `search` is an encoder that makes use of
+    a context; None where there is nothing to choose. `grid` is what codes can be chosen from together. Weights of a
+    magnitude beyond `limit` are cut to the largest that the type holds.
     """
 
     name: str
     dtype: DType
     encode: Callable[[Floats], Array]
     decode: Callable[[Array], Floats]
-    wrong: _Check
+    compare: _Compare
     search: Callable[[Floats, Context], Array] | None = None
     grid: Grid | None = None
     limit: float = math.inf
@@ -173,6 +186,10 @@ class Encoding:
         """Bits for each weight."""
         return 8 * self.dtype.nbytes / self.dtype.block
 
+    def wrong(self, rows: Floats, stored: Array, weighted: bool = False) -> Bools:
+        """Which weights [n, columns] no correct encoder could have stored as they are."""
+        return self.compare(rows, stored, weighted).wrong
+
 
 def copied(dtype: DType) -> Encoding:
     """An encoding for bytes that are only copied."""
@@ -181,7 +198,7 @@ def copied(dtype: DType) -> Encoding:
         dtype=dtype,
         encode=lambda rows: rows,
         decode=lambda rows: rows.astype(np.float32),
-        wrong=lambda rows, stored, weighted=False: rows != stored,
+        compare=lambda rows, stored, weighted=False: Comparison(rows != stored, stored.astype(np.float32)),
     )
 
 
@@ -205,12 +222,13 @@ class Scaled:
     one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
     source's type, are rounded to before.
 
-    `scales` are made of sizes. `nearest` gives for weights what their nearest codes stand for. Both are shares of what
-    1 stands for in their group.
+    `scales` are made of sizes, of all of a tensor's where they are `nested`. `check` says of weights, what is read of
+    them, and the scales of their groups, each of so many weights, which cannot be right.
 
-    For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as such
-    shares. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of rows. `suited` gives the
-    sizes of groups for rows and how much errors in each column [columns] matter; None: they are the largest weights.
+    For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as shares of
+    what 1 stands for in their group. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of
+    rows. `suited` gives the sizes of groups for rows and how much errors in each column [columns] matter; None: they
+    are the largest weights.
     """
 
     name: str
@@ -220,13 +238,14 @@ class Scaled:
     encode: Callable[[Floats, Floats], Array]
     finish: Callable[[LazyTensor, Floats], tuple[bytes, ...]]
     decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
-    nearest: Callable[[Floats], Floats]
     scales: Callable[[Floats], Scales]
+    check: Callable[[Floats, Floats, Scales, int], Bools]
     table: Floats
     pack: Callable[[Bytes], Array]
     bound: Bound
     suited: Callable[[Floats, Floats], Floats] | None = None
     rounded: Callable[[DType], DType] | None = None
+    nested: bool = False
 
     def count_groups(self, tensor: LazyTensor) -> int:
         """How many groups, each with a size, a tensor has."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from numba import __version__ as numba_version
 from numba import config, njit
 
+from neoxconv.dtypes import Floats
 from neoxconv.quant.kernel_cache import folder_for
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -47,6 +48,32 @@ def kernel(function: F) -> F:
         return cast(F, njit(nogil=True, cache=bool(_CACHE), error_model="numpy", forceinline=True)(function))
     finally:
         _SETTINGS.CACHE_DIR = chosen
+
+
+_LANES = 64  # sums side by side: enough for the widest registers, and in one order on all machines
+
+
+@kernel
+def tally(weights: Floats, values: Floats) -> tuple[np.float32, float, float]:
+    """The largest |w - v|, the sum of (w - v)^2 and that of w^2, in float64, of flat arrays of one length.
+
+    A NaN is larger than anything. Every 64th number goes to the same sum; these are added in their order.
+    """
+    tops = np.zeros(_LANES, np.uint32)
+    squares, powers = np.zeros(_LANES, np.float64), np.zeros(_LANES, np.float64)
+    for start in range(0, weights.size, _LANES):
+        row, read = weights[start : start + _LANES], values[start : start + _LANES]
+        for i in range(row.size):
+            error = f32(row[i] - read[i])
+            tops[i] = max(tops[i], u32(error.view(np.uint32) & u32(0x7FFFFFFF)))
+            squares[i] += np.float64(error) * np.float64(error)
+            powers[i] += np.float64(row[i]) * np.float64(row[i])
+    top, square, power = u32(0), np.float64(0), np.float64(0)
+    for i in range(_LANES):
+        top = max(top, tops[i])
+        square += squares[i]
+        power += powers[i]
+    return u32(top).view(np.float32), square, power
 
 
 @kernel

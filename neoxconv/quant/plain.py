@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from neoxconv import dtypes
-from neoxconv.core.encoding import Bound, Encoding
+from neoxconv.core.encoding import Bound, Comparison, Encoding
 from neoxconv.dtypes import Array, DType, Floats, narrow, widen
 
 _WORTH_A_KERNEL = 1 << 16  # numbers: below that numpy is done before numba is loaded
@@ -53,36 +53,31 @@ def _decode_bf16(stored: Array) -> Floats:
     return widen(stored, dtypes.BF16)
 
 
-def wrong(dtype: DType, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]:
-    """True where the stored bits are not those of the correctly rounded number; any NaN stands for any other."""
-    unsigned = f"<u{dtype.nbytes}"
-    differs = np.asarray(narrow(rows, dtype).view(unsigned) != stored.view(unsigned))
-    if differs.any():
-        differs &= ~(np.isnan(rows) & np.isnan(widen(stored, dtype)))
-    return differs
+_Encode = Callable[[Floats], Array]
+_Decode = Callable[[Array], Floats]
 
 
-F32 = Encoding(
-    name="F32",
-    dtype=dtypes.F32,
-    encode=_unchanged,
-    decode=_unchanged,
-    wrong=partial(wrong, dtypes.F32),
-    bound=Bound(0, "weight"),
-)
-F16 = Encoding(
-    name="F16",
-    dtype=dtypes.F16,
-    encode=_encode_f16,
-    decode=_decode_f16,
-    wrong=partial(wrong, dtypes.F16),
-    bound=Bound(2.0**-11, "weight", "3e-08"),
-)
-BF16 = Encoding(
-    name="BF16",
-    dtype=dtypes.BF16,
-    encode=_encode_bf16,
-    decode=_decode_bf16,
-    wrong=partial(wrong, dtypes.BF16),
-    bound=Bound(2.0**-8, "weight"),
-)
+def compare(
+    encode: Callable[[Floats], Array],
+    decode: Callable[[Array], Floats],
+    rows: Floats,
+    stored: Array,
+    weighted: bool = False,
+) -> Comparison:
+    """Weights beside numbers of their own: wrong are bits of another than the correctly rounded one; NaNs are alike."""
+    unsigned, values = f"<u{stored.itemsize}", decode(stored)
+    wrong = np.asarray(encode(rows).view(unsigned) != stored.view(unsigned))
+    if wrong.any():
+        wrong &= ~(np.isnan(rows) & np.isnan(values))
+    return Comparison(wrong, values)
+
+
+def _row(dtype: DType, encode: _Encode, decode: _Decode, bound: Bound) -> Encoding:
+    """The row of the table of encodings for a plain type."""
+    how = partial(compare, encode, decode)
+    return Encoding(name=dtype.name, dtype=dtype, encode=encode, decode=decode, compare=how, bound=bound)
+
+
+F32 = _row(dtypes.F32, _unchanged, _unchanged, Bound(0, "weight"))
+F16 = _row(dtypes.F16, _encode_f16, _decode_f16, Bound(2.0**-11, "weight", "3e-08"))
+BF16 = _row(dtypes.BF16, _encode_bf16, _decode_bf16, Bound(2.0**-8, "weight"))

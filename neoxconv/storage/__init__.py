@@ -2,7 +2,7 @@
 
 from neoxconv.storage.address import place
 from neoxconv.storage.bounded import check_size, read_bounded
-from neoxconv.storage.files import Storage, Stream, open_storage, size_of, stream_of
+from neoxconv.storage.files import Storage, Stream, open_storage, opener_of, size_of, stream_of
 from neoxconv.storage.places import (
     Place,
     anew,
@@ -31,6 +31,7 @@ __all__ = [
     "is_folder",
     "is_here",
     "open_storage",
+    "opener_of",
     "place",
     "read_bounded",
     "size_of",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -126,9 +127,15 @@ def size_of(path: Place) -> int:
 
 def stream_of(path: Place) -> BinaryIO:
     """A file as a stream."""
+    return opener_of(path)()
+
+
+def opener_of(path: Place) -> Callable[[], BinaryIO]:
+    """What opens a file as a stream, as often as it is called; a store is asked for it once."""
     if isinstance(path, Path):
-        return open(path, "rb")
-    return cast(BinaryIO, io.BufferedReader(Stream(open_storage(path)), LARGEST))
+        return lambda: open(path, "rb")
+    file = open_storage(path)
+    return lambda: cast(BinaryIO, io.BufferedReader(Stream(file), LARGEST))
 
 
 class Stream(io.RawIOBase):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,19 +17,23 @@ from neoxconv.engine.manifest import (
     read_manifest,
 )
 from neoxconv.errors import CheckpointError
-from neoxconv.storage import Place, is_file, place, size_of, stream_of
+from neoxconv.storage import Place, at_once, is_file, opener_of, place, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
 _Progress = Callable[[int], None]
 
 
 def verify_bytes(
-    target: Place | str, *, manifest: Mapping[str, Any] | None = None, progress: _Progress = lambda count: None
+    target: Place | str,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    progress: _Progress = lambda count: None,
 ) -> Report:
     """Whether the files of `target` are byte for byte those that its manifest describes.
 
-    Raises CheckpointError where the target or its manifest is missing. `manifest` spares reading it here; `progress`
-    gets counts of bytes read.
+    Raises CheckpointError where the target or its manifest is missing. `manifest` spares reading it here; `jobs` ranges
+    are hashed at a time, by default as many as read the target best; `progress` gets counts of bytes read.
     """
     target = place(target)
     if not target.exists():
@@ -40,7 +45,8 @@ def verify_bytes(
             "Compare with the source instead: neoxconv verify SOURCE TARGET."
         )
     files = manifest["files"]
-    findings = [finding for file in files for finding in _check_file(target, file, progress)]
+    with ThreadPoolExecutor(jobs or at_once(target)) as pool:
+        findings = [finding for file in files for finding in _check_file(target, file, pool, progress)]
     if target.is_dir():
         known = {file["name"] for file in files} | {MANIFEST}
         present = sorted(inside(path, target) for path in target.rglob("*") if path.is_file())
@@ -69,7 +75,7 @@ def inside(path: Place, folder: Place) -> str:
     return str(PurePosixPath(str(path)).relative_to(str(folder)))
 
 
-def _check_file(target: Place, file: dict[str, Any], progress: _Progress) -> Iterator[Finding]:
+def _check_file(target: Place, file: dict[str, Any], pool: Executor, progress: _Progress) -> Iterator[Finding]:
     """What is wrong with one file."""
     path = target / file["name"] if target.is_dir() else target
     name = file["name"] if target.is_dir() else target.name
@@ -83,10 +89,15 @@ def _check_file(target: Place, file: dict[str, Any], progress: _Progress) -> Ite
         yield Finding(name, f"has {size_of(path)} bytes; {file['bytes']} were written")
     if combined(entry["sha256"] for entry in file["ranges"]) != file["sha256"]:
         yield Finding(name, "the manifest's digest of the file does not fit those of its ranges")
-    with stream_of(path) as stream:
-        for entry in file["ranges"]:
-            written = part_of(entry)
-            if hash_range(stream, written) != entry["sha256"]:
-                where = f"bytes {written.offset} to {written.offset + written.length}"
-                yield Finding(name, f"{written.name or 'header or padding'} ({where}) differs from what was written")
-            progress(written.length)
+    opener, parts = opener_of(path), [part_of(entry) for entry in file["ranges"]]
+
+    def hashed(part: Range) -> str:
+        with opener() as stream:
+            digest = hash_range(stream, part)
+        progress(part.length)
+        return digest
+
+    for entry, part, digest in zip(file["ranges"], parts, pool.map(hashed, parts), strict=True):
+        if digest != entry["sha256"]:
+            where = f"bytes {part.offset} to {part.offset + part.length}"
+            yield Finding(name, f"{part.name or 'header or padding'} ({where}) differs from what was written")

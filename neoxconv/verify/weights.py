@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from neoxconv.core.encoding import Moments
+from neoxconv.core.encoding import Comparison, Encoding, Grid, Moments
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import Array, Bools, Floats, narrow
+from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
 from neoxconv.formats.calibration import digest_of, moments_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
@@ -24,10 +25,11 @@ from neoxconv.targets.calibrated import chosen_by
 from neoxconv.targets.gguf import SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
-from neoxconv.verify.scaled import SLAB, ScaledCheck
-from neoxconv.verify.together import not_the_best, taken_apart, too_far
+from neoxconv.verify.scaled import ScaledCheck
+from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 
 _Progress = Callable[[int], None]
+_CHOSEN_SLAB = 4 << 20  # bytes of float32: the more rows, the more use is made of moments that were read
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
 # of a window (llama.cpp has none).
@@ -156,32 +158,18 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     """The error of one tensor, and what is wrong with it if anything is."""
     encoding = (pair.target.native if pair.joined else pair.target.dtype).name
     if pair.source.shape != pair.target.shape:
-        found = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
-        return TensorError(pair.name, encoding, float("inf"), float("inf")), found
+        finding = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
+        return TensorError(pair.name, encoding, float("inf"), float("inf")), finding
     wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
-    moments = damped_moments(pair.moments, pair.name)[0] if pair.moments else None
-    check = ScaledCheck(SCALED[encoding], pair.source, moments) if encoding in SCALED else None
-    for start, stop in slabs(pair.source, SLAB, check.unit if check else 1):
+    unit, compared = _comparing(pair, encoding)
+    for start, stop in slabs(pair.source, _CHOSEN_SLAB if pair.together else SLAB, unit):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
-        stored = pair.target.read(start, stop)
-        values = floats(stored, pair.target.dtype)
-        error = np.abs(weights - values)
-        if pair.joined:
-            stored = narrow(values, pair.target.native)
-        if pair.together:
-            bad = _not_chosen(encoding, check, weights, stored, start, moments)
-        elif check:
-            bad = check.wrong(weights, values, start)
-        elif encoding in ENCODINGS:
-            bad = ENCODINGS[encoding].wrong(weights, stored, pair.weighted)
-        else:
-            bad = differs(pair, weights, values)
-        if bad.any() and first < 0:
-            first = start * pair.source.columns + int(np.flatnonzero(bad)[0])
-        wrong += int(bad.sum())
-        largest = max(largest, float(error.max(initial=0)))
-        squares += float(np.square(error, dtype=np.float64).sum())
-        power += float(np.square(weights, dtype=np.float64).sum())
+        found = compared(weights, pair.target.read(start, stop), start)
+        if first < 0 and found.wrong.any():
+            first = start * pair.source.columns + int(found.wrong.argmax())
+        wrong += int(np.count_nonzero(found.wrong))
+        sums = _sums(weights, found.values)
+        largest, squares, power = max(largest, sums.largest), squares + sums.squares, power + sums.power
         progress((stop - start) * pair.source.dtype.size(pair.source.columns))
     result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
     if pair.weighted and result.relative > _LOOSE:
@@ -194,28 +182,83 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     return result, Finding(pair.name, what)
 
 
-def _not_chosen(
-    encoding: str, check: ScaledCheck | None, weights: Floats, stored: Array, start: int, moments: Floats | None
-) -> Bools:
-    """True where rows from `start` on are not what was chosen together for weights, as far as can be told."""
-    if check:
-        rows, weights = check.stored(stored, start), rounded(check.encoding, check.source, weights)
-        bad = check.no_code(rows, start)
-    else:
-        grid = ENCODINGS[encoding].grid
-        assert grid
-        rows, bad = taken_apart(grid, stored), np.zeros(weights.shape, np.bool_)
-    bad |= too_far(rows, weights)
-    return bad | not_the_best(rows, weights, moments) if moments is not None else bad
+_Compared = Callable[[Floats, Array, int], Comparison]  # of weights, what is stored of them, and their first row
 
 
-def differs(pair: _Pair, weights: Floats, values: Floats) -> npt.NDArray[np.bool_]:
-    """True where a type that we only read cannot have come from these weights: loosely for blocks, else exactly."""
+def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
+    """How the slabs of a pair are compared, and of how many rows, or a multiple, they must be."""
+    if encoding in SCALED:
+        moments = _moments_of(pair)
+        check = ScaledCheck(SCALED[encoding], pair.source, together=pair.together, moments=moments)
+        if pair.together:
+            return check.unit, partial(_compare_chosen_scaled, check, moments)
+        return check.unit, lambda rows, stored, start: Comparison(check.wrong(rows, stored, start), stored)
+    if encoding not in ENCODINGS:
+        return 1, partial(_compare_read, pair)
+    if pair.together and (grid := ENCODINGS[encoding].grid):
+        return 1, partial(_compare_chosen, grid, _moments_of(pair))
+    if pair.joined:
+        return 1, partial(_compare_joined, pair, ENCODINGS[encoding])
+    return 1, lambda rows, stored, start: ENCODINGS[encoding].compare(rows, stored, pair.weighted)
+
+
+def _moments_of(pair: _Pair) -> Floats | None:
+    """The damped moments by which a pair's codes were chosen, where they are at hand."""
+    return damped_moments(pair.moments, pair.name)[0] if pair.moments else None
+
+
+def _compare_chosen(grid: Grid, moments: Floats | None, rows: Floats, stored: Array, _: int) -> Comparison:
+    """Codes of a grid that were chosen together."""
+    taken = taken_apart(grid, stored)
+    return Comparison(_not_chosen(taken, rows, moments), taken.values)
+
+
+def _compare_chosen_scaled(
+    check: ScaledCheck, moments: Floats | None, rows: Floats, values: Floats, start: int
+) -> Comparison:
+    """The same of codes whose scales lie beside them."""
+    taken = check.stored(values, start)
+    rows = rounded(check.encoding, check.source, rows)
+    return Comparison(check.no_code(taken, start) | _not_chosen(taken, rows, moments), values)
+
+
+def _not_chosen(taken: Stored, rows: Floats, moments: Floats | None) -> Bools:
+    """True where codes are not the best by the moments of the inputs, or are too far away, as far as can be told."""
+    wrong = too_far(taken, rows)
+    return wrong if moments is None else wrong | not_the_best(taken, rows, moments)
+
+
+def _compare_joined(pair: _Pair, encoding: Encoding, rows: Floats, stored: Array, _: int) -> Comparison:
+    """What was computed from ranks is compared as their type, in which a writer would store it."""
+    values = floats(stored, pair.target.dtype)
+    return Comparison(encoding.wrong(rows, narrow(values, pair.target.native), pair.weighted), values)
+
+
+def _compare_read(pair: _Pair, rows: Floats, stored: Array, _: int) -> Comparison:
+    """A type that we only read cannot have come from other weights: loosely for blocks, else exactly."""
+    values = floats(stored, pair.target.dtype)
     if pair.target.dtype.block == 1:
-        return np.asarray(weights != values) & ~(np.isnan(weights) & np.isnan(values))
-    power = np.square(weights, dtype=np.float64).sum()
-    far = np.square(weights - values, dtype=np.float64).sum() > _LOOSE**2 * power
-    return np.full(weights.shape, far) | ~np.isfinite(values)
+        return Comparison(np.asarray(rows != values) & ~(np.isnan(rows) & np.isnan(values)), values)
+    sums = _sums(rows, values)
+    far = sums.squares > _LOOSE**2 * sums.power
+    return Comparison(np.full(rows.shape, far) | ~np.isfinite(values), values)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of weights and what is read of them: the largest |w - v|, the sum of (w - v)^2 and that of w^2."""
+
+    largest: float
+    squares: float
+    power: float
+
+
+def _sums(rows: Floats, values: Floats) -> _Sums:
+    """The sums of a slab, in a fixed order."""
+    from neoxconv.quant.kernels import tally
+
+    largest, squares, power = tally(*(np.ascontiguousarray(each).reshape(-1) for each in (rows, values)))
+    return _Sums(float(largest), squares, power)
 
 
 def _compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:

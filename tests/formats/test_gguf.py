@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neoxconv.core.encoding import Encoding
+from neoxconv.core.encoding import Encoding, copied
 from neoxconv.core.layout import Entry, FileLayout
 from neoxconv.core.model import Index
 from neoxconv.core.tensor import LazyTensor
@@ -47,13 +47,7 @@ def encoding(dtype: DType) -> Encoding:
             return narrow(rows, dtype)
         return np.asarray(quants.quantize(rows, gguf.GGMLQuantizationType[dtype.name]))
 
-    return Encoding(
-        name=dtype.name,
-        dtype=dtype,
-        encode=encode,
-        decode=lambda stored: widen(stored, dtype),
-        wrong=lambda rows, stored: rows != rows,
-    )
+    return replace(copied(dtype), encode=encode, decode=lambda stored: widen(stored, dtype))
 
 
 def entry(name: str, tensor: LazyTensor, dtype: DType | None = None) -> Entry:

@@ -20,10 +20,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neoxconv.core.encoding import Encoding
+from neoxconv.core.encoding import copied
 from neoxconv.core.layout import Digest, Entry, FileLayout
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import PLAIN, DType
+from neoxconv.dtypes import PLAIN
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.pt import layout_pt, read_pt
 from neoxconv.formats.pt.unpickle import Placeholder, Size
@@ -348,10 +348,6 @@ def test_a_compressed_zip_is_refused(tmp_path: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def as_they_are(dtype: DType) -> Encoding:
-    return Encoding(name=dtype.name, dtype=dtype, encode=lambda r: r, decode=lambda r: r, wrong=lambda r, s: r != s)
-
-
 def entry(tensor: torch.Tensor) -> Entry:
     """An entry whose bytes are the tensor's."""
     numbers = array(tensor)
@@ -360,7 +356,7 @@ def entry(tensor: torch.Tensor) -> Entry:
     lazy = LazyTensor(
         tuple(tensor.shape), dtype, lambda start, stop: numbers.reshape(-1, *tensor.shape[1:])[start:stop], dtype
     )
-    return Entry("", "", lazy, as_they_are(dtype))
+    return Entry("", "", lazy, copied(dtype))
 
 
 def write(layout: FileLayout, folder: Path) -> Path:
@@ -431,7 +427,7 @@ def test_a_sparse_file_beyond_4_gib_is_read_by_torch_and_here(tmp_path: Path) ->
     rows = (1 << 32) // 1024 + 3
     dtype = PLAIN["F16"]
     lazy = LazyTensor((rows, 512), dtype, lambda start, stop: np.zeros((stop - start, 512), "<f2"), dtype)
-    large = Entry("", "", lazy, as_they_are(dtype))
+    large = Entry("", "", lazy, copied(dtype))
     layout = layout_pt("a.pt", {"large": large, "small": entry(BASE)})
     with open(tmp_path / "a.pt", "wb") as target:
         target.truncate(layout.size)

@@ -21,6 +21,7 @@ from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
 from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
+from tests.twins import nearest
 
 GRIDS = [row for row in ENCODINGS.values() if row.grid]
 COLUMNS = 512
@@ -142,7 +143,7 @@ def test_codes_for_scales_that_are_known_are_no_worse_for_any_single_change(row:
     largest = row.groups.largest(weights)
     plain = row.scales(largest)
     encoded, decoded = (row.groups.per_weight(each, weights.shape) for each in (plain.encoded, plain.decoded))
-    alone = row.nearest(weights / encoded) * decoded
+    alone = nearest(row, weights / encoded) * decoded
     assert loss(moments.read(), weights, values).sum() < 0.4 * loss(moments.read(), weights, alone).sum()
     stored = Stored(row.table, codes, values, scale, 64, np.zeros_like(scale))
     assert not not_the_best(stored, weights, factors.moments).any() and not too_far(stored, weights).any()
@@ -269,6 +270,7 @@ def test_damping_is_a_part_of_the_mean_diagonal() -> None:
 SCRIPT = """
 import hashlib
 from tests.quant import test_feedback as t
+from tests.twins import nearest
 weights, moments, factors = t.case_of_whole_numbers()
 digest = hashlib.sha256()
 for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):

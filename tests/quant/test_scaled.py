@@ -26,6 +26,7 @@ from neoxconv.quant.scaled import float8, fourbit, kernels
 from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup
 from tests.machines import PLAIN, has_avx2, needs_avx2, needs_x86
 from tests.oracles import ROOT, program
+from tests.twins import nearest
 
 FLOAT8 = {torch.float8_e4m3fn: float8.FORM_E4M3, torch.float8_e5m2: float8.FORM_E5M2}
 FORMS = {form.dtype.name[3:]: form for form in FLOAT8.values()}
@@ -280,28 +281,15 @@ def test_weights_are_moved_within_the_bound_and_some_by_half_of_it(encoding: Enc
 
 
 @scaled
-def test_nearest_finds_the_nearest_number_of_the_table(encoding: Scaled) -> None:
-    table = np.asarray(TABLES[encoding.name.split("_")[0]], np.float32)
-    table = np.unique(table[np.isfinite(table)])
-    middles, random = (table[:-1] + table[1:]) / 2, np.random.default_rng(0).uniform(-1, 1, 5000) ** 3
-    asked = np.concatenate([table, middles, np.nextafter(middles, np.float32(2)), random]).astype(np.float32)
-    found = encoding.nearest(asked)
-    assert np.isin(found, table).all() and np.array_equal(encoding.nearest(found), found)
-    assert np.array_equal(encoding.nearest(np.array([-1.0000002, 1.0000002], np.float32)), [-1, 1])
-    distance = np.abs(asked[:, None].astype(np.float64) - table).min(axis=1)
-    assert (np.abs(asked.astype(np.float64) - found) <= distance + 3e-7 * np.abs(asked)).all()
-
-
-@scaled
 @pytest.mark.parametrize("kind", ["zeros", "nothing", "small"])
 def test_what_is_read_is_the_nearest_number_in_its_group(encoding: Scaled, kind: str) -> None:
     """float16 has all that float8 makes of it."""
     rows = widen(narrow(weights(kind, (300, 448)), F16), F16)
     values, (size, scale) = reader(encoding, lazy(rows, F16))(0, len(rows)), scales_of(encoding, rows)
     asked, stored = (np.divide(n, of, out=np.zeros_like(n), where=of != 0) for n, of in ((rows, size), (values, scale)))
-    found = encoding.nearest(stored)
+    found = nearest(encoding, stored)
     assert (np.abs(values - found * scale) <= 3e-7 * np.abs(values)).all()
-    assert (np.abs(asked - found) <= np.abs(asked - encoding.nearest(asked)) + 3e-7 * np.abs(asked)).all()
+    assert (np.abs(asked - found) <= np.abs(asked - nearest(encoding, asked)) + 3e-7 * np.abs(asked)).all()
     assert encoding.name.split("_")[0] not in FORMS or np.array_equal(values.astype(np.float16), values)
 
 

@@ -126,7 +126,7 @@ def test_jobs_and_slabs_never_change_a_byte(
 ) -> None:
     whole = digests(targets[name])
     monkeypatch.setattr("neoxconv.engine.memory.SLAB", 1000)
-    monkeypatch.setattr("neoxconv.engine.encode._FEEDBACK_SLAB", 5000)
+    monkeypatch.setattr("neoxconv.engine.encode.FEEDBACK_ROWS", 5)
     assert digests(chosen(source, tmp_path / "small", name, by, jobs=4)) == whole
 
 

@@ -10,21 +10,21 @@ The bytes are those of llama.cpp's quantize_row_*_ref.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from neoxconv.core.encoding import Context, Encoding
+from neoxconv.core.encoding import Comparison, Context, Encoding
 from neoxconv.dtypes import Bytes, DType, Floats
-from neoxconv.errors import CheckpointError
+from neoxconv.quant.ggml.blocks import Blocks, compared, meaning, values_of, whole_blocks
 from neoxconv.quant.ggml.search import find, grid
 from neoxconv.quant.ggml.searches import SEARCHES, check_columns
 
+if TYPE_CHECKING:
+    from neoxconv.quant.ggml.check_kernels import Meaning
+
 _BLOCK = 32
-_ROUNDING = np.float32(1.01 / 2048)  # half a unit in the last place of a float16; 1 % for float32 arithmetic
-_SMALLEST = np.float32(1.01 * 2.0**-25)  # the same for subnormals
 
 _STEP, _LEAST = ("step", "<f2"), ("least", "<f2")
 _FIFTH, _NIBBLES, _CODES = ("fifth", "u1", 4), ("nibbles", "u1", 16), ("codes", "i1", 32)
@@ -57,15 +57,6 @@ class _BlockForm:
     def least(self) -> bool:
         """Codes count from the least weight, which is stored."""
         return self.has("least")
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Blocks taken apart: step and least [n], codes [n, 32], all float32."""
-
-    step: Floats
-    least: Floats
-    codes: Floats
 
 
 def encode(form: _BlockForm, rows: Floats) -> Bytes:
@@ -109,23 +100,17 @@ def _pack(form: _BlockForm, codes: Bytes, numbers: Floats) -> Bytes:
 def _unpack(form: _BlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
     """Codes [n, columns] from 0 on, scales and least weights [n, blocks] of rows of blocks [n, bytes]."""
     taken, rows = _take_apart(form, stored), len(stored)
-    codes = (taken.codes - np.float32(form.lowest)).astype(np.uint8)
-    return codes.reshape(rows, -1), taken.step.reshape(rows, -1), -taken.least.reshape(rows, -1)
+    return taken.codes.reshape(rows, -1), taken.scale.reshape(rows, -1), taken.least.reshape(rows, -1)
 
 
 def decode(form: _BlockForm, stored: Bytes) -> Floats:
     """Blocks [n, bytes] as the float32 numbers [n, columns] that ggml reads."""
-    taken = _take_apart(form, stored)
-    values = taken.codes
-    with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
-        values *= taken.step[:, None]
-        if form.least:
-            values += taken.least[:, None]
-    return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * _BLOCK)
+    columns = stored.shape[1] // form.layout.itemsize * _BLOCK
+    return values_of(_take_apart(form, stored), _meaning(form)).reshape(len(stored), columns)
 
 
-def wrong(form: _BlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
-    """True where a weight is further from its stored value than rounding to the nearest code and to float16 explain.
+def compare(form: _BlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> Comparison:
+    """Weights beside blocks; wrong are those further away than the nearest code and rounding to float16 explain.
 
     The bound is step / 2 + (|code| + 1) * (rounding of the step) + (rounding of the least weight), but a code at
     the end of its range may be any distance short of its weight. Where the step or the least weight of a block is not
@@ -133,54 +118,37 @@ def wrong(form: _BlockForm, rows: Floats, stored: Bytes, weighted: bool = False)
     importance matrix (`weighted`) the step may be any that suits the few weights that matter, and llama.cpp fits it
     after the codes are chosen: they may be two steps off.
     """
-    from neoxconv.quant.ggml import simple_kernels
+    from neoxconv.quant.ggml import check_kernels
 
-    weights = np.ascontiguousarray(rows, np.float32).reshape(-1, _BLOCK)
-    taken = _take_apart(form, stored)
-    with np.errstate(invalid="ignore", over="ignore"):
-        step, least = needed(form, simple_kernels.spans(weights))
-        finite = np.isfinite(step)
-        if weighted:
-            step, least = np.abs(taken.step), taken.least
-        slope, slack = _half_ulp(step), _half_ulp(least)
-        fits = finite & (np.abs(np.abs(taken.step) - step) <= slope) & (np.abs(taken.least - least) <= slack)
-        free = 2 * step + form.levels * _SMALLEST if weighted else step / 2
-        limits = np.stack([taken.step, taken.least, slope, free + slope + slack], axis=1)
-    result = simple_kernels.outside(weights, taken.codes, limits, (form.lowest, form.highest))
-    result |= ~fits[:, None]
-    return result.reshape(rows.shape)
+    taken, weights = _take_apart(form, stored), np.ascontiguousarray(rows, np.float32).reshape(-1, _BLOCK)
+    numbers = np.empty((len(weights), check_kernels.NUMBERS), np.float32)
+    known = check_kernels.Simple(np.float32(form.levels), form.least, weighted)
+    check_kernels.bound_simple(weights, taken.scale, taken.least, known, numbers)
+    return compared(rows, taken.codes, numbers, _meaning(form))
 
 
-def needed(form: _BlockForm, spans: Floats) -> tuple[Floats, Floats]:
-    """The size of the step, and the least weight, that blocks need whose smallest and largest weights are `spans`."""
-    low, high = spans[:, 0], spans[:, 1]
-    if form.least:
-        return np.divide(high - low, form.levels, dtype=np.float32), low
-    return np.divide(np.maximum(-low, high), form.levels, dtype=np.float32), np.zeros_like(low)
+@cache
+def _meaning(form: _BlockForm) -> Meaning:
+    """What codes stand for, as they are stored."""
+    return meaning(-128 if form.has("codes") else form.lowest, form.lowest, form.highest)
 
 
-def _half_ulp(values: Floats) -> Floats:
-    """How far rounding to float16 may move values."""
-    return np.maximum(np.abs(values) * _ROUNDING, _SMALLEST)
-
-
-def _take_apart(form: _BlockForm, stored: Bytes) -> _Blocks:
+def _take_apart(form: _BlockForm, stored: Bytes) -> Blocks:
     """The numbers in blocks [n, bytes]. Raises CheckpointError where the bytes are no whole number of blocks."""
     from neoxconv.quant.ggml import simple_kernels
 
-    count, row = stored.shape
-    if row % form.layout.itemsize:
-        raise CheckpointError(
-            f"{form.name}: blocks have {form.layout.itemsize} bytes, but a row has {row}. "
-            "The file is damaged or its type is another one."
-        )
-    raw = np.ascontiguousarray(stored).reshape(count * row // form.layout.itemsize, form.layout.itemsize)
-    blocks = raw.view(form.layout)[:, 0]
-    step = blocks["step"].astype(np.float32)
-    least = blocks["least"].astype(np.float32) if form.least else np.zeros_like(step)
+    raw = whole_blocks(form.name, form.layout, stored)
+    step, least = np.zeros((2, len(raw)), np.float32)
+    simple_kernels.halves(raw, 0, step)
+    if form.least:
+        simple_kernels.halves(raw, 2, least)
+        np.negative(least, out=least)
+    codes = np.empty((len(raw), _BLOCK), np.uint8)
     if form.has("codes"):
-        return _Blocks(step, least, blocks["codes"].astype(np.float32))
-    return _Blocks(step, least, simple_kernels.unpack(raw, -form.lowest, form.fifth))
+        simple_kernels.unpack_bytes(raw, codes)
+    else:
+        simple_kernels.unpack(raw, form.fifth, codes)
+    return Blocks(codes, step, least)
 
 
 def encoding(form: _BlockForm) -> Encoding:
@@ -192,7 +160,7 @@ def encoding(form: _BlockForm) -> Encoding:
         dtype=dtype,
         encode=partial(encode, form),
         decode=partial(decode, form),
-        wrong=partial(wrong, form),
+        compare=partial(compare, form),
         search=searched,
         grid=grid(SEARCHES[form.name], partial(_pack, form), partial(_unpack, form)) if searched else None,
     )

@@ -16,6 +16,7 @@ from neoxconv.quant.kernels import (
     as_bits,
     as_float,
     f32,
+    float_bits,
     half_bits,
     i32,
     kernel,
@@ -45,7 +46,7 @@ def _ordered(bits: np.int32) -> np.int32:
 
 
 @kernel
-def _extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
+def extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
     """The smallest and the largest of 32 weights, given as bits; at least one is NaN where a weight is."""
     low, high = i32(0x7FFFFFFF), i32(-0x80000000)
     for j in range(bits.size):
@@ -93,7 +94,7 @@ def _put_codes(block: Bytes, weights: Floats, ruler: _Ruler, fifth: bool) -> Non
 
 
 @kernel
-def _largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
+def largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
     """The largest absolute value of 32 weights, given as bits; NaN where one is."""
     size = i32(0)
     for j in range(bits.size):
@@ -106,7 +107,7 @@ def balanced(weights: Floats, levels: int, blocks: Bytes) -> None:
     """Q8_0: step = largest |w| / levels, codes = w / step, halves away from zero."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        step = f32(_largest_size(bits[b]) / f32(levels))
+        step = f32(largest_size(bits[b]) / f32(levels))
         _put_half(blocks[b], 0, step)
         scale = _inverse(step)
         for j in range(weights.shape[1]):
@@ -119,7 +120,7 @@ def signed(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
     """Q4_0, Q5_0: the weight of largest size takes the code -levels, which is stored as 0."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        low, high = _extremes(bits[b])
+        low, high = extremes(bits[b])
         largest = high if high > -low else low
         if high == -low:
             largest = first(weights[b], high) + ZERO  # never -0
@@ -135,7 +136,7 @@ def ranged(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
     """Q4_1, Q5_1: codes 0 to levels from the smallest weight, which is stored, to the largest."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        low, high = _extremes(bits[b])
+        low, high = extremes(bits[b])
         if low == ZERO:
             low = first(weights[b], ZERO)
         step = f32((high - low) / f32(levels))
@@ -145,45 +146,35 @@ def ranged(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
 
 
 @kernel
-def spans(weights: Floats) -> Floats:
-    """The smallest and the largest weight of each block: [n, 32] -> [n, 2]."""
-    bits, result = weights.view(np.int32), np.empty((weights.shape[0], 2), np.float32)
-    for b in range(weights.shape[0]):
-        result[b, 0], result[b, 1] = _extremes(bits[b])
-    return result
+def halves(blocks: Bytes, at: int, numbers: Floats) -> None:
+    """Fill `numbers` [n] with the float16 at byte `at` of each block."""
+    for b in range(blocks.shape[0]):
+        bits = u16(u16(blocks[b, at]) | u16(u16(blocks[b, at + 1]) << u16(8)))
+        numbers[b] = as_float(float_bits(bits))
 
 
 @kernel
-def unpack(blocks: Bytes, zero: int, fifth: bool) -> Floats:
-    """The codes [n, 32] in the nibbles (and fifth bits) at the end of each block, less `zero`."""
-    codes, at = np.empty((blocks.shape[0], 32), np.float32), blocks.shape[1] - 16
+def unpack_bytes(blocks: Bytes, codes: Bytes) -> None:
+    """Fill codes [n, 32] from the signed bytes at the end of each block, with 128 added."""
+    at = blocks.shape[1] - 32
     for b in range(blocks.shape[0]):
-        for j in range(16):
-            codes[b, j] = f32(i32(blocks[b, at + j] & u8(15)) - i32(zero))
-            codes[b, j + 16] = f32(i32(blocks[b, at + j] >> u8(4)) - i32(zero))
+        stored, row = blocks[b, at:], codes[b]
+        for j in range(row.size):
+            row[j] = stored[j] ^ u8(128)
+
+
+@kernel
+def unpack(blocks: Bytes, fifth: bool, codes: Bytes) -> None:
+    """Fill codes [n, 32] from the nibbles (and fifth bits) at the end of each block."""
+    at = blocks.shape[1] - 16
+    for b in range(blocks.shape[0]):
+        nibbles, low, high = blocks[b, at:], codes[b, :16], codes[b, 16:]
+        for j in range(nibbles.size):
+            low[j] = nibbles[j] & u8(15)
+            high[j] = nibbles[j] >> u8(4)
         if fifth:
-            bits = u32(0)
+            bits, row = u32(0), codes[b]
             for j in range(4):
                 bits |= u32(u32(blocks[b, at - 4 + j]) << u32(8 * j))
-            for j in range(codes.shape[1]):
-                codes[b, j] += f32(i32(u32(bits >> u32(j)) & u32(1)) << i32(4))
-    return codes
-
-
-@kernel
-def outside(weights: Floats, codes: Floats, limits: Floats, ends: tuple[float, float]) -> npt.NDArray[np.bool_]:
-    """True where |w - (step * code + least)| > |code| * slope + fixed and the code could move on towards the weight.
-
-    weights, codes [n, 32]; limits [n, 4]: step, least, slope, fixed; ends: smallest and largest code. NaN is outside.
-    """
-    result, low, high = np.empty(weights.shape, np.bool_), f32(ends[0]), f32(ends[1])
-    for b in range(weights.shape[0]):
-        step, least, slope, fixed = limits[b]
-        sign = -ONE if step < ZERO else ONE
-        for j in range(32):
-            error = weights[b, j] - (codes[b, j] * step + least)
-            within = abs(error) <= abs(codes[b, j]) * slope + fixed
-            above = (codes[b, j] == high) & (error * sign > ZERO)
-            below = (codes[b, j] == low) & (error * sign < ZERO)
-            result[b, j] = not (within | above | below)
-    return result
+            for j in range(row.size):
+                row[j] |= u8(u8(u32(bits >> u32(j)) & u32(1)) << u8(4))

@@ -11,29 +11,27 @@ equally far apart. The searches are in fit_line.py and fit_scale.py; the bytes a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from neoxconv.core.encoding import Context, Encoding
+from neoxconv.core.encoding import Comparison, Context, Encoding
 from neoxconv.dtypes import Bytes, DType, Floats
-from neoxconv.errors import CheckpointError
+from neoxconv.quant.ggml.blocks import Blocks, compared, meaning, values_of, whole_blocks
 from neoxconv.quant.ggml.planes import Plane, pack, pack_sixes, unpack, unpack_sixes
 from neoxconv.quant.ggml.search import find, grid
 from neoxconv.quant.ggml.searches import CURVE, SEARCHES, Search, check_columns
 
+if TYPE_CHECKING:
+    from neoxconv.quant.ggml.check_kernels import Meaning
+
 _NOTHING = Context()
 
-# How far `fits` lets a block's scale and least weight be from those that its weights need. Chosen by hand, so wide that
-# neither our bytes nor ggml's are called wrong (tests/quant/test_superblocks.py tries both on three kinds of weights).
+# How far a block's scale and least weight may be from those that its weights need. Chosen by hand, so wide that neither
+# our bytes nor ggml's are called wrong (tests/quant/test_superblocks.py tries both on three kinds of weights).
 _MOVED = 0.3  # of the block's range, by a search
 _MOVED_BY_CODES = 0.9  # of the distance between two codes, by a search: the more the fewer codes there are
-_STEPS_LOST = 1.5  # of the super-block's step, by rounding to integers
-_HALF_SUBNORMAL = 2.0**-25  # half the smallest float16 above 0: how far a subnormal step is rounded
-
-_VALUES = np.array(CURVE, np.float32)
 
 
 @dataclass(frozen=True)
@@ -93,129 +91,76 @@ def offset(form: _SuperBlockForm) -> int:
 
 @dataclass(frozen=True)
 class _SuperBlocks:
-    """Super-blocks taken apart: codes [n, blocks, block] uint8 and, [n, blocks, 1] in float32, scale and least weight;
-    [n, 1, 1] the steps that these are multiples of.
-    """
+    """Super-blocks taken apart: their blocks, and the steps [n] that scales and least weights are multiples of."""
 
-    codes: Bytes
-    scale: Floats
-    least: Floats
+    blocks: Blocks
     step: Floats
     floor: Floats
 
 
 def _take_apart(form: _SuperBlockForm, stored: Bytes) -> _SuperBlocks:
     """The numbers in super-blocks [n, bytes]. Raises CheckpointError where the bytes are no whole number of them."""
-    if stored.shape[1] % form.layout.itemsize:
-        raise CheckpointError(
-            f"{form.name}: blocks have {form.layout.itemsize} bytes, but a row has {stored.shape[1]}. "
-            "The file is damaged or its type is another one."
-        )
     how = form.search
-    raw = np.ascontiguousarray(stored).reshape(stored.size // form.layout.itemsize, form.layout.itemsize)
-    supers = raw.view(form.layout)[:, 0]
-    step = supers["step"].astype(np.float32)[:, None, None]
-    floor = supers["floor"].astype(np.float32)[:, None, None] if how.least else np.zeros_like(step)
+    supers = whole_blocks(form.name, form.layout, stored).view(form.layout)[:, 0]
+    step = supers["step"].astype(np.float32)
+    floor = supers["floor"].astype(np.float32) if how.least else np.zeros_like(step)
     if form.scales:
         integers = unpack(supers, form.scales)
     else:
         integers = unpack_sixes(supers["scales"]) if how.least else np.ones((len(supers), 1), np.uint8)
     if how.signed:
         integers = integers.view(np.int8)
-    numbers = (integers.astype(np.float32) - np.float32(offset(form))).reshape(len(supers), 1 + how.least, how.subs, 1)
-    codes = unpack(supers, form.codes).reshape(len(supers), how.subs, how.block)
+    numbers = integers.astype(np.float32) - np.float32(offset(form))
+    codes = unpack(supers, form.codes).reshape(-1, how.block)
     with np.errstate(invalid="ignore"):  # 0 * infinity, in a damaged block
-        least = floor * numbers[:, 1] if how.least else np.zeros_like(step)
-        return _SuperBlocks(codes, step * numbers[:, 0], least, step, floor)
+        scale = (step[:, None] * numbers[:, : how.subs]).reshape(-1)
+        least = (floor[:, None] * numbers[:, how.subs :]).reshape(-1) if how.least else np.zeros_like(scale)
+    return _SuperBlocks(Blocks(codes, scale, least), step, floor)
 
 
 def _unpack(form: _SuperBlockForm, stored: Bytes) -> tuple[Bytes, Floats, Floats]:
     """Codes [n, columns], scales and least weights [n, blocks] of rows of super-blocks [n, bytes]."""
-    taken, rows = _take_apart(form, stored), len(stored)
-    shape = (len(taken.codes), form.search.subs, 1)
-    scale, least = (np.broadcast_to(each, shape).reshape(rows, -1) for each in (taken.scale, taken.least))
-    return taken.codes.reshape(rows, -1), scale, least
+    blocks, rows = _take_apart(form, stored).blocks, len(stored)
+    return blocks.codes.reshape(rows, -1), blocks.scale.reshape(rows, -1), blocks.least.reshape(rows, -1)
 
 
-def _values_of(form: _SuperBlockForm, codes: Bytes) -> Floats:
+@cache
+def _meaning(form: _SuperBlockForm) -> Meaning:
     """What codes stand for."""
-    return _VALUES[codes] if form.search.curve else codes.astype(np.float32) + np.float32(form.search.lowest)
+    how = form.search
+    return meaning(how.lowest, how.lowest, how.highest, CURVE if how.curve else ())
 
 
 def decode(form: _SuperBlockForm, stored: Bytes) -> Floats:
     """Super-blocks [n, bytes] as the float32 numbers [n, columns] that ggml reads."""
-    taken = _take_apart(form, stored)
-    with np.errstate(invalid="ignore"):
-        values = _values_of(form, taken.codes) * taken.scale
-        if form.search.least:
-            values -= taken.least
-    return values.reshape(len(stored), stored.shape[1] // form.layout.itemsize * form.weights)
+    columns = stored.shape[1] // form.layout.itemsize * form.weights
+    return values_of(_take_apart(form, stored).blocks, _meaning(form)).reshape(len(stored), columns)
 
 
-def wrong(form: _SuperBlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> npt.NDArray[np.bool_]:
-    """True where a weight is further from its stored value than rounding to the nearest code explains.
+def compare(form: _SuperBlockForm, rows: Floats, stored: Bytes, weighted: bool = False) -> Comparison:
+    """Weights beside super-blocks; wrong are those further away than rounding to the nearest code explains.
 
     A code at the end of its range may be any distance short of its weight, and a scale of 0 leaves no choice. Where a
     block's range is not about the one that its weights need, it is wrong whole; with an importance matrix (`weighted`)
     it may be any that suits the few weights that matter.
     """
-    taken = _take_apart(form, stored)
-    weights = np.asarray(rows, np.float32).reshape(taken.codes.shape)
-    with np.errstate(invalid="ignore", over="ignore"):
-        value, size = _values_of(form, taken.codes), np.abs(taken.scale)
-        error = (weights - (value * taken.scale - taken.least)) * np.copysign(np.float32(1), taken.scale)
-        above, below = gaps(form)
-        slack = (np.abs(weights) + taken.least) * _blur(taken.step) + taken.least * _blur(taken.floor) + _TINY * size
-        bad = ~((error <= above[taken.codes] * size + slack) & (error >= -below[taken.codes] * size - slack))
-        if weighted:
-            bad = np.where(size != 0, bad, np.abs(weights + taken.least) > _too_coarse(form, taken))
-        else:
-            bad &= size != 0
-            bad |= ~fits(form, weights, taken)
-        bad |= ~np.isfinite(weights)
-        return np.asarray(bad.reshape(rows.shape))
+    from neoxconv.quant.ggml import check_kernels
 
-
-def _too_coarse(form: _SuperBlockForm, taken: _SuperBlocks) -> Floats:
-    """How far from its least weight a block may reach whose scale is 0, as its super-block's steps are too coarse."""
-    how = form.search
-    reach = np.float32(max(-how.lowest, how.highest))
-    tiny = np.float32(_HALF_SUBNORMAL * how.levels) * (reach + 1)
-    return np.asarray(np.float32(_STEPS_LOST) * (np.abs(taken.step) * reach + np.abs(taken.floor)) + tiny)
-
-
-def _blur(step: Floats) -> Floats:
-    """By what share rounding to float16 may have moved a step, twice over: encoders use it before as well as after."""
-    return np.maximum(np.float32(1 / 1024), np.float32(2.0**-24) / np.maximum(np.abs(step), np.float32(2.0**-24)))
-
-
-def gaps(form: _SuperBlockForm) -> tuple[Floats, Floats]:
-    """How far above and below its value, in scales, a weight may lie that has a code."""
-    values = _VALUES if form.search.curve else np.arange(form.search.lowest, form.search.highest + 1, dtype=np.float32)
-    half = np.diff(values) / 2
-    return np.append(half, np.float32(np.inf)), np.insert(half, 0, np.float32(np.inf))
-
-
-def fits(form: _SuperBlockForm, weights: Floats, taken: _SuperBlocks) -> npt.NDArray[np.bool_]:
-    """Whether each block's scale and least weight [n, blocks, 1] are about those that its weights need.
-
-    A search moves them by a share of the block's range, the more the fewer codes there are, and rounding to integers by
-    some steps: see MOVED, MOVED_BY_CODES and STEPS_LOST.
-    """
-    how = form.search
-    low, high = weights.min(axis=2, keepdims=True), weights.max(axis=2, keepdims=True)
-    tiny = np.float32(_HALF_SUBNORMAL * how.levels)  # what rounding a subnormal step comes to in all
-    moves = np.float32(_MOVED + _MOVED_BY_CODES / (how.highest - how.lowest))
-    rounding = np.float32(_STEPS_LOST if how.subs > 1 else 0)
-    if how.least:
-        low = np.minimum(low, np.float32(0))
-        span, reach = high - low, np.float32(how.highest)
-        result = np.abs(taken.least + low) <= span * moves + taken.floor * rounding + tiny
-    else:
-        span, reach = np.maximum(-low, high), np.float32(-how.lowest)
-        result = np.isfinite(taken.scale)
-    slack = span * moves + np.abs(taken.step) * (reach * rounding + np.float32(1 / 1024)) + tiny * reach
-    return np.asarray(result & (np.abs(np.abs(taken.scale) * reach - span) <= slack))
+    taken, how = _take_apart(form, stored), form.search
+    blocks, weights = taken.blocks, np.ascontiguousarray(rows, np.float32).reshape(-1, how.block)
+    numbers = np.empty((len(weights), check_kernels.NUMBERS), np.float32)
+    known = check_kernels.Super(
+        reach=np.float32(how.highest if how.least else -how.lowest),
+        furthest=np.float32(max(-how.lowest, how.highest)),
+        levels=np.float32(how.levels),
+        moved=np.float32(_MOVED + _MOVED_BY_CODES / (how.highest - how.lowest)),
+        alone=how.subs == 1,
+        least=how.least,
+        weighted=weighted,
+    )
+    scales, steps = (blocks.scale, blocks.least), (taken.step, taken.floor)
+    check_kernels.bound_super(weights, scales, steps, known, numbers)
+    return compared(rows, blocks.codes, numbers, _meaning(form))
 
 
 def encoding(form: _SuperBlockForm) -> Encoding:
@@ -227,7 +172,7 @@ def encoding(form: _SuperBlockForm) -> Encoding:
         dtype=dtype,
         encode=encoder,
         decode=partial(decode, form),
-        wrong=partial(wrong, form),
+        compare=partial(compare, form),
         search=encoder,
         grid=grid(form.search, partial(_pack, form), partial(_unpack, form)),
     )
@@ -237,8 +182,6 @@ def layout(*fields: tuple[Any, ...]) -> np.dtype[Any]:
     """Fields that follow each other without gaps."""
     return np.dtype(list(fields))
 
-
-_TINY = np.float32(1e-6)  # of float32 arithmetic
 
 _STEP, _FLOOR = ("step", "<f2"), ("floor", "<f2")
 _HALVES, _BITS, _NIBBLES = (2, 4, 32), (1, 8, 32), (4, 2, 32)

@@ -18,12 +18,13 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from neoxconv import dtypes
 from neoxconv.core.encoding import Bound, Encoding, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import F32, Array, Bytes, DType, Floats
+from neoxconv.dtypes import F32, Array, Bools, Bytes, DType, Floats
+from neoxconv.quant.plain import compare
+from neoxconv.quant.scaled.check import checked
 from neoxconv.quant.scaled.groups import RowGroups, TensorGroup
 
 if TYPE_CHECKING:
@@ -106,13 +107,17 @@ def encode(form: Float8Form, rows: Floats) -> Bytes:
 
 def decode(form: Float8Form, codes: Bytes) -> Floats:
     """The values of codes in float32, exact."""
-    return table(form)[codes]
+    return _times(form, codes, np.ones(len(codes), np.float32))
 
 
-def wrong(form: Float8Form, rows: Floats, stored: Array, weighted: bool = False) -> npt.NDArray[np.bool_]:
-    """True where the stored code is not that of the correctly rounded number; any NaN stands for any other."""
-    differs = np.asarray(encode(form, rows) != stored)
-    return differs & ~(np.isnan(rows) & np.isnan(decode(form, stored)))
+def _times(form: Float8Form, codes: Bytes, scales: Floats) -> Floats:
+    """The values of rows of codes [n, ...], times the scale [n] of each."""
+    from neoxconv.quant.scaled.read_kernels import read_numbers
+
+    rows = np.ascontiguousarray(codes).reshape(len(scales), codes.size // max(1, len(scales)))
+    values = np.empty(rows.shape, np.float32)
+    read_numbers(rows, scales, table(form), values)
+    return values.reshape(codes.shape)
 
 
 def weight_scales(form: Float8Form, sizes: Floats) -> Floats:
@@ -157,14 +162,17 @@ def _decode_scaled(form: Float8Form, by_row: bool, stored: Mapping[str, LazyTens
 
     def read(start: int, stop: int) -> Array:
         found = scale.floats(start, stop) if by_row else scale.floats(0, 1)
-        return decode(form, stored["weight"].read(start, stop)) * found.reshape(-1, 1)
+        rows = stored["weight"].read(start, stop)
+        return _times(form, rows, np.ascontiguousarray(np.broadcast_to(found.reshape(-1), len(rows))))
 
     return read
 
 
-def _nearest(form: Float8Form, shares: Floats) -> Floats:
-    """The nearest numbers, as shares of the largest."""
-    return decode(form, encode(form, shares * np.float32(form.largest))) / np.float32(form.largest)
+def check(form: Float8Form, weights: Floats, values: Floats, scales: Scales, width: int) -> Bools:
+    """Which weights cannot have become the values that are read of them."""
+    from neoxconv.quant.scaled.check_kernels import Even
+
+    return checked(Even(np.float32(form.largest), True, limits(form)), weights, values, scales, width)
 
 
 def _finite(form: Float8Form) -> tuple[Floats, Bytes]:
@@ -181,12 +189,13 @@ def _pack(form: Float8Form, places: Bytes) -> Bytes:
 
 def encoding(form: Float8Form) -> Encoding:
     """The row of the table of encodings for numbers on their own."""
+    encoder, decoder = partial(encode, form), partial(decode, form)
     return Encoding(
         name=form.dtype.name,
         dtype=form.dtype,
-        encode=partial(encode, form),
-        decode=partial(decode, form),
-        wrong=partial(wrong, form),
+        encode=encoder,
+        decode=decoder,
+        compare=partial(compare, encoder, decoder),
         limit=form.limit,
         bound=form.bound,
     )
@@ -202,8 +211,8 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         encode=partial(_encode_scaled, form),
         finish=partial(finish, form),
         decode=partial(_decode_scaled, form, by_row),
-        nearest=partial(_nearest, form),
         scales=partial(scales, form),
+        check=partial(check, form),
         table=_finite(form)[0] / np.float32(form.largest),
         pack=partial(_pack, form),
         bound=form.scaled_bound,

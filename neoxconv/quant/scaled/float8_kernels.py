@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import as_bits, as_float, kernel, u8, u32
+from neoxconv.quant.kernels import as_bits, as_float, f32, kernel, u8, u32
 
 _INFINITE = u32(0x7F800000)
 
@@ -51,6 +51,19 @@ def _float8_bits(bits: np.uint32, limits: Limits) -> np.uint8:
     if size > _INFINITE:
         code = u32(0x7F)
     return u8(code | u32(u32(bits >> u32(24)) & u32(0x80)))
+
+
+@kernel
+def rounded(value: np.float32, limits: Limits, largest: np.float32) -> np.float32:
+    """The number of the form nearest to a float32; at most the largest. A NaN stays one."""
+    bits = as_bits(value)
+    size = u32(min(u32(bits & u32(0x7FFFFFFF)), limits.over))
+    exponent = u32(u32(max(size, limits.normal)) >> u32(23))
+    magic = as_float(u32(u32(exponent + limits.lift) << u32(23)))
+    number = f32(min(f32(f32(as_float(size) + magic) - magic), largest))
+    if value != value:
+        number = value
+    return as_float(u32(as_bits(number) | u32(bits & u32(0x80000000))))
 
 
 @kernel

@@ -24,7 +24,8 @@ import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import F32, TORCH_NAMES, U8, Array, Bytes, DType, Floats
+from neoxconv.dtypes import F32, TORCH_NAMES, U8, Array, Bools, Bytes, DType, Floats
+from neoxconv.quant.scaled.check import checked
 from neoxconv.quant.scaled.groups import BlockGroups, largest, whole_blocks
 
 BLOCK, NESTED = 64, 256
@@ -210,17 +211,19 @@ def finish(form: _FourBitForm, tensor: LazyTensor, sizes: Floats) -> tuple[bytes
 
 def decode(form: _FourBitForm, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows; bitsandbytes rounds them to the state's dtype when it is done."""
+    from neoxconv.quant.scaled.read_kernels import read_pairs
+
     columns, count = math.prod(shape[1:]), math.prod(shape)
     absmax = _absmax_of(form, stored)
 
     def read(start: int, stop: int) -> Array:
         touched = _GROUPS.groups_of(start, stop, columns)
         first, last = touched.start * BLOCK, min(touched.stop * BLOCK, count)
+        codes = np.ascontiguousarray(stored["weight"].read(first // 2, -(-last // 2))).reshape(-1)
+        values = np.empty(2 * codes.size, np.float32)
         table = stored["weight.quant_map"].floats(0, 16)
-        pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # of each byte
-        codes = stored["weight"].read(first // 2, -(-last // 2)).reshape(-1)
-        values = whole_blocks(pairs[codes].reshape(-1)[: last - first], BLOCK)
-        values = (values * absmax(touched.start, touched.stop)[:, None]).reshape(-1)
+        pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1).view(np.uint64)  # of each byte
+        read_pairs(codes, pairs.reshape(-1), np.ascontiguousarray(absmax(touched.start, touched.stop)), values)
         return values[start * columns - first : stop * columns - first].reshape(stop - start, *shape[1:])
 
     return read
@@ -256,6 +259,13 @@ def scales(form: _FourBitForm, sizes: Floats) -> Scales:
     return Scales(sizes, found.scales, np.repeat(found.sizes, NESTED)[: len(sizes)] * np.float32(WIDEST))
 
 
+def check(form: _FourBitForm, weights: Floats, values: Floats, scales: Scales, width: int) -> Bools:
+    """Which weights cannot have become the values that are read of them."""
+    from neoxconv.quant.scaled.check_kernels import Sixteen
+
+    return checked(Sixteen(form.values[form.order], form.middles), weights, values, scales, width)
+
+
 def suited(form: _FourBitForm, rows: Floats, matters: Floats) -> Floats:
     """The scale [blocks] with which the blocks' nearest codes err least, of a few for each; errors are squared and
     weighted by how much their columns matter [columns]."""
@@ -275,11 +285,6 @@ def pack(form: _FourBitForm, places: Bytes) -> Bytes:
     return np.asarray(codes[::2] << 4 | codes[1::2], np.uint8)
 
 
-def _nearest(form: _FourBitForm, shares: Floats) -> Floats:
-    """The numbers of the table that are nearest."""
-    return form.values[form.order][np.searchsorted(form.middles, shares)]
-
-
 def scaled(form: _FourBitForm) -> Scaled:
     """The row of the table of encodings for `form`."""
     return Scaled(
@@ -290,13 +295,14 @@ def scaled(form: _FourBitForm) -> Scaled:
         encode=partial(encode, form),
         finish=partial(finish, form),
         decode=partial(decode, form),
-        nearest=partial(_nearest, form),
         scales=partial(scales, form),
+        check=partial(check, form),
         table=form.distinct[0],
         suited=partial(suited, form),
         pack=partial(pack, form),
         bound=form.bound,
         rounded=lambda native: native,
+        nested=form.double,
     )
 
 

@@ -46,6 +46,9 @@ class BlockGroups:
     def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
         return np.repeat(values, self.block)[: math.prod(shape)].reshape(shape)
 
+    def width(self, shape: tuple[int, ...]) -> int:
+        return self.block
+
 
 @dataclass(frozen=True)
 class RowGroups:
@@ -65,6 +68,9 @@ class RowGroups:
     def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
         return np.broadcast_to(values[:, None], shape)
 
+    def width(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[1:])
+
 
 @dataclass(frozen=True)
 class TensorGroup:
@@ -83,3 +89,6 @@ class TensorGroup:
 
     def per_weight(self, values: Floats, shape: tuple[int, ...]) -> Floats:
         return np.broadcast_to(values[:, None], shape)
+
+    def width(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape)

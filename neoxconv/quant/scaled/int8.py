@@ -17,7 +17,8 @@ import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import F16, F32, I8, U8, Array, Bytes, DType, Floats
+from neoxconv.dtypes import F16, F32, I8, U8, Array, Bools, Bytes, DType, Floats
+from neoxconv.quant.scaled.check import checked
 from neoxconv.quant.scaled.groups import RowGroups
 
 _LEVELS = 127
@@ -46,21 +47,28 @@ def finish(tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
 def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows. The product is rounded once, so that a code of 127 gives the row's largest weight."""
 
+    from neoxconv.quant.scaled.read_kernels import read_steps
+
     def read(start: int, stop: int) -> Array:
         steps = stored["SCB"].floats(start, stop).astype(np.float64) / _LEVELS
-        return (stored["weight"].read(start, stop) * steps[:, None]).astype(np.float32)
+        codes = np.ascontiguousarray(stored["weight"].read(start, stop))
+        values = np.empty(codes.shape, np.float32)
+        read_steps(codes, steps, values)
+        return values
 
     return read
-
-
-def _nearest(shares: Floats) -> Floats:
-    """The nearest multiples of a 127th."""
-    return np.asarray(np.rint(shares * np.float32(_LEVELS)) / np.float32(_LEVELS), np.float32)
 
 
 def scales(sizes: Floats) -> Scales:
     """A code of 127 stands for the largest weight."""
     return Scales(sizes, sizes, np.zeros_like(sizes))
+
+
+def check(weights: Floats, values: Floats, scales: Scales, width: int) -> Bools:
+    """Which weights cannot have become the values that are read of them."""
+    from neoxconv.quant.scaled.check_kernels import whole_numbers
+
+    return checked(whole_numbers(np.float32(_LEVELS)), weights, values, scales, width)
 
 
 def _pack(places: Bytes) -> Array:
@@ -76,8 +84,8 @@ INT8 = Scaled(
     encode=encode,
     finish=finish,
     decode=decode,
-    nearest=_nearest,
     scales=scales,
+    check=check,
     table=np.arange(-_LEVELS, _LEVELS + 1, dtype=np.float32) / np.float32(_LEVELS),
     pack=_pack,
     bound=Bound(0.5 / _LEVELS, "row's largest"),

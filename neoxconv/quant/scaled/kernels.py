@@ -9,7 +9,7 @@ from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.kernels import HALF, INFINITY, ONE, ZERO, f32, i32, kernel, u8, u32
 
 SIZE = u32(0x7FFFFFFF)  # the bits of a float32 without its sign
-_ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
+ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
 _TINY = f32(1e-38)  # what bitsandbytes takes for the largest weight of a block of zeros
 _LANES = 8  # float32 in a register: how torch adds up on every x86 CPU
 
@@ -84,7 +84,7 @@ def whole_steps(rows: Floats, sizes: Floats, codes: npt.NDArray[np.int8]) -> Non
         inverse = f32(ONE / sizes[r]) * f32(127) if sizes[r] > ZERO else ZERO  # torch: 127 / x is (1 / x) * 127
         row, out = rows[r], codes[r]
         for i in range(row.size):
-            out[i] = np.int8(i32(f32(f32(row[i] * inverse) + _ROUNDER) - _ROUNDER))
+            out[i] = np.int8(i32(f32(f32(row[i] * inverse) + ROUNDER) - ROUNDER))
 
 
 @kernel

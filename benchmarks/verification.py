@@ -1,0 +1,94 @@
+"""What `verify` costs beside the conversion that it checks: processor time for every target and type, ratios only.
+
+    python -m benchmarks.verification [--layers 1] [--rows 4096] [--runs 3] [--only REGEX] [--folder DIR]
+
+Layers of 20B widths with a small vocabulary are converted, then compared with their source, in turns, by one thread of
+one process. Both are run once beforehand, which compiles the kernels and fills the page cache. The first number is the
+weights level over the conversion, the second what `verify` does by default: the bytes level, then that one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
+from neoxconv.cli.formats import RECIPES, option_of
+from neoxconv.synthetic import Synthetic, write_checkpoint
+
+ROWS = (
+    *(Recipe("hf", dtype=dtype) for dtype in ("F16", "BF16", "F32")),
+    Recipe("slim"),
+    Recipe("slim", tp=1),
+    *(recipe for recipe in RECIPES if recipe.type),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=4096, help="of the vocabulary")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), help="the targets whose name holds this")
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="neoxconv-bench-", dir=given.folder))
+    try:
+        model = Synthetic(layers=given.layers, hidden=6144, heads=64, rows=given.rows, tp=2, pp=1, context=2048)
+        source = write_checkpoint(folder / "source", model)
+        print(f"{'over the conversion':26}{'weights':>9}{'both':>9}   (processor time, goal: 1 at most)")
+        for name, recipe in ((name_of(recipe), recipe) for recipe in ROWS):
+            if given.only.search(name):
+                weights, both = ratios(source, recipe, folder / "target", given.runs)
+                print(f"{name:26}{weights:9.2f}{both:9.2f}", flush=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+def name_of(recipe: Recipe) -> str:
+    """A target and its type."""
+    return f"{recipe.format} {option_of(recipe) or recipe.dtype or (f'--tp {recipe.tp}' if recipe.tp else '')}"
+
+
+def ratios(source: Path, recipe: Recipe, target: Path, runs: int) -> tuple[float, float]:
+    """The weights level, and it with the bytes level, over the conversion: medians of the runs, the first left out."""
+
+    def convert() -> None:
+        run(make_plan(open_checkpoint(source), recipe), target, jobs=1)
+
+    def compare() -> None:
+        assert verify_weights(open_checkpoint(source), open_checkpoint(target), jobs=1).passed
+
+    def rehash() -> None:
+        assert verify_bytes(target, jobs=1).passed
+
+    found = []
+    for _ in range(1 + runs):
+        remove(target)
+        converting, comparing, hashing = map(seconds, (convert, compare, rehash))
+        found.append((comparing / converting, (comparing + hashing) / converting))
+    remove(target)
+    weights, both = (statistics.median(column) for column in zip(*found[1:], strict=True))
+    return weights, both
+
+
+def seconds(task: Callable[[], None]) -> float:
+    """The processor time of one call."""
+    begin = time.process_time()
+    task()
+    return time.process_time() - begin
+
+
+def remove(target: Path) -> None:
+    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    target.with_name(f"{target.name}.manifest.json").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

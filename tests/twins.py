@@ -1,0 +1,117 @@
+"""The rules by which stored weights are judged, once more in plain numpy: what the kernels must agree with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from neoxconv.core.encoding import Encoding, Scaled, Scales
+from neoxconv.dtypes import Bools, Bytes, Floats
+from neoxconv.quant.ggml.searches import CURVE, SEARCHES
+
+STEP_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # where a block's first float16 lies; at its beginning in the others
+ENDS = {"Q8_0": (-127, 127), "Q4_0": (-8, 7), "Q4_1": (0, 15), "Q5_0": (-16, 15), "Q5_1": (0, 31)}
+
+
+def halves(encoding: Encoding, stored: Bytes, number: int) -> Floats:
+    """One of the float16 numbers of blocks: their step, or the one after it."""
+    at = STEP_AT.get(encoding.name, 0) + 2 * number
+    blocks = np.ascontiguousarray(stored).reshape(-1, encoding.dtype.nbytes)
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
+
+
+def half_ulp(values: Floats) -> Floats:
+    """How far rounding to float16 may move values."""
+    return np.maximum(np.abs(values) * np.float32(1.01 / 2048), np.float32(1.01 * 2.0**-25))
+
+
+def wrong_blocks(encoding: Encoding, rows: Floats, stored: Bytes, weighted: bool) -> Bools:
+    """Which weights no encoder could have stored so as Q8_0, Q4_0, Q4_1, Q5_0, Q5_1."""
+    weights, (lowest, highest) = rows.reshape(-1, 32), ENDS[encoding.name]
+    ranged = encoding.name.endswith("_1")
+    step, least = halves(encoding, stored, 0), halves(encoding, stored, 1) * np.float32(ranged)
+    least = least if ranged else np.zeros_like(step)
+    if encoding.grid:
+        codes = encoding.grid.unpack(stored)[0].reshape(-1, 32).astype(np.float32) + np.float32(lowest)
+    else:
+        codes = np.ascontiguousarray(stored).reshape(-1, 34)[:, 2:].view(np.int8).astype(np.float32)
+    levels = np.float32(highest if ranged or lowest == -highest else -lowest)
+    low, high = weights.min(axis=1, keepdims=True), weights.max(axis=1, keepdims=True)
+    needed = (high - low if ranged else np.maximum(-low, high)) / levels
+    floor = low if ranged else np.zeros_like(low)
+    finite = np.isfinite(needed)
+    if weighted:
+        needed, floor = np.abs(step), least
+    slope, slack = half_ulp(needed), half_ulp(floor)
+    fits = finite & (np.abs(np.abs(step) - needed) <= slope) & (np.abs(least - floor) <= slack)
+    free = 2 * needed + levels * np.float32(1.01 * 2.0**-25) if weighted else needed / 2
+    error = weights - (codes * step + least)
+    towards = error * np.where(step < 0, np.float32(-1), np.float32(1))
+    within = np.abs(error) <= np.abs(codes) * slope + (free + slope + slack)
+    within |= (codes == highest) & (towards > 0) | (codes == lowest) & (towards < 0)
+    return np.asarray(~(within & fits)).reshape(rows.shape)
+
+
+def wrong_superblocks(encoding: Encoding, rows: Floats, stored: Bytes, weighted: bool) -> Bools:
+    """Which weights no encoder could have stored so as a super-block or IQ4_NL; all where what is read is no number."""
+    how, grid = SEARCHES[encoding.name], encoding.grid
+    assert grid
+    codes, scale, least = (
+        each.reshape(-1, how.subs, each.size * how.block // rows.size) for each in grid.unpack(stored)
+    )
+    step = halves(encoding, stored, 0)[:, None]
+    floor = halves(encoding, stored, 1)[:, None] if how.least else np.zeros_like(step)
+    values = np.array(CURVE if how.curve else range(how.lowest, how.highest + 1), np.float32)
+    half, end, tiny = np.diff(values) / 2, np.float32(np.inf), np.float32(2.0**-25 * how.levels)
+    above, below = np.append(half, end)[codes], np.insert(half, 0, end)[codes]
+    weights, size = rows.reshape(codes.shape), np.abs(scale)
+    read = values[codes] * scale - least
+    error = (weights - read) * np.copysign(np.float32(1), scale)
+    slack = (np.abs(weights) + least) * blur(step) + least * blur(floor) + np.float32(1e-6) * size
+    bad = ~((error <= above * size + slack) & (error >= -below * size - slack))
+    if weighted:
+        furthest = np.float32(max(-how.lowest, how.highest))
+        coarse = np.float32(1.5) * (np.abs(step) * furthest + np.abs(floor)) + tiny * (furthest + 1)
+        bad = np.where(size != 0, bad, ~(np.abs(weights + least) <= coarse))
+    else:
+        bad = bad & (size != 0) | ~fits(encoding, weights, (scale, least, step, floor))
+    return np.asarray(bad | ~np.isfinite(weights)).reshape(rows.shape)
+
+
+def blur(step: Floats) -> Floats:
+    """By what share rounding to float16 may have moved a step, before and after."""
+    return np.maximum(np.float32(1 / 1024), np.float32(2.0**-24) / np.maximum(np.abs(step), np.float32(2.0**-24)))
+
+
+def fits(encoding: Encoding, weights: Floats, numbers: tuple[Floats, ...]) -> Bools:
+    """Whether scale and least weight of blocks [n, subs, block], with their steps, are about those that they need."""
+    how, (scale, least, step, floor) = SEARCHES[encoding.name], numbers
+    low, high = weights.min(axis=2, keepdims=True), weights.max(axis=2, keepdims=True)
+    tiny, lost = np.float32(2.0**-25 * how.levels), np.float32(1.5 if how.subs > 1 else 0)
+    moved = np.float32(0.3 + 0.9 / (how.highest - how.lowest))
+    if how.least:
+        low = np.minimum(low, np.float32(0))
+        span, reach = high - low, np.float32(how.highest)
+        result = np.abs(least + low) <= span * moved + floor * lost + tiny
+    else:
+        span, reach = np.maximum(-low, high), np.float32(-how.lowest)
+        result = np.isfinite(scale)
+    slack = span * moved + np.abs(step) * (reach * lost + np.float32(1 / 1024)) + tiny * reach
+    return np.asarray(result & (np.abs(np.abs(scale) * reach - span) <= slack))
+
+
+def nearest(encoding: Scaled, shares: Floats) -> Floats:
+    """What the nearest codes stand for, as shares are given."""
+    middles = (encoding.table[:-1] + encoding.table[1:]) / np.float32(2)
+    return encoding.table[np.searchsorted(middles, shares)]
+
+
+def wrong_scaled(encoding: Scaled, rows: Floats, values: Floats, scales: Scales) -> Bools:
+    """Which weights of whole groups cannot have become the values that are read of them."""
+    groups, numbers = encoding.groups, (scales.encoded, scales.decoded, scales.slack)
+    encoded, decoded, slack = (groups.per_weight(each, rows.shape) for each in numbers)
+    asked = np.where(encoded > 0, rows / encoded, 0)
+    best, found = nearest(encoding, asked), nearest(encoding, np.where(decoded != 0, values / decoded, 0))
+    no_code = ~((np.abs(values - found * decoded) <= 1e-5 * np.abs(values) + slack) & np.isfinite(values))
+    further = ~(np.abs(asked - found) <= np.abs(asked - best) + 1e-5 * np.abs(asked))
+    further &= np.abs(decoded) > slack
+    return np.asarray((no_code | further) & ~(np.isnan(rows) & np.isnan(values)))
