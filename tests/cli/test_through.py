@@ -184,5 +184,5 @@ def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFi
     checkpoint = open_checkpoint(source)
     made = calibration(source, "cal", "--through", "q4_0")
     assert "of memory" in capsys.readouterr().err
-    _, told = moments.needed(checkpoint, TOKENS.size, through_of(checkpoint, "Q4_0"))
+    told = moments.needs(checkpoint, TOKENS.size, through=through_of(checkpoint, "Q4_0")).file
     assert told < made.stat().st_size < told + 60_000
