@@ -125,8 +125,9 @@ def squares_of_gradients(
         gradients = _of_labels(model, streams.pop(), partial(sums.add, head))
         for number in reversed(range(checkpoint.config.layers)):
             gradients = _back(partial(model.layer, number), streams.pop(), gradients)
-            for name in list(halves.sums):
-                outputs(name, halves.take(name))
+            if outputs:
+                for name in list(halves.sums):
+                    outputs(name, halves.take(name))
             progress(1)
     squares = gradients[0].flatten(0, 1).double().square()
     rows = torch.zeros(checkpoint.config.rows, dtype=squares.dtype, device=device)
