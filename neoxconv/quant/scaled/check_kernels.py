@@ -90,12 +90,12 @@ class Sixteen(NamedTuple):
 
 
 @kernel
-def _find(shares: Floats, numbers: Sixteen, ranks: npt.NDArray[np.int32], found: Floats) -> None:
+def _find(shares: Floats, numbers: Sixteen, ranks: npt.NDArray[np.uint32], found: Floats) -> None:
     """Fill `found` with the numbers nearest to shares; `ranks`, above how many middles they lie, is scratch."""
     for i in range(shares.size):
-        rank = i32(0)
+        rank = u32(0)
         for k in range(15):
-            rank += i32(not shares[i] <= numbers.middles[k])
+            rank += u32(not shares[i] <= numbers.middles[k])
         ranks[i] = rank
     for i in range(found.size):
         found[i] = numbers.rising[ranks[i]]
@@ -114,7 +114,7 @@ def _are_nearest(read: Floats, best: Floats, decoded: np.float32) -> bool:
 @kernel
 def check_sixteen(weights: Floats, values: Floats, group: Group, numbers: Sixteen, wrong: Bools) -> None:
     """The same for NF4 and FP4, `width` weights at a time."""
-    scratch, ranks = np.empty((3, group.width), np.float32), np.empty(group.width, np.int32)
+    scratch, ranks = np.empty((3, group.width), np.float32), np.empty(group.width, np.uint32)
     asked, best, found = scratch[0], scratch[1], scratch[2]
     for g in range(group.encoded.size):
         start, stop = g * group.width, (g + 1) * group.width
