@@ -30,11 +30,11 @@ import numpy.typing as npt
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.core.model import Checkpoint
-from neoxconv.dtypes import Floats
+from neoxconv.dtypes import Floats, Numbers
 from neoxconv.formats import imatrix
 from neoxconv.targets.mixes import MIXES
 from neoxconv.verify.logits.moments import calibrate
-from tests.oracles import Tokens, llama_quantize, llama_sequences
+from tests.oracles import llama_quantize, llama_sequences
 
 PACKED = [name for name in MIXES if name not in ("F32", "F16", "BF16")]
 # What --pure leaves alone, as neoxconv and as llama-quantize call it (8: GGML_TYPE_Q8_0).
@@ -62,8 +62,8 @@ class Case:
 
     checkpoint: Checkpoint
     tokenizer: Path | None
-    calibration_tokens: Tokens
-    tokens: Tokens
+    calibration_tokens: Numbers
+    tokens: Numbers
     pure: bool
     folder: Path
 
@@ -97,7 +97,8 @@ class Case:
     def ours(self, mix: str, path: Path, **how: Any) -> Path:
         pure: dict[str, Any] = OURS_PURE if self.pure and mix != "F32" else {}
         recipe = Recipe("gguf", type=mix, tokenizer=self.tokenizer, **how, **pure)
-        return run(make_plan(self.checkpoint, recipe), path, overwrite=True)
+        run(make_plan(self.checkpoint, recipe), path, overwrite=True)
+        return path
 
     def theirs(self, mix: str, path: Path, importances: dict[str, Floats] | None) -> Path:
         llama_quantize(self.exact, path, mix, imatrix=importances, settings=THEIRS_PURE if self.pure else {})
@@ -130,9 +131,10 @@ def measured(case: Case, column: str, mix: str) -> File:
         with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
             path = COLUMNS[column](case, mix, Path(scratch) / "made.gguf")
             pairs = zip(case.reference, llama_sequences(path, case.tokens), strict=True)
-            np.save(found, [path.stat().st_size, *(divergence(np.load(file), logits) for file, logits in pairs)])
-    size, *means = np.load(found)
-    return File(int(size), np.array(means))
+            means = [float(divergence(np.load(file), logits)) for file, logits in pairs]
+            np.save(found, np.array([path.stat().st_size, *means]))
+    kept = np.load(found)
+    return File(int(kept[0]), kept[1:])
 
 
 def ratio(ours: Means, theirs: Means) -> str:
@@ -178,7 +180,7 @@ def main() -> None:
     parser.add_argument("--pure", action="store_true")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
-    tokens = np.load(given.calibrate), np.load(given.tokens)
+    tokens = np.load(given.calibrate).astype(np.int64), np.load(given.tokens).astype(np.int64)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         case = Case(open_checkpoint(given.source), given.tokenizer, *tokens, given.pure, folder)

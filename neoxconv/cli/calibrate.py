@@ -22,6 +22,7 @@ from neoxconv.storage import Place
 from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits import moments
 from neoxconv.verify.logits.importance import calibrate
+from neoxconv.verify.logits.through import through_of
 from neoxconv.verify.logits.tokens import mixed
 from neoxconv.verify.logits.trial import Sample
 from neoxconv.words import size
@@ -37,22 +38,28 @@ class _Calibration:
     samples: tuple[Sample, ...]  # mixed
     covariance: bool
     gradients: bool
+    through: str | None  # the type that layers are quantized to, one after the other
+    outputs: bool
     as_family: str | None  # that it will be written as, where GGUF lacks its own
     device: str
     overwrite: bool
     quiet: bool
 
 
+_PLAIN = "output", "covariance", "gradients", "outputs", "through", "as_family", "device", "overwrite", "quiet"
+
+
 def asked_for(source: Place, given: Given) -> _Calibration:
-    """The request that the options make. Raises UsageError for two kinds of tokens."""
+    """The request that the options make. Raises UsageError for options that exclude each other."""
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
-    plain = {
-        name: given[name] for name in ("output", "covariance", "gradients", "as_family", "device", "overwrite", "quiet")
-    }
+    if given["outputs"] and given["through"]:
+        raise click.UsageError("--outputs and --through exclude each other; give one of them.")
     texts = given["text"] or (None,)
     samples = tuple(chosen(Sample, {**given, "text": text}) for text in texts)
-    return _Calibration(source, reading=chosen(Reading, given), samples=samples, **plain)
+    return _Calibration(
+        source, reading=chosen(Reading, given), samples=samples, **{name: given[name] for name in _PLAIN}
+    )
 
 
 def make_matrix(asked: _Calibration) -> str:
@@ -63,11 +70,13 @@ def make_matrix(asked: _Calibration) -> str:
     checkpoint, _ = written_as(opened(asked.source, asked.reading), "gguf", asked.as_family)
     tokens, text = mixed(checkpoint, samples, _PLENTY * _widest(checkpoint))
     made = f"from {tokens.size} tokens of {escaped(text)}{_advice(checkpoint, tokens.size)}"
-    passes = 3 if asked.gradients else 1  # over the layers: forwards, and for gradients forwards and back
+    backwards = asked.gradients or asked.outputs
+    passes = 3 if backwards else 1  # over the layers: forwards, and for gradients forwards and back
     total = passes * checkpoint.config.layers * len(tokens)
     with progress_bar(total, "calibrating", asked.quiet, " sequences") as progress:
-        if asked.covariance or asked.gradients:
+        if asked.covariance or backwards or asked.through:
             keys = facts(text, tokens) | {SOURCE: source_digest(checkpoint)}
+            keys |= {"neoxconv.through": asked.through} if asked.through else {}
             count = _with_moments(asked, checkpoint, tokens, keys, progress)
             return f"{escaped(output)}: second moments of the inputs of {count} tensors {made}"
         sums = calibrate(checkpoint, tokens, device=asked.device, progress=progress)
@@ -84,11 +93,20 @@ def _with_moments(
     progress: Callable[[int], None],
 ) -> int:
     """Write a calibration, what it takes told before; returns how many matrices it is of."""
+    through = through_of(checkpoint, asked.through) if asked.through else None
     if not asked.quiet:
-        say(_told(asked.output, moments.needs(checkpoint, tokens.size)), err=True)
+        say(_told(asked.output, moments.needs(checkpoint, tokens.size, asked.outputs, through)), err=True)
     try:
         return moments.calibrate(
-            checkpoint, tokens, asked.output, keys, gradients=asked.gradients, device=asked.device, progress=progress
+            checkpoint,
+            tokens,
+            asked.output,
+            keys,
+            gradients=asked.gradients,
+            outputs=asked.outputs,
+            through=through,
+            device=asked.device,
+            progress=progress,
         )
     except KeyboardInterrupt as stop:
         raise type(stop)(f"{asked.output}: not finished; run the same command again to continue.") from stop

@@ -15,6 +15,7 @@ from neoxconv.cli.values import BITS, COUNT, LENGTH, PATH, byte_count, limit, lo
 from neoxconv.names import (
     DTYPES,
     FORMATS,
+    MIXES,
     NORMS,
     PRESETS,
     QKV_LAYOUTS,
@@ -206,6 +207,17 @@ of_calibrate = _options(
         "--gradients",
         is_flag=True,
         help="Also what `convert --bits` chooses best by: how much predictions depend on each matrix.",
+    ),
+    _choice_option(
+        "--through",
+        choices=MIXES,
+        metavar="TYPE",
+        help="Quantize layer after layer, as `convert --type TYPE`, so that later ones make up for earlier ones.",
+    ),
+    click.option(
+        "--outputs",
+        is_flag=True,
+        help="Also gradients at outputs: codes of rows are chosen together too. FILE grows by rows squared.",
     ),
     click.option("--tokens", type=PATH, metavar="FILE", help="Or token ids [batch, time] in a .npy file."),
     click.option("--length", type=LENGTH, default=512, metavar="N", show_default=True, help="Tokens in a sequence."),

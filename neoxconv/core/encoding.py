@@ -32,15 +32,29 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Aim:
+    """Rows [rows, columns] float32 to be rounded to an encoding in place of a matrix's own.
+
+    They make up for what the same encodings got wrong before them; for others they are of no use.
+    """
+
+    rows: LazyTensor
+    encoding: str
+
+
+@dataclass(frozen=True)
 class Moments:
     """The second moments E[x x^T] of what a matrix is multiplied with, which are read when they are needed.
 
-    `read` gives [columns, columns] float32, symmetric; `digest` is the SHA-256 of their bytes.
+    `read` gives [columns, columns] float32, symmetric; `digest` is the SHA-256 of their bytes. Those of gradients at
+    what it puts out are [rows, rows]; x is then the gradient, and its columns are the matrix's rows. `aim`: where
+    layers were calibrated one through the other.
     """
 
     columns: int
     digest: str
     read: Callable[[], Floats]
+    aim: Aim | None = None
 
 
 @dataclass(frozen=True)
@@ -60,18 +74,20 @@ class Context:
     """What an encoder may use besides the rows; nothing of it is needed to decode.
 
     `importance` [columns] float32: how much an error in each column matters, of any scale; `thorough`: take more time
-    for less error; `moments`: codes are chosen together, so that their errors make up for each other.
+    for less error; `moments`: codes are chosen together, so that their errors make up for each other; `outputs`: those
+    of rows too, by the second moments of gradients at them.
     """
 
     importance: Floats | None = None
     thorough: bool = False
     moments: Moments | None = None
+    outputs: Moments | None = None
 
     @property
     def digest(self) -> str:
         """SHA-256 of all of it."""
         columns = b"" if self.importance is None else self.importance.tobytes()
-        moments = self.moments.digest.encode() if self.moments else b""
+        moments = b"".join(each.digest.encode() for each in (self.moments, self.outputs) if each)
         return hashlib.sha256(columns + bytes([self.thorough]) + moments).hexdigest()
 
 

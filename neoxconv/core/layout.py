@@ -19,6 +19,7 @@ from neoxconv.dtypes import Array, Floats
 FEEDBACK_ROWS = 256  # of a matrix at a time where codes are chosen together: the more, the more use of what is fetched
 FACTORS = 8  # bytes for each number of second moments: as they are, and their factor
 _FEEDBACK = 48  # bytes for each of the weights whose codes are being chosen (measured: docs/numerics.md)
+_WHOLE = 36  # the same where rows are chosen together too
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ class Entry:
         groups = 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
         if self.context is None or self.context.moments is None:
             return 2 * groups
-        columns = self.tensor.columns  # the scales of groups are kept as they are read back, too
-        return FACTORS * columns**2 + _FEEDBACK * columns * min(FEEDBACK_ROWS, self.tensor.rows) + 3 * groups
+        rows, columns = self.tensor.rows, self.tensor.columns
+        if self.context.outputs:
+            return FACTORS * (columns**2 + rows**2) + _WHOLE * columns * rows
+        feedback = FACTORS * columns**2 + _FEEDBACK * columns * min(FEEDBACK_ROWS, rows)
+        return feedback + 3 * groups  # their scales are kept as they are read back, too
 
     @property
     def shares(self) -> str:

@@ -14,6 +14,8 @@ from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
 from neoxconv.quant import floats
 from neoxconv.quant.bands import bands, sizes_of
 from neoxconv.quant.feedback import encode as feedback
+from neoxconv.quant.feedback.encode import factors_of
+from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.quant.feedback.shared import SHARED
 
 _LARGEST_HALF = 65504
@@ -55,6 +57,9 @@ def _encoder_of(entry: Entry, encoding: Encoding, slab: int) -> tuple[_Encoder, 
     if context.moments is None or grid is None:
         return lambda rows: search(rows, context), slab
     factors = SHARED.of(context.moments, entry.name)
+    if context.outputs:
+        outputs = factors_of(context.outputs, entry.name, damping=0)
+        return lambda rows: encode_matrix(grid, rows, factors, outputs), 4 * entry.tensor.rows * entry.tensor.columns
     return lambda rows: feedback.encode(grid, rows, factors), 4 * entry.tensor.columns * FEEDBACK_ROWS
 
 

@@ -4,7 +4,11 @@
     NAME.gradient [rows]                       E[g^2] at its outputs, where gradients were asked for
     NAME.gradient_inputs [columns]             E[|g|^2 x^2] / E[|g|^2] at its inputs
     NAME.moments [columns (columns + 1) / 2]   E[x x^T], the upper triangle row after row; once for all that share x
+    NAME.outputs [rows (rows + 1) / 2]         E[g g^T], damped, in the same way, where it was asked for
+    NAME.aim [rows, columns]                   what is rounded in its place, where layers were calibrated through others
     neoxconv.moments.of, .in, .sha256          for each of the names: whose moments are its own, and their digest
+    neoxconv.outputs.of, .sha256               for each of the names that have some: the digest of its outputs
+    neoxconv.aims.of, .types, .sha256          the matrices that have an aim, the type that it is for, its digest
     neoxconv.source                            the digest of the source that it was made of
 
 The file is written layer after layer. Its size is known before the first, and a run that was interrupted goes on.
@@ -16,13 +20,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neoxconv.core.encoding import Gradients, Moments, copied
+from neoxconv.core.encoding import Aim, Gradients, Moments, copied
 from neoxconv.core.layout import Entry, FileLayout
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor
@@ -35,6 +39,10 @@ from neoxconv.storage import Storage, open_storage
 
 _MOMENTS = ".moments"
 _OF, _IN, _SHA256 = (f"neoxconv.moments.{name}" for name in ("of", "in", "sha256"))
+_OUTPUTS = ".outputs"
+_OUTPUTS_OF, _OUTPUTS_SHA256 = (f"neoxconv.outputs.{name}" for name in ("of", "sha256"))
+_AIM = ".aim"
+_AIMED, _TYPES, _AIMS_SHA256 = (f"neoxconv.aims.{name}" for name in ("of", "types", "sha256"))
 _GRADIENT, _GRADIENT_INPUTS = ".gradient", ".gradient_inputs"
 SOURCE = "neoxconv.source"
 _BAND = 16 << 20  # bytes of moments that are written at a time
@@ -44,10 +52,16 @@ _UNKNOWN = "0" * 64  # a digest that is not known yet
 
 @dataclass(frozen=True)
 class Inputs:
-    """What several matrices are multiplied with: the GGUF names of these, the first of which names it, and its size."""
+    """What several matrices are multiplied with: the GGUF names of these, the first of which names it, and its size.
+
+    A matrix that gets an aim shares its inputs with no other: `rows` are its own then, `encoding` is what the aim is
+    for.
+    """
 
     names: tuple[str, ...]
     columns: int
+    rows: int = 0
+    encoding: str = ""
 
     @property
     def owner(self) -> str:
@@ -56,14 +70,20 @@ class Inputs:
     @property
     def packed(self) -> int:
         """Numbers in a triangle."""
-        return self.columns * (self.columns + 1) // 2
+        return triangle(self.columns)
+
+
+def triangle(side: int) -> int:
+    """Numbers in the upper triangle of a square."""
+    return side * (side + 1) // 2
 
 
 class Writer:
     """A calibration that is written input after input, at `path`: `begin` or `resume`, `add` for each, `finish`.
 
-    `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name. Nobody else may write the
-    file meanwhile. Raises OSError where the disk does not take it.
+    `gradients`: rows and columns of the matrices whose gradients it will have, by GGUF name; `outputs`: rows of those
+    with second moments of gradients. Nobody else may write the file meanwhile. Raises OSError where the disk does not
+    take it.
     """
 
     def __init__(
@@ -73,9 +93,12 @@ class Writer:
         keys: Mapping[str, Any],
         tokens: int,
         gradients: Mapping[str, tuple[int, int]],
+        outputs: Mapping[str, int],
     ) -> None:
         self.path, self.inputs, self.keys, self.tokens, self.gradients = path, inputs, keys, tokens, gradients
-        self.digests = dict.fromkeys((each.owner for each in inputs), _UNKNOWN)
+        self.outputs, self.aimed = outputs, [each for each in inputs if each.encoding]
+        known = [each.owner + _MOMENTS for each in inputs] + [name + _OUTPUTS for name in outputs]
+        self.digests = dict.fromkeys([*known, *(each.owner + _AIM for each in self.aimed)], _UNKNOWN)
         self.descriptor = -1
 
     @property
@@ -90,12 +113,23 @@ class Writer:
         for name, (rows, columns) in self.gradients.items():
             entries += [_vector(name + _GRADIENT, rows), _vector(name + _GRADIENT_INPUTS, columns)]
         entries += [_vector(each.owner + _MOMENTS, each.packed) for each in self.inputs]
+        entries += [_vector(name + _OUTPUTS, triangle(rows)) for name, rows in self.outputs.items()]
+        entries += [_tensor(each.owner + _AIM, (each.rows, each.columns)) for each in self.aimed]
         owners = {name: each.owner for each in self.inputs for name in each.names}
         told = {
             _OF: list(owners),
             _IN: list(owners.values()),
-            _SHA256: [self.digests[owner] for owner in owners.values()],
+            _SHA256: [self.digests[owner + _MOMENTS] for owner in owners.values()],
         }
+        if self.outputs:
+            digests = [self.digests[name + _OUTPUTS] for name in self.outputs]
+            told |= {_OUTPUTS_OF: list(self.outputs), _OUTPUTS_SHA256: digests}
+        if self.aimed:
+            told |= {
+                _AIMED: [each.owner for each in self.aimed],
+                _TYPES: [each.encoding for each in self.aimed],
+                _AIMS_SHA256: [self.digests[each.owner + _AIM] for each in self.aimed],
+            }
         (file,) = gguf_write.layout("calibration", {"general.type": "imatrix", **self.keys, **told}, entries, None)
         return file
 
@@ -136,21 +170,34 @@ class Writer:
 
         Raises CheckpointError where they are not finite.
         """
-        (start,) = (slot.offset for slot in self.layout().slots if slot.entry.name == each.owner + _MOMENTS)
-        digest = hashlib.sha256()
-        for packed in _packed(sums, self.tokens):
-            if not np.isfinite(packed).all():
-                raise CheckpointError(
-                    f"{self.path}: what {each.owner} is multiplied with is not finite; check the weights."
-                )
-            digest.update(packed.data)
-            _write_all(self.descriptor, packed, start)
-            start += packed.nbytes
-        self.digests[each.owner] = digest.hexdigest()
+        self._add(each.owner + _MOMENTS, sums, self.tokens, f"what {each.owner} is multiplied with is")
         told: dict[str, Floats] = {}
         for name in each.names:
             told |= {name + SUMS: np.diag(sums), name + COUNTS: np.array([self.tokens], np.float32)}
         self._write(told)
+
+    def add_outputs(self, name: str, outputs: Floats) -> None:
+        """Write the second moments [rows, rows] of gradients. Raises CheckpointError where they are not finite."""
+        self._add(name + _OUTPUTS, outputs, 1, f"gradients at {name} are")
+        self._write({})
+
+    def _add(self, tensor: str, sums: Floats, count: int, what: str) -> None:
+        """Write the upper triangle of sums over `count`, and note its digest."""
+        (start,) = (slot.offset for slot in self.layout().slots if slot.entry.name == tensor)
+        digest = hashlib.sha256()
+        for packed in _packed(sums, count):
+            if not np.isfinite(packed).all():
+                raise CheckpointError(f"{self.path}: {what} not finite; check the weights.")
+            digest.update(packed.data)
+            _write_all(self.descriptor, packed, start)
+            start += packed.nbytes
+        self.digests[tensor] = digest.hexdigest()
+
+    def add_aim(self, each: Inputs, rows: Floats) -> None:
+        """Write what is rounded in place of the matrix [rows, columns] that has these inputs."""
+        rows = np.ascontiguousarray(rows)
+        self.digests[each.owner + _AIM] = hashlib.sha256(rows.data).hexdigest()
+        self._write({each.owner + _AIM: rows})
 
     def finish(self, gradients: Mapping[str, Gradients]) -> None:
         """Write the digests and, by the GGUF names of matrices, gradients, and have all of it on disk."""
@@ -196,9 +243,13 @@ def _named(gradients: Mapping[str, Gradients]) -> dict[str, Floats]:
 
 def _vector(name: str, count: int) -> Entry:
     """A vector of float32 that nobody reads yet."""
-    return Entry(
-        name, name, LazyTensor((count,), F32, lambda start, stop: np.zeros(stop - start, np.float32), F32), copied(F32)
-    )
+    return _tensor(name, (count,))
+
+
+def _tensor(name: str, shape: tuple[int, ...]) -> Entry:
+    """A tensor of float32 that nobody reads yet."""
+    nothing = LazyTensor(shape, F32, lambda start, stop: np.zeros((stop - start, *shape[1:]), np.float32), F32)
+    return Entry(name, name, nothing, copied(F32))
 
 
 def source_digest(checkpoint: Checkpoint) -> str:
@@ -215,12 +266,12 @@ def source_of(path: Path) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of the header and of all but the moments, whose digests the header has: they may be gigabytes."""
+    """The SHA-256 of the header and of all but what the header has digests of, which may be gigabytes."""
     file = open_storage(path)
     header = gguf.read_header(file)
     digest = hashlib.sha256(header.checksum.encode())
     for name, tensor in header.tensors.items():
-        if not name.endswith(_MOMENTS):
+        if not name.endswith((_MOMENTS, _OUTPUTS, _AIM)):
             digest.update(numbers(file, tensor, name).data)
     return digest.hexdigest()
 
@@ -238,19 +289,47 @@ def moments_in(path: Path) -> dict[str, Moments]:
             f"{path}: holds no second moments; make a calibration with `neoxconv calibrate --covariance`, "
             "or give an importance matrix with --imatrix."
         )
-    found = {}
-    for name, owner, digest in zip(names, owners, digests, strict=True):
-        tensor, sums = header.tensors.get(owner + _MOMENTS), header.tensors.get(name + SUMS)
-        if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
-            raise CheckpointError(f"{path}: the second moments of {owner} are missing; calibrate again.")
-        expected = (sums.rows * (sums.rows + 1) // 2,)
-        if tensor.shape != expected or sums.columns != 1:
-            raise CheckpointError(
-                f"{path}: the second moments of {owner} are {list(tensor.shape)}, expected {list(expected)}, a "
-                f"triangle of {sums.rows} columns; calibrate again."
-            )
-        found[name] = Moments(sums.rows, digest, _Reader(path, owner, tensor, sums.rows, digest))
-    return found
+    found = {
+        name: _moments(path, header.tensors, (owner + _MOMENTS, name + SUMS), digest, f"second moments of {owner}")
+        for name, owner, digest in zip(names, owners, digests, strict=True)
+    }
+    aims = _aims_of(header.keys, header.tensors)
+    return {name: replace(moments, aim=aims.get(name)) for name, moments in found.items()}
+
+
+def outputs_in(path: Path) -> dict[str, Moments]:
+    """The second moments of gradients in a calibration, damped, by the GGUF names of matrices; none where it has none.
+
+    Nothing is read of them yet. Raises CheckpointError where they are incomplete.
+    """
+    header = gguf.read_header(open_storage(path))
+    names, digests = (_texts(header.keys.get(key)) for key in (_OUTPUTS_OF, _OUTPUTS_SHA256))
+    if len(names) != len(digests):
+        raise CheckpointError(f"{path}: names {len(names)} matrices for {len(digests)} outputs; calibrate again.")
+    return {
+        name: _moments(path, header.tensors, (name + _OUTPUTS, name + _GRADIENT), digest, f"outputs of {name}")
+        for name, digest in zip(names, digests, strict=True)
+    }
+
+
+def _moments(path: Path, tensors: Mapping[str, LazyTensor], names: tuple[str, str], digest: str, what: str) -> Moments:
+    """The moments in the first of two tensors, of a side as long as the second. Raises CheckpointError."""
+    tensor, sums = (tensors.get(name) for name in names)
+    if tensor is None or sums is None or tensor.dtype is not F32 or digest == _UNKNOWN:
+        raise CheckpointError(f"{path}: the {what} are missing; calibrate again.")
+    expected = (triangle(sums.rows),)
+    if tensor.shape != expected or sums.columns != 1:
+        raise CheckpointError(
+            f"{path}: the {what} are {list(tensor.shape)}, expected {list(expected)}, a triangle of {sums.rows} "
+            "columns; calibrate again."
+        )
+    return Moments(sums.rows, digest, _Reader(path, what, tensor, sums.rows, digest))
+
+
+def _aims_of(keys: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, Aim]:
+    """The aims in a calibration, by the GGUF names of matrices."""
+    pairs = zip(_texts(keys.get(_AIMED)), _texts(keys.get(_TYPES)), strict=False)
+    return {name: Aim(tensors[name + _AIM], encoding) for name, encoding in pairs if name + _AIM in tensors}
 
 
 def _texts(value: Any) -> list[str]:
@@ -302,7 +381,7 @@ class _Reader:
     """Reads one tensor of moments when it is called, and checks its digest."""
 
     path: Path
-    owner: str
+    what: str
     tensor: LazyTensor
     side: int
     digest: str
@@ -310,7 +389,7 @@ class _Reader:
     def __call__(self) -> Floats:
         packed = self.tensor.floats(0, self.tensor.rows)
         if hashlib.sha256(np.ascontiguousarray(packed).data).hexdigest() != self.digest:
-            raise CheckpointError(f"{self.path}: the second moments of {self.owner} are damaged; calibrate again.")
+            raise CheckpointError(f"{self.path}: the {self.what} are damaged; calibrate again.")
         return _square(packed, self.side)
 
 

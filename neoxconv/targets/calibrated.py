@@ -61,6 +61,8 @@ def calibration_for(checkpoint: Checkpoint, path: Path) -> Calibration:
         f"{path}: has no second moments for {name}; calibrate this model again."
         for name in linear if name not in found
     ))  # fmt: skip
+    if any(moments.aim for moments in found.values()):
+        raise PlanError(f"{path}: was made through a type of GGUF; calibrate with --covariance for other formats.")
     digest, moments = digest_of(path), {unified: found[name] for name, unified in linear.items()}
     done = f"codes chosen together in {len(moments)} matrices, by the calibration of digest {digest}"
     return Calibration(digest, moments, (done, *notes_on_source(checkpoint, path)))

@@ -13,9 +13,10 @@ from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
-from neoxconv.errors import PlanError
+from neoxconv.dtypes import F32
+from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import digest_of, gradients_in, moments_in
+from neoxconv.formats.calibration import digest_of, gradients_in, moments_in, outputs_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
@@ -35,6 +36,7 @@ from neoxconv.words import plural
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
+AIMED = "neoxconv.aimed"  # names of tensors that are not rounded weights, but what a calibration has in their place
 _BESIDE_CHOSEN = "Q4_K_M"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
 _TOKENS = PREFIX + "tokens"
@@ -71,12 +73,14 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
         **({KEY: digest_of(recipe.calibration)} if recipe.calibration else {}),
+        **({AIMED: aimed} if (aimed := _check_aims(entries, moments, recipe)) else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
     if chosen:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
         entries = _with_contexts(entries, matrix, moments, recipe)
+        _check_aims(entries, moments, recipe)
     notes = (
         *stands_in,
         *([line(chosen, recipe)] if chosen else []),
@@ -226,7 +230,7 @@ def _is_asked(tensor: GgufTensor, recipe: Recipe) -> bool:
 def _with_contexts(
     entries: list[Entry], matrix: Matrix | None, moments: Mapping[str, Moments], recipe: Recipe
 ) -> list[Entry]:
-    """The entries, each with the importance of its columns, and with --calibration with the moments of its inputs.
+    """The entries, each with the importance of its columns, and with --calibration with the moments that are in it.
 
     Raises PlanError where the matrix is another model's.
     """
@@ -234,19 +238,36 @@ def _with_contexts(
     if matrix:
         refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
     useful = [name for name, values in found.items() if values.any()]
-    return [
-        replace(
-            entry,
-            context=Context(
-                found.get(entry.name) if entry.name in useful else None,
-                thorough,
-                moments.get(entry.name) if entry.grid else None,
-            ),
-        )
-        if entry.search and (thorough or entry.name in useful)
-        else entry
+    outputs = outputs_in(recipe.calibration) if recipe.calibration else {}
+    aims = {name: known.aim.rows for name, known in moments.items() if known.aim}
+    raise_all(PlanError, (
+        f"{recipe.calibration}: the aim of {entry.name} is {aims[entry.name].dtype.name} "
+        f"{list(aims[entry.name].shape)}, expected F32 {list(entry.tensor.shape)}; the calibration is another model's, "
+        "or damaged: calibrate again."
         for entry in entries
-    ]
+        if entry.name in aims and (aims[entry.name].shape, aims[entry.name].dtype) != (entry.tensor.shape, F32)
+    ))  # fmt: skip
+
+    def with_context(entry: Entry) -> Entry:
+        known = moments.get(entry.name) if entry.grid else None
+        importance = found.get(entry.name) if entry.name in useful else None
+        tensor = aims.get(entry.name, entry.tensor) if known else entry.tensor
+        context = Context(importance, thorough, known, outputs.get(entry.name) if known else None)
+        return replace(entry, tensor=tensor, context=context)
+
+    return [with_context(entry) if entry.search and (thorough or entry.name in useful) else entry for entry in entries]
+
+
+def _check_aims(entries: Sequence[Entry], moments: Mapping[str, Moments], recipe: Recipe) -> list[str]:
+    """The names of tensors for which a calibration has aims. Raises PlanError where these are for other tensors."""
+    aims = {name: found.aim for name, found in moments.items() if found.aim}
+    aimed = [(entry, aims[entry.name]) for entry in entries if entry.name in aims]
+    raise_all(PlanError, (
+        f"{recipe.calibration}: was made through {entry.name} as {aim.encoding}, and here it is {entry.encoding.name}; "
+        "calibrate --through the type that you convert to."
+        for entry, aim in aimed if aim.encoding != entry.encoding.name
+    ))  # fmt: skip
+    return list(aims)
 
 
 def _matrix_notes(matrix: Matrix, entries: Sequence[Entry], recipe: Recipe) -> list[str]:

@@ -1,9 +1,9 @@
 """Codes that were chosen together: they are not the nearest to their weights, so another proof is needed.
 
 With the second moments H of the inputs, every code is the best one given all the others: no single change lowers
-tr(E H E^T), E = W - Q, which is exact where the encoder's descent has come to its end. A code that was moved, a scale
-that was doubled, rows that were exchanged are then not the best. Without them there are bounds only, chosen by hand
-three times as wide as what was seen (docs/verification.md, "Codes chosen together").
+tr(E H E^T), E = W - Q, or with the moments O of gradients too tr(O E H E^T). That is exact where the encoder's descent
+has come to its end. A code that was moved, a scale that was doubled, rows that were exchanged are then not the best.
+Without them there are bounds only, wider than what was seen (docs/verification.md, "Thresholds").
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 from neoxconv.core.encoding import Grid
 from neoxconv.dtypes import Array, Bools, Bytes, Floats
 from neoxconv.quant.feedback.encode import slopes_of, values_of
+from neoxconv.quant.feedback.rows import slopes_of_matrix
 
 # Of the distance between two codes, the mean one where codes are closer: what the encoder's sums, brought up to date
 # many times, are off.
 _NEAR = 0.01
-_FAR = 4.0  # distances of neighbouring codes: the root mean square error of a block
-_OTHER_ROW = 1.0  # a row's error, as a part of the row: of two rows that have nothing in common it is 1.4
+_FAR = 8.0  # distances of neighbouring codes: the root mean square error of a block
+_OTHER_ROW = 1.2  # a row's error, as a part of the row: of two rows that have nothing in common it is 1.4
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ def taken_apart(grid: Grid, stored: Array) -> Stored:
     return Stored(grid.table, codes, values, wide, grid.block, np.zeros_like(wide))
 
 
-def not_the_best(stored: Stored, weights: Floats, moments: Floats) -> Bools:
+def not_the_best(stored: Stored, weights: Floats, moments: Floats, outputs: Floats | None = None) -> Bools:
     """True where another code would make the error of rows [n, columns] smaller, given all other codes.
 
-    `moments` [columns, columns] are the damped ones, as the encoder had them.
+    `moments` [columns, columns] are the damped ones, as the encoder had them. With `outputs` [n, n], the damped moments
+    of gradients, the rows are all of a matrix, and their error is that of both sides, tr(O E H E^T).
     """
     table, codes, scale = stored.table, stored.codes, stored.scale
-    slopes = slopes_of(weights - stored.values, moments)
+    errors = weights - stored.values
+    slopes = slopes_of(errors, moments) if outputs is None else slopes_of_matrix(errors, moments, outputs)
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.where(scale != 0, slopes / (np.diag(moments) * scale), np.float32(0))
     gaps = np.diff(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,17 +12,18 @@ import numpy as np
 
 from neoxconv.core.encoding import Comparison, Encoding, Grid, Moments
 from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import Weight
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import Array, Bools, Floats, narrow
+from neoxconv.dtypes import Array, Bools, Floats, Numbers, narrow
 from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
-from neoxconv.formats.calibration import digest_of, moments_in
+from neoxconv.formats.calibration import digest_of, moments_in, outputs_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded
 from neoxconv.quant.feedback.encode import damped_moments
 from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.calibrated import chosen_by
-from neoxconv.targets.gguf import SEARCHED
+from neoxconv.targets.gguf import AIMED, SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
 from neoxconv.verify.scaled import ScaledCheck
@@ -60,7 +61,8 @@ class _Pair:
 
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
     `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
-    chose codes together, by the `moments` of the inputs, where they are at hand.
+    chose codes together, by the `moments` of the inputs and perhaps the `outputs`, those of gradients, where they are
+    at hand; `aimed`: it rounded an aim that lies with the moments, so that little can be said without them.
     """
 
     name: str
@@ -70,6 +72,8 @@ class _Pair:
     weighted: bool = False
     together: bool = False
     moments: Moments | None = None
+    outputs: Moments | None = None
+    aimed: bool = False
 
 
 def verify_weights(
@@ -130,19 +134,33 @@ def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, ca
         raise PlanError(f"{target.index.where}: was made with another calibration than {calibration}, or without one.")
     if made_with is None:
         return pairs
-    moments = moments_in(calibration) if calibration else {}
+    moments, aimed = moments_in(calibration) if calibration else {}, target.index.settings.get(AIMED, ())
     weights = [weight for _, weight in source.architecture.in_gguf(source.config)]
     last = "head" if any(weight.role == "head" for weight in weights) else "embedding"
     matrices = {w.unified: w.gguf for w in weights if w.linear or w.role == last}
+    outputs = _outputs_in(calibration, weights, source) if calibration else {}
 
     def marked(pair: _Pair) -> _Pair:
         type_, name = pair.target.dtype.name, matrices.get(pair.name)
         has_grid = type_ in SCALED or (type_ in ENCODINGS and ENCODINGS[type_].grid)
         if not has_grid or name is None or (moments and name not in moments):
             return pair
-        return replace(pair, together=True, moments=moments.get(name))
+        found = outputs.get(name) if type_ in ENCODINGS else None
+        return replace(pair, together=True, moments=moments.get(name), outputs=found, aimed=name in aimed)
 
     return list(map(marked, pairs))
+
+
+def _outputs_in(calibration: Path, weights: Sequence[Weight], source: Checkpoint) -> dict[str, Moments]:
+    """The moments of gradients by GGUF name, but in the order of the source's rows."""
+    found = outputs_in(calibration)
+    orders = {w.gguf: np.argsort(w.gguf_order(source.config)) for w in weights if w.gguf_order and w.gguf in found}
+    return found | {name: _in_order(found[name], order) for name, order in orders.items()}
+
+
+def _in_order(moments: Moments, order: Numbers) -> Moments:
+    """Moments whose row and column i are those numbered order[i]."""
+    return replace(moments, read=lambda: moments.read()[order][:, order])
 
 
 def _by_rank(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
@@ -164,7 +182,7 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     unit, compared = _comparing(pair, encoding)
     for start, stop in slabs(pair.source, _CHOSEN_SLAB if pair.together else SLAB, unit):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
-        found = compared(weights, pair.target.read(start, stop), start)
+        found = compared(_asked(pair, weights, start, stop), pair.target.read(start, stop), start)
         if first < 0 and found.wrong.any():
             first = start * pair.source.columns + int(found.wrong.argmax())
         wrong += int(np.count_nonzero(found.wrong))
@@ -182,6 +200,12 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     return result, Finding(pair.name, what)
 
 
+def _asked(pair: _Pair, weights: Floats, start: int, stop: int) -> Floats:
+    """What rows `start` to `stop` were rounded from: their weights, or the aim that stands in a calibration."""
+    aim = pair.moments.aim if pair.moments else None
+    return aim.rows.floats(start, stop) if aim else weights
+
+
 _Compared = Callable[[Floats, Array, int], Comparison]  # of weights, what is stored of them, and their first row
 
 
@@ -195,8 +219,11 @@ def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
         return check.unit, lambda rows, stored, start: Comparison(check.wrong(rows, stored, start), stored)
     if encoding not in ENCODINGS:
         return 1, partial(_compare_read, pair)
+    if pair.aimed and pair.moments is None:
+        return 1, partial(_compare_unknown, pair)
     if pair.together and (grid := ENCODINGS[encoding].grid):
-        return 1, partial(_compare_chosen, grid, _moments_of(pair))
+        outputs = damped_moments(pair.outputs, pair.name, damping=0)[0] if pair.outputs else None
+        return pair.source.rows if pair.outputs else 1, partial(_compare_chosen, grid, _moments_of(pair), outputs)
     if pair.joined:
         return 1, partial(_compare_joined, pair, ENCODINGS[encoding])
     return 1, lambda rows, stored, start: ENCODINGS[encoding].compare(rows, stored, pair.weighted)
@@ -207,10 +234,12 @@ def _moments_of(pair: _Pair) -> Floats | None:
     return damped_moments(pair.moments, pair.name)[0] if pair.moments else None
 
 
-def _compare_chosen(grid: Grid, moments: Floats | None, rows: Floats, stored: Array, _: int) -> Comparison:
-    """Codes of a grid that were chosen together."""
+def _compare_chosen(
+    grid: Grid, moments: Floats | None, outputs: Floats | None, rows: Floats, stored: Array, _: int
+) -> Comparison:
+    """Codes of a grid that were chosen together; with `outputs` the rows are all of a matrix."""
     taken = taken_apart(grid, stored)
-    return Comparison(_not_chosen(taken, rows, moments), taken.values)
+    return Comparison(_not_chosen(taken, rows, moments, outputs), taken.values)
 
 
 def _compare_chosen_scaled(
@@ -222,10 +251,16 @@ def _compare_chosen_scaled(
     return Comparison(check.no_code(taken, start) | _not_chosen(taken, rows, moments), values)
 
 
-def _not_chosen(taken: Stored, rows: Floats, moments: Floats | None) -> Bools:
-    """True where codes are not the best by the moments of the inputs, or are too far away, as far as can be told."""
+def _not_chosen(taken: Stored, rows: Floats, moments: Floats | None, outputs: Floats | None = None) -> Bools:
+    """True where codes are not the best by the moments that are known, or are too far away, as far as can be told."""
     wrong = too_far(taken, rows)
-    return wrong if moments is None else wrong | not_the_best(taken, rows, moments)
+    return wrong if moments is None else wrong | not_the_best(taken, rows, moments, outputs)
+
+
+def _compare_unknown(pair: _Pair, rows: Floats, stored: Array, _: int) -> Comparison:
+    """What was rounded from an aim that is not at hand: no weight of it is known, all of it must be near."""
+    values = floats(stored, pair.target.dtype)
+    return Comparison(~np.isfinite(values), values)
 
 
 def _compare_joined(pair: _Pair, encoding: Encoding, rows: Floats, stored: Array, _: int) -> Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from neoxconv import open_checkpoint
+from neoxconv import Recipe, make_plan, open_checkpoint
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import moments_in
+from neoxconv.formats.calibration import moments_in, outputs_in
 from neoxconv.verify.logits import moments
+from neoxconv.verify.logits.gradients import squares_of_gradients
 from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.stream import Side
 from tests.fixtures import fixture
@@ -22,6 +24,7 @@ from tests.toy import toy
 
 TOKENS = (np.arange(6 * 64) * 7 % 512).reshape(6, 64)
 WIDTHS = {"hidden": 64, "layers": 3}
+HEAD = 16  # of four
 
 
 @pytest.fixture
@@ -152,19 +155,23 @@ def test_a_file_of_codes_chosen_together_is_verified(source: Path, capsys: pytes
     assert "another calibration" in capsys.readouterr().err
 
 
-def test_a_moved_code_is_found_with_the_calibration(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def change(target: Path, name: str, at: int) -> None:
+    """Change one of the two codes in a byte of a tensor of a GGUF file, and forget the manifest."""
     import gguf
 
-    made = calibration(source)
-    target = converted(source, made)
-    tensor = next(t for t in gguf.GGUFReader(target).tensors if t.name == "blk.1.ffn_up.weight")
+    tensor = next(t for t in gguf.GGUFReader(target).tensors if t.name == name)
     data = bytearray(target.read_bytes())
-    at = int(tensor.data_offset) + 40 * 18 + 2 + 5  # a byte of two codes
+    at += int(tensor.data_offset)
     data[at] = (data[at] & 0xF0) | ((data[at] & 0x0F) ^ 1)
     target.write_bytes(bytes(data))
-    (target.parent / "model.gguf.manifest.json").unlink(missing_ok=True)
     for manifest in target.parent.glob("*manifest*"):
         manifest.unlink()
+
+
+def test_a_moved_code_is_found_with_the_calibration(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = calibration(source)
+    target = converted(source, made)
+    change(target, "blk.1.ffn_up.weight", 40 * 18 + 2 + 5)
     capsys.readouterr()
     assert cli("verify", source, target, "--calibration", made) == 3
     assert "layers.1.mlp.dense_h_to_4h.weight" in capsys.readouterr().out
@@ -237,6 +244,56 @@ def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFi
     assert taken < made.stat().st_size < taken + 60_000
 
 
+def with_outputs(source: Path) -> Path:
+    """A calibration by which rows too are chosen together."""
+    return calibration(source, "both.gguf", "--outputs")
+
+
+def test_outputs_are_in_the_order_of_a_gguf_files_rows(source: Path) -> None:
+    found = outputs_in(with_outputs(source))
+    expected: dict[str, np.ndarray] = {}
+    squares_of_gradients(open_checkpoint(source), TOKENS, outputs=expected.__setitem__)
+    assert len(found) == len(expected) == 12
+    apart = np.arange(192).reshape(-1, 3, HEAD).transpose(1, 0, 2).ravel()  # per head q, k, v -> all q, k, v
+    assert apart[1] == 1 and apart[HEAD] != HEAD
+    for layer in range(3):
+        square = expected[f"gpt_neox.layers.{layer}.attention.query_key_value.weight"]
+        assert np.array_equal(found[f"blk.{layer}.attn_qkv.weight"].read(), square[apart][:, apart])
+        square = expected[f"gpt_neox.layers.{layer}.mlp.dense_4h_to_h.weight"]
+        assert np.array_equal(found[f"blk.{layer}.ffn_down.weight"].read(), square)
+
+
+def test_a_file_of_rows_chosen_together_is_verified(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = with_outputs(source)
+    target = converted(source, made)
+    first = digests(target)
+    assert first != digests(converted(source, calibration(source)))
+    assert digests(converted(source, made, "--jobs", "1")) == digests(converted(source, made, "--jobs", "3")) == first
+    assert cli("verify", source, target, "--calibration", made) == 0
+    change(target, "blk.1.attn_qkv.weight", 70 * 36 + 2 + 5)
+    capsys.readouterr()
+    assert cli("verify", source, target, "--calibration", made) == 3
+    assert "layers.1.attention.query_key_value.weight" in capsys.readouterr().out
+
+
+def test_a_plan_tells_the_memory_of_a_whole_matrix(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = make_plan(open_checkpoint(source), Recipe("gguf", type="Q4_0", calibration=with_outputs(source))).steps
+    kept = {step.entry.name: step.entry.kept for step in entries}
+    assert kept["blk.0.ffn_up.weight"] == 8 * (64**2 + 256**2) + 36 * 64 * 256
+
+
+def test_outputs_that_are_damaged_or_missing_are_told(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = with_outputs(source)
+    whole = made.read_bytes()
+    made.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
+    words = ("--to", "gguf", "--type", "f16", "--tensor-type", "blk.*weight=q4_0", "--calibration", made)
+    assert cli("convert", source, source.parent / "m.gguf", *words) == 1
+    assert "the outputs of blk.2.ffn_down.weight are damaged" in capsys.readouterr().err
+    made.write_bytes(whole.replace(b"blk.2.ffn_down.weight.outputs", b"blk.2.ffn_down.weight.outputz"))
+    assert cli("convert", source, source.parent / "m.gguf", *words) == 1
+    assert "the outputs of blk.2.ffn_down.weight are missing" in capsys.readouterr().err
+
+
 def stored(files: list[Path]) -> dict[str, bytes]:
     """The bytes of every tensor of GGUF files, by name."""
     import gguf
@@ -269,6 +326,7 @@ def test_matrices_with_the_same_inputs_share_factors_whatever_the_jobs(
     assert cli("convert", source, tmp_path / "1.gguf", *words, "--jobs", "1") == 0
     found = moments_in(tmp_path / "cal.gguf")
     assert len(made) == len({each.digest for each in found.values()}) < len(found) or family == "gptj"
+    gc.collect()  # of what an error of an earlier test may still hold
     assert shared.SHARED.last is None and not shared.SHARED.used
     assert cli("convert", source, tmp_path / "8.gguf", *words, "--jobs", "8") == 0
     assert digests(tmp_path / "8.gguf") == digests(tmp_path / "1.gguf")

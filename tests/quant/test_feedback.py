@@ -19,6 +19,7 @@ from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
 from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
+from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
 from tests.twins import nearest
@@ -79,7 +80,7 @@ def test_feedback_is_gptq(name: str) -> None:
     weights, _, factors = case()
     grid = ENCODINGS[name].grid
     assert grid
-    codes, numbers = feedback._fed(grid, weights, factors)
+    codes, numbers = feedback.fed(grid, weights, factors)
     scale, least = feedback.scales(numbers)
     expected = gptq(grid.table, weights, np.repeat(scale, grid.block, 1), factors.moments)
     found = feedback.values_of(grid.table, codes, scale, least)
@@ -267,20 +268,6 @@ def test_damping_is_a_part_of_the_mean_diagonal() -> None:
     assert np.allclose(diagonal, np.diag(np.diag(diagonal)), atol=1e-4)
 
 
-SCRIPT = """
-import hashlib
-from tests.quant import test_feedback as t
-from tests.twins import nearest
-weights, moments, factors = t.case_of_whole_numbers()
-digest = hashlib.sha256()
-for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):
-    digest.update(t.feedback.encode(t.ENCODINGS[name].grid, weights, factors).tobytes())
-for row in t.SCALED.values():
-    digest.update(t.feedback.choose(row.table, weights, t.known(row, weights, factors), factors).tobytes())
-print(digest.hexdigest())
-"""
-
-
 def case_of_whole_numbers() -> tuple[Floats, Moments, Factors]:
     """Weights and moments that every processor's numpy makes alike: no product of its own is rounded."""
     numbers = (np.arange(16 * 256) * 2654435761 % 4093 - 2046).reshape(16, 256)
@@ -291,16 +278,24 @@ def case_of_whole_numbers() -> tuple[Floats, Moments, Factors]:
     return (numbers / 16384).astype(np.float32), moments, factors_of(moments, "a")
 
 
-def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
+def digest_of_whole_numbers() -> str:
+    """The SHA-256 of what both ways of choosing codes together make of that case, in four types."""
+    weights, moments, inputs = case_of_whole_numbers()
+    outputs = factors_of(Moments(16, "", lambda: moments.read()[:16, :16].copy()), "a")
     digest = hashlib.sha256()
-    weights, _, factors = case_of_whole_numbers()
     for name in ("Q4_K", "Q3_K", "Q5_1", "IQ4_NL"):
         grid = ENCODINGS[name].grid
         assert grid
-        digest.update(feedback.encode(grid, weights, factors).tobytes())
+        digest.update(feedback.encode(grid, weights, inputs).tobytes())
+        digest.update(encode_matrix(grid, weights, inputs, outputs).tobytes())
     for row in SCALED.values():
-        digest.update(feedback.choose(row.table, weights, known(row, weights, factors), factors).tobytes())
+        digest.update(feedback.choose(row.table, weights, known(row, weights, inputs), inputs).tobytes())
+    return digest.hexdigest()
+
+
+def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
+    script = "from tests.quant import test_feedback as t; print(t.digest_of_whole_numbers())"
     child = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True
     )
-    assert child.stdout.strip() == digest.hexdigest()
+    assert child.stdout.strip() == digest_of_whole_numbers()

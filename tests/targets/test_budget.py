@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.core.encoding import Gradients, Moments
@@ -101,7 +102,9 @@ def test_gradients_are_those_of_autograd(changes: dict[str, Any], tmp_path: Path
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     checkpoint = open_checkpoint(toy(tmp_path, tp=1, dtype="F32", **changes), qkv_layout=None)
     tokens = np.arange(64, dtype=np.int64).reshape(2, 32) * 5 % 512
-    found = squares_of_gradients(checkpoint, tokens)
+    squares: dict[str, np.ndarray] = {}
+    found = squares_of_gradients(checkpoint, tokens, outputs=squares.__setitem__)
+    assert set(squares) == {name for name in found if ".layers." in name}
     folder = run(make_plan(checkpoint, Recipe("hf")), tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     passed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -125,17 +128,35 @@ def test_gradients_are_those_of_autograd(changes: dict[str, Any], tmp_path: Path
     for name, gradients in found.items():
         x, output = passed[name]
         assert output.grad is not None
-        squares = output.grad.double().square().flatten(0, 1)
+        mean_squares = output.grad.double().square().flatten(0, 1)
         if name.endswith(("embed_in.weight", "embed_tokens.weight")):
-            x, squares = squares, torch.nn.functional.one_hot(x.flatten(), 512) * squares.sum(1, keepdim=True)
+            x, mean_squares = mean_squares, one_hot(x.flatten(), 512) * mean_squares.sum(1, keepdim=True)
             columns = x.sum(0) / x.sum()
         else:
             if name.endswith(("embed_out.weight", "lm_head.weight")):
                 chances = predicted.detach().double().exp().flatten(0, 1)
-                squares = chances * (1 - chances)
-            columns = squares.sum(1) @ x.double().square().flatten(0, 1) / squares.sum()
-        assert np.allclose(gradients.rows, squares.mean(0), rtol=1e-3, atol=1e-5 * squares.mean()), name
+                mean_squares = chances * (1 - chances)
+            columns = mean_squares.sum(1) @ x.double().square().flatten(0, 1) / mean_squares.sum()
+        assert np.allclose(gradients.rows, mean_squares.mean(0), rtol=1e-3, atol=1e-5 * mean_squares.mean()), name
         assert np.allclose(gradients.columns, columns, rtol=1e-3, atol=1e-5 * columns.mean()), name
+        if name in squares:
+            expected = damped_by_halves(output.grad.double().numpy())
+            assert np.allclose(squares[name], expected, rtol=2e-3, atol=1e-4), name
+
+
+def damped_by_halves(gradients: np.ndarray) -> np.ndarray:
+    """What outputs.py's first lines say, token by token, of gradients [sequences, time, rows]."""
+    rows = gradients.shape[2]
+    most = 16 * (gradients[:, 1:] ** 2).sum(2).mean()
+    halves = [np.zeros((rows, rows)), np.zeros((rows, rows))]
+    for number, sequence in enumerate(gradients):
+        for g in sequence[1:]:
+            halves[number % 2] += np.outer(g, g) * min(1, most / (g @ g))
+    a, b = (half - np.diag(np.diag(half)) for half in halves)
+    signal = (a * b).sum()
+    noise = ((a * a).sum() + (b * b).sum()) / 2 - signal
+    both = sum(halves) / np.trace(sum(halves)) * rows
+    return both + (0.1 + noise / (2 * signal)) * np.eye(rows) if signal > 0 else np.diag(np.diag(both))
 
 
 def test_gradients_add_up_over_groups_of_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class Factors:
     importance: Floats
 
 
-def damped_moments(moments: Moments, name: str) -> tuple[Floats, float]:
+def damped_moments(moments: Moments, name: str, damping: float = DAMPING) -> tuple[Floats, float]:
     """H [columns, columns], its mean diagonal 1 before it was damped, and that mean as it was.
 
     Raises CheckpointError where the moments are none.
@@ -56,28 +56,28 @@ def damped_moments(moments: Moments, name: str) -> tuple[Floats, float]:
     if not np.isfinite(found).all() or not mean > 0:
         raise CheckpointError(f"{name}: its calibration holds no finite second moments; calibrate again.")
     found /= np.float32(mean)
-    found[np.diag_indices(len(found))] += np.float32(DAMPING)
+    found[np.diag_indices(len(found))] += np.float32(damping)
     return found, float(mean)
 
 
-def factors_of(moments: Moments, name: str) -> Factors:
+def factors_of(moments: Moments, name: str, damping: float = DAMPING) -> Factors:
     """The factors of second moments. Raises CheckpointError where there can be none; `name` is the tensor's."""
     from neoxconv.quant.feedback.kernels import ahead_of, factor
 
-    damped, _ = damped_moments(moments, name)
+    damped, _ = damped_moments(moments, name, damping)
     triangle = damped.copy()
     if factor(triangle) < len(triangle):
         raise CheckpointError(f"{name}: its second moments are not positive; calibrate again, with more tokens.")
     ahead_of(triangle)
-    return Factors(damped, triangle, np.diag(damped) - np.float32(DAMPING))
+    return Factors(damped, triangle, np.diag(damped) - np.float32(damping))
 
 
 def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
     """Rows [n, columns] as stored rows of the grid's type."""
-    weights = _finite(rows)
-    codes, numbers = _fed(grid, weights, factors)
+    weights = finite(rows)
+    codes, numbers = fed(grid, weights, factors)
     scale, least = scales(numbers)
-    _descended(grid.table, weights, codes, (scale, least), factors.moments)
+    descended(grid.table, weights, codes, (scale, least), factors.moments)
     return grid.pack(codes, numbers)
 
 
@@ -91,7 +91,7 @@ def matters(moments: Floats) -> Floats:
 
 def choose(table: Floats, rows: Floats, scale: Floats, factors: Factors) -> Bytes:
     """Codes [n, columns], places in an ascending table, of rows whose scale is known for every weight [n, columns]."""
-    weights, scale = _finite(rows), np.ascontiguousarray(scale)
+    weights, scale = finite(rows), np.ascontiguousarray(scale)
     known = scale, np.zeros_like(scale)
 
     def find(asked: Floats, start: int, stop: int) -> tuple[Floats, Floats]:
@@ -99,11 +99,11 @@ def choose(table: Floats, rows: Floats, scale: Floats, factors: Factors) -> Byte
         return own, least
 
     codes = _chosen(table, weights, factors, _GROUP, find)
-    _descended(table, weights, codes, known, factors.moments)
+    descended(table, weights, codes, known, factors.moments)
     return codes
 
 
-def _finite(rows: Floats) -> Floats:
+def finite(rows: Floats) -> Floats:
     """Rows with zeros for what is no number."""
     return np.where(np.isfinite(rows), rows, np.float32(0)).astype(np.float32)
 
@@ -113,7 +113,7 @@ def scales(numbers: Floats) -> tuple[Floats, Floats]:
     return numbers[..., 0] * numbers[..., 2], numbers[..., 1] * numbers[..., 3]
 
 
-def _fed(grid: Grid, weights: Floats, factors: Factors) -> tuple[Bytes, Floats]:
+def fed(grid: Grid, weights: Floats, factors: Factors) -> tuple[Bytes, Floats]:
     """Codes [n, columns] by feedback, and numbers [n, blocks, 4], found as the columns' turn comes."""
     numbers = np.empty((len(weights), weights.shape[1] // grid.block, 4), np.float32)
 
@@ -142,7 +142,7 @@ def _chosen(table: Floats, weights: Floats, factors: Factors, group: int, find: 
     return codes
 
 
-def _descended(table: Floats, weights: Floats, codes: Bytes, scales: tuple[Floats, Floats], moments: Floats) -> None:
+def descended(table: Floats, weights: Floats, codes: Bytes, scales: tuple[Floats, Floats], moments: Floats) -> None:
     """Bring the codes to where no single change lowers the error, or near it; `scales` are scales and least weights."""
     from neoxconv.quant.feedback.kernels import descend, find_room
 

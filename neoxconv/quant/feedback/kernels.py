@@ -188,6 +188,39 @@ def descend(
 
 
 @kernel
+def descend_rows(
+    pulls: Floats,
+    moments: Floats,
+    scales: Floats,
+    table: Floats,
+    codes: Bytes,
+    slopes: Floats,
+    low: Floats,
+    high: Floats,
+    changes: Floats,
+) -> None:
+    """One pass over rows [b, n] that belong together, one after the other.
+
+    `slopes` [b, n] are those of `descend` with what all other rows get wrong in them: `pulls` [b, b], of diagonal 1,
+    says how much of a change of row k's own slopes comes to row i's. `changes` [b, n] become those own changes, zero
+    for a row none of whose codes changed.
+    """
+    moving = np.ones((1, 2), np.bool_)
+    for r in range(slopes.shape[0]):
+        before = slopes[r].copy()
+        moving[0, 1] = False
+        s, one = slopes.shape[1], slice(r, r + 1)
+        descend(moments, scales[one], table, codes[one], slopes[one], low[one], high[one], moving, 0, s)
+        for c in range(slopes.shape[1]):
+            changes[r, c] = slopes[r, c] - before[c]
+        if moving[0, 1]:
+            for i in range(slopes.shape[0]):
+                if i != r:
+                    for c in range(slopes.shape[1]):
+                        slopes[i, c] += pulls[i, r] * changes[r, c]
+
+
+@kernel
 def _finish_rows(rows: Floats, corner: Floats) -> None:
     """Columns [p, g] of a panel become those of the factor, from the last row up; `corner` [p, p] is made already."""
     for k in range(len(rows) - 1, -1, -1):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from neoxconv.core.encoding import Gradients
 from neoxconv.core.model import Checkpoint
-from neoxconv.dtypes import Numbers
+from neoxconv.dtypes import Floats, Numbers
+from neoxconv.verify.logits.outputs import Halves
 from neoxconv.verify.logits.stream import Side, StreamedRank, multipliers, side
 
 _SEED = 7  # of the labels
@@ -91,19 +92,23 @@ def squares_of_gradients(
     *,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
+    outputs: Callable[[str, Floats], None] | None = None,
 ) -> dict[str, Gradients]:
     """By the unified name of each matrix of the layers, of the embedding and of the head (a tied one too), over tokens
     [batch, time]: the mean squares of gradients. `progress` is told of every layer, forwards and back.
 
     For the embedding x is the token itself: row r counts where it is looked up, column c is one of the stream.
+    `outputs` is told the second moments of gradients [rows, rows] at each matrix of the layers (outputs.py).
     """
-    sums = _Sums()
+    sums, halves = _Sums(), Halves()
     ((head, embedding),) = checkpoint.architecture.tied_head.items()
     linear = {weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.linear}
 
     def seen(name: str, gradient: Tensor, x: Tensor) -> None:
         if name in linear:
             sums.add(name, gradient.square(), x)
+            if outputs:
+                halves.add(name, gradient)
 
     with multipliers() as pool:
         ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
@@ -120,6 +125,9 @@ def squares_of_gradients(
         gradients = _of_labels(model, streams.pop(), partial(sums.add, head))
         for number in reversed(range(checkpoint.config.layers)):
             gradients = _back(partial(model.layer, number), streams.pop(), gradients)
+            if outputs:
+                for name in list(halves.sums):
+                    outputs(name, halves.take(name))
             progress(1)
     squares = gradients[0].flatten(0, 1).double().square()
     rows = torch.zeros(checkpoint.config.rows, dtype=squares.dtype, device=device)

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,25 @@ from neoxconv.core.table import Weight
 from neoxconv.dtypes import Floats, Numbers
 from neoxconv.engine.side_file import whole
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.formats.calibration import Inputs, Writer, source_digest
+from neoxconv.formats.calibration import Inputs, Writer, source_digest, triangle
 from neoxconv.verify.logits.gradients import squares_of_gradients
-from neoxconv.verify.logits.stream import INSIDE, Side, running, side
+from neoxconv.verify.logits.stream import INSIDE, running, side
+from neoxconv.verify.logits.through import Encodings, Through, gets_aim, held_through
 from neoxconv.words import size
 
 _GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
+_OUTPUT_TOKENS = 32768  # at most: second moments do need more
 _BAND = 2048  # rows of sums that are made at a time, from their diagonal on
 _MAX_TOLD = 16 << 20  # bytes of the first line of unfinished work
 _EMBEDDING, _HEAD = "embedding", "head"  # roles
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
 
-def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
-    """For each layer what its matrices are multiplied with, by the unified name of the first of them that has it."""
+def inputs_of(checkpoint: Checkpoint, through: Encodings | None = None) -> tuple[dict[str, Inputs], ...]:
+    """For each layer what its matrices are multiplied with, by the unified name of the first of them that has it.
+
+    `through`: the encodings of matrices by their unified names, where those that write to the stream get an aim.
+    """
     layers: list[dict[str, Inputs]] = [{} for _ in range(checkpoint.config.layers)]
     first: dict[str, str] = {}  # by the norm that makes it
     for layer, weight in checkpoint.architecture.names(checkpoint.config):
@@ -47,8 +53,9 @@ def inputs_of(checkpoint: Checkpoint) -> tuple[dict[str, Inputs], ...]:
             continue
         owner = first.setdefault(weight.norm or weight.unified, weight.unified)
         before = layers[layer][owner].names if owner in layers[layer] else ()
-        columns = checkpoint.config.sizes[weight.shape[1]]
-        layers[layer][owner] = Inputs((*before, weight.gguf), columns)
+        rows, columns = (checkpoint.config.sizes[size] for size in weight.shape)
+        encoding = through[weight.unified].name if through and gets_aim(weight, through) else ""
+        layers[layer][owner] = Inputs((*before, weight.gguf), columns, rows if encoding else 0, encoding)
     return tuple(layers)
 
 
@@ -65,17 +72,29 @@ class Needs:
     disk: int
 
 
-def needs(checkpoint: Checkpoint, tokens: int) -> Needs:
+def needs(checkpoint: Checkpoint, tokens: int, outputs: bool = False, through: Encodings | None = None) -> Needs:
     """What a calibration takes.
 
     Held are the moments of a layer's inputs and the tokens' streams, which are on disk too, twice while they are saved.
+    With `outputs` these are instead two sums for each matrix of a layer, the largest three times more while it is put
+    in order and packed, and the streams before all layers, of fewer tokens. What `through` adds is in through.py.
     """
-    layers, config = inputs_of(checkpoint), checkpoint.config
+    layers, config = inputs_of(checkpoint, through), checkpoint.config
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
     streams, inside = 4 * tokens * config.hidden, min(INSIDE, 4 * tokens * config.ff)
     head = 4 * Inputs((), config.hidden).packed
-    file = head + sum(4 * each.packed for layer in layers for each in layer.values())
-    return Needs(_PROGRAM + moments + streams + _INSIDES * inside, file, file + 2 * streams)
+    every = [each for layer in layers for each in layer.values()]
+    file = head + sum(4 * (each.packed + each.rows * each.columns) for each in every)
+    if through:
+        return Needs(_PROGRAM + held_through(config, tokens), file, file + 4 * streams)
+    held, disk = moments + streams, file + 2 * streams
+    if outputs:
+        sides = [config.sizes[weight.shape[0]] for weight in _matrices(checkpoint) if weight.linear]
+        kept = (config.layers + 2) * 4 * min(tokens, _OUTPUT_TOKENS) * config.hidden
+        squares = sum(2 * 4 * side**2 for side in sides) // config.layers + 3 * 4 * max(sides) ** 2
+        more = sum(4 * triangle(side) for side in sides)
+        held, file, disk = max(held, streams + kept + squares), file + more, disk + more
+    return Needs(_PROGRAM + held + _INSIDES * inside, file, disk)
 
 
 @dataclass
@@ -100,6 +119,34 @@ class _Sums:
         for start in range(0, columns, _BAND):
             rows = slice(start, start + _BAND)
             self.found[name][rows, start:].addmm_(flat[:, rows].T, flat[:, start:])
+
+
+class _Alone:
+    """Runs layers of the model by itself, and writes the moments of what their matrices are multiplied with."""
+
+    sides = 1  # models whose streams pass
+
+    def __init__(self, checkpoint: Checkpoint, pool: ThreadPoolExecutor, device: str, writer: Writer) -> None:
+        self.sums, self.writer = _Sums({}, device), writer
+        self.model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: self.sums.watch(name, x))
+
+    def embed(self, ids: Tensor) -> list[Tensor]:
+        """The streams before the first layer."""
+        return self.model.embed(ids)
+
+    def layer(
+        self, number: int, inputs: _Owners, streams: list[Tensor], progress: Callable[[int], None]
+    ) -> list[Tensor]:
+        """The streams after a layer, in the place of those before it."""
+        self.sums = _Sums(inputs, self.sums.device)
+        streams = self.model.layer(number, streams, into=streams, progress=progress)
+        for name, each in inputs.items():
+            self.writer.add(each, self.sums.found.pop(name).cpu().numpy())
+        return streams
+
+    def final(self, streams: list[Tensor]) -> list[Tensor]:
+        """What the head is multiplied with."""
+        return self.model.final(streams)
 
 
 @dataclass(frozen=True)
@@ -159,33 +206,35 @@ def calibrate(
     keys: Mapping[str, Any],
     *,
     gradients: bool = False,
+    through: Encodings | None = None,
+    outputs: bool = False,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Write the calibration of tokens [batch, time] to `path`; returns how many matrices it is of.
 
-    With `gradients` also how much each matrix moves predictions, by tokens from all over them. The ranks are joined
-    first, as a GGUF file holds them. `progress` is told of sequences, once for each layer. Unfinished work lies in
-    `path`.partial and `path`.streams. Raises NeoxconvError where the disk does not take it.
+    With `gradients` also how much each matrix moves predictions, by tokens from all over them; with `outputs` that too,
+    and the second moments of gradients at what matrices put out. With `through` layers are quantized as they are run,
+    to these encodings by unified names, and later matrices make up for earlier ones. The ranks are joined first, as a
+    GGUF file holds them. `progress` is told of sequences, once for each layer. Unfinished work lies in `path`.partial
+    and `path`.streams. Raises NeoxconvError where the disk does not take it.
     """
     checkpoint.refuse_doubts()
-    layers, matrices = inputs_of(checkpoint), _matrices(checkpoint)
-    partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
-    checkpoint.refuse_doubts()
-    layers, matrices = inputs_of(checkpoint), _matrices(checkpoint)
+    gradients = gradients or outputs
+    layers, matrices = inputs_of(checkpoint, through), _matrices(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
     last = next(weight for weight in reversed(matrices) if not weight.linear)  # the head, or the embedding that is one
     head = _head_inputs(checkpoint, last, gradients)
     inputs = (*(each for layer in layers for each in layer.values()), *head)
-    writer = Writer(partial, inputs, keys, tokens.size, _extents(checkpoint, matrices) if gradients else {})
-    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients}))
-    _check_room(path, needs(checkpoint, tokens.size).disk, partial, beside)
+    extents = _extents(checkpoint, matrices) if gradients else {}
+    rows = {weight.gguf: extents[weight.gguf][0] for weight in matrices if weight.linear and outputs}
+    writer = Writer(partial, inputs, keys, tokens.size, extents, rows)
+    state = Progress(beside, _key(checkpoint, tokens, {**keys, "gradients": gradients, "outputs": outputs}))
+    _check_room(path, needs(checkpoint, tokens.size, outputs, through).disk, partial, beside)
     try:
-        square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress), {}
+        square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress, through), {}
         if gradients:
-            found = squares_of_gradients(
-                checkpoint, _spread(tokens), device=device, progress=lambda count: progress(count * len(tokens))
-            )
+            found = _backward(checkpoint, tokens, writer, device, lambda count: progress(count * len(tokens)))
             if last.role == _EMBEDDING:
                 found, square = _of_tied(checkpoint, found, square)
         for each in head:
@@ -211,38 +260,35 @@ def _forward(
     state: Progress,
     device: str,
     progress: Callable[[int], None],
+    through: Encodings | None,
 ) -> Floats:
     """Write the moments of every layer from the first that is not done; returns those of what the head multiplies."""
     with running(tokens, device) as (pool, ids):
-        sums = _Sums({}, device)
-        model = side(checkpoint, pool, merged=True, device=device, watch=lambda name, x: sums.watch(name, x))
-        known = state.load((*tokens.shape, checkpoint.config.hidden), len(model.ranks), len(layers))
+        alone = _Alone(checkpoint, pool, device, writer)
+        stage = Through(checkpoint, pool, device, through, writer) if through else alone
+        known = state.load((stage.sides * len(tokens), tokens.shape[1], checkpoint.config.hidden), 1, len(layers))
         if known and writer.resume(known[2]):
             done, streams = known[0], [x.to(device) for x in known[1]]
             progress(done * len(tokens))
         else:
             if not known:
                 _refuse_strangers(writer.path, state.path)
-            done, streams = 0, model.embed(ids)
+            done, streams = 0, stage.embed(ids)
             state.save(0, streams, writer.digests)
             writer.begin(again=bool(known))
         for number in range(done, len(layers)):
-            sums = _Sums(layers[number], device)
-            streams = model.layer(number, streams, into=streams, progress=progress)
-            for name, each in layers[number].items():
-                writer.add(each, sums.found.pop(name).cpu().numpy())
+            streams = stage.layer(number, layers[number], streams, progress)
             state.save(number + 1, streams, writer.digests)
-        return _of_head(model, streams, tokens.size)
+        return _of_head(stage.final, [x[: len(tokens)] for x in streams], checkpoint.config.hidden)
 
 
-def _of_head(model: Side, streams: Sequence[Tensor], tokens: int) -> Floats:
-    """The second moments of what the head multiplies, sequence after sequence."""
-    hidden = model.config.hidden
+def _of_head(final: Callable[[list[Tensor]], list[Tensor]], streams: Sequence[Tensor], hidden: int) -> Floats:
+    """The second moments of what the head multiplies in the model's own stream, sequence after sequence."""
     sums = torch.zeros(hidden, hidden, device=streams[0].device)
     for i in range(len(streams[0])):
-        normed = model.final([x[i : i + 1] for x in streams])[0].flatten(0, 1)
+        normed = final([x[i : i + 1] for x in streams])[0].flatten(0, 1)
         sums.addmm_(normed.T, normed)
-    square: Floats = (sums / tokens).cpu().numpy()
+    square: Floats = (sums / streams[0].shape[:2].numel()).cpu().numpy()
     return square
 
 
@@ -257,9 +303,24 @@ def _check_room(path: Path, needed: int, *unfinished: Path) -> None:
         )
 
 
-def _spread(tokens: Numbers) -> Numbers:
-    """Sequences at equal distances from tokens [batch, time], of `_GRADIENT_TOKENS` in all at most; one at least."""
-    count = min(len(tokens), max(1, _GRADIENT_TOKENS // tokens.shape[1]))
+def _backward(
+    checkpoint: Checkpoint, tokens: Numbers, writer: Writer, device: str, progress: Callable[[int], None]
+) -> dict[str, Gradients]:
+    """Gradients by unified name; their second moments are written, where the calibration is to have them."""
+    weights = {weight.unified: weight for weight in _matrices(checkpoint)}
+
+    def add(name: str, square: Floats) -> None:
+        order = _gguf_rows(weights[name], checkpoint)
+        writer.add_outputs(weights[name].gguf, square[order][:, order])
+
+    few = _spread(tokens, _OUTPUT_TOKENS if writer.outputs else _GRADIENT_TOKENS)
+    outputs = add if writer.outputs else None
+    return squares_of_gradients(checkpoint, few, device=device, progress=progress, outputs=outputs)
+
+
+def _spread(tokens: Numbers, most: int) -> Numbers:
+    """Sequences at equal distances from tokens [batch, time], of so many tokens in all at most; one at least."""
+    count = min(len(tokens), max(1, most // tokens.shape[1]))
     found: Numbers = tokens[np.arange(count) * len(tokens) // count]
     return found
 
@@ -298,11 +359,14 @@ def _of_tied(
     return {name: both if name == embedding else gradients for name, gradients in found.items()}, square
 
 
+def _gguf_rows(weight: Weight, checkpoint: Checkpoint) -> Numbers | slice:
+    """Which row of a weight each row of a GGUF file is."""
+    return weight.gguf_order(checkpoint.config) if weight.gguf_order else slice(None)
+
+
 def _in_order(gradients: Gradients, weight: Weight, checkpoint: Checkpoint) -> Gradients:
     """Gradients with the rows in GGUF's order."""
-    if weight.gguf_order is None:
-        return gradients
-    return replace(gradients, rows=gradients.rows[weight.gguf_order(checkpoint.config)])
+    return replace(gradients, rows=gradients.rows[_gguf_rows(weight, checkpoint)])
 
 
 def _refuse_strangers(*paths: Path) -> None:
