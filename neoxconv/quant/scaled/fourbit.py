@@ -211,12 +211,12 @@ def finish(form: _FourBitForm, tensor: LazyTensor, sizes: Floats) -> tuple[bytes
 
 def decode(form: _FourBitForm, stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows; bitsandbytes rounds them to the state's dtype when it is done."""
-    from neoxconv.quant.scaled.read_kernels import read_pairs
-
     columns, count = math.prod(shape[1:]), math.prod(shape)
     absmax = _absmax_of(form, stored)
 
     def read(start: int, stop: int) -> Array:
+        from neoxconv.quant.scaled.read_kernels import read_pairs
+
         touched = _GROUPS.groups_of(start, stop, columns)
         first, last = touched.start * BLOCK, min(touched.stop * BLOCK, count)
         codes = np.ascontiguousarray(stored["weight"].read(first // 2, -(-last // 2))).reshape(-1)

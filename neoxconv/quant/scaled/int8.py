@@ -47,9 +47,9 @@ def finish(tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
 def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     """A reader of float32 rows. The product is rounded once, so that a code of 127 gives the row's largest weight."""
 
-    from neoxconv.quant.scaled.read_kernels import read_steps
-
     def read(start: int, stop: int) -> Array:
+        from neoxconv.quant.scaled.read_kernels import read_steps
+
         steps = stored["SCB"].floats(start, stop).astype(np.float64) / _LEVELS
         codes = np.ascontiguousarray(stored["weight"].read(start, stop))
         values = np.empty(codes.shape, np.float32)
