@@ -18,7 +18,7 @@ from neoxconv.dtypes import Array, Floats
 
 FEEDBACK_ROWS = 256  # of a matrix at a time where codes are chosen together: the more, the more use of what is fetched
 FACTORS = 8  # bytes for each number of second moments: as they are, and their factor
-_FEEDBACK = 48  # bytes for each of the weights whose codes are being chosen (measured: docs/numerics.md)
+_FEEDBACK = 48  # bytes for each of the weights whose codes are being chosen (measured: docs/calibration.md)
 _WHOLE = 36  # the same where rows are chosen together too
 
 

@@ -29,7 +29,7 @@ from neoxconv.words import size
 TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_0", "Q5_0", "Q5_1", "Q8_0")
 _ROWS = 128  # of a matrix, by which its errors are estimated
 # What the same relative error costs in matrices of other roles, over attn_out: between the geometric means over the
-# layers of SmolLM2-135M (Q4_0) and of a gpt-neox model of 8 layers (Q3_K), by their calibrations (docs/numerics.md).
+# layers of SmolLM2-135M (Q4_0) and of a gpt-neox model of 8 layers (Q3_K), by their calibrations (docs/calibration.md).
 ROLES = {
     "attn_q": 0.5, "attn_k": 0.6, "attn_v": 2.0, "qkv": 2.5, "attn_out": 1.0, "mlp_in": 1.5, "mlp_out": 1.5,
     "embedding": 30.0, "head": 130.0,

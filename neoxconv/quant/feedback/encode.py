@@ -22,7 +22,7 @@ from neoxconv.dtypes import Array, Bytes, Floats
 from neoxconv.errors import CheckpointError
 
 # Added to the diagonal of H, as a part of its mean: 0.05 was better than 0.01 in 15 of 16 matrices of a real model by
-# held-out loss (docs/numerics.md).
+# held-out loss (docs/calibration.md).
 DAMPING = 0.05
 _PASSES = 100  # of the descent at most; 20 to 40 end it (benchmarks/feedback.py)
 _GROUP = 64  # columns at a time where scales are known before
@@ -84,7 +84,7 @@ def encode(grid: Grid, rows: Floats, factors: Factors) -> Array:
 def matters(moments: Floats) -> Floats:
     """How much errors in each column [columns] matter to scales that are found before codes, from damped moments.
 
-    It is the root of H's diagonal. The diagonal itself, and all alike, are worse (docs/numerics.md).
+    It is the root of H's diagonal. The diagonal itself, and all alike, are worse (docs/calibration.md).
     """
     return np.asarray(np.sqrt(np.diag(moments)), np.float32)
 

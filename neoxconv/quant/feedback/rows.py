@@ -17,7 +17,7 @@ from neoxconv.core.encoding import Grid
 from neoxconv.dtypes import Array, Bytes, Floats
 from neoxconv.quant.feedback.encode import Factors, descended, fed, finite, scales, slopes_of, values_of
 
-_FED = 4  # rows that are asked at a time: 1 is no better, 16 is worse for q and k (docs/numerics.md)
+_FED = 4  # rows that are asked at a time: 1 is no better, 16 is worse for q and k (docs/calibration.md)
 _BATCH = 16  # rows of the descent: fewer would fetch the matrix from memory too often
 _PASSES = 100  # of the descent at most
 

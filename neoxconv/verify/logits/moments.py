@@ -59,7 +59,7 @@ def inputs_of(checkpoint: Checkpoint, through: Encodings | None = None) -> tuple
     return tuple(layers)
 
 
-_PROGRAM = 640 << 20  # bytes: Python, torch, slabs of weights (measured: docs/numerics.md)
+_PROGRAM = 640 << 20  # bytes: Python, torch, slabs of weights (measured: docs/calibration.md)
 _INSIDES = 3  # of an MLP at once: before its activation, behind it, and what is on its way between them
 
 

@@ -36,7 +36,7 @@ from neoxconv.targets.gguf import gguf_entries
 from neoxconv.targets.recipe import Recipe
 from neoxconv.verify.logits.stream import SLAB, StreamedRank, read
 
-RIDGE = 0.1  # better than 1 on held-out text (docs/numerics.md, "Layer after layer")
+RIDGE = 0.1  # better than 1 on held-out text (docs/calibration.md, "Layer after layer")
 _WRITING = ("attn_out", "mlp_out")  # roles of the matrices whose output is added to the stream
 Encodings = Mapping[str, Encoding]  # by the unified names of matrices
 
