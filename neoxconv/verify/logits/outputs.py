@@ -2,9 +2,9 @@
 
 Few directions have most of a gradient, and estimates of the others overfit: codes chosen by E[g g^T] as it was seen
 lose on a real model what they gain on the fixture (docs/calibration.md). So the sequences make two halves, A and B.
-What both agree on is signal, S = the sum over i != j of A_ij B_ij; what is left of A_ij^2 and B_ij^2 is noise, N for each
-half. The mean of both halves has half of it: the diagonal is damped by N / 2S of its mean, and by a little more. Where
-there is no signal nothing but the diagonal is left, by which rows are independent of each other.
+What both agree on is signal, S = the sum over i != j of A_ij B_ij; what is left of A_ij^2 and B_ij^2 is noise, N for
+each half. The mean of both halves has half of it: the diagonal is damped by N / 2S of its mean, and by a little more.
+Where there is no signal nothing but the diagonal is left, by which rows are independent of each other.
 
 The first token of each sequence is left out, and no other has more than 16 times the mean |g|^2: of some matrices a few
 tokens have most of it (docs/calibration.md).
