@@ -166,7 +166,9 @@ class _Request:
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
-        check = shell(["neoxconv", "verify", str(self.source), str(self.target), *self.reading.words])
+        words = ["neoxconv", "verify", str(self.source), str(self.target), *self.reading.words]
+        calibration = self.plan.recipe.calibration
+        check = shell([*words, "--calibration", str(calibration)] if calibration else words)
         lines = [
             f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
             for name, count in result["overflow"].items()

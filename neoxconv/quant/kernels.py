@@ -11,6 +11,7 @@ quantize_row_*_ref does (ggml-quants.c, compiled without FMA and without an imat
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ _STEP_16 = f32(2.0**-14)  # the smallest normal float16
 
 _SETTINGS: Any = config  # numba's, some from the environment
 _CACHE = folder_for(_SETTINGS.CACHE_DIR, numba_version)
+_DECORATING = Lock()  # threads may import kernels of several modules at once, and the setting is one for all
 
 
 def kernel(function: F) -> F:
@@ -40,14 +42,12 @@ def kernel(function: F) -> F:
     Kernels take their arguments by position, in the searches more than four: x, w, s and n are the same in all of them,
     and an object that held them could not be cached (numba's jitclass cannot).
     """
-    chosen, _SETTINGS.CACHE_DIR = (
-        _SETTINGS.CACHE_DIR,
-        str(_CACHE or ""),
-    )  # numba looks at it now; others' kernels stay theirs
-    try:
-        return cast(F, njit(nogil=True, cache=bool(_CACHE), error_model="numpy", forceinline=True)(function))
-    finally:
-        _SETTINGS.CACHE_DIR = chosen
+    with _DECORATING:
+        chosen, _SETTINGS.CACHE_DIR = _SETTINGS.CACHE_DIR, str(_CACHE or "")  # numba looks at it now
+        try:
+            return cast(F, njit(nogil=True, cache=bool(_CACHE), error_model="numpy", forceinline=True)(function))
+        finally:
+            _SETTINGS.CACHE_DIR = chosen  # others' kernels stay theirs
 
 
 _LANES = 64  # sums side by side: enough for the widest registers, and in one order on all machines

@@ -7,6 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,3 +120,25 @@ def test_a_folder_that_others_may_have_prepared_is_not_used(
     monkeypatch.setattr(kernel_cache.os, "geteuid", lambda: os.getuid() + 1)
     (tmp_path / f"neoxconv-kernels-{os.getuid() + 1}").mkdir(mode=0o700)
     assert folder_for("", "1") is None  # it is another user's
+
+
+def test_threads_that_make_kernels_at_once_all_find_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of kernels are imported when they are needed, by any thread; a kernel was once cached where one stood."""
+    from numba import config
+
+    from neoxconv.quant import kernels
+
+    before, seen = config.CACHE_DIR, []
+
+    def njit(**options: object) -> Callable[[object], object]:
+        time.sleep(0.01)
+        seen.append(config.CACHE_DIR)
+        time.sleep(0.01)
+        seen.append(config.CACHE_DIR)
+        return lambda function: function
+
+    monkeypatch.setattr(kernels, "njit", njit)
+    monkeypatch.setattr(kernels, "_CACHE", Path("/the/folder"))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(kernels.kernel, [len] * 16))
+    assert set(seen) == {"/the/folder"} and before == config.CACHE_DIR

@@ -189,6 +189,7 @@ def test_a_file_keeps_within_its_bits_and_its_size(
     assert cli(*words, "--bits", "5", "--dry-run") == 0
     assert "predicted KL divergence" in capsys.readouterr().out
     assert cli(*words, "--bits", "5") == 0
+    assert f"next: neoxconv verify {source} {tmp_path / 'a.gguf'} --calibration {made}" in capsys.readouterr().out
     plan = make_plan(open_checkpoint(source), Recipe("gguf", calibration=made, bits=5.0))
     assert 0.97 * 5 < 8 * sum(step.nbytes for step in plan.steps) / plan.checkpoint.parameters <= 5
     assert cli("verify", source, tmp_path / "a.gguf", "--calibration", made) == 0
