@@ -16,12 +16,13 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import check_side_file, whole
 from neoxconv.errors import escaped
-from neoxconv.formats.calibration import SOURCE, source_digest
+from neoxconv.formats.calibration.names import SOURCE, source_digest
 from neoxconv.formats.imatrix import facts, write
 from neoxconv.storage import Place
 from neoxconv.targets.stand_in import written_as
 from neoxconv.verify.logits import moments
 from neoxconv.verify.logits.importance import calibrate
+from neoxconv.verify.logits.needs import Needs, needs
 from neoxconv.verify.logits.through import through_of
 from neoxconv.verify.logits.tokens import mixed
 from neoxconv.verify.logits.trial import Sample
@@ -95,7 +96,7 @@ def _with_moments(
     """Write a calibration, what it takes told before; returns how many matrices it is of."""
     through = through_of(checkpoint, asked.through) if asked.through else None
     if not asked.quiet:
-        say(_told(asked.output, moments.needs(checkpoint, tokens.size, asked.outputs, through)), err=True)
+        say(_told(asked.output, needs(checkpoint, tokens.size, asked.outputs, through)), err=True)
     try:
         return moments.calibrate(
             checkpoint,
@@ -112,10 +113,10 @@ def _with_moments(
         raise type(stop)(f"{asked.output}: not finished; run the same command again to continue.") from stop
 
 
-def _told(output: Path, needs: moments.Needs) -> str:
+def _told(output: Path, taken: Needs) -> str:
     """What a calibration takes, told before it begins."""
-    disk = f"{output}: {size(needs.file)}, {size(needs.disk)} of disk while it is made"
-    return f"  {disk}; up to {size(needs.memory)} of memory"
+    disk = f"{output}: {size(taken.file)}, {size(taken.disk)} of disk while it is made"
+    return f"  {disk}; up to {size(taken.memory)} of memory"
 
 
 # Tokens for each column of the widest matrix: on a real model 1.3, 5 and 21 brought the KL divergence to 0.87, 0.71 and

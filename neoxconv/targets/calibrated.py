@@ -12,7 +12,8 @@ from neoxconv.core.layout import Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError, escaped, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import digest_of, moments_in, source_digest, source_of
+from neoxconv.formats.calibration.names import source_digest
+from neoxconv.formats.calibration.read import digest_of, moments_in, source_of
 from neoxconv.formats.imatrix import Matrix
 
 # What files say of it, GGUF's keys and config.json: the digest of the calibration by which codes were chosen.

@@ -16,7 +16,7 @@ from neoxconv.core.tensor import reordered
 from neoxconv.dtypes import F32
 from neoxconv.errors import PlanError, raise_all
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import digest_of, gradients_in, moments_in, outputs_in
+from neoxconv.formats.calibration.read import digest_of, gradients_in, moments_in, outputs_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix

@@ -17,7 +17,7 @@ from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import Array, Bools, Floats, Numbers, narrow
 from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
-from neoxconv.formats.calibration import digest_of, moments_in, outputs_in
+from neoxconv.formats.calibration.read import digest_of, moments_in, outputs_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded
 from neoxconv.quant.feedback.encode import damped_moments

@@ -12,10 +12,10 @@ import torch
 
 from neoxconv import Recipe, make_plan, open_checkpoint
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration import moments_in, outputs_in
-from neoxconv.verify.logits import moments
+from neoxconv.formats.calibration.read import moments_in, outputs_in
 from neoxconv.verify.logits.gradients import squares_of_gradients
 from neoxconv.verify.logits.importance import calibrate
+from neoxconv.verify.logits.needs import inputs_of
 from neoxconv.verify.logits.stream import Side
 from tests.fixtures import fixture
 from tests.helpers import PowerCut, cli, digests
@@ -204,7 +204,7 @@ def test_damage_is_found_when_moments_are_read(source: Path, capsys: pytest.Capt
 
 def test_what_shares_its_inputs_is_measured_once(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(toy(tmp_path, **WIDTHS))
-    layers = moments.inputs_of(checkpoint)
+    layers = inputs_of(checkpoint)
     assert [[each.names for each in layer.values()] for layer in layers][1] == [
         ("blk.1.attn_qkv.weight",), ("blk.1.attn_output.weight",), ("blk.1.ffn_up.weight",), ("blk.1.ffn_down.weight",),
     ]  # fmt: skip

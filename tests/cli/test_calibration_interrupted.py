@@ -86,9 +86,9 @@ def test_a_full_disk_is_told_and_gone_on_from(
 def test_too_small_a_disk_is_told_beforehand(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from neoxconv.verify.logits import moments
+    from neoxconv.verify.logits import needs
 
-    monkeypatch.setattr(moments.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert calibrate(source) == 1
     assert "make room" in capsys.readouterr().err
     assert sorted(path.name for path in source.parent.iterdir() if path.name.startswith("cal")) == []
@@ -181,16 +181,16 @@ def test_a_calibration_of_other_files_is_noted(
 
 def hollow(path: Path, tensors: dict[str, tuple[int, ...]]) -> Path:
     """A calibration that claims tensors of these shapes, of which no byte takes room."""
-    from neoxconv.formats import calibration as c
+    from neoxconv.formats.calibration import names as c
     from neoxconv.formats.gguf import write
 
-    entries = [c._vector(name, int(np.prod(shape))) for name, shape in tensors.items()]
+    entries = [c.vector(name, int(np.prod(shape))) for name, shape in tensors.items()]
     entries = [
         entry.__class__(entry.name, entry.name, entry.tensor.__class__(shape, *_rest(entry.tensor)), entry.encoding)
         for entry, shape in zip(entries, tensors.values(), strict=True)
     ]
     names = ["blk.0.ffn_up.weight"]
-    told = {"general.type": "imatrix", c._OF: names, c._IN: names, c._SHA256: ["1" * 64]}
+    told = {"general.type": "imatrix", c.OF: names, c.IN: names, c.SHA256: ["1" * 64]}
     (file,) = write.layout("calibration", told, entries, None)
     with open(path, "wb") as stream:
         stream.truncate(file.size)

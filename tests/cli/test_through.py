@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from neoxconv import open_checkpoint
-from neoxconv.formats.calibration import moments_in
+from neoxconv.formats.calibration.read import moments_in
 from neoxconv.quant import floats
-from neoxconv.verify.logits import moments, through
+from neoxconv.verify.logits import through
+from neoxconv.verify.logits.needs import needs
 from neoxconv.verify.logits.stream import running, side
 from neoxconv.verify.logits.through import Through, aim, through_of
 from tests.helpers import PowerCut, cli, digests
@@ -184,5 +185,5 @@ def test_what_it_takes_is_told_beforehand(source: Path, capsys: pytest.CaptureFi
     checkpoint = open_checkpoint(source)
     made = calibration(source, "cal", "--through", "q4_0")
     assert "of memory" in capsys.readouterr().err
-    told = moments.needs(checkpoint, TOKENS.size, through=through_of(checkpoint, "Q4_0")).file
+    told = needs(checkpoint, TOKENS.size, through=through_of(checkpoint, "Q4_0")).file
     assert told < made.stat().st_size < told + 60_000

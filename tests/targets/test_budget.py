@@ -16,7 +16,7 @@ from neoxconv.core.encoding import Gradients, Moments
 from neoxconv.core.layout import Entry
 from neoxconv.core.tensor import in_memory
 from neoxconv.errors import CheckpointError, PlanError
-from neoxconv.formats.calibration import gradients_in
+from neoxconv.formats.calibration.read import gradients_in
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.budget import ROLES, Costs, Known, choose_within, costs_of
 from neoxconv.targets.gguf import gguf_entries

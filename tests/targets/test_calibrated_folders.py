@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.core.layout import FACTORS
-from neoxconv.formats.calibration import moments_in
+from neoxconv.formats.calibration.read import moments_in
 from neoxconv.quant import floats
 from tests.helpers import cli, digests
 from tests.oracles import causal_logits, program

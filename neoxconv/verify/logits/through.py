@@ -29,7 +29,8 @@ from neoxconv.core.table import ModelConfig, Weight
 from neoxconv.core.tensor import slabs
 from neoxconv.dtypes import Floats
 from neoxconv.errors import PlanError
-from neoxconv.formats.calibration import Inputs, Writer
+from neoxconv.formats.calibration.names import Inputs
+from neoxconv.formats.calibration.write import Writer
 from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import Factors, factors_of
 from neoxconv.targets.gguf import gguf_entries

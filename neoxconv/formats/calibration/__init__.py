@@ -1,0 +1,1 @@
+"""Calibrations: an importance matrix with all that codes are chosen by."""
