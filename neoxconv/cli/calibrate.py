@@ -96,7 +96,8 @@ def _with_moments(
     """Write a calibration, what it takes told before; returns how many matrices it is of."""
     through = through_of(checkpoint, asked.through) if asked.through else None
     if not asked.quiet:
-        say(_told(asked.output, needs(checkpoint, tokens.size, asked.outputs, through)), err=True)
+        taken = needs(checkpoint, tokens.size, gradients=asked.gradients, outputs=asked.outputs, through=through)
+        say(_told(asked.output, taken), err=True)
     try:
         return moments.calibrate(
             checkpoint,

@@ -291,7 +291,7 @@ def test_gradients_are_of_tokens_from_all_over(tmp_path: Path, monkeypatch: pyte
         seen.append(tokens)
         return squares_of_gradients(checkpoint, tokens, **named)
 
-    monkeypatch.setattr(moments, "_GRADIENT_TOKENS", 4 * 32)
+    monkeypatch.setattr(moments, "GRADIENT_TOKENS", 4 * 32)
     monkeypatch.setattr(moments, "squares_of_gradients", watched)
     words = ("--tokens", tmp_path / "tokens.npy", "--gradients")
     assert cli("calibrate", source, "-o", tmp_path / "cal.gguf", *words) == 0

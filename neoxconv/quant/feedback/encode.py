@@ -24,7 +24,7 @@ from neoxconv.errors import CheckpointError
 # Added to the diagonal of H, as a part of its mean: 0.05 was better than 0.01 in 15 of 16 matrices of a real model by
 # held-out loss (docs/calibration.md).
 DAMPING = 0.05
-_PASSES = 100  # of the descent at most; 20 to 40 end it (benchmarks/feedback.py)
+_PASSES = 2000  # of the descent at most; 20 to 40 end it (benchmarks/feedback.py)
 _GROUP = 64  # columns at a time where scales are known before
 _BAND = 256  # columns of a product at a time, so that the operands stay in a cache
 

@@ -71,8 +71,9 @@ class _Sums:
 
     def add(self, name: str, squares: Tensor, x: Tensor) -> None:
         """Add squares of gradients [..., rows] and inputs [..., columns] of the same tokens."""
-        squares, x = squares.flatten(0, -2).double(), x.flatten(0, -2).double()
-        self.add_up(name, squares.sum(0), squares.sum(1) @ x.square())
+        squares, x = squares.flatten(0, -2), x.flatten(0, -2)
+        columns = squares.sum(1) @ x.square()
+        self.add_up(name, squares.sum(0, dtype=torch.float64), columns.double())
 
     def add_up(self, name: str, rows: Tensor, columns: Tensor) -> None:
         """Add sums."""

@@ -25,12 +25,20 @@ from neoxconv.errors import NeoxconvError
 from neoxconv.formats.calibration.names import Inputs
 from neoxconv.formats.calibration.write import Writer
 from neoxconv.verify.logits.gradients import squares_of_gradients
-from neoxconv.verify.logits.needs import EMBEDDING, HEAD, OUTPUT_TOKENS, check_room, inputs_of, matrices_of, needs
+from neoxconv.verify.logits.needs import (
+    EMBEDDING,
+    GRADIENT_TOKENS,
+    HEAD,
+    OUTPUT_TOKENS,
+    check_room,
+    inputs_of,
+    matrices_of,
+    needs,
+)
 from neoxconv.verify.logits.stream import running, side
 from neoxconv.verify.logits.through import Encodings, Through
 from neoxconv.verify.logits.unfinished import Progress, key_of, refuse_strangers
 
-_GRADIENT_TOKENS = 8192  # at most: the streams before all layers are kept at once, and means need no more
 _BAND = 2048  # rows of sums that are made at a time, from their diagonal on
 _Owners = Mapping[str, Inputs]  # by the unified name of the first weight of each layer that they multiply
 
@@ -118,7 +126,8 @@ def calibrate(
     rows = {weight.gguf: extents[weight.gguf][0] for weight in matrices if weight.linear and outputs}
     writer = Writer(partial, inputs, keys, tokens.size, extents, rows)
     state = Progress(beside, key_of(checkpoint, tokens, {**keys, "gradients": gradients, "outputs": outputs}))
-    check_room(path, needs(checkpoint, tokens.size, outputs, through).disk, partial, beside)
+    taken = needs(checkpoint, tokens.size, gradients=gradients, outputs=outputs, through=through)
+    check_room(path, taken.disk, partial, beside)
     try:
         square, found = _forward(checkpoint, layers, tokens, writer, state, device, progress, through), {}
         if gradients:
@@ -190,7 +199,7 @@ def _backward(
         order = _gguf_rows(weights[name], checkpoint)
         writer.add_outputs(weights[name].gguf, square[order][:, order])
 
-    few = _spread(tokens, OUTPUT_TOKENS if writer.outputs else _GRADIENT_TOKENS)
+    few = _spread(tokens, OUTPUT_TOKENS if writer.outputs else GRADIENT_TOKENS)
     outputs = add if writer.outputs else None
     return squares_of_gradients(checkpoint, few, device=device, progress=progress, outputs=outputs)
 

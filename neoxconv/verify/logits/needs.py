@@ -15,9 +15,12 @@ from neoxconv.verify.logits.through import Encodings, gets_aim, held_through
 from neoxconv.words import size
 
 EMBEDDING, HEAD = "embedding", "head"  # roles
-OUTPUT_TOKENS = 32768  # at most: second moments of gradients need more than means do
+# Tokens of a backward pass at most, as the streams before all layers are kept at once. Means need few, second moments
+# more.
+GRADIENT_TOKENS, OUTPUT_TOKENS = 8192, 32768
 _PROGRAM = 640 << 20  # bytes: Python, torch, slabs of weights (measured: docs/calibration.md)
 _INSIDES = 3  # of an MLP at once: before its activation, behind it, and what is on its way between them
+_INSIDES_BACK = 10  # and of a backward pass, gradients and their squares among them (measured on SmolLM2-135M)
 
 
 def inputs_of(checkpoint: Checkpoint, through: Encodings | None = None) -> tuple[dict[str, Inputs], ...]:
@@ -53,12 +56,20 @@ class Needs:
     disk: int
 
 
-def needs(checkpoint: Checkpoint, tokens: int, outputs: bool = False, through: Encodings | None = None) -> Needs:
+def needs(
+    checkpoint: Checkpoint,
+    tokens: int,
+    *,
+    gradients: bool = False,
+    outputs: bool = False,
+    through: Encodings | None = None,
+) -> Needs:
     """What a calibration takes.
 
     Held are the moments of a layer's inputs and the tokens' streams, which are on disk too, twice while they are saved.
-    With `outputs` these are instead two sums for each matrix of a layer, the largest three times more while it is put
-    in order and packed, and the streams before all layers, of fewer tokens. What `through` adds is in through.py.
+    With `gradients` and `outputs` the streams before all layers are held besides, of fewer tokens; with `outputs` two
+    sums for each matrix of a layer, the largest three times more while it is put in order and packed. What `through`
+    adds is in through.py.
     """
     layers, config = inputs_of(checkpoint, through), checkpoint.config
     moments = max(sum(4 * each.columns**2 for each in layer.values()) for layer in layers)
@@ -68,14 +79,16 @@ def needs(checkpoint: Checkpoint, tokens: int, outputs: bool = False, through: E
     file = head + sum(4 * (each.packed + each.rows * each.columns) for each in every)
     if through:
         return Needs(_PROGRAM + held_through(config, tokens), file, file + 4 * streams)
-    held, disk = moments + streams, file + 2 * streams
+    memory, disk = moments + streams + _INSIDES * inside, file + 2 * streams
+    few = OUTPUT_TOKENS if outputs else GRADIENT_TOKENS if gradients else 0
+    back = streams + (config.layers + 2) * 4 * min(tokens, few) * config.hidden
+    back += _INSIDES_BACK * min(inside, 4 * few * config.ff)
     if outputs:
         sides = [config.sizes[weight.shape[0]] for weight in matrices_of(checkpoint) if weight.linear]
-        kept = (config.layers + 2) * 4 * min(tokens, OUTPUT_TOKENS) * config.hidden
-        squares = sum(2 * 4 * side**2 for side in sides) // config.layers + 3 * 4 * max(sides) ** 2
+        back += sum(2 * 4 * side**2 for side in sides) // config.layers + 3 * 4 * max(sides) ** 2
         more = sum(4 * triangle(side) for side in sides)
-        held, file, disk = max(held, streams + kept + squares), file + more, disk + more
-    return Needs(_PROGRAM + held + _INSIDES * inside, file, disk)
+        file, disk = file + more, disk + more
+    return Needs(_PROGRAM + max(memory, back), file, disk)
 
 
 def check_room(path: Path, needed: int, *unfinished: Path) -> None:
