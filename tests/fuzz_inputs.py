@@ -29,7 +29,8 @@ from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import Size
 from neoxconv.formats.pt.zip_headers import CENTRAL
 from neoxconv.quant import SCALED
-from neoxconv.quant.scaled.fourbit import NF4_TABLE, nested_table
+from neoxconv.quant.scaled.fourbit import NF4_TABLE
+from neoxconv.quant.scaled.nested import nested_table
 
 Pieces = tuple[bytes, ...]
 Change = Callable[[Random, list[bytes], Sequence[Pieces]], None]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.quant import floats
 from neoxconv.verify.report import Report
+from tests.oracles import program
 from tests.toy import toy
 
 Tensors = dict[str, torch.Tensor]
@@ -82,6 +83,22 @@ def assert_same(ours: Tensors, theirs: Tensors) -> None:
         other = theirs[name]
         assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
         assert tensor.reshape(-1).view(torch.uint8).equal(other.reshape(-1).view(torch.uint8)), name
+
+
+def assert_bitsandbytes_reads(name: str, target: Path, dtype: torch.dtype) -> None:
+    """What bitsandbytes makes of a folder of a type, in the `dtype` that it says, is what is read here."""
+    functional = program("bitsandbytes").functional
+    tensors, found = load_file(target / FILE), weights(target)
+    assert len(found) == 8
+    for weight, values in found.items():
+        module, codes = weight.removesuffix("weight"), tensors[weight]
+        if name == "INT8":
+            theirs = functional.int8_vectorwise_dequant(codes, tensors[module + "SCB"]).numpy()
+            np.testing.assert_allclose(values, theirs, rtol=1.2e-7)  # ours are rounded once, theirs twice
+            continue
+        facts = {part.removeprefix(module): tensor for part, tensor in tensors.items() if part.startswith(weight + ".")}
+        read = functional.dequantize_4bit(codes, functional.QuantState.from_dict(facts, torch.device("cpu")))
+        assert read.dtype == dtype and torch.from_numpy(values.copy()).to(dtype).equal(read), weight
 
 
 def put(part: str, make: Callable[[torch.Tensor], torch.Tensor], module: str = L0) -> Change:

@@ -149,6 +149,11 @@ class Architecture:
         """Those of a GGUF file: of a tied model the head too where llama.cpp wants one."""
         return self.names(replace(config, tied=config.tied and not self.gguf_head))
 
+    def gguf_logits(self, config: ModelConfig) -> Weight:
+        """The weight of a GGUF file that gives the logits: the head, or the embedding that is one."""
+        outer = {weight.role: weight for layer, weight in self.in_gguf(config) if layer is None}
+        return outer.get("head") or outer["embedding"]
+
     def in_layer_files(self, config: ModelConfig) -> Iterator[Stored]:
         """Every tensor of the layer files that `slim` writes, in their order: weights, and buffers that follow one."""
         by_source = {fused.source: fused for fused in reversed(self.fused)}

@@ -17,6 +17,7 @@ from neoxconv.dtypes import Bytes
 from neoxconv.engine.encode import pieces
 from neoxconv.engine.plan import Step
 from neoxconv.errors import NeoxconvError
+from neoxconv.storage import write_all
 
 Progress = Callable[[int], None]
 Digests = dict[str, Digest]  # of slots, by their keys
@@ -100,14 +101,6 @@ def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
     _start_writeback(descriptor, step.slots[0])
     first, *others = tallies
     return [first.digest(overflow, text.decode()), *(tally.digest() for tally in others)]
-
-
-def write_all(descriptor: int, data: Bytes, offset: int) -> None:
-    """Write all of `data` at `offset`; one pwrite may write less."""
-    view = data.data
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def _start_writeback(descriptor: int, slot: Slot) -> None:

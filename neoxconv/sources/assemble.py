@@ -18,8 +18,9 @@ from neoxconv.dtypes import F16, FLOATS, PLAIN, TORCH_NAMES, U8, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
-from neoxconv.quant.scaled.fourbit import BLOCK, NESTED, STATE
+from neoxconv.quant.scaled.fourbit import BLOCK, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
+from neoxconv.quant.scaled.nested import NESTED
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 from neoxconv.storage import Place

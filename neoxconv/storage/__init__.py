@@ -2,7 +2,7 @@
 
 from neoxconv.storage.address import place
 from neoxconv.storage.bounded import check_size, read_bounded
-from neoxconv.storage.files import Storage, Stream, open_storage, opener_of, size_of, stream_of
+from neoxconv.storage.files import Storage, Stream, open_storage, opener_of, size_of, stream_of, write_all
 from neoxconv.storage.places import (
     Place,
     anew,
@@ -38,4 +38,5 @@ __all__ = [
     "stream_of",
     "together",
     "without_dots",
+    "write_all",
 ]

@@ -162,3 +162,11 @@ class Stream(io.RawIOBase):
         buffer[:count] = self.file.text(self.position, count)
         self.position += count
         return count
+
+
+def write_all(descriptor: int, data: Bytes, offset: int) -> None:
+    """Write all of `data` at `offset`; one pwrite may write less."""
+    view = data.data
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count

@@ -1,20 +1,22 @@
-"""What a calibration says of a model's matrices: whose inputs it measured, and whether the model is another one."""
+"""What a calibration or an importance matrix says of a model's matrices, and whether the model is another one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neoxconv.core.encoding import Context, Moments
+from neoxconv.core.encoding import Aim, Context, Moments
 from neoxconv.core.layout import Entry
 from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import F32
 from neoxconv.errors import PlanError, escaped, raise_all
 from neoxconv.formats import imatrix
 from neoxconv.formats.calibration.names import source_digest
-from neoxconv.formats.calibration.read import digest_of, moments_in, source_of
+from neoxconv.formats.calibration.read import digest_of, moments_in, outputs_in, source_of
 from neoxconv.formats.imatrix import Matrix
+from neoxconv.targets.recipe import Recipe
 
 # What files say of it, GGUF's keys and config.json: the digest of the calibration by which codes were chosen.
 KEY, SETTING = "neoxconv.calibration", "neoxconv_calibration"
@@ -88,4 +90,45 @@ def refuse_others(matrix: Matrix, columns: Mapping[str, int]) -> None:
         else f"{matrix.path}: {name} is not in the model; the matrix is another model's."
         for name, values in matrix.entries.items()
         if columns.get(name) != values.size
+    ))  # fmt: skip
+
+
+def with_contexts(
+    entries: list[Entry], matrix: Matrix | None, moments: Mapping[str, Moments], recipe: Recipe
+) -> list[Entry]:
+    """The entries, each with the importance of its columns, and with --calibration with the moments that are in it.
+
+    Raises PlanError where the matrix is another model's.
+    """
+    found, thorough = matrix.entries if matrix else {}, recipe.effort == "high"
+    if matrix:
+        refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
+    useful = [name for name, values in found.items() if values.any()]
+    outputs = outputs_in(recipe.calibration) if recipe.calibration else {}
+    aims = {name: known.aim.rows for name, known in moments.items() if known.aim}
+    raise_all(PlanError, (
+        f"{recipe.calibration}: the aim of {entry.name} is {aims[entry.name].dtype.name} "
+        f"{list(aims[entry.name].shape)}, expected F32 {list(entry.tensor.shape)}; the calibration is another model's, "
+        "or damaged: calibrate again."
+        for entry in entries
+        if entry.name in aims and (aims[entry.name].shape, aims[entry.name].dtype) != (entry.tensor.shape, F32)
+    ))  # fmt: skip
+
+    def with_context(entry: Entry) -> Entry:
+        known = moments.get(entry.name) if entry.grid else None
+        importance = found.get(entry.name) if entry.name in useful else None
+        tensor = aims.get(entry.name, entry.tensor) if known else entry.tensor
+        context = Context(importance, thorough, known, outputs.get(entry.name) if known else None)
+        return replace(entry, tensor=tensor, context=context)
+
+    return [with_context(entry) if entry.search and (thorough or entry.name in useful) else entry for entry in entries]
+
+
+def check_aims(entries: Sequence[Entry], aims: Mapping[str, Aim], recipe: Recipe) -> None:
+    """Raise PlanError where aims of a calibration are for other types than these."""
+    aimed = [(entry, aims[entry.name]) for entry in entries if entry.name in aims]
+    raise_all(PlanError, (
+        f"{recipe.calibration}: was made through {entry.name} as {aim.encoding}, and here it is {entry.encoding.name}; "
+        "calibrate --through the type that you convert to."
+        for entry, aim in aimed if aim.encoding != entry.encoding.name
     ))  # fmt: skip

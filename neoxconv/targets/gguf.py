@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from neoxconv.core.encoding import Context, Moments
+from neoxconv.core.encoding import Moments
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import reordered
-from neoxconv.dtypes import F32
-from neoxconv.errors import PlanError, raise_all
+from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
-from neoxconv.formats.calibration.read import digest_of, gradients_in, moments_in, outputs_in
+from neoxconv.formats.calibration.read import digest_of, gradients_in, moments_in
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
@@ -26,7 +25,7 @@ from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
-from neoxconv.targets.calibrated import KEY, notes_on_source, refuse_others
+from neoxconv.targets.calibrated import KEY, check_aims, notes_on_source, with_contexts
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
 from neoxconv.targets.recipe import Recipe
@@ -59,8 +58,10 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     kept = _kept_keys(checkpoint, recipe)
     beside = None if _TOKENS in kept else carried(own, recipe.tokenizer)
     matrix, moments = _importances(recipe)
-    entries = _with_contexts(gguf_entries(checkpoint, recipe), matrix, moments, recipe)
+    entries = with_contexts(gguf_entries(checkpoint, recipe), matrix, moments, recipe)
     searched = any(entry.context for entry in entries)
+    digest = digest_of(recipe.calibration) if recipe.calibration else ""
+    aims = {name: known.aim for name, known in moments.items() if known.aim}
     keys = {
         "general.architecture": checkpoint.architecture.gguf_name,
         "general.type": "model",
@@ -72,20 +73,20 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
         **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
-        **({KEY: digest_of(recipe.calibration)} if recipe.calibration else {}),
-        **({AIMED: aimed} if (aimed := _check_aims(entries, moments, recipe)) else {}),
+        **({KEY: digest} if digest else {}),
+        **({AIMED: list(aims)} if aims else {}),
     }
     keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
     chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
     if chosen:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
-        entries = _with_contexts(entries, matrix, moments, recipe)
-        _check_aims(entries, moments, recipe)
+        entries = with_contexts(entries, matrix, moments, recipe)
+    check_aims(entries, aims, recipe)
     notes = (
         *stands_in,
         *([line(chosen, recipe)] if chosen else []),
         *_gguf_notes(checkpoint, choice, entries, chosen),
-        *(_matrix_notes(matrix, entries, recipe) if matrix else ()),
+        *(_matrix_notes(matrix, entries, digest) if matrix else ()),
         *(notes_on_source(checkpoint, recipe.calibration) if recipe.calibration else ()),
         *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
     )
@@ -227,56 +228,14 @@ def _is_asked(tensor: GgufTensor, recipe: Recipe) -> bool:
     return bool(head or embedding) or any(re.search(pattern, tensor.name) for pattern, _ in recipe.tensor_type)
 
 
-def _with_contexts(
-    entries: list[Entry], matrix: Matrix | None, moments: Mapping[str, Moments], recipe: Recipe
-) -> list[Entry]:
-    """The entries, each with the importance of its columns, and with --calibration with the moments that are in it.
-
-    Raises PlanError where the matrix is another model's.
-    """
-    found, thorough = matrix.entries if matrix else {}, recipe.effort == "high"
-    if matrix:
-        refuse_others(matrix, {entry.name: entry.tensor.columns for entry in entries})
-    useful = [name for name, values in found.items() if values.any()]
-    outputs = outputs_in(recipe.calibration) if recipe.calibration else {}
-    aims = {name: known.aim.rows for name, known in moments.items() if known.aim}
-    raise_all(PlanError, (
-        f"{recipe.calibration}: the aim of {entry.name} is {aims[entry.name].dtype.name} "
-        f"{list(aims[entry.name].shape)}, expected F32 {list(entry.tensor.shape)}; the calibration is another model's, "
-        "or damaged: calibrate again."
-        for entry in entries
-        if entry.name in aims and (aims[entry.name].shape, aims[entry.name].dtype) != (entry.tensor.shape, F32)
-    ))  # fmt: skip
-
-    def with_context(entry: Entry) -> Entry:
-        known = moments.get(entry.name) if entry.grid else None
-        importance = found.get(entry.name) if entry.name in useful else None
-        tensor = aims.get(entry.name, entry.tensor) if known else entry.tensor
-        context = Context(importance, thorough, known, outputs.get(entry.name) if known else None)
-        return replace(entry, tensor=tensor, context=context)
-
-    return [with_context(entry) if entry.search and (thorough or entry.name in useful) else entry for entry in entries]
-
-
-def _check_aims(entries: Sequence[Entry], moments: Mapping[str, Moments], recipe: Recipe) -> list[str]:
-    """The names of tensors for which a calibration has aims. Raises PlanError where these are for other tensors."""
-    aims = {name: found.aim for name, found in moments.items() if found.aim}
-    aimed = [(entry, aims[entry.name]) for entry in entries if entry.name in aims]
-    raise_all(PlanError, (
-        f"{recipe.calibration}: was made through {entry.name} as {aim.encoding}, and here it is {entry.encoding.name}; "
-        "calibrate --through the type that you convert to."
-        for entry, aim in aimed if aim.encoding != entry.encoding.name
-    ))  # fmt: skip
-    return list(aims)
-
-
-def _matrix_notes(matrix: Matrix, entries: Sequence[Entry], recipe: Recipe) -> list[str]:
-    """What the importance matrix was, and the tensors that could have used an entry but have none."""
+def _matrix_notes(matrix: Matrix, entries: Sequence[Entry], calibration: str) -> list[str]:
+    """What the importance matrix was, or the calibration of a digest, and the tensors that could have used an entry but
+    have none."""
     lacking = [e.name for e in entries if e.search and (e.context is None or e.context.importance is None)]
     count = plural(len(matrix.entries), "tensor")
     note = (
-        f"calibration of {count}, digest {digest_of(recipe.calibration)}"
-        if recipe.calibration
+        f"calibration of {count}, digest {calibration}"
+        if calibration
         else f"importance matrix of {count}, sha256 {matrix.sha256}"
     )
     without = f"{plural(len(lacking), 'tensor')} without importances, quantized as if all columns mattered alike: "

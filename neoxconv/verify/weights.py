@@ -87,9 +87,9 @@ def verify_weights(
     """Whether every tensor of `target` holds the weights of `source`, and the configurations give one function.
 
     `source` must have been opened with the target's norms policy; where the target's format lacks its family, it is
-    compared as the one that stands in. `calibration` is the file by which codes were chosen
-    together, without which these have bounds only. `progress` gets counts of source bytes compared. Raises
-    CheckpointError where its settings are in doubt.
+    compared as the one that stands in. `calibration` is the file by which codes were chosen together, without which
+    these have bounds only. `progress` gets counts of source bytes compared. Raises CheckpointError where its settings
+    are in doubt.
     """
     source.refuse_doubts()
     source = as_the_targets(source, target)
@@ -136,8 +136,8 @@ def _with_moments(pairs: list[_Pair], source: Checkpoint, target: Checkpoint, ca
         return pairs
     moments, aimed = moments_in(calibration) if calibration else {}, target.index.settings.get(AIMED, ())
     weights = [weight for _, weight in source.architecture.in_gguf(source.config)]
-    last = "head" if any(weight.role == "head" for weight in weights) else "embedding"
-    matrices = {w.unified: w.gguf for w in weights if w.linear or w.role == last}
+    head = source.architecture.gguf_logits(source.config)
+    matrices = {w.unified: w.gguf for w in weights if w.linear or w is head}
     outputs = _outputs_in(calibration, weights, source) if calibration else {}
 
     def marked(pair: _Pair) -> _Pair:
@@ -222,7 +222,7 @@ def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
     if pair.aimed and pair.moments is None:
         return 1, partial(_compare_unknown, pair)
     if pair.together and (grid := ENCODINGS[encoding].grid):
-        outputs = damped_moments(pair.outputs, pair.name, damping=0)[0] if pair.outputs else None
+        outputs = damped_moments(pair.outputs, pair.name, damping=0) if pair.outputs else None
         return pair.source.rows if pair.outputs else 1, partial(_compare_chosen, grid, _moments_of(pair), outputs)
     if pair.joined:
         return 1, partial(_compare_joined, pair, ENCODINGS[encoding])
@@ -231,7 +231,7 @@ def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
 
 def _moments_of(pair: _Pair) -> Floats | None:
     """The damped moments by which a pair's codes were chosen, where they are at hand."""
-    return damped_moments(pair.moments, pair.name)[0] if pair.moments else None
+    return damped_moments(pair.moments, pair.name) if pair.moments else None
 
 
 def _compare_chosen(

@@ -22,7 +22,7 @@ from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import BF16, F16, F32, Array, DType, Floats, narrow, widen
 from neoxconv.engine.encode import pieces
 from neoxconv.quant import ENCODINGS, SCALED
-from neoxconv.quant.scaled import float8, fourbit, kernels
+from neoxconv.quant.scaled import float8, fourbit, kernels, nested
 from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup
 from tests.machines import PLAIN, has_avx2, needs_avx2, needs_x86
 from tests.oracles import ROOT, program
@@ -162,8 +162,8 @@ def test_the_tables_are_those_of_bitsandbytes(bnb: ModuleType) -> None:
         table = np.array(TABLES[kind.upper()], np.float32)
         assert np.array_equal(table, bnb.get_4bit_type(kind, device="cpu").numpy())
     most = 0 if has_avx2() else 1e-7
-    assert np.abs(fourbit.nested_table() - bnb.create_dynamic_map().numpy()).max() <= most
-    assert 0 <= fourbit.WIDEST - np.diff(fourbit.nested_table()).max() < 2e-4
+    assert np.abs(nested.nested_table() - bnb.create_dynamic_map().numpy()).max() <= most
+    assert 0 <= nested.WIDEST - np.diff(nested.nested_table()).max() < 2e-4
 
 
 def test_a_mean_is_that_of_torch(one_thread: None) -> None:

@@ -18,7 +18,22 @@ from neoxconv.formats.calibration.read import moments_in
 from neoxconv.quant import floats
 from tests.helpers import cli, digests
 from tests.oracles import causal_logits, program
-from tests.scaled import ALL, BNB, CONFIG, FILE, L0, SCALE, Change, Tensors, edited, planted, put, small, weights
+from tests.scaled import (
+    ALL,
+    BNB,
+    CONFIG,
+    FILE,
+    L0,
+    SCALE,
+    Change,
+    Tensors,
+    assert_bitsandbytes_reads,
+    edited,
+    planted,
+    put,
+    small,
+    weights,
+)
 from tests.toy import toy
 
 TOKENS = (np.arange(6 * 64) * 7 % 256).reshape(6, 64)
@@ -95,18 +110,7 @@ def test_it_costs_less_than_half_at_the_same_bytes(
 
 @pytest.mark.parametrize("name", BNB)
 def test_bitsandbytes_reads_the_same_numbers(name: str, targets: dict[str, Path]) -> None:
-    functional = program("bitsandbytes").functional
-    tensors, found = load_file(targets[name] / FILE), weights(targets[name])
-    assert len(found) == 8
-    for weight, values in found.items():
-        module, codes = weight.removesuffix("weight"), tensors[weight]
-        if name == "INT8":
-            theirs = functional.int8_vectorwise_dequant(codes, tensors[module + "SCB"]).numpy()
-            np.testing.assert_allclose(values, theirs, rtol=1.2e-7)  # ours are rounded once, theirs twice
-            continue
-        facts = {part.removeprefix(module): tensor for part, tensor in tensors.items() if part.startswith(weight + ".")}
-        state = functional.QuantState.from_dict(facts, torch.device("cpu"))
-        assert torch.from_numpy(values.copy()).equal(functional.dequantize_4bit(codes, state).float()), weight
+    assert_bitsandbytes_reads(name, targets[name], torch.float32)
 
 
 @pytest.mark.slow

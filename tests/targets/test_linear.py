@@ -30,6 +30,7 @@ from tests.scaled import (
     SCALE,
     Change,
     Tensors,
+    assert_bitsandbytes_reads,
     assert_same,
     compared,
     edited,
@@ -160,18 +161,7 @@ def test_a_head_that_is_the_embedding_is_left_out(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", BNB)
 def test_what_is_read_back_is_what_bitsandbytes_makes_of_it(name: str, targets: dict[str, Path]) -> None:
-    functional = program("bitsandbytes").functional
-    tensors, found = load_file(targets[name] / FILE), weights(targets[name])
-    assert len(found) == 8
-    for weight, values in found.items():
-        module, codes = weight.removesuffix("weight"), tensors[weight]
-        if name == "INT8":
-            theirs = functional.int8_vectorwise_dequant(codes, tensors[module + "SCB"]).numpy()
-            np.testing.assert_allclose(values, theirs, rtol=1.2e-7)  # ours are rounded once, theirs twice
-            continue
-        facts = {part.removeprefix(module): tensor for part, tensor in tensors.items() if part.startswith(weight + ".")}
-        state = functional.QuantState.from_dict(facts, torch.device("cpu"))
-        assert torch.from_numpy(values.copy()).half().equal(functional.dequantize_4bit(codes, state)), weight
+    assert_bitsandbytes_reads(name, targets[name], torch.float16)
 
 
 @every

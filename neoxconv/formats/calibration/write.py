@@ -12,7 +12,7 @@ import numpy as np
 
 from neoxconv.core.encoding import Gradients
 from neoxconv.core.layout import FileLayout
-from neoxconv.dtypes import Array, Floats
+from neoxconv.dtypes import Floats
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.calibration.names import (
     AIM,
@@ -36,6 +36,7 @@ from neoxconv.formats.calibration.names import (
 )  # fmt: skip
 from neoxconv.formats.gguf import write as gguf_write
 from neoxconv.formats.imatrix import COUNTS, SUMS
+from neoxconv.storage import write_all
 
 _BAND = 16 << 20  # bytes of moments that are written at a time
 
@@ -151,7 +152,7 @@ class Writer:
             if not np.isfinite(packed).all():
                 raise CheckpointError(f"{self.path}: {what} not finite; check the weights.")
             digest.update(packed.data)
-            _write_all(self.descriptor, packed, start)
+            write_all(self.descriptor, packed.view(np.uint8), start)
             start += packed.nbytes
         self.digests[tensor] = digest.hexdigest()
 
@@ -175,18 +176,10 @@ class Writer:
         file = self.layout()
         offsets = {slot.entry.name: slot.offset for slot in file.slots}
         for offset, data in file.pieces:
-            _write_all(self.descriptor, np.frombuffer(data, np.uint8), offset)
+            write_all(self.descriptor, np.frombuffer(data, np.uint8), offset)
         for name, values in tensors.items():
-            _write_all(self.descriptor, np.ascontiguousarray(values), offsets[name])
+            write_all(self.descriptor, np.ascontiguousarray(values).reshape(-1).view(np.uint8), offsets[name])
         os.fsync(self.descriptor)
-
-
-def _write_all(descriptor: int, values: Array, offset: int) -> None:
-    """Write all of an array at `offset`; one pwrite may write less."""
-    view = values.reshape(-1).view(np.uint8).data
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def _packed(sums: Floats, tokens: int) -> Iterator[Floats]:

@@ -27,8 +27,6 @@ DAMPING = 0.05
 _PASSES = 2000  # of the descent at most; 20 to 40 end it (benchmarks/feedback.py)
 _GROUP = 64  # columns at a time where scales are known before
 _BAND = 256  # columns of a product at a time, so that the operands stay in a cache
-
-
 # Scales and least weights of columns from one number to another, given what is asked for of these; each [n, blocks].
 _Find = Callable[[Floats, int, int], tuple[Floats, Floats]]
 
@@ -46,8 +44,8 @@ class Factors:
     importance: Floats
 
 
-def damped_moments(moments: Moments, name: str, damping: float = DAMPING) -> tuple[Floats, float]:
-    """H [columns, columns], its mean diagonal 1 before it was damped, and that mean as it was.
+def damped_moments(moments: Moments, name: str, damping: float = DAMPING) -> Floats:
+    """H [columns, columns], its mean diagonal 1 before it was damped.
 
     Raises CheckpointError where the moments are none.
     """
@@ -57,14 +55,14 @@ def damped_moments(moments: Moments, name: str, damping: float = DAMPING) -> tup
         raise CheckpointError(f"{name}: its calibration holds no finite second moments; calibrate again.")
     found /= np.float32(mean)
     found[np.diag_indices(len(found))] += np.float32(damping)
-    return found, float(mean)
+    return found
 
 
 def factors_of(moments: Moments, name: str, damping: float = DAMPING) -> Factors:
     """The factors of second moments. Raises CheckpointError where there can be none; `name` is the tensor's."""
     from neoxconv.quant.feedback.kernels import ahead_of, factor
 
-    damped, _ = damped_moments(moments, name, damping)
+    damped = damped_moments(moments, name, damping)
     triangle = damped.copy()
     if factor(triangle) < len(triangle):
         raise CheckpointError(f"{name}: its second moments are not positive; calibrate again, with more tokens.")

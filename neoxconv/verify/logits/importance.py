@@ -22,8 +22,7 @@ def calibrate(
 ) -> dict[str, Doubles]:
     """By the GGUF name of each matrix in the layers: the sum over tokens [batch, time] of its squared inputs [columns].
 
-    The ranks are joined first, as a GGUF file holds them; `progress` is told of sequences,
-    once for each layer.
+    The ranks are joined first, as a GGUF file holds them; `progress` is told of sequences, once for each layer.
     """
     checkpoint.refuse_doubts()
     names = {weight.unified: weight.gguf for _, weight in checkpoint.architecture.names(checkpoint.config)}

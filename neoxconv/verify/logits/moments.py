@@ -119,7 +119,7 @@ def calibrate(
     gradients = gradients or outputs
     layers, matrices = inputs_of(checkpoint, through), matrices_of(checkpoint)
     partial, beside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".streams")
-    last = next(weight for weight in reversed(matrices) if not weight.linear)  # the head, or the embedding that is one
+    last = checkpoint.architecture.gguf_logits(checkpoint.config)
     head = _head_inputs(checkpoint, last, gradients)
     inputs = (*(each for layer in layers for each in layer.values()), *head)
     extents = _extents(checkpoint, matrices) if gradients else {}
