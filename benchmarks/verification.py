@@ -3,8 +3,9 @@
     python -m benchmarks.verification [--layers 1] [--rows 4096] [--runs 3] [--only REGEX] [--folder DIR]
 
 Layers of 20B widths with a small vocabulary are converted, then compared with their source, in turns, by one thread of
-one process. Both are run once beforehand, which compiles the kernels and fills the page cache. The first number is the
-weights level over the conversion, the second what `verify` does by default: the bytes level, then that one.
+one process. All are run once beforehand, which compiles the kernels and fills the page cache. The first number is the
+weights level over the conversion, the second what `verify` does by default: the bytes level, then that one. The third
+is a conversion with --verify, which decodes what it encodes in the same pass, over the conversion alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
@@ -42,11 +44,11 @@ def main() -> None:
     try:
         model = Synthetic(layers=given.layers, hidden=6144, heads=64, rows=given.rows, tp=2, pp=1, context=2048)
         source = write_checkpoint(folder / "source", model)
-        print(f"{'over the conversion':28}{'weights':>9}{'both':>9}   (processor time, goal: 1 at most)")
+        print(f"{'over the conversion':28}{'weights':>9}{'both':>9}{'--verify':>10}   (processor time)")
         for name, recipe in ((name_of(recipe), recipe) for recipe in ROWS):
             if given.only.search(name):
-                weights, both = ratios(source, recipe, folder / "target", given.runs)
-                print(f"{name:28}{weights:9.2f}{both:9.2f}", flush=True)
+                weights, both, at_once = ratios(source, recipe, folder / "target", given.runs)
+                print(f"{name:28}{weights:9.2f}{both:9.2f}{at_once:10.2f}", flush=True)
     finally:
         shutil.rmtree(folder)
 
@@ -56,11 +58,15 @@ def name_of(recipe: Recipe) -> str:
     return f"{recipe.format} {option_of(recipe) or recipe.dtype or (f'--tp {recipe.tp}' if recipe.tp else '')}"
 
 
-def ratios(source: Path, recipe: Recipe, target: Path, runs: int) -> tuple[float, float]:
-    """The weights level, and it with the bytes level, over the conversion: medians of the runs, the first left out."""
+def ratios(source: Path, recipe: Recipe, target: Path, runs: int) -> tuple[float, ...]:
+    """The weights level, it with the bytes level, and a conversion with --verify, over the conversion.
 
-    def convert() -> None:
-        run(make_plan(open_checkpoint(source), recipe), target, jobs=1)
+    They are medians of the runs, the first left out.
+    """
+
+    def convert(verify: bool = False) -> None:
+        remove(target)
+        run(make_plan(open_checkpoint(source), recipe), target, jobs=1, verify=verify)
 
     def compare() -> None:
         assert verify_weights(open_checkpoint(source), open_checkpoint(target), jobs=1).passed
@@ -70,12 +76,10 @@ def ratios(source: Path, recipe: Recipe, target: Path, runs: int) -> tuple[float
 
     found = []
     for _ in range(1 + runs):
-        remove(target)
-        converting, comparing, hashing = map(seconds, (convert, compare, rehash))
-        found.append((comparing / converting, (comparing + hashing) / converting))
+        converting, at_once, comparing, hashing = map(seconds, (convert, partial(convert, True), compare, rehash))
+        found.append((comparing / converting, (comparing + hashing) / converting, at_once / converting))
     remove(target)
-    weights, both = (statistics.median(column) for column in zip(*found[1:], strict=True))
-    return weights, both
+    return tuple(statistics.median(column) for column in zip(*found[1:], strict=True))
 
 
 def seconds(task: Callable[[], None]) -> float:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv.engine.checks import FINITE
 from neoxconv.engine.journal import Journal, read_journal
 from neoxconv.engine.manifest import beside
 from neoxconv.engine.plan import Plan, resume_key
@@ -158,7 +159,7 @@ class Trial:
         return has_files(partial_of(self.target))
 
     def noted(self) -> dict[str, Any]:
-        return dict(read_journal(partial_of(self.target) / Journal.NAME, resume_key(self.plan), True))
+        return dict(read_journal(partial_of(self.target) / Journal.NAME, resume_key(self.plan), frozenset([FINITE])))
 
     def moment(self, phase: str, chance: random.Random) -> int:
         """A change of an uninterrupted run in this phase."""

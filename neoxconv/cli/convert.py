@@ -13,6 +13,7 @@ from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine import run as engine
+from neoxconv.engine.checks import DECODED
 from neoxconv.engine.memory import check_memory
 from neoxconv.engine.plan import Plan, make_plan
 from neoxconv.engine.workplace import free_for, work_of
@@ -162,7 +163,15 @@ class _Request:
             "seconds": round(time.monotonic() - begin, 3),
             "notes": [*self.notes],
             "overflow": made.overflow,
+            "verified": self.verified,
         }
+
+    @property
+    def verified(self) -> int:
+        """How many tensors are decoded and compared while they are written; the others are copied as they are."""
+        if DECODED not in self.conversion.checks:
+            return 0
+        return sum(not step.entry.copied for step in self.plan.steps)
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
@@ -173,6 +182,11 @@ class _Request:
             f"  overflow {plural(count, 'weight')} of {name} beyond the type's largest number, which they became"
             for name, count in result["overflow"].items()
         ]
+        if self.verified:
+            copied = len(self.plan.steps) - self.verified
+            lines.append(
+                f"  verified {plural(self.verified, 'tensor')} as they were written, {copied} copied as they are"
+            )
         return "\n".join(
             [*lines, f"{escaped(self.target)}: {size(self.plan.total)} in {result['seconds']:.1f} s; next: {check}"]
         )
@@ -194,6 +208,7 @@ def prepare(source: Place, target: Place, given: Given) -> _Request:
         memory=given["memory"],
         overwrite=given["overwrite"],
         allow_nonfinite=bool(given["allow_nonfinite"]),
+        verify=given["verify"],
         executor=given["executor"],
         dry=given["dry_run"],
     )

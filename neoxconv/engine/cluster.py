@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from neoxconv.core.model import Opening
+from neoxconv.engine.checks import Checks
 from neoxconv.engine.manifest import Described
 from neoxconv.engine.plan import Plan, Step, make_plan
 from neoxconv.engine.steps import Digests, Work, run_step
@@ -52,7 +53,7 @@ class Errand:
     folder: Path
     known: Digests
     slab: int
-    allow_nonfinite: bool
+    checks: Checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Delivery:
     number: int
     target: Remote
     slab: int
-    allow_nonfinite: bool
+    checks: Checks
 
 
 @contextmanager
@@ -104,7 +105,7 @@ def submit_to(pool: Executor, plan: Plan, work: Work) -> Submit:
             folder=work.folder,
             known={key: work.known[key] for key in step.keys if key in work.known},
             slab=work.slab,
-            allow_nonfinite=work.allow_nonfinite,
+            checks=work.checks,
         )
         return pool.submit(run_errand, errand)
 
@@ -133,7 +134,7 @@ def run_errand(errand: Errand) -> Digests:
         folder=errand.folder,
         known=errand.known,
         slab=errand.slab,
-        allow_nonfinite=errand.allow_nonfinite,
+        checks=errand.checks,
         source=plan.source,
     )
     with _naming_the_worker():
@@ -151,7 +152,7 @@ def deliver(delivery: Delivery) -> Described:
             folder=folder,
             known={},
             slab=delivery.slab,
-            allow_nonfinite=delivery.allow_nonfinite,
+            checks=delivery.checks,
             source=plan.source,
         )
         digests = {key: digest for step in plan.steps_of(file) for key, digest in run_step(work, step).items()}

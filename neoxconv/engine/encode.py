@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from neoxconv.core.encoding import Encoding, Moments, Scaled
 from neoxconv.core.layout import FEEDBACK_ROWS, Entry
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
+from neoxconv.dtypes import F16, F32, Array, Bools, Bytes, Floats, nonfinite
+from neoxconv.engine.read_back import ReadBack, Verdict, verdict_on
 from neoxconv.quant import floats
 from neoxconv.quant.bands import bands, sizes_of
 from neoxconv.quant.feedback import encode as feedback
@@ -26,24 +27,31 @@ class _Piece:
     """Bytes that follow those before in part `number` of an entry.
 
     `nonfinite` and `overflow`: how many of the weights in them are no number, and how many were beyond the encoding's
-    limit.
+    limit. `wrong` [n, columns]: which of the weights in rows from `start` on cannot have become them; None: not asked.
     """
 
     number: int
     data: Bytes
     nonfinite: int = 0
     overflow: int = 0
+    wrong: Bools | None = None
+    start: int = 0
 
 
-def pieces(entry: Entry, slab: int) -> Iterator[_Piece]:
-    """All bytes of an entry's parts, part after part; a band of rows takes at most `slab` bytes as float32."""
+def pieces(entry: Entry, slab: int, *, decode: bool = False) -> Iterator[_Piece]:
+    """All bytes of an entry's parts, part after part; a band of rows takes at most `slab` bytes as float32.
+
+    With `decode` every band is decoded again and held against its weights.
+    """
     encoding = entry.encoding
     if isinstance(encoding, Scaled):
-        yield from _scaled_pieces(entry, encoding, slab)
+        yield from _scaled_pieces(entry, encoding, slab, decode)
         return
     encoder, slab = _encoder_of(entry, encoding, slab)
+    verdict = verdict_on(entry, encoding) if decode and not entry.copied else None
     for start, stop in slabs(entry.tensor, slab):
-        yield _plain_piece(entry, encoding, entry.tensor.read(start, stop), encoder)
+        piece = _plain_piece(entry, encoding, entry.tensor.read(start, stop), encoder, verdict)
+        yield replace(piece, start=start)
 
 
 _Encoder = Callable[[Floats], Array]
@@ -63,14 +71,15 @@ def _encoder_of(entry: Entry, encoding: Encoding, slab: int) -> tuple[_Encoder, 
     return lambda rows: feedback.encode(grid, rows, factors), 4 * entry.tensor.columns * FEEDBACK_ROWS
 
 
-def _plain_piece(entry: Entry, encoding: Encoding, rows: Array, encoder: _Encoder) -> _Piece:
+def _plain_piece(entry: Entry, encoding: Encoding, rows: Array, encoder: _Encoder, verdict: Verdict | None) -> _Piece:
     """A band of rows as a type of its own stores them."""
     if entry.copied:
         return _Piece(0, _as_bytes(rows), _count_bad(entry, encoding, rows=rows, data=rows))
     values = floats(rows, entry.tensor.dtype)
     data = encoder(values)
     overflow = int(np.count_nonzero(np.abs(values) > encoding.limit)) if encoding.limit < np.inf else 0
-    return _Piece(0, _as_bytes(data), _count_bad(entry, encoding, rows=rows, data=data, values=values), overflow)
+    bad = _count_bad(entry, encoding, rows=rows, data=data, values=values)
+    return _Piece(0, _as_bytes(data), bad, overflow, verdict(values, data) if verdict else None)
 
 
 def _count_bad(entry: Entry, encoding: Encoding, *, rows: Array, data: Array, values: Floats | None = None) -> int:
@@ -89,31 +98,41 @@ def _count_bad(entry: Entry, encoding: Encoding, *, rows: Array, data: Array, va
     return nonfinite(encoding.decode(data), F32)
 
 
-def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece]:
-    """The codes of a tensor, then the parts that need the sizes of all its groups."""
+def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int, decode: bool) -> Iterator[_Piece]:
+    """The codes of a tensor, then the parts that need the sizes of all its groups.
+
+    To be decoded, scales that are quantized together must be known before the codes: the source is read twice then.
+    """
     tensor, groups = entry.tensor, encoding.groups
     if entry.context and entry.context.moments:
-        yield from _chosen_pieces(entry, encoding, entry.context.moments, slab)
+        yield from _chosen_pieces(entry, encoding, entry.context.moments, slab, decode)
         return
-    sizes = sizes_of(encoding, tensor, slab) if groups.whole else np.empty(encoding.count_groups(tensor), np.float32)
+    known = groups.whole or (decode and encoding.nested)
+    sizes = sizes_of(encoding, tensor, slab) if known else np.empty(encoding.count_groups(tensor), np.float32)
+    back = ReadBack(encoding, tensor, sizes if known else None) if decode else None
     for start, values in bands(encoding, tensor, slab):
         touched = groups.groups_of(start, start + len(values), tensor.columns)
-        if not groups.whole:
+        if not known:
             sizes[touched] = groups.largest(values)
-        yield _Piece(0, _as_bytes(encoding.encode(values, sizes[touched])), nonfinite(values, F32))
+        codes = _as_bytes(encoding.encode(values, sizes[touched]))
+        wrong = back.wrong(values, codes, start, sizes[touched]) if back else None
+        yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
     yield from _finished(encoding, tensor, sizes)
 
 
-def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int) -> Iterator[_Piece]:
+def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int, decode: bool) -> Iterator[_Piece]:
     """The same with codes that are chosen together, for the scales as they are read back."""
     tensor, groups = entry.tensor, encoding.groups
     factors = SHARED.of(moments, entry.name)
     sizes = sizes_of(encoding, tensor, slab, feedback.matters(factors.moments))
     scales = encoding.scales(sizes).decoded
+    back = ReadBack(encoding, tensor, sizes, factors.moments) if decode else None
     for start, values in bands(encoding, tensor, 4 * tensor.columns * FEEDBACK_ROWS):
-        scale = groups.per_weight(scales[groups.groups_of(start, start + len(values), tensor.columns)], values.shape)
-        codes = encoding.pack(feedback.choose(encoding.table, values, scale, factors))
-        yield _Piece(0, _as_bytes(codes), nonfinite(values, F32))
+        touched = groups.groups_of(start, start + len(values), tensor.columns)
+        scale = groups.per_weight(scales[touched], values.shape)
+        codes = _as_bytes(encoding.pack(feedback.choose(encoding.table, values, scale, factors)))
+        wrong = back.wrong(values, codes, start, sizes[touched]) if back else None
+        yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
     yield from _finished(encoding, tensor, sizes)
 
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import ClassVar
 
 from neoxconv.core.layout import Digest
+from neoxconv.engine.checks import Checks
 from neoxconv.engine.workplace import has_files, open_own
 from neoxconv.errors import PlanError
 from neoxconv.words import shell
@@ -29,17 +30,17 @@ _FIELDS = {"sha256": str, "crc32": int, "overflow": int, "text": str}
 class Journal:
     """What an earlier run wrote, by the slots' keys, in `known`; `add` notes what this run writes.
 
-    `checked` says that they are refused where a value is not finite: what was not checked does not count then.
+    `checks` are those of this run: what an earlier one wrote without one of them does not count.
     """
 
     NAME: ClassVar[str] = "journal.jsonl"
 
-    def __init__(self, folder: Path, fingerprint: str, *, checked: bool, files: Sequence[str], command: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, *, checks: Checks, files: Sequence[str], command: str) -> None:
         self.path = folder / self.NAME
-        self.known = read_journal(self.path, fingerprint, checked)
+        self.known = read_journal(self.path, fingerprint, checks)
         fresh = folder / NEW
         self.stream = open_own(fresh, "wb")
-        self.write({"fingerprint": fingerprint, "checked": checked, "command": command, "files": [*files]})
+        self.write({"fingerprint": fingerprint, "checks": sorted(checks), "command": command, "files": [*files]})
         for key, digest in self.known.items():
             self.add(key, digest)
         os.replace(fresh, self.path)
@@ -66,8 +67,8 @@ class Journal:
         self.stream.close()
 
 
-def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Digest]:
-    """What an earlier run noted, if it made files; lines cut short or damaged are skipped.
+def read_journal(path: Path, fingerprint: str, checks: Checks) -> dict[str, Digest]:
+    """What an earlier run noted, if it made files with these checks; lines cut short or damaged are skipped.
 
     Raises PlanError where the earlier run had another plan.
     """
@@ -80,7 +81,8 @@ def read_journal(path: Path, fingerprint: str, checked: bool) -> dict[str, Diges
             "options or another version). Finish that one with its own command, or begin anew with --overwrite (to a "
             f"store: after {shell(['rm', '-r', str(path.parent)])})."
         )
-    if checked and not lines[0].get("checked"):
+    noted = lines[0].get("checks")
+    if not isinstance(noted, list) or not checks.issubset(map(str, noted)):
         return {}
     return {str(entry.pop("slot")): _digest_of(entry) for entry in lines[1:] if set(entry) == {"slot", *_FIELDS}}
 

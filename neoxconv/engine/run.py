@@ -17,6 +17,7 @@ from typing import Protocol
 
 from neoxconv.core.layout import FileLayout
 from neoxconv.engine import ours
+from neoxconv.engine.checks import Checks, checks_of
 from neoxconv.engine.journal import Journal, is_of_another, read_journal
 from neoxconv.engine.manifest import MANIFEST, Described, overflows
 from neoxconv.engine.memory import DEFAULT_MEMORY, Budget, budget_for, threads_for
@@ -72,7 +73,7 @@ class Conversion:
     plan: Plan
     target: Place
     budget: Budget
-    allow_nonfinite: bool
+    checks: Checks
     executor: str | None
     overwrite: bool = False
 
@@ -87,7 +88,7 @@ class Conversion:
         if self.begins_anew:
             return 0
         key = resume_key(self.plan)
-        known = read_journal(work_of(self.target) / Journal.NAME, key, not self.allow_nonfinite)
+        known = read_journal(work_of(self.target) / Journal.NAME, key, self.checks)
         return sum(all(key in known for key in step.keys) for step in self.plan.steps)
 
 
@@ -107,16 +108,18 @@ def run(
     memory: int = DEFAULT_MEMORY,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    verify: bool = False,
     executor: str | None = None,
     progress: Progress = lambda count: None,
 ) -> Place:
     """Make `target` as planned and return its path; after an interruption, continue.
 
     A target in an object store is sent file by file, the manifest last, and what is done is kept in NAME.partial here.
+    With `verify` all that is encoded is decoded again at once and held against its weights, as `verify_weights` does.
     `executor` is dask://HOST:PORT, a scheduler whose workers see the same files, instead of threads here; `jobs` and
     `memory` are then a worker's. `progress` is called with counts of bytes written (or found written already). Raises
-    PlanError before anything is written, NeoxconvError when the disk or a value stops the run; then `target` does not
-    exist and TARGET.partial holds what is done.
+    PlanError before anything is written, NeoxconvError when the disk or a value stops the run, VerifyError when a
+    weight is wrong; then `target` does not exist and TARGET.partial holds what is done.
     """
     conversion = prepare(
         plan,
@@ -125,6 +128,7 @@ def run(
         memory=memory,
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
+        verify=verify,
         executor=executor,
     )
     return carry_out(conversion, progress).target
@@ -138,6 +142,7 @@ def prepare(
     memory: int = DEFAULT_MEMORY,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    verify: bool = False,
     executor: str | None = None,
     dry: bool = False,
 ) -> Conversion:
@@ -149,7 +154,7 @@ def prepare(
         plan=plan,
         target=as_target(target),
         budget=budget_for(threads_for(plan.checkpoint, jobs), memory, plan.kept),
-        allow_nonfinite=allow_nonfinite,
+        checks=checks_of(allow_nonfinite=allow_nonfinite, verify=verify),
         executor=executor,
         overwrite=overwrite,
     )
@@ -172,7 +177,7 @@ def _destination_of(conversion: Conversion) -> _Destination:
     """How the target is made where it is to be."""
     plan, target = conversion.plan, conversion.target
     if is_far(target):
-        return StoreTarget(plan, target, checked=not conversion.allow_nonfinite)
+        return StoreTarget(plan, target, conversion.checks)
     return DiskTarget(plan, Path(str(target)))
 
 
@@ -181,7 +186,7 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
 
     Raises NeoxconvError when the disk or a value stops it, PlanError where another run is at work there.
     """
-    plan, allowed, budget = conversion.plan, conversion.allow_nonfinite, conversion.budget
+    plan, budget = conversion.plan, conversion.budget
     plan.checkpoint.refuse_doubts()
     crew, destination = Crew(budget.jobs, conversion.executor), _destination_of(conversion)
     folder = destination.work
@@ -193,7 +198,7 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
                 folder=made_in(folder),
                 known=journal.known,
                 slab=budget.slab,
-                allow_nonfinite=allowed,
+                checks=conversion.checks,
                 progress=progress,
                 source=plan.source,
             )
@@ -216,8 +221,8 @@ def _journal(conversion: Conversion, folder: Path) -> Iterator[Journal]:
     plan = conversion.plan
     if conversion.begins_anew:
         ours.discard_work(folder)
-    checked, names = not conversion.allow_nonfinite, [*plan.sizes, MANIFEST]
-    with Journal(folder, resume_key(plan), checked=checked, files=names, command=plan.command) as journal:
+    names = [*plan.sizes, MANIFEST]
+    with Journal(folder, resume_key(plan), checks=conversion.checks, files=names, command=plan.command) as journal:
         try:
             yield journal
         except PlanError:

@@ -14,9 +14,11 @@ import numpy as np
 
 from neoxconv.core.layout import Digest, Slot
 from neoxconv.dtypes import Bytes
+from neoxconv.engine.checks import DECODED, FINITE, Checks
 from neoxconv.engine.encode import pieces
 from neoxconv.engine.plan import Step
-from neoxconv.errors import NeoxconvError
+from neoxconv.errors import NeoxconvError, VerifyError
+from neoxconv.quant.wrong import Wrong
 from neoxconv.storage import write_all
 
 Progress = Callable[[int], None]
@@ -34,7 +36,7 @@ class Work:
     folder: Path
     known: Digests
     slab: int
-    allow_nonfinite: bool
+    checks: Checks
     progress: Progress = lambda count: None
     source: str = ""  # what messages name
     stop: threading.Event = field(default_factory=threading.Event)
@@ -77,10 +79,12 @@ def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
     """Write one tensor at its planned places; the digests of their bytes."""
     entry, name = step.entry, step.file.name
     tallies = [_Tally(step.file.crcs) for _ in step.slots]
-    bad, overflow, text = 0, 0, b""
-    for piece in pieces(entry, work.slab):
+    bad, overflow, text, wrong = 0, 0, b"", Wrong(entry.tensor)
+    for piece in pieces(entry, work.slab, decode=DECODED in work.checks):
         if work.stop.is_set():
             raise _Stopped
+        if piece.wrong is not None:
+            wrong.add(piece.wrong, piece.start)
         bad, overflow = bad + piece.nonfinite, overflow + piece.overflow
         if entry.parts[piece.number].late:  # it has no place of its own
             text = piece.data.tobytes()
@@ -89,11 +93,17 @@ def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
         write_all(descriptor, piece.data, step.slots[piece.number].offset + tally.count)
         tally.add(piece.data)
         work.progress(piece.data.size)
-    if bad and not work.allow_nonfinite:
+    if bad and FINITE in work.checks:
         raise NeoxconvError(
             f"{work.source or name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "
             "Choose a wider type (--dtype or --type), or mend the source; hf, safetensors, slim and gguf can hold them "
             "as they are (--allow-nonfinite)."
+        )
+    if wrong.count:
+        raise VerifyError(
+            f"{work.source or name}: {entry.unified}: {wrong.told(entry.encoding.name)}, decoded as soon as they were "
+            "encoded. Run the same command again: if the same weights are wrong, that is a fault of neoxconv, please "
+            "report it; if others are, have the machine's memory tested."
         )
     for slot, tally in zip(step.slots, tallies, strict=True):
         if tally.count != slot.part.nbytes:

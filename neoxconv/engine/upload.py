@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from neoxconv.core.layout import FileLayout
 from neoxconv.engine import cluster, ours
+from neoxconv.engine.checks import Checks
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
 from neoxconv.engine.plan import Plan, resume_key
@@ -37,12 +38,12 @@ _BEGUN = ".begun"
 class _Sent:
     """Notes on the files that are in the store, in a folder; those of another run do not count.
 
-    With `checked` neither do those of a run that let values pass that are not finite.
+    Neither do those of a run without one of the `checks`.
     """
 
     folder: Path
     key: str
-    checked: bool
+    checks: Checks
 
     @property
     def begun(self) -> bool:
@@ -63,7 +64,7 @@ class _Sent:
         """Note that a file is in the store, and what the store calls its content."""
         path, facts = self.path(described["name"]), there.facts_now()
         version = facts.version if facts else ""
-        note = {"key": self.key, "checked": self.checked, "version": version, "file": described}
+        note = {"key": self.key, "checks": sorted(self.checks), "version": version, "file": described}
         _write(path.with_suffix(".new"), json.dumps(note))
         os.replace(path.with_suffix(".new"), path)
 
@@ -73,7 +74,7 @@ class _Sent:
             note = json.loads(self.path(file.name).read_text())
         except (OSError, ValueError):
             return None
-        if note["key"] != self.key or (self.checked and not note["checked"]):
+        if note["key"] != self.key or not self.checks.issubset(note.get("checks", ())):
             return None
         facts = there.facts_now()
         if facts is None or facts.size != file.size or facts.version != note["version"]:
@@ -90,11 +91,11 @@ def _write(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class StoreTarget:
-    """A plan's target in a store; `checked` says that files whose values were not checked are no part of it."""
+    """A plan's target in a store; files that were made without one of the `checks` are no part of it."""
 
     plan: Plan
     target: Remote
-    checked: bool
+    checks: Checks
 
     @property
     def work(self) -> Path:
@@ -109,7 +110,7 @@ class StoreTarget:
         """The notes of the run of this plan to this target, which has one name with others of other stores."""
         where = (self.target.protocol, self.target.path, self.target.options)
         key = hashlib.sha256(f"{resume_key(self.plan)} {where}".encode()).hexdigest()
-        return _Sent(self.work / SENT, key, self.checked)
+        return _Sent(self.work / SENT, key, self.checks)
 
     @property
     def manifest(self) -> Remote:
@@ -204,7 +205,7 @@ class StoreTarget:
                     number=numbers[file.name],
                     target=self.object_of(file.name),
                     slab=work.slab,
-                    allow_nonfinite=work.allow_nonfinite,
+                    checks=work.checks,
                 )
                 futures[pool.submit(cluster.deliver, delivery)] = file
             try:

@@ -10,24 +10,25 @@ from pathlib import Path
 
 import numpy as np
 
-from neoxconv.core.encoding import Comparison, Encoding, Grid, Moments
+from neoxconv.core.encoding import Comparison, Encoding, Moments, Scaled
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
 from neoxconv.core.tensor import LazyTensor, slabs
-from neoxconv.dtypes import Array, Bools, Floats, Numbers, narrow
+from neoxconv.dtypes import Array, Floats, Numbers, narrow
 from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
 from neoxconv.formats.calibration.read import digest_of, moments_in, outputs_in
 from neoxconv.quant import ENCODINGS, SCALED, floats
 from neoxconv.quant.bands import rounded
+from neoxconv.quant.feedback import verdict
 from neoxconv.quant.feedback.encode import damped_moments
+from neoxconv.quant.scaled.verdict import ScaledCheck, scales_for
+from neoxconv.quant.wrong import Wrong
 from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.calibrated import chosen_by
 from neoxconv.targets.gguf import AIMED, SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
-from neoxconv.verify.scaled import ScaledCheck
-from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
 
 _Progress = Callable[[int], None]
 _CHOSEN_SLAB = 4 << 20  # bytes of float32: the more rows, the more use is made of moments that were read
@@ -178,26 +179,19 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
     if pair.source.shape != pair.target.shape:
         finding = Finding(pair.name, f"is {list(pair.target.shape)}; the source's is {list(pair.source.shape)}")
         return TensorError(pair.name, encoding, float("inf"), float("inf")), finding
-    wrong, first, largest, squares, power = 0, -1, 0.0, 0.0, 0.0
+    wrong, largest, squares, power = Wrong(pair.source), 0.0, 0.0, 0.0
     unit, compared = _comparing(pair, encoding)
     for start, stop in slabs(pair.source, _CHOSEN_SLAB if pair.together else SLAB, unit):
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         found = compared(_asked(pair, weights, start, stop), pair.target.read(start, stop), start)
-        if first < 0 and found.wrong.any():
-            first = start * pair.source.columns + int(found.wrong.argmax())
-        wrong += int(np.count_nonzero(found.wrong))
+        wrong.add(found.wrong, start)
         sums = _sums(weights, found.values)
         largest, squares, power = max(largest, sums.largest), squares + sums.squares, power + sums.power
         progress((stop - start) * pair.source.dtype.size(pair.source.columns))
     result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
     if pair.weighted and result.relative > _LOOSE:
         return result, Finding(pair.name, f"is {result.relative:.2g} of its size away from the source's weights")
-    if not wrong:
-        return result, None
-    at = list(map(int, np.unravel_index(first, pair.source.shape)))
-    count = pair.source.rows * pair.source.columns
-    what = f"{wrong} of {count} weights are not the source's as {encoding}, the first at {at}"
-    return result, Finding(pair.name, what)
+    return result, Finding(pair.name, wrong.told(encoding)) if wrong.count else None
 
 
 def _asked(pair: _Pair, weights: Floats, start: int, stop: int) -> Floats:
@@ -212,49 +206,32 @@ _Compared = Callable[[Floats, Array, int], Comparison]  # of weights, what is st
 def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
     """How the slabs of a pair are compared, and of how many rows, or a multiple, they must be."""
     if encoding in SCALED:
-        moments = _moments_of(pair)
-        check = ScaledCheck(SCALED[encoding], pair.source, together=pair.together, moments=moments)
-        if pair.together:
-            return check.unit, partial(_compare_chosen_scaled, check, moments)
-        return check.unit, lambda rows, stored, start: Comparison(check.wrong(rows, stored, start), stored)
+        return _comparing_scaled(pair, SCALED[encoding])
     if encoding not in ENCODINGS:
         return 1, partial(_compare_read, pair)
     if pair.aimed and pair.moments is None:
         return 1, partial(_compare_unknown, pair)
     if pair.together and (grid := ENCODINGS[encoding].grid):
         outputs = damped_moments(pair.outputs, pair.name, damping=0) if pair.outputs else None
-        return pair.source.rows if pair.outputs else 1, partial(_compare_chosen, grid, _moments_of(pair), outputs)
+        moments = _moments_of(pair)
+        unit = pair.source.rows if pair.outputs else 1
+        return unit, lambda rows, stored, start: verdict.compare(grid, rows, stored, moments, outputs)
     if pair.joined:
         return 1, partial(_compare_joined, pair, ENCODINGS[encoding])
     return 1, lambda rows, stored, start: ENCODINGS[encoding].compare(rows, stored, pair.weighted)
 
 
+def _comparing_scaled(pair: _Pair, encoding: Scaled) -> tuple[int, _Compared]:
+    """The same where scales lie beside codes."""
+    together, moments = pair.together, _moments_of(pair)
+    scales = scales_for(encoding, pair.source, SLAB, together=together, moments=moments)
+    check = ScaledCheck(encoding, pair.source, scales, together=together, moments=moments)
+    return check.unit, lambda rows, values, start: check.compare(rounded(encoding, pair.source, rows), values, start)
+
+
 def _moments_of(pair: _Pair) -> Floats | None:
     """The damped moments by which a pair's codes were chosen, where they are at hand."""
     return damped_moments(pair.moments, pair.name) if pair.moments else None
-
-
-def _compare_chosen(
-    grid: Grid, moments: Floats | None, outputs: Floats | None, rows: Floats, stored: Array, _: int
-) -> Comparison:
-    """Codes of a grid that were chosen together; with `outputs` the rows are all of a matrix."""
-    taken = taken_apart(grid, stored)
-    return Comparison(_not_chosen(taken, rows, moments, outputs), taken.values)
-
-
-def _compare_chosen_scaled(
-    check: ScaledCheck, moments: Floats | None, rows: Floats, values: Floats, start: int
-) -> Comparison:
-    """The same of codes whose scales lie beside them."""
-    taken = check.stored(values, start)
-    rows = rounded(check.encoding, check.source, rows)
-    return Comparison(check.no_code(taken, start) | _not_chosen(taken, rows, moments), values)
-
-
-def _not_chosen(taken: Stored, rows: Floats, moments: Floats | None, outputs: Floats | None = None) -> Bools:
-    """True where codes are not the best by the moments that are known, or are too far away, as far as can be told."""
-    wrong = too_far(taken, rows)
-    return wrong if moments is None else wrong | not_the_best(taken, rows, moments, outputs)
 
 
 def _compare_unknown(pair: _Pair, rows: Floats, stored: Array, _: int) -> Comparison:

@@ -105,7 +105,7 @@ def test_a_worker_that_comes_to_another_plan_refuses(cluster: Cluster, tmp_path:
 def test_a_worker_that_does_not_see_the_target_says_so(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     plan = make_plan(open_checkpoint(source), Recipe("hf"))
     errand = Errand(
-        origin=origin_of(plan), number=0, folder=tmp_path / "elsewhere", known={}, slab=1 << 20, allow_nonfinite=False
+        origin=origin_of(plan), number=0, folder=tmp_path / "elsewhere", known={}, slab=1 << 20, checks=frozenset()
     )
     with pytest.raises(NeoxconvError, match=r"is not there on worker .*; the workers of a cluster must see"):
         run_errand(errand)

@@ -20,7 +20,7 @@ from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
 from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.quant.feedback.rows import encode_matrix
-from neoxconv.verify.together import Stored, not_the_best, taken_apart, too_far
+from neoxconv.quant.feedback.verdict import Stored, not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
 from tests.twins import nearest
 

@@ -19,7 +19,7 @@ from neoxconv.quant.feedback import encode as feedback
 from neoxconv.quant.feedback import rows as by_rows
 from neoxconv.quant.feedback.encode import Factors, factors_of
 from neoxconv.quant.feedback.rows import encode_matrix
-from neoxconv.verify.together import not_the_best, taken_apart
+from neoxconv.quant.feedback.verdict import not_the_best, taken_apart
 
 GRIDS = [row for row in ENCODINGS.values() if row.grid]
 ROWS, COLUMNS = 74, 256  # no whole number of batches

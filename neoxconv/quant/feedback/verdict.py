@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neoxconv.core.encoding import Grid
+from neoxconv.core.encoding import Comparison, Grid
 from neoxconv.dtypes import Array, Bools, Bytes, Floats
 from neoxconv.quant.feedback.encode import slopes_of, values_of
 from neoxconv.quant.feedback.rows import slopes_of_matrix
@@ -39,6 +39,21 @@ class Stored:
     scale: Floats
     block: int
     slack: Floats
+
+
+def compare(grid: Grid, rows: Floats, stored: Array, moments: Floats | None, outputs: Floats | None) -> Comparison:
+    """Rows [n, columns] beside the stored rows of a type of blocks; with `outputs` they are all of a matrix.
+
+    The moments are the damped ones by which codes were chosen; None: they are not at hand.
+    """
+    taken = taken_apart(grid, stored)
+    return Comparison(not_chosen(taken, rows, moments, outputs), taken.values)
+
+
+def not_chosen(stored: Stored, rows: Floats, moments: Floats | None, outputs: Floats | None = None) -> Bools:
+    """True where codes are not the best by the moments that are known, or are too far away, as far as can be told."""
+    wrong = too_far(stored, rows)
+    return wrong if moments is None else wrong | not_the_best(stored, rows, moments, outputs)
 
 
 def taken_apart(grid: Grid, stored: Array) -> Stored:

@@ -4,48 +4,64 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.core.encoding import Scaled, Scales
+from neoxconv.core.encoding import Comparison, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Bools, Floats
-from neoxconv.engine.memory import SLAB
-from neoxconv.quant.bands import rounded, sizes_of
+from neoxconv.quant.bands import sizes_of
 from neoxconv.quant.feedback.encode import matters
-from neoxconv.verify.together import Stored
+from neoxconv.quant.feedback.verdict import Stored, not_chosen
 
 _REACH = 1.1001  # the largest scale that an encoder tries, over its group's largest weight, and rounding
 _EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 
 
-class ScaledCheck:
-    """How the weights of one tensor are held against what the target stores.
+def scales_for(
+    encoding: Scaled, source: LazyTensor, slab: int, *, together: bool, moments: Floats | None
+) -> Scales | None:
+    """The scales of all groups where one follows from more than its own: for them the source is read once more.
 
-    The source is read once more beforehand where a scale follows from more than the size of its group: where all of the
-    tensor is one, scales are quantized together, or codes were chosen `together`.
+    That is so where all of the tensor is a group, scales are quantized together, or codes were chosen `together`, by
+    damped `moments` [columns, columns] where these are at hand. None elsewhere.
     """
+    if not (together or encoding.nested or encoding.groups.whole):
+        return None
+    return encoding.scales(sizes_of(encoding, source, slab, None if moments is None else matters(moments)))
+
+
+class ScaledCheck:
+    """How the weights of one tensor are held against what is stored of them."""
 
     def __init__(
-        self, encoding: Scaled, source: LazyTensor, *, together: bool = False, moments: Floats | None = None
+        self,
+        encoding: Scaled,
+        source: LazyTensor,
+        scales: Scales | None,
+        *,
+        together: bool = False,
+        moments: Floats | None = None,
     ) -> None:
-        """`moments` [columns, columns]: the damped ones by which codes were chosen, where they are at hand."""
-        self.encoding, self.source = encoding, source
+        """`scales`: those of all groups; None: each follows from the weights of its group. `together`: codes were
+        chosen together, by damped `moments` [columns, columns] where these are at hand."""
+        self.encoding, self.source, self.scales = encoding, source, scales
+        self.together, self.moments = together, moments
         self.known = encoding.suited is None or moments is not None  # whether scales are what the encoder's must be
-        self.scales: Scales | None = None
-        if together or encoding.nested or encoding.groups.whole:
-            self.scales = encoding.scales(
-                sizes_of(encoding, source, SLAB, None if moments is None else matters(moments))
-            )
 
     @property
     def unit(self) -> int:
         """Rows that are whole groups."""
         return self.encoding.groups.rows_per_whole_group(self.source.columns)
 
-    def wrong(self, weights: Floats, values: Floats, start: int) -> Bools:
-        """Which weights [n, columns] of rows from `start` on cannot have become `values`: no code stands for them, or
-        another one is nearer (quant/scaled/check_kernels.py)."""
-        rows = rounded(self.encoding, self.source, weights)
+    def compare(self, rows: Floats, values: Floats, start: int) -> Comparison:
+        """Rows [n, columns] from `start` on, rounded as the encoding takes them, beside the values read of them.
+
+        Wrong is what no code stands for, and where another code is nearer (quant/scaled/check_kernels.py); codes that
+        were chosen together are not the nearest (quant/feedback/verdict.py).
+        """
+        if self.together:
+            taken = self._taken_apart(values, start)
+            return Comparison(self._no_code(taken, start) | not_chosen(taken, rows, self.moments), values)
         scales = self._scales_from(start, len(rows)) if self.scales else self._scales_of(rows)
-        return self.encoding.check(rows, values, scales, self.encoding.groups.width(rows.shape))
+        return Comparison(self.encoding.check(rows, values, scales, self.encoding.groups.width(rows.shape)), values)
 
     def _scales_of(self, rows: Floats) -> Scales:
         """The scales of the groups in rows, by what these tell."""
@@ -57,7 +73,7 @@ class ScaledCheck:
         touched = self.encoding.groups.groups_of(start, start + count, self.source.columns)
         return Scales(self.scales.encoded[touched], self.scales.decoded[touched], self.scales.slack[touched])
 
-    def stored(self, values: Floats, start: int) -> Stored:
+    def _taken_apart(self, values: Floats, start: int) -> Stored:
         """Rows from `start` on as codes that were chosen together."""
         table, known = self.encoding.table, self._scales_from(start, len(values))
         scale, slack = (self._per_weight(each, values.shape) for each in (known.decoded, known.slack))
@@ -65,7 +81,7 @@ class ScaledCheck:
         codes = np.searchsorted((table[:-1] + table[1:]) / np.float32(2), shares).astype(np.uint8)
         return Stored(table, codes, values, scale, self._alike, slack)
 
-    def no_code(self, stored: Stored, start: int) -> Bools:
+    def _no_code(self, stored: Stored, start: int) -> Bools:
         """True where a value of rows from `start` on is not what a code stands for, with the scale that the encoder
         takes; where that is not known, what no scale that it tries can give."""
         if self.known:
