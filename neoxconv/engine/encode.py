@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neoxconv.core.encoding import Encoding, Moments, Scaled
+from neoxconv.core.encoding import Encoding, Moments, Scaled, scale_and_least
 from neoxconv.core.layout import FEEDBACK_ROWS, Entry
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import F16, F32, Array, Bytes, Floats, nonfinite
@@ -95,13 +95,24 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece
     if entry.context and entry.context.moments:
         yield from _chosen_pieces(entry, encoding, entry.context.moments, slab)
         return
-    sizes = sizes_of(encoding, tensor, slab) if groups.whole else np.empty(encoding.count_groups(tensor), np.float32)
+    if encoding.rowwise:
+        yield from _rowwise_pieces(tensor, encoding, slab)
+        return
+    sizes = sizes_of(encoding, tensor, slab) if groups.whole else encoding.no_sizes(tensor)
     for start, values in bands(encoding, tensor, slab):
         touched = groups.groups_of(start, start + len(values), tensor.columns)
         if not groups.whole:
-            sizes[touched] = groups.largest(values)
+            sizes[touched] = encoding.sizes(values)
         yield _Piece(0, _as_bytes(encoding.encode(values, sizes[touched])), nonfinite(values, F32))
     yield from _finished(encoding, tensor, sizes)
+
+
+def _rowwise_pieces(tensor: LazyTensor, encoding: Scaled, slab: int) -> Iterator[_Piece]:
+    """All parts of a band of rows, then of the next: nothing is kept."""
+    for _, values in bands(encoding, tensor, slab):
+        sizes = encoding.sizes(values)
+        yield _Piece(0, _as_bytes(encoding.encode(values, sizes)), nonfinite(values, F32))
+        yield from _finished(encoding, tensor, sizes)
 
 
 def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int) -> Iterator[_Piece]:
@@ -111,14 +122,15 @@ def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int) 
     sizes = sizes_of(encoding, tensor, slab, feedback.matters(factors.moments))
     scales = encoding.scales(sizes).decoded
     for start, values in bands(encoding, tensor, 4 * tensor.columns * FEEDBACK_ROWS):
-        scale = groups.per_weight(scales[groups.groups_of(start, start + len(values), tensor.columns)], values.shape)
-        codes = encoding.pack(feedback.choose(encoding.table, values, scale, factors))
+        own = scales[groups.groups_of(start, start + len(values), tensor.columns)]
+        scale, least = (groups.per_weight(each, values.shape) for each in scale_and_least(own))
+        codes = encoding.pack(feedback.choose(encoding.table, values, (scale, least), factors))
         yield _Piece(0, _as_bytes(codes), nonfinite(values, F32))
     yield from _finished(encoding, tensor, sizes)
 
 
 def _finished(encoding: Scaled, tensor: LazyTensor, sizes: Floats) -> Iterator[_Piece]:
-    """The parts that need the sizes of all groups."""
+    """The parts that need the sizes of groups."""
     for number, data in enumerate(encoding.finish(tensor, sizes), 1):
         yield _Piece(number, np.frombuffer(data, np.uint8))
 
