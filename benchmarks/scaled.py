@@ -48,7 +48,7 @@ def ours(name: str, weights: torch.Tensor) -> list[bytes]:
     """All bytes of the weights' parts, as a conversion makes them."""
     encoding = SCALED[name]
     rows = ENCODINGS["F16"].decode(weights.numpy())
-    sizes = encoding.groups.largest(rows)
+    sizes = encoding.sizes(rows)
     like = LazyTensor(tuple(weights.shape), F16, lambda start, stop: weights.numpy()[start:stop], F16)
     return [encoding.encode(rows, sizes).tobytes(), *encoding.finish(like, sizes)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.core.encoding import Encoding, Scaled, Scales
+from neoxconv.core.encoding import Encoding, Groups, Scaled, Scales, scale_and_least
 from neoxconv.dtypes import Bools, Bytes, Floats
 from neoxconv.quant.ggml.searches import CURVE, SEARCHES
 
@@ -105,13 +105,21 @@ def nearest(encoding: Scaled, shares: Floats) -> Floats:
     return encoding.table[np.searchsorted(middles, shares)]
 
 
+def wide(groups: Groups, numbers: Floats, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """Scale and least of every weight of a shape, of those of its group."""
+    scale, least = (groups.per_weight(each, shape) for each in scale_and_least(numbers))
+    return scale, least
+
+
 def wrong_scaled(encoding: Scaled, rows: Floats, values: Floats, scales: Scales) -> Bools:
     """Which weights of whole groups cannot have become the values that are read of them."""
-    groups, numbers = encoding.groups, (scales.encoded, scales.decoded, scales.slack)
-    encoded, decoded, slack = (groups.per_weight(each, rows.shape) for each in numbers)
-    asked = np.where(encoded > 0, rows / encoded, 0)
-    best, found = nearest(encoding, asked), nearest(encoding, np.where(decoded != 0, values / decoded, 0))
-    no_code = ~((np.abs(values - found * decoded) <= 1e-5 * np.abs(values) + slack) & np.isfinite(values))
+    (encoded, low), (decoded, least), (slack, _) = (
+        wide(encoding.groups, each, rows.shape) for each in (scales.encoded, scales.decoded, scales.slack)
+    )
+    asked = np.where((encoded > 0) | (encoded < 0), (rows + low) / encoded, 0)
+    best, found = nearest(encoding, asked), nearest(encoding, np.where(decoded != 0, (values + least) / decoded, 0))
+    near = 1e-5 * (np.abs(values) + np.abs(least)) + slack
+    no_code = ~((np.abs(values - (found * decoded - least)) <= near) & np.isfinite(values))
     further = ~(np.abs(asked - found) <= np.abs(asked - best) + 1e-5 * np.abs(asked))
     further &= np.abs(decoded) > slack
     return np.asarray((no_code | further) & ~(np.isnan(rows) & np.isnan(values)))

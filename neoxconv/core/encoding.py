@@ -130,7 +130,7 @@ class _Compare(Protocol):
 
 
 class Groups(Protocol):
-    """Which weights of a tensor share a scale. A group's size is its largest magnitude.
+    """Which weights of a tensor share a scale.
 
     The group of each weight of a tensor of 4 rows and 6 columns:
 
@@ -151,8 +151,8 @@ class Groups(Protocol):
     def rows_per_whole_group(self, columns: int) -> int:
         """The least number of rows of so many columns that are whole groups, but for a tensor's end."""
 
-    def largest(self, rows: Floats) -> Floats:
-        """The largest magnitude [groups] float32 of each group in rows [n, columns]; a NaN is larger than anything."""
+    def apart(self, rows: Floats) -> Floats:
+        """The weights [groups, width] float32 of each group in rows [n, columns]; zeros fill up a last, shorter one."""
 
     def groups_of(self, start: int, stop: int, columns: int) -> slice:
         """Which groups rows `start` to `stop`, of so many columns, touch."""
@@ -221,35 +221,54 @@ def copied(dtype: DType) -> Encoding:
 @dataclass(frozen=True)
 class Scales:
     """What a value of 1 stands for in each group [groups] float32: when it is `encoded`, and when it is read back
-    (`decoded`), by how much the latter may be off in a file of another program (`slack`)."""
+    (`decoded`), by how much the latter may be off in a file of another program (`slack`).
+
+    Where groups have a least weight besides, the first two are [groups, 2], and a value stands for value * scale -
+    least, as in a `Grid`.
+    """
 
     encoded: Floats
     decoded: Floats
     slack: Floats
+
+    def of(self, groups: slice) -> Scales:
+        """Those of some of the groups."""
+        return Scales(self.encoded[groups], self.decoded[groups], self.slack[groups])
+
+
+def scale_and_least(numbers: Floats) -> tuple[Floats, Floats]:
+    """Scales and least weights, each [groups], of numbers [groups, 2], or of scales [groups], whose least are zeros."""
+    return (numbers, np.zeros_like(numbers)) if numbers.ndim == 1 else (numbers[:, 0], numbers[:, 1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled:
     """An encoding whose scales lie in tensors of their own, beside that of the codes.
 
+    A group's size is what its weights tell: their largest magnitude, or several `numbers`, such as the least and the
+    largest weight. `measure` finds it: weights [groups, width] -> [groups], or [groups, numbers] where there are more;
+    where all of a tensor is one group, its size is the largest of its bands'. Columns of matrices must be a multiple of
+    `multiple`.
+
     `parts` are the stored tensors, codes first, named as they follow the module's name. `encode` makes codes of rows
     [n, columns] that are whole groups, and of their sizes; `finish` makes the bytes of the other parts when all sizes
-    are known; `decode` makes a reader of float32 rows from the parts by name, and the shape. Where all of a tensor is
-    one group it is read once for its size and once more for its codes. `rounded` is the type that its weights, of the
-    source's type, are rounded to before.
+    are known, or of some rows where each part has the tensor's rows (`rowwise`); `decode` makes a reader of float32
+    rows from the parts by name, and the shape. Where all of a tensor is one group it is read once for its size and once
+    more for its codes. `rounded` is the type that its weights, of the source's type, are rounded to before.
 
     `scales` are made of sizes, of all of a tensor's where they are `nested`. `check` says of weights, what is read of
     them, and the scales of their groups, each of so many weights, which cannot be right.
 
     For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as shares of
     what 1 stands for in their group. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of
-    rows. `suited` gives the sizes of groups for rows and how much errors in each column [columns] matter; None: they
-    are the largest weights.
+    rows. `suited` gives the sizes of groups for rows and how much errors in each column [columns] matter; None: those
+    that `measure` finds.
     """
 
     name: str
     dtype: DType  # of what `decode` reads
     groups: Groups
+    measure: Callable[[Floats], Floats]
     parts: Callable[[LazyTensor], tuple[Part, ...]]
     encode: Callable[[Floats, Floats], Array]
     finish: Callable[[LazyTensor, Floats], tuple[bytes, ...]]
@@ -262,7 +281,17 @@ class Scaled:
     suited: Callable[[Floats, Floats], Floats] | None = None
     rounded: Callable[[DType], DType] | None = None
     nested: bool = False
+    rowwise: bool = False
+    numbers: int = 1
+    multiple: int = 1
 
-    def count_groups(self, tensor: LazyTensor) -> int:
-        """How many groups, each with a size, a tensor has."""
-        return int(self.groups.groups_of(0, tensor.rows, tensor.columns).stop)
+    def sizes(self, rows: Floats, matters: Floats | None = None) -> Floats:
+        """The sizes of the groups in rows [n, columns], where it is told by how much errors in each column matter."""
+        if self.suited is None or matters is None:
+            return self.measure(self.groups.apart(rows))
+        return self.suited(rows, matters)
+
+    def no_sizes(self, tensor: LazyTensor) -> Floats:
+        """A place for the size of every group of a tensor, filled with zeros."""
+        count = int(self.groups.groups_of(0, tensor.rows, tensor.columns).stop)
+        return np.zeros(count if self.numbers == 1 else (count, self.numbers), np.float32)

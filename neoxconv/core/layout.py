@@ -68,14 +68,14 @@ class Entry:
     @property
     def kept(self) -> int:
         """Bytes that are held until the last row is encoded: sizes, factors of moments, and what is made of them."""
-        groups = 4 * self.encoding.count_groups(self.tensor) if isinstance(self.encoding, Scaled) else 0
+        sizes = self.encoding.no_sizes(self.tensor).nbytes if isinstance(self.encoding, Scaled) else 0
         if self.context is None or self.context.moments is None:
-            return 2 * groups
+            return 0 if isinstance(self.encoding, Scaled) and self.encoding.rowwise else 2 * sizes
         rows, columns = self.tensor.rows, self.tensor.columns
         if self.context.outputs:
             return FACTORS * (columns**2 + rows**2) + _WHOLE * columns * rows
         feedback = FACTORS * columns**2 + _FEEDBACK * columns * min(FEEDBACK_ROWS, rows)
-        return feedback + 3 * groups  # their scales are kept as they are read back, too
+        return feedback + 3 * sizes  # their scales are kept as they are read back, too
 
     @property
     def shares(self) -> str:

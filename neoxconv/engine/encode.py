@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from neoxconv.core.encoding import Encoding, Moments, Scaled
+from neoxconv.core.encoding import Encoding, Moments, Scaled, scale_and_least
 from neoxconv.core.layout import FEEDBACK_ROWS, Entry
 from neoxconv.core.tensor import LazyTensor, slabs
 from neoxconv.dtypes import F16, F32, Array, Bools, Bytes, Floats, nonfinite
@@ -107,17 +107,31 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int, decode: bool) -> I
     if entry.context and entry.context.moments:
         yield from _chosen_pieces(entry, encoding, entry.context.moments, slab, decode)
         return
+    if encoding.rowwise:
+        yield from _rowwise_pieces(tensor, encoding, slab, decode)
+        return
     known = groups.whole or (decode and encoding.nested)
-    sizes = sizes_of(encoding, tensor, slab) if known else np.empty(encoding.count_groups(tensor), np.float32)
+    sizes = sizes_of(encoding, tensor, slab) if known else encoding.no_sizes(tensor)
     back = ReadBack(encoding, tensor, sizes if known else None) if decode else None
     for start, values in bands(encoding, tensor, slab):
         touched = groups.groups_of(start, start + len(values), tensor.columns)
         if not known:
-            sizes[touched] = groups.largest(values)
+            sizes[touched] = encoding.sizes(values)
         codes = _as_bytes(encoding.encode(values, sizes[touched]))
         wrong = back.wrong(values, codes, start, sizes[touched]) if back else None
         yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
     yield from _finished(encoding, tensor, sizes)
+
+
+def _rowwise_pieces(tensor: LazyTensor, encoding: Scaled, slab: int, decode: bool) -> Iterator[_Piece]:
+    """All parts of a band of rows, then of the next: nothing is kept."""
+    back = ReadBack(encoding, tensor, None) if decode else None
+    for start, values in bands(encoding, tensor, slab):
+        sizes = encoding.sizes(values)
+        codes = _as_bytes(encoding.encode(values, sizes))
+        wrong = back.wrong(values, codes, start, sizes) if back else None
+        yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
+        yield from _finished(encoding, tensor, sizes)
 
 
 def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int, decode: bool) -> Iterator[_Piece]:
@@ -129,15 +143,15 @@ def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int, 
     back = ReadBack(encoding, tensor, sizes, factors.moments) if decode else None
     for start, values in bands(encoding, tensor, 4 * tensor.columns * FEEDBACK_ROWS):
         touched = groups.groups_of(start, start + len(values), tensor.columns)
-        scale = groups.per_weight(scales[touched], values.shape)
-        codes = _as_bytes(encoding.pack(feedback.choose(encoding.table, values, scale, factors)))
+        scale, least = (groups.per_weight(each, values.shape) for each in scale_and_least(scales[touched]))
+        codes = _as_bytes(encoding.pack(feedback.choose(encoding.table, values, (scale, least), factors)))
         wrong = back.wrong(values, codes, start, sizes[touched]) if back else None
         yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
     yield from _finished(encoding, tensor, sizes)
 
 
 def _finished(encoding: Scaled, tensor: LazyTensor, sizes: Floats) -> Iterator[_Piece]:
-    """The parts that need the sizes of all groups."""
+    """The parts that need the sizes of groups."""
     for number, data in enumerate(encoding.finish(tensor, sizes), 1):
         yield _Piece(number, np.frombuffer(data, np.uint8))
 

@@ -17,15 +17,10 @@ def sizes_of(encoding: Scaled, tensor: LazyTensor, slab: int, matters: Floats | 
 
     For codes that are chosen together: how much errors in each column matter [columns].
     """
-    groups, sizes = encoding.groups, np.zeros(encoding.count_groups(tensor), np.float32)
-
-    def sized(rows: Floats) -> Floats:
-        if encoding.suited is None or matters is None:
-            return groups.largest(rows)
-        return encoding.suited(rows, matters)
-
+    groups, sizes = encoding.groups, encoding.no_sizes(tensor)
     for start, values in bands(encoding, tensor, slab):
-        found, touched = sized(values), groups.groups_of(start, start + len(values), tensor.columns)
+        found = encoding.sizes(values, matters)
+        touched = groups.groups_of(start, start + len(values), tensor.columns)
         sizes[touched] = np.maximum(sizes, found) if groups.whole else found
     return sizes
 

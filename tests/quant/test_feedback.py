@@ -22,7 +22,7 @@ from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.quant.feedback.verdict import Stored, not_the_best, taken_apart, too_far
 from tests.machines import PLAIN
-from tests.twins import nearest
+from tests.twins import nearest, wide
 
 GRIDS = [row for row in ENCODINGS.values() if row.grid]
 COLUMNS = 512
@@ -128,29 +128,28 @@ def test_bands_of_rows_change_nothing(row: Encoding) -> None:
 # --- types with scales beside them ------------------------------------------------------------------------------------
 
 
-def known(row: Scaled, weights: Floats, factors: Factors) -> Floats:
-    """The scale of every weight as it is read back."""
-    matters = feedback.matters(factors.moments)
-    sizes = row.suited(weights, matters) if row.suited else row.groups.largest(weights)
-    return row.groups.per_weight(row.scales(sizes).decoded, weights.shape)
+def known(row: Scaled, weights: Floats, factors: Factors) -> tuple[Floats, Floats]:
+    """Scale and least of every weight as they are read back."""
+    return wide(row.groups, row.scales(row.sizes(weights, feedback.matters(factors.moments))).decoded, weights.shape)
 
 
 @scaled
 def test_codes_for_scales_that_are_known_are_no_worse_for_any_single_change(row: Scaled) -> None:
     weights, moments, factors = case()
-    scale = known(row, weights, factors)
-    codes = feedback.choose(row.table, weights, scale, factors)
-    values = row.table[codes] * scale
-    largest = row.groups.largest(weights)
-    plain = row.scales(largest)
-    encoded, decoded = (row.groups.per_weight(each, weights.shape) for each in (plain.encoded, plain.decoded))
-    alone = nearest(row, weights / encoded) * decoded
+    scale, least = known(row, weights, factors)
+    codes = feedback.choose(row.table, weights, (scale, least), factors)
+    values = row.table[codes] * scale - least
+    plain = row.scales(row.sizes(weights))
+    (encoded, low), (decoded, lowest) = (
+        wide(row.groups, each, weights.shape) for each in (plain.encoded, plain.decoded)
+    )
+    alone = nearest(row, (weights + low) / encoded) * decoded - lowest
     assert loss(moments.read(), weights, values).sum() < 0.4 * loss(moments.read(), weights, alone).sum()
-    stored = Stored(row.table, codes, values, scale, 64, np.zeros_like(scale))
+    stored = Stored(row.table, codes, values, scale, least, 64, np.zeros_like(scale))
     assert not not_the_best(stored, weights, factors.moments).any() and not too_far(stored, weights).any()
     moved = codes.copy()
     moved[5, 40] += 1 if moved[5, 40] < len(row.table) - 1 else -1
-    planted = replace(stored, codes=moved, values=row.table[moved] * scale)
+    planted = replace(stored, codes=moved, values=row.table[moved] * scale - least)
     assert not_the_best(planted, weights, factors.moments)[5, 40]
 
 
@@ -171,7 +170,7 @@ def test_a_scale_suits_all_weights_of_its_block(name: str) -> None:
     weights, row = case()[0], SCALED[name]
     assert row.suited
     matters = np.exp(np.linspace(-3, 3, COLUMNS)).astype(np.float32)
-    blocks, found, largest = weights.reshape(-1, 64), row.suited(weights, matters), row.groups.largest(weights)
+    blocks, found, largest = weights.reshape(-1, 64), row.suited(weights, matters), row.sizes(weights)
     tried = np.linspace(0.7, 1.1, 17)
 
     def wrong(sizes: Floats) -> Doubles:

@@ -109,7 +109,7 @@ def reader(encoding: Scaled, tensor: LazyTensor, made: dict[str, bytes] | None =
 
 def scales_of(encoding: Scaled, rows: Floats) -> tuple[Floats, Floats]:
     """What 1 stands for at every weight when it is encoded and when it is read."""
-    groups, found = encoding.groups, encoding.scales(encoding.groups.largest(rows))
+    groups, found = encoding.groups, encoding.scales(encoding.sizes(rows))
     return groups.per_weight(found.encoded, rows.shape), groups.per_weight(found.decoded, rows.shape)
 
 
@@ -230,14 +230,14 @@ def test_borders_of_bands_are_not_seen(
     encoding: Scaled, shape: tuple[int, int], units: int, kind: str, data: st.DataObject
 ) -> None:
     rows, groups = weights(kind, shape), encoding.groups
-    step, whole, codes = units * groups.rows_per_whole_group(shape[1]), groups.largest(rows), b""
+    step, whole, codes = units * groups.rows_per_whole_group(shape[1]), encoding.sizes(rows), b""
     owner = groups.per_weight(np.arange(len(whole), dtype=np.float32), shape)
     assert np.array_equal(whole, [np.abs(rows[owner == k]).max() for k in range(len(whole))])
     for start in range(0, len(rows), step):
         band = rows[start : start + step]
         span = groups.groups_of(start, start + len(band), shape[1])
         assert np.array_equal(groups.per_weight(np.arange(len(whole))[span], band.shape), owner[start : start + step])
-        assert np.array_equal(groups.largest(band), [np.abs(band).max()] if groups.whole else whole[span])
+        assert np.array_equal(encoding.sizes(band), [np.abs(band).max()] if groups.whole else whole[span])
         codes += encoding.encode(band, whole[span]).tobytes()
     assert codes == encoding.encode(rows, whole).tobytes()
     start = data.draw(st.integers(0, shape[0] - 1))
@@ -295,7 +295,7 @@ def test_what_is_read_is_the_nearest_number_in_its_group(encoding: Scaled, kind:
 
 @pytest.mark.parametrize("name", ["NF4_DQ", "FP4_DQ"])
 def test_scales_stay_within_the_slack_when_others_sum_the_mean(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = SCALED[name].groups.largest(weights("gauss", (1000, 448)))
+    sizes = SCALED[name].sizes(weights("gauss", (1000, 448)))
     ours, middle = SCALED[name].scales(sizes), np.float32(sizes.mean(dtype=np.float64))
     assert (np.abs(ours.decoded - sizes) <= 0.5001 * ours.slack).all() and np.array_equal(ours.encoded, sizes)
     for ulps in (-3, 3):

@@ -87,10 +87,11 @@ def matters(moments: Floats) -> Floats:
     return np.asarray(np.sqrt(np.diag(moments)), np.float32)
 
 
-def choose(table: Floats, rows: Floats, scale: Floats, factors: Factors) -> Bytes:
-    """Codes [n, columns], places in an ascending table, of rows whose scale is known for every weight [n, columns]."""
-    weights, scale = finite(rows), np.ascontiguousarray(scale)
-    known = scale, np.zeros_like(scale)
+def choose(table: Floats, rows: Floats, scales: tuple[Floats, Floats], factors: Factors) -> Bytes:
+    """Codes [n, columns], places in an ascending table, of rows whose scale and least are known for every weight, each
+    [n, columns]."""
+    weights = finite(rows)
+    known = np.ascontiguousarray(scales[0]), np.ascontiguousarray(scales[1])
 
     def find(asked: Floats, start: int, stop: int) -> tuple[Floats, Floats]:
         own, least = (np.ascontiguousarray(each[:, start:stop]) for each in known)

@@ -28,8 +28,8 @@ _OTHER_ROW = 1.2  # a row's error, as a part of the row: of two rows that have n
 class Stored:
     """Rows as they are stored: `codes` [n, columns], places in an ascending table, and what they stand for.
 
-    `values` and `scale` [n, columns]: a weight's value is its table[code] times its scale, less its block's least
-    weight where there is one. Every `block` columns have a scale of their own; it may be off the one that was wanted by
+    `values`, `scale` and `least` [n, columns]: a weight's value is its table[code] times its scale, less its block's
+    least weight, if not zero. Every `block` columns have a scale of their own; it may be off the one that was wanted by
     its `slack` [n, columns].
     """
 
@@ -37,6 +37,7 @@ class Stored:
     codes: Bytes
     values: Floats
     scale: Floats
+    least: Floats
     block: int
     slack: Floats
 
@@ -60,8 +61,8 @@ def taken_apart(grid: Grid, stored: Array) -> Stored:
     """Stored rows of a type of blocks."""
     codes, scale, least = grid.unpack(stored)
     values = values_of(grid.table, codes, scale, least)
-    wide = np.repeat(scale, grid.block, axis=1)
-    return Stored(grid.table, codes, values, wide, grid.block, np.zeros_like(wide))
+    wide, low = (np.repeat(each, grid.block, axis=1) for each in (scale, least))
+    return Stored(grid.table, codes, values, wide, low, grid.block, np.zeros_like(wide))
 
 
 def not_the_best(stored: Stored, weights: Floats, moments: Floats, outputs: Floats | None = None) -> Bools:

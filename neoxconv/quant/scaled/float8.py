@@ -25,7 +25,7 @@ from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F32, Array, Bools, Bytes, DType, Floats
 from neoxconv.quant.plain import compare
 from neoxconv.quant.scaled.check import checked
-from neoxconv.quant.scaled.groups import RowGroups, TensorGroup
+from neoxconv.quant.scaled.groups import RowGroups, TensorGroup, largest
 
 if TYPE_CHECKING:
     from neoxconv.quant.scaled.float8_kernels import Limits
@@ -207,6 +207,7 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         name=name,
         dtype=DType(name, 1, 1, np.dtype("<f4")),
         groups=RowGroups() if by_row else TensorGroup(),
+        measure=largest,
         parts=partial(parts, form, by_row),
         encode=partial(_encode_scaled, form),
         finish=partial(finish, form),

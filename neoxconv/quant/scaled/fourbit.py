@@ -220,6 +220,7 @@ def scaled(form: _FourBitForm) -> Scaled:
         name=form.name,
         dtype=DType(form.name, BLOCK, 33 if form.double else 36, np.dtype("<f4")),
         groups=_GROUPS,
+        measure=largest,
         parts=partial(parts, form),
         encode=partial(encode, form),
         finish=partial(finish, form),

@@ -37,8 +37,8 @@ class BlockGroups:
     def rows_per_whole_group(self, columns: int) -> int:
         return self.block // math.gcd(self.block, columns)
 
-    def largest(self, rows: Floats) -> Floats:
-        return largest(whole_blocks(rows, self.block))
+    def apart(self, rows: Floats) -> Floats:
+        return whole_blocks(rows, self.block)
 
     def groups_of(self, start: int, stop: int, columns: int) -> slice:
         return slice(start * columns // self.block, -(-stop * columns // self.block))
@@ -59,8 +59,8 @@ class RowGroups:
     def rows_per_whole_group(self, columns: int) -> int:
         return 1
 
-    def largest(self, rows: Floats) -> Floats:
-        return largest(rows)
+    def apart(self, rows: Floats) -> Floats:
+        return rows
 
     def groups_of(self, start: int, stop: int, columns: int) -> slice:
         return slice(start, stop)
@@ -74,15 +74,15 @@ class RowGroups:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """All rows. `largest` is that of the rows given, and the tensor's is the largest of all of these."""
+    """All rows."""
 
     whole: bool = True
 
     def rows_per_whole_group(self, columns: int) -> int:
         return 1
 
-    def largest(self, rows: Floats) -> Floats:
-        return largest(rows.reshape(1, -1))
+    def apart(self, rows: Floats) -> Floats:
+        return rows.reshape(1, -1)
 
     def groups_of(self, start: int, stop: int, columns: int) -> slice:
         return slice(0, 1)

@@ -19,7 +19,7 @@ from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F16, F32, I8, U8, Array, Bools, Bytes, DType, Floats
 from neoxconv.quant.scaled.check import checked
-from neoxconv.quant.scaled.groups import RowGroups
+from neoxconv.quant.scaled.groups import RowGroups, largest
 
 _LEVELS = 127
 FORMAT = "weight_format"
@@ -80,6 +80,7 @@ INT8 = Scaled(
     name="INT8",
     dtype=DType("INT8", 1, 1, np.dtype("<f4")),
     groups=RowGroups(),
+    measure=largest,
     parts=parts,
     encode=encode,
     finish=finish,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.core.encoding import Comparison, Scaled, Scales
+from neoxconv.core.encoding import Comparison, Scaled, Scales, scale_and_least
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Bools, Floats
 from neoxconv.quant.bands import sizes_of
@@ -65,28 +65,29 @@ class ScaledCheck:
 
     def _scales_of(self, rows: Floats) -> Scales:
         """The scales of the groups in rows, by what these tell."""
-        return self.encoding.scales(self.encoding.groups.largest(rows))
+        return self.encoding.scales(self.encoding.sizes(rows))
 
     def _scales_from(self, start: int, count: int) -> Scales:
         """The known scales of the groups in `count` rows from `start` on."""
         assert self.scales
-        touched = self.encoding.groups.groups_of(start, start + count, self.source.columns)
-        return Scales(self.scales.encoded[touched], self.scales.decoded[touched], self.scales.slack[touched])
+        return self.scales.of(self.encoding.groups.groups_of(start, start + count, self.source.columns))
 
     def _taken_apart(self, values: Floats, start: int) -> Stored:
         """Rows from `start` on as codes that were chosen together."""
         table, known = self.encoding.table, self._scales_from(start, len(values))
-        scale, slack = (self._per_weight(each, values.shape) for each in (known.decoded, known.slack))
-        shares = np.divide(values, scale, out=np.zeros_like(values), where=scale != 0)
+        numbers = (*scale_and_least(known.decoded), known.slack)
+        scale, least, slack = (self._per_weight(each, values.shape) for each in numbers)
+        shares = np.divide(values + least, scale, out=np.zeros_like(values), where=scale != 0)
         codes = np.searchsorted((table[:-1] + table[1:]) / np.float32(2), shares).astype(np.uint8)
-        return Stored(table, codes, values, scale, self._alike, slack)
+        return Stored(table, codes, values, scale, least, self._alike, slack)
 
     def _no_code(self, stored: Stored, start: int) -> Bools:
         """True where a value of rows from `start` on is not what a code stands for, with the scale that the encoder
         takes; where that is not known, what no scale that it tries can give."""
         if self.known:
-            expected = stored.table[stored.codes] * stored.scale
-            return np.asarray(~(np.abs(stored.values - expected) <= _EXACT * np.abs(stored.values)))
+            expected = stored.table[stored.codes] * stored.scale - stored.least
+            reach = np.abs(stored.values) + np.abs(stored.least)
+            return np.asarray(~(np.abs(stored.values - expected) <= _EXACT * reach))
         largest = self._per_weight(self._scales_from(start, len(stored.values)).encoded, stored.values.shape)
         return np.asarray(~(np.abs(stored.values) <= _REACH * (largest + stored.slack)))
 
