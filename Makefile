@@ -31,7 +31,7 @@ lint:     $(VENV)/.dev ## check format, lint and types
 check:    lint test ## all that CI checks
 
 bench:    $(VENV)/.run ## measure speed and memory
-	@for name in encoders conversion memory; do echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
+	@for name in encoders page memory; do echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
 
 fuzz:     $(VENV)/.run ## feed damaged and hostile files to every parser: FUZZ_ARGS='--inputs 1000 zip'
 	$(VENV)/bin/python -m tests.fuzz $(FUZZ_ARGS)

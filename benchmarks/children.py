@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ def measure(command: Sequence[str]) -> Cost:
 def neoxconv(*arguments: str) -> list[str]:
     """The command line of this checkout."""
     return [sys.executable, "-m", "neoxconv", *arguments]
+
+
+def fresh(target: Path, command: list[str]) -> list[str]:
+    """The command, once its target is out of the way."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    target.with_name(f"{target.name}.manifest.json").unlink(missing_ok=True)
+    return command
 
 
 def in_turns(runs: int, *makers: Callable[[], Cost]) -> list[list[Cost]]:

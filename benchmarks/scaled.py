@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.children import in_turns, measure, median, neoxconv, ratios, show
-from benchmarks.conversion import fresh
+from benchmarks.children import fresh, in_turns, measure, median, neoxconv, ratios, show
 from benchmarks.encoders import in_turns as timed
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, Bytes, Floats
