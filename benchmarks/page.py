@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def jobs(given: argparse.Namespace, folder: Path) -> Iterator[Job]:
         "cp -r of the result",
         convert(folder / "hf2", *to_hf),
         lambda: measure(fresh(folder / "copy", copy)),
-        lambda: ("disk", size / disk(folder)),
+        lambda: ("disk", size / alone(disk, folder)),
     )
     f16, theirs = folder / "f16.gguf", folder / "theirs.gguf"
     convert(f16, *to_gguf, "F16")()
@@ -120,13 +121,13 @@ def jobs(given: argparse.Namespace, folder: Path) -> Iterator[Job]:
             "llama_model_quantize from F16",
             convert(made, *to_gguf, mix),
             lambda quantize=quantize: measure(fresh(theirs, quantize)),  # type: ignore[misc]
-            lambda made=made: ("memory", (size + made.stat().st_size) / memory(given.threads)),  # type: ignore[misc]
+            lambda made=made: ("memory", (size + made.stat().st_size) / alone(memory, given.threads)),  # type: ignore[misc]
         )
     for words in (to_hf, (*to_gguf, "Q8_0"), (*to_gguf, "Q4_K_M"), ("--to", "bnb", "--type", "NF4")):
         made = folder / f"checked-{words[-1]}"
         name = " ".join(word for word in words if not word.startswith("--"))
         check = neoxconv("verify", str(source), str(made), *threads, "--level", "weights", "--quiet")
-        limit = lambda: ("memory", 2 * size / memory(given.threads))  # noqa: E731
+        limit = lambda: ("memory", 2 * size / alone(memory, given.threads))  # noqa: E731
         plain = convert(made, *words)
         yield Job(f"{name}: bytes and weights", "the conversion", lambda c=check: measure(c), plain, limit)  # type: ignore[misc]
         yield Job(f"{name}: convert --verify", "the conversion", convert(made, *words, "--verify"), plain, limit)
@@ -136,13 +137,19 @@ def jobs(given: argparse.Namespace, folder: Path) -> Iterator[Job]:
         "transformers, offloaded to disk",
         forward.child("ours", hf, TOKENS),
         forward.child("theirs", hf, TOKENS),
-        lambda: ("multiply", products / multiply(given.threads)),
+        lambda: ("multiply", products / alone(multiply, given.threads)),
     )
 
 
 def forward_products(model: Synthetic) -> float:
     """Multiply-adds of a forward pass: the matrices of every layer and the head."""
     return TOKENS * model.hidden * (12.0 * model.layers * model.hidden + model.rows)
+
+
+def alone(rate: Callable[..., float], *given: object) -> float:
+    """A rate measured in a process of its own: what this one holds would count as its children's peak."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(rate, *given).result()
 
 
 def disk(folder: Path) -> float:
