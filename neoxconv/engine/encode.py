@@ -103,7 +103,7 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int) -> Iterator[_Piece
         touched = groups.groups_of(start, start + len(values), tensor.columns)
         if not groups.whole:
             sizes[touched] = encoding.sizes(values)
-        yield _Piece(0, _as_bytes(encoding.encode(values, sizes[touched])), nonfinite(values, F32))
+        yield _Piece(0, _as_bytes(encoding.encode(values, sizes[touched], tensor.native)), nonfinite(values, F32))
     yield from _finished(encoding, tensor, sizes)
 
 
@@ -111,7 +111,7 @@ def _rowwise_pieces(tensor: LazyTensor, encoding: Scaled, slab: int) -> Iterator
     """All parts of a band of rows, then of the next: nothing is kept."""
     for _, values in bands(encoding, tensor, slab):
         sizes = encoding.sizes(values)
-        yield _Piece(0, _as_bytes(encoding.encode(values, sizes)), nonfinite(values, F32))
+        yield _Piece(0, _as_bytes(encoding.encode(values, sizes, tensor.native)), nonfinite(values, F32))
         yield from _finished(encoding, tensor, sizes)
 
 
@@ -120,7 +120,7 @@ def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int) 
     tensor, groups = entry.tensor, encoding.groups
     factors = SHARED.of(moments, entry.name)
     sizes = sizes_of(encoding, tensor, slab, feedback.matters(factors.moments))
-    scales = encoding.scales(sizes).decoded
+    scales = encoding.scales(sizes, tensor.native).decoded
     for start, values in bands(encoding, tensor, 4 * tensor.columns * FEEDBACK_ROWS):
         own = scales[groups.groups_of(start, start + len(values), tensor.columns)]
         scale, least = (groups.per_weight(each, values.shape) for each in scale_and_least(own))

@@ -31,9 +31,8 @@ class ScaledCheck:
         self.known = encoding.suited is None or moments is not None  # whether scales are what the encoder's must be
         self.scales: Scales | None = None
         if together or encoding.nested or encoding.groups.whole:
-            self.scales = encoding.scales(
-                sizes_of(encoding, source, SLAB, None if moments is None else matters(moments))
-            )
+            sizes = sizes_of(encoding, source, SLAB, None if moments is None else matters(moments))
+            self.scales = encoding.scales(sizes, source.native)
 
     @property
     def unit(self) -> int:
@@ -49,7 +48,7 @@ class ScaledCheck:
 
     def _scales_of(self, rows: Floats) -> Scales:
         """The scales of the groups in rows, by what these tell."""
-        return self.encoding.scales(self.encoding.sizes(rows))
+        return self.encoding.scales(self.encoding.sizes(rows), self.source.native)
 
     def _scales_from(self, start: int, count: int) -> Scales:
         """The known scales of the groups in `count` rows from `start` on."""
