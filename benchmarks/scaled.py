@@ -49,7 +49,7 @@ def ours(name: str, weights: torch.Tensor) -> list[bytes]:
     rows = ENCODINGS["F16"].decode(weights.numpy())
     sizes = encoding.sizes(rows)
     like = LazyTensor(tuple(weights.shape), F16, lambda start, stop: weights.numpy()[start:stop], F16)
-    return [encoding.encode(rows, sizes).tobytes(), *encoding.finish(like, sizes)]
+    return [encoding.encode(rows, sizes, F16).tobytes(), *encoding.finish(like, sizes)]
 
 
 def theirs(name: str, weights: torch.Tensor) -> list[bytes]:

@@ -251,13 +251,14 @@ class Scaled:
     `multiple`.
 
     `parts` are the stored tensors, codes first, named as they follow the module's name. `encode` makes codes of rows
-    [n, columns] that are whole groups, and of their sizes; `finish` makes the bytes of the other parts when all sizes
-    are known, or of some rows where each part has the tensor's rows (`rowwise`); `decode` makes a reader of float32
-    rows from the parts by name, and the shape. Where all of a tensor is one group it is read once for its size and once
-    more for its codes. `rounded` is the type that its weights, of the source's type, are rounded to before.
+    [n, columns] that are whole groups, of their sizes, and of the type that the model is in; `finish` makes the bytes
+    of the other parts when all sizes are known, or of some rows where each part has the tensor's rows (`rowwise`);
+    `decode` makes a reader of float32 rows from the parts by name, and the shape. Where all of a tensor is one group it
+    is read once for its size and once more for its codes. `rounded` is the type that its weights, of the source's type,
+    are rounded to before.
 
-    `scales` are made of sizes, of all of a tensor's where they are `nested`. `check` says of weights, what is read of
-    them, and the scales of their groups, each of so many weights, which cannot be right.
+    `scales` are made of sizes, of all of a tensor's where they are `nested`, and of the model's type. `check` says of
+    weights, what is read of them, and the scales of their groups, each of so many weights, which cannot be right.
 
     For codes that are chosen together: `table` [codes] float32, ascending, has all that codes stand for, as shares of
     what 1 stands for in their group. `pack` makes of places in the table, uint8 [n, columns], what `encode` makes of
@@ -270,10 +271,10 @@ class Scaled:
     groups: Groups
     measure: Callable[[Floats], Floats]
     parts: Callable[[LazyTensor], tuple[Part, ...]]
-    encode: Callable[[Floats, Floats], Array]
+    encode: Callable[[Floats, Floats, DType], Array]
     finish: Callable[[LazyTensor, Floats], tuple[bytes, ...]]
     decode: Callable[[Mapping[str, LazyTensor], tuple[int, ...]], Read]
-    scales: Callable[[Floats], Scales]
+    scales: Callable[[Floats, DType], Scales]
     check: Callable[[Floats, Floats, Scales, int], Bools]
     table: Floats
     pack: Callable[[Bytes], Array]

@@ -117,7 +117,7 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int, decode: bool) -> I
         touched = groups.groups_of(start, start + len(values), tensor.columns)
         if not known:
             sizes[touched] = encoding.sizes(values)
-        codes = _as_bytes(encoding.encode(values, sizes[touched]))
+        codes = _as_bytes(encoding.encode(values, sizes[touched], tensor.native))
         wrong = back.wrong(values, codes, start, sizes[touched]) if back else None
         yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
     yield from _finished(encoding, tensor, sizes)
@@ -128,7 +128,7 @@ def _rowwise_pieces(tensor: LazyTensor, encoding: Scaled, slab: int, decode: boo
     back = ReadBack(encoding, tensor, None) if decode else None
     for start, values in bands(encoding, tensor, slab):
         sizes = encoding.sizes(values)
-        codes = _as_bytes(encoding.encode(values, sizes))
+        codes = _as_bytes(encoding.encode(values, sizes, tensor.native))
         wrong = back.wrong(values, codes, start, sizes) if back else None
         yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
         yield from _finished(encoding, tensor, sizes)
@@ -139,7 +139,7 @@ def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int, 
     tensor, groups = entry.tensor, encoding.groups
     factors = SHARED.of(moments, entry.name)
     sizes = sizes_of(encoding, tensor, slab, feedback.matters(factors.moments))
-    scales = encoding.scales(sizes).decoded
+    scales = encoding.scales(sizes, tensor.native).decoded
     back = ReadBack(encoding, tensor, sizes, factors.moments) if decode else None
     for start, values in bands(encoding, tensor, 4 * tensor.columns * FEEDBACK_ROWS):
         touched = groups.groups_of(start, start + len(values), tensor.columns)

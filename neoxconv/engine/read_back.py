@@ -63,7 +63,7 @@ class _Sized:
         self.codes, *others = encoding.parts(tensor)
         finished = zip(others, encoding.finish(tensor, sizes), strict=True)
         self.others = {part.name: _held(part, np.frombuffer(data, np.uint8), 0) for part, data in finished}
-        together, scales = moments is not None, encoding.scales(sizes)
+        together, scales = moments is not None, encoding.scales(sizes, tensor.native)
         self.check = ScaledCheck(encoding, tensor, scales, together=together, moments=moments)
 
     def wrong(self, rows: Floats, codes: Bytes, start: int) -> Bools:

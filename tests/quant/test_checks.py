@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from neoxconv.core.encoding import Encoding, Scaled, Scales
-from neoxconv.dtypes import Bytes, Floats
+from neoxconv.dtypes import F16, Bytes, Floats
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.kernels import tally
 from tests.twins import ENDS, nearest, wide, wrong_blocks, wrong_scaled, wrong_superblocks
@@ -61,7 +61,7 @@ def test_verdicts_on_blocks_are_those_of_the_rule(encoding: Encoding, kind: str)
 def test_verdicts_on_scaled_weights_are_those_of_the_rule(encoding: Scaled, kind: str) -> None:
     """Values are right but for some: of another code, of none, of another scale, or no number."""
     rows, random, groups = weights(kind), np.random.default_rng(5), encoding.groups
-    scales = encoding.scales(encoding.sizes(rows))
+    scales = encoding.scales(encoding.sizes(rows), F16)
     (encoded, low), (decoded, least) = (wide(groups, each, SHAPE) for each in (scales.encoded, scales.decoded))
     right = (nearest(encoding, np.nan_to_num((rows + low) / encoded)) * decoded - least).astype(np.float32)
     some = random.random(SHAPE) < 0.003
@@ -83,7 +83,7 @@ def test_verdicts_on_scaled_weights_are_those_of_the_rule(encoding: Scaled, kind
 @pytest.mark.parametrize("encoding", SCALED.values(), ids=lambda e: e.name)
 def test_a_scale_that_is_infinite_is_found_though_every_weight_is_the_largest(encoding: Scaled) -> None:
     rows = np.full(SHAPE, 0.5, np.float32)
-    scales = encoding.scales(encoding.sizes(rows))
+    scales = encoding.scales(encoding.sizes(rows), F16)
     assert encoding.check(rows, rows * np.float32(np.inf), scales, encoding.groups.width(SHAPE)).all()
 
 

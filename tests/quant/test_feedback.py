@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from neoxconv.core.encoding import Context, Encoding, Moments, Scaled
-from neoxconv.dtypes import Doubles, Floats
+from neoxconv.dtypes import F16, Doubles, Floats
 from neoxconv.errors import CheckpointError
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.feedback import encode as feedback
@@ -130,7 +130,9 @@ def test_bands_of_rows_change_nothing(row: Encoding) -> None:
 
 def known(row: Scaled, weights: Floats, factors: Factors) -> tuple[Floats, Floats]:
     """Scale and least of every weight as they are read back."""
-    return wide(row.groups, row.scales(row.sizes(weights, feedback.matters(factors.moments))).decoded, weights.shape)
+    return wide(
+        row.groups, row.scales(row.sizes(weights, feedback.matters(factors.moments)), F16).decoded, weights.shape
+    )
 
 
 @scaled
@@ -139,7 +141,7 @@ def test_codes_for_scales_that_are_known_are_no_worse_for_any_single_change(row:
     scale, least = known(row, weights, factors)
     codes = feedback.choose(row.table, weights, (scale, least), factors)
     values = row.table[codes] * scale - least
-    plain = row.scales(row.sizes(weights))
+    plain = row.scales(row.sizes(weights), F16)
     (encoded, low), (decoded, lowest) = (
         wide(row.groups, each, weights.shape) for each in (plain.encoded, plain.decoded)
     )
@@ -161,8 +163,8 @@ def test_codes_are_packed_as_they_are_encoded(row: Scaled) -> None:
     codes[:, ::64] = len(row.table) - 1
     sizes = np.full(row.groups.groups_of(0, 6, 128).stop, 448 * 128, np.float32)
     rows = row.table[codes] * np.float32(448 * 128)
-    assert row.pack(codes).tobytes() == row.encode(rows, sizes).tobytes()
-    assert row.pack(codes[:1, :7]).tobytes() == row.encode(rows[:1, :7], sizes[:1]).tobytes()
+    assert row.pack(codes).tobytes() == row.encode(rows, sizes, F16).tobytes()
+    assert row.pack(codes[:1, :7]).tobytes() == row.encode(rows[:1, :7], sizes[:1], F16).tobytes()
 
 
 @pytest.mark.parametrize("name", ["NF4", "FP4"])

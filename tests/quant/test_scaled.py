@@ -109,7 +109,7 @@ def reader(encoding: Scaled, tensor: LazyTensor, made: dict[str, bytes] | None =
 
 def scales_of(encoding: Scaled, rows: Floats) -> tuple[Floats, Floats]:
     """What 1 stands for at every weight when it is encoded and when it is read."""
-    groups, found = encoding.groups, encoding.scales(encoding.sizes(rows))
+    groups, found = encoding.groups, encoding.scales(encoding.sizes(rows), F32)
     return groups.per_weight(found.encoded, rows.shape), groups.per_weight(found.decoded, rows.shape)
 
 
@@ -238,8 +238,8 @@ def test_borders_of_bands_are_not_seen(
         span = groups.groups_of(start, start + len(band), shape[1])
         assert np.array_equal(groups.per_weight(np.arange(len(whole))[span], band.shape), owner[start : start + step])
         assert np.array_equal(encoding.sizes(band), [np.abs(band).max()] if groups.whole else whole[span])
-        codes += encoding.encode(band, whole[span]).tobytes()
-    assert codes == encoding.encode(rows, whole).tobytes()
+        codes += encoding.encode(band, whole[span], F32).tobytes()
+    assert codes == encoding.encode(rows, whole, F32).tobytes()
     start = data.draw(st.integers(0, shape[0] - 1))
     stop = data.draw(st.integers(start + 1, shape[0]))
     read = reader(encoding, lazy(rows))
@@ -296,11 +296,11 @@ def test_what_is_read_is_the_nearest_number_in_its_group(encoding: Scaled, kind:
 @pytest.mark.parametrize("name", ["NF4_DQ", "FP4_DQ"])
 def test_scales_stay_within_the_slack_when_others_sum_the_mean(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = SCALED[name].sizes(weights("gauss", (1000, 448)))
-    ours, middle = SCALED[name].scales(sizes), np.float32(sizes.mean(dtype=np.float64))
+    ours, middle = SCALED[name].scales(sizes, F32), np.float32(sizes.mean(dtype=np.float64))
     assert (np.abs(ours.decoded - sizes) <= 0.5001 * ours.slack).all() and np.array_equal(ours.encoded, sizes)
     for ulps in (-3, 3):
         monkeypatch.setattr(kernels, "mean", lambda scales, ulps=ulps: middle + ulps * np.spacing(middle))
-        others = SCALED[name].scales(sizes).decoded
+        others = SCALED[name].scales(sizes, F32).decoded
         assert (others != ours.decoded).any() and (np.abs(others - ours.decoded) <= ours.slack + 1e-6 * sizes).all()
 
 

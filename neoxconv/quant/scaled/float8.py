@@ -127,13 +127,13 @@ def weight_scales(form: Float8Form, sizes: Floats) -> Floats:
     return np.where(sizes > 0, np.ldexp(np.float32(1), np.maximum(power, _SMALLEST)), np.float32(1)).astype(np.float32)
 
 
-def scales(form: Float8Form, sizes: Floats) -> Scales:
+def scales(form: Float8Form, sizes: Floats, native: DType) -> Scales:
     """What the largest number of the form stands for in each group [groups]: 1 is that number here."""
     tops = weight_scales(form, sizes) * np.float32(form.largest)
     return Scales(tops, tops, np.zeros_like(tops))
 
 
-def _encode_scaled(form: Float8Form, rows: Floats, sizes: Floats) -> Bytes:
+def _encode_scaled(form: Float8Form, rows: Floats, sizes: Floats, native: DType) -> Bytes:
     """Rows [n, columns] as codes: sizes [n] or [1]."""
     from neoxconv.quant.scaled.float8_kernels import divide
 

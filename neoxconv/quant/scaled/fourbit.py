@@ -81,7 +81,7 @@ class _FourBitForm:
         return STATE + self.kind
 
 
-def encode(form: _FourBitForm, rows: Floats, sizes: Floats) -> Bytes:
+def encode(form: _FourBitForm, rows: Floats, sizes: Floats, native: DType) -> Bytes:
     """Rows [n, columns] as bytes of two codes, flat; sizes [blocks] are the largest |w| of each block."""
     from neoxconv.quant.scaled.kernels import nearest_codes
 
@@ -179,7 +179,7 @@ def read_state(part: LazyTensor) -> Any:
     return json.loads(part.read(0, part.rows).tobytes().decode())
 
 
-def scales(form: _FourBitForm, sizes: Floats) -> Scales:
+def scales(form: _FourBitForm, sizes: Floats, native: DType) -> Scales:
     """The sizes before and after double quantization, which may be off by a step of the nested table: a mean that is
     summed in another order decides."""
     if not form.double:

@@ -30,7 +30,7 @@ def parts(tensor: LazyTensor) -> tuple[Part, ...]:
     return Part("weight", I8, tensor.shape), Part("SCB", F32, (tensor.rows,)), Part(FORMAT, U8, ())
 
 
-def encode(rows: Floats, sizes: Floats) -> Array:
+def encode(rows: Floats, sizes: Floats, native: DType) -> Array:
     """Rows [n, columns] as codes, with the largest |w| of each."""
     from neoxconv.quant.scaled.kernels import whole_steps
 
@@ -59,7 +59,7 @@ def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     return read
 
 
-def scales(sizes: Floats) -> Scales:
+def scales(sizes: Floats, native: DType) -> Scales:
     """A code of 127 stands for the largest weight."""
     return Scales(sizes, sizes, np.zeros_like(sizes))
 

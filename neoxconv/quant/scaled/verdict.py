@@ -25,7 +25,8 @@ def scales_for(
     """
     if not (together or encoding.nested or encoding.groups.whole):
         return None
-    return encoding.scales(sizes_of(encoding, source, slab, None if moments is None else matters(moments)))
+    sizes = sizes_of(encoding, source, slab, None if moments is None else matters(moments))
+    return encoding.scales(sizes, source.native)
 
 
 class ScaledCheck:
@@ -65,7 +66,7 @@ class ScaledCheck:
 
     def _scales_of(self, rows: Floats) -> Scales:
         """The scales of the groups in rows, by what these tell."""
-        return self.encoding.scales(self.encoding.sizes(rows))
+        return self.encoding.scales(self.encoding.sizes(rows), self.source.native)
 
     def _scales_from(self, start: int, count: int) -> Scales:
         """The known scales of the groups in `count` rows from `start` on."""
