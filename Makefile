@@ -4,6 +4,7 @@ VENV := .venv
 TF4 := .venv-tf4
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/neoxconv
 LLAMA := $(shell sed -n 's/^llama-cpp-python==//p' constraints.txt)
+CTRANSLATE2 := $(shell sed -n 's/^ctranslate2==//p' constraints.txt)
 SDIST := $(CACHE)/llama_cpp_python-$(LLAMA).tar.gz
 WHEEL := $(CACHE)/portable-wheels/llama_cpp_python-$(LLAMA)
 CONVERTER := $(CACHE)/llama.cpp-$(LLAMA)
@@ -39,7 +40,7 @@ fuzz:     $(VENV)/.run ## feed damaged and hostile files to every parser: FUZZ_A
 verify-table: $(VENV)/.test ## how far every target's predictions are: SOURCE=checkpoint TOKENS=ids.npy
 	$(VENV)/bin/python -m benchmarks.verify_table --source $(SOURCE) $(if $(TOKENS),--tokens $(TOKENS))
 
-oracles:  $(VENV)/.llama $(TF4)/.oracles $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
+oracles:  $(VENV)/.llama $(VENV)/.ctranslate2 $(TF4)/.oracles $(TF4)/.ctranslate2 $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
 
 clean:    ## remove the environments and all that was made here
 	rm -rf $(VENV) $(TF4) build dist demo-out fuzz-failures *.egg-info .*_cache .hypothesis
@@ -61,6 +62,15 @@ $(VENV)/.llama: $(PINS) $(SDIST) | $(VENV)/.test
 	ls $(WHEEL)-*.whl >/dev/null 2>&1 || \
 	  CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF" $(VENV)/bin/pip wheel --no-deps -w $(CACHE)/portable-wheels $(SDIST)
 	$(INSTALL) $(WHEEL)-*.whl
+	@touch $@
+
+# It runs what is written in .venv; its converter needs transformers 4.
+$(VENV)/.ctranslate2: $(PINS) | $(VENV)/.test
+	$(INSTALL) ctranslate2
+	@touch $@
+
+$(TF4)/.ctranslate2: constraints.txt | $(TF4)/.oracles
+	$(TF4)/bin/pip install -q ctranslate2==$(CTRANSLATE2)
 	@touch $@
 
 $(SDIST): | $(VENV)/bin/pip

@@ -1,4 +1,4 @@
-"""How far bitsandbytes' and float8 folders are from the F16 folder, in float32 and in transformers.
+"""How far bitsandbytes', float8 and CTranslate2's folders are from the F16 folder, in float32 and in their programs.
 
     python -m benchmarks.folders --source CHECKPOINT --tokens tokens.npy
 
@@ -18,6 +18,8 @@ from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import compare_predictions
 
+PROGRAMS = {"bnb": "transformers", "float8": "transformers", "ctranslate2": "ctranslate2"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -28,16 +30,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         hf = run(make_plan(open_checkpoint(given.source), Recipe("hf", dtype="F16")), Path(folder) / "hf")
         reference = open_checkpoint(hf)
-        print(f"{'':35} {'float32':>10} {'transformers':>12}")
-        for recipe in (recipe for recipe in RECIPES if recipe.format in ("bnb", "float8")):
+        print(f"{'':35} {'float32':>10} {'program':>12}")
+        for recipe in (recipe for recipe in RECIPES if recipe.format in PROGRAMS):
             target = run(make_plan(reference, recipe), Path(folder) / "made", overwrite=True)
             made = open_checkpoint(target)
-            with program("transformers", target, made) as ask:
+            engine = PROGRAMS[recipe.format]
+            with program(engine, target, made) as ask:
                 logits = ask(tokens)
-            as_run = compare_predictions(reference, made, tokens, engine="transformers", logits=logits)
+            as_run = compare_predictions(reference, made, tokens, engine=engine, logits=logits)
             alone = compare_predictions(reference, made, tokens)
             means = alone.figures.mean, as_run.figures.mean
-            print(f"{recipe.format:6} {option_of(recipe):28} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
+            print(f"{recipe.format:11} {option_of(recipe):23} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
 
 
 if __name__ == "__main__":

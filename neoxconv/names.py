@@ -1,6 +1,6 @@
 """The names that the command line offers, as plain strings: `--help` must not load the tables that they belong to."""
 
-FORMATS = ("hf", "safetensors", "slim", "gguf", "bnb", "float8")
+FORMATS = ("hf", "safetensors", "slim", "gguf", "bnb", "float8", "ctranslate2")
 MIXES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
     "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
@@ -11,7 +11,10 @@ TYPES = (
 )  # fmt: skip
 BNB_TYPES = ("NF4", "FP4", "INT8")
 FLOAT8_TYPES = ("E4M3", "E5M2")
-TARGET_TYPES = (*MIXES, *BNB_TYPES, *FLOAT8_TYPES)  # of any target
+CTRANSLATE2_TYPES = (
+    "INT8", "INT8_FLOAT16", "INT8_BFLOAT16", "INT8_FLOAT32", "FLOAT16", "BFLOAT16", "FLOAT32",
+)  # fmt: skip
+TARGET_TYPES = tuple(dict.fromkeys((*MIXES, *BNB_TYPES, *FLOAT8_TYPES, *CTRANSLATE2_TYPES)))  # of any target
 SCALES = ("none", "tensor", "channel")
 DTYPES = ("F16", "BF16", "F32")
 NORMS = ("mean", "fold", "rank0")

@@ -33,6 +33,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PACKAGES = (
     "torch", "transformers", "gguf", "safetensors", "tokenizers", "sentencepiece", "llama-cpp-python", "bitsandbytes",
+    "ctranslate2",
 )  # fmt: skip
 
 Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
@@ -117,6 +118,28 @@ def causal_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
     with torch.inference_mode():
         logits = model.eval()(torch.from_numpy(np.asarray(tokens, np.int64)), use_cache=False).logits
     return np.asarray(logits.float().numpy())
+
+
+# --- CTranslate2 ----------------------------------------------------------------------------------------------------
+
+
+def ctranslate2_convert(hf_folder: Path, out: Path, quantization: str) -> Path:
+    """Write the folder `out` by ctranslate2's own converter, which needs transformers 4."""
+    require(TF4 / ".ctranslate2", "ctranslate2 beside transformers 4 (run `make oracles`)")
+    run_in_tf4("ctranslate2_convert_main", hf_folder, out, quantization)
+    return out
+
+
+def ctranslate2_convert_main(hf_folder: str, out: str, quantization: str) -> None:
+    from ctranslate2.converters import TransformersConverter
+
+    TransformersConverter(hf_folder).convert(out, quantization=quantization)
+
+
+def ctranslate2_logits(folder: Path, tokens: Tokens, compute_type: str = "default") -> Logits:
+    """Run a folder of CTranslate2's on the CPU, one sequence at a time."""
+    generator = program("ctranslate2").Generator(str(folder), device="cpu", compute_type=compute_type)
+    return np.concatenate([np.asarray(generator.forward_batch([row.tolist()])) for row in tokens])
 
 
 # --- llama.cpp ------------------------------------------------------------------------------------------------------

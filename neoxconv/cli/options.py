@@ -137,7 +137,8 @@ of_convert = _options(
         "--type",
         choices=TARGET_TYPES,
         metavar="TYPE",
-        help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
+        help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; ctranslate2: INT8, FLOAT16, ... "
+        "See `neoxconv formats`.",
     ),
     _of_gguf,
     click.option(
@@ -252,11 +253,11 @@ _of_logits = _options(
     ),
     _choice_option(
         "--engine",
-        choices=("native", "transformers", "llama.cpp"),
+        choices=("native", "transformers", "llama.cpp", "ctranslate2"),
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits, and --text: what runs TARGET: native, transformers or llama.cpp.",
+        help="logits, and --text: what runs TARGET: native, transformers, llama.cpp or ctranslate2.",
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),

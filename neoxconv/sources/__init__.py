@@ -11,9 +11,11 @@ from neoxconv.arch import ARCHITECTURES
 from neoxconv.core.model import Index
 from neoxconv.errors import CheckpointError
 from neoxconv.formats import deepspeed, hf, safetensors
+from neoxconv.formats.ctranslate2.read import MODEL, is_model
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.neox import folder as neox
-from neoxconv.storage import Place
+from neoxconv.sources import ctranslate2
+from neoxconv.storage import Place, open_storage
 
 Read = Callable[[Place, Sequence[Path]], Index]  # of the place that was found, and the YAML files that were given
 _DROPPED = tuple(pattern for architecture in ARCHITECTURES for pattern in architecture.dropped)
@@ -84,6 +86,14 @@ def hf_folder(path: Place) -> Place | None:
     return path if hf.has_weights(path) else None
 
 
+def ctranslate2_folder(path: Place) -> Place | None:
+    """The folder, where its model.bin begins as CTranslate2's do."""
+    if not (path / MODEL).is_file():
+        return None
+    file = open_storage(path / MODEL)
+    return path if is_model(file.text(0, min(9, file.size))) else None
+
+
 def gguf_file(folder: Place) -> Place | None:
     """The only GGUF file of a folder, or the first part of the model that is there in parts."""
     files: list[Place] = sorted(folder.glob("*.gguf"), key=str)
@@ -132,6 +142,15 @@ SOURCES: dict[str, Source] = {
             of_file=part_of_deepspeed,
             of_folder=deepspeed_folder,
             read=lambda path, config: deepspeed.index(path),
+        ),
+        Source(
+            name="ctranslate2",
+            title="CTranslate2 folder",
+            naming="unified",
+            family="model_type",
+            of_file=lambda path, start: path.parent if path.name == MODEL and is_model(start) else None,
+            of_folder=ctranslate2_folder,
+            read=lambda path, config: ctranslate2.index(path),
         ),
         Source(
             name="gguf",

@@ -13,6 +13,7 @@ from neoxconv.formats.tokenizer.files import JSON, MERGES, SENTENCEPIECE, SETTIN
 from neoxconv.storage import Place, is_file, without_dots
 
 _USUAL = (JSON, "20B_tokenizer.json")
+_WITH_FILES = ("hf", "ctranslate2")  # formats whose folders hold a tokenizer's files as Hugging Face's do
 _KINDS = ("HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer")  # gpt-neox's tokenizer_type, of those whose files we know
 
 
@@ -22,7 +23,7 @@ def tokenizer_of(checkpoint: Checkpoint, explicit: Path | None = None) -> Tokeni
     Raises CheckpointError where `explicit` holds none, where two candidates differ, or where a file cannot be read.
     """
     index = checkpoint.index
-    folder = explicit or (index.folder if index.format == "hf" else None)
+    folder = explicit or (index.folder if index.format in _WITH_FILES else None)
     if folder and folder.is_dir() and (found := load_folder(folder)):
         return found
     if "tokenizer.ggml.tokens" in index.settings and not explicit:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.targets import bnb, float8, gguf, hf, slim
+from neoxconv.targets import bnb, ctranslate2, float8, gguf, hf, slim
 from neoxconv.targets.recipe import Recipe
 
 
@@ -85,6 +85,14 @@ TARGETS: dict[str, Target] = {
             entries=float8.float8_entries,
             recipes=float8.RECIPES,
             options=("type", "shard_size", "scale", "calibration"),
+        ),
+        Target(
+            name="ctranslate2",
+            single=False,
+            make=ctranslate2.to_ctranslate2,
+            entries=ctranslate2.ctranslate2_entries,
+            recipes=ctranslate2.RECIPES,
+            options=("type",),
         ),
     )
 }

@@ -12,12 +12,14 @@ from typing import Any
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError
+from neoxconv.formats.ctranslate2.read import VOCABULARY, read_config, read_vocabulary
 from neoxconv.formats.json_text import object_in
 from neoxconv.formats.tokenizer import Tokenizer, gguf_keys
 from neoxconv.formats.tokenizer.byte_level import merge
 from neoxconv.formats.tokenizer.files import KINDS, SETTINGS, TEMPLATE
 from neoxconv.formats.tokenizer.gguf import PREFIX, SPLITTERS
 from neoxconv.targets.carried import GENERATION, Carried, carried
+from neoxconv.targets.ctranslate2 import special_tokens, vocabulary_of
 from neoxconv.verify.report import Finding, Report
 
 _Facts = Mapping[str, Any]
@@ -42,6 +44,8 @@ def verify_beside(source: Checkpoint, target: Checkpoint) -> Report | None:
             missing = Finding(str(target.index.where), "the tokenizer is missing, and the source has one")
             return Report("tokenizer", "no tokenizer", (missing,))
         wanted, found = _folder_facts(ours, target), _folder_facts(theirs, target)
+        if target.index.format == "ctranslate2" and ours.tokenizer:
+            wanted, found = wanted | _ctranslate2_facts(ours, ours.tokenizer, source), found | _ctranslate2_says(target)
     findings = tuple(Finding(str(target.index.where), what) for what in differences(wanted, found))
     return Report("tokenizer", f"{len(wanted)} facts of tokenizer and settings", findings) if wanted else None
 
@@ -124,6 +128,17 @@ def _folder_facts(side: Carried, target: Checkpoint) -> dict[str, Any]:
     facts |= _settings_facts(side.tokenizer) if side.tokenizer and SETTINGS in side.tokenizer.beside else {}
     generation = object_in(side.generation) if side.generation else {}
     return facts | {f"{GENERATION}'s {name}": value for name, value in generation.items() if name not in _BY_THE_WAY}
+
+
+def _ctranslate2_facts(ours: Carried, tokenizer: Tokenizer, source: Checkpoint) -> dict[str, Any]:
+    """The texts of all tokens, and the special ones, as they would be written of the source."""
+    texts = vocabulary_of(tokenizer, source.config.rows)
+    return {VOCABULARY: texts, **special_tokens(ours, tokenizer, texts)}
+
+
+def _ctranslate2_says(target: Checkpoint) -> dict[str, Any]:
+    """The same as the target has them."""
+    return {**read_config(target.index.folder), VOCABULARY: read_vocabulary(target.index.folder)}
 
 
 def _tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:

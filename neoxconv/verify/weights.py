@@ -34,7 +34,7 @@ _Progress = Callable[[int], None]
 _CHOSEN_SLAB = 4 << 20  # bytes of float32: the more rows, the more use is made of moments that were read
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
 # What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
-# of a window (llama.cpp has none).
+# of a window (llama.cpp has none). CTranslate2 is given models whose window is no shorter than their context.
 _COMPARED = (
     "layers",
     "hidden",
@@ -53,7 +53,7 @@ _COMPARED = (
     "window",
 )
 _SIZES = ("layers", "hidden", "ff", "rows")
-_UNSAID = {"gguf": ("activation", "tied", "window")}
+_UNSAID = {"gguf": ("activation", "tied", "window"), "ctranslate2": ("window",)}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from tests.toy import toy
 
 def test_the_names_that_the_command_line_offers_are_those_of_the_tables() -> None:
     assert tuple(TARGETS) == names.FORMATS
-    assert tuple(kind for target in TARGETS.values() for kind in target.types) == names.TARGET_TYPES
+    types = (kind for target in TARGETS.values() for kind in target.types)
+    assert tuple(dict.fromkeys(types)) == names.TARGET_TYPES
     assert TARGETS["gguf"].types == names.MIXES
     assert TARGETS["bnb"].types == names.BNB_TYPES
     assert TARGETS["float8"].types == names.FLOAT8_TYPES
+    assert TARGETS["ctranslate2"].types == names.CTRANSLATE2_TYPES
     assert {recipe.scale for recipe in TARGETS["float8"].recipes} == set(names.SCALES) == set(SCALES)
     assert TARGETS["hf"].dtypes == TARGETS["safetensors"].dtypes == names.DTYPES
     assert set(names.TYPES) <= set(ENCODINGS)

@@ -17,7 +17,7 @@ from neoxconv.core.model import Architecture, Index
 from neoxconv.core.table import Buffer, ModelConfig, Weight
 
 
-def _qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
+def qkv_apart(config: ModelConfig) -> npt.NDArray[np.int64]:
     """Rows of query, key and value per head (NeoX, Hugging Face) as all queries, all keys, all values (GGUF)."""
     rows = np.arange(3 * config.hidden).reshape(config.heads, 3, config.head_size)
     return rows.transpose(1, 0, 2).reshape(-1)
@@ -42,10 +42,10 @@ WEIGHTS = (
                     NORM1 + ".bias", B + "attn_norm.bias", role="norm", shape=("hidden",)),
     Weight("layer", (QKV + "weight", "attention.qkv.weight"),                                column_parallel,
                     L + QKV + "weight", B + "attn_qkv.weight",
-                    role="qkv", shape=("qkv", "hidden"), gguf_order=_qkv_apart, norm=NORM1),
+                    role="qkv", shape=("qkv", "hidden"), gguf_order=qkv_apart, norm=NORM1),
     Weight("layer", (QKV + "bias", "attention.qkv.bias"),                                    column_parallel,
                     L + QKV + "bias", B + "attn_qkv.bias",
-                    role="bias", shape=("qkv",), gguf_order=_qkv_apart, norm=NORM1),
+                    role="bias", shape=("qkv",), gguf_order=qkv_apart, norm=NORM1),
     Weight("layer", (DENSE + "weight", "attention.proj.weight"),                             row_parallel,
                     L + DENSE + "weight", B + "attn_output.weight", role="attn_out", shape=("hidden", "hidden")),
     Weight("layer", (DENSE + "bias", "attention.proj.bias"),                                 row_bias,

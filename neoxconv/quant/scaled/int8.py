@@ -34,8 +34,11 @@ def encode(rows: Floats, sizes: Floats, native: DType) -> Array:
     """Rows [n, columns] as codes, with the largest |w| of each."""
     from neoxconv.quant.scaled.kernels import whole_steps
 
-    codes = np.empty(rows.shape, np.int8)
-    whole_steps(np.ascontiguousarray(rows, np.float32), sizes, codes)
+    codes, factors = np.empty(rows.shape, np.int8), np.zeros_like(sizes)  # rows of zeros are zeros
+    with np.errstate(over="ignore"):
+        np.divide(np.float32(1), sizes, out=factors, where=sizes > 0)  # torch: 127 / x is (1 / x) * 127
+        factors *= np.float32(_LEVELS)
+    whole_steps(np.ascontiguousarray(rows, np.float32), factors, codes)
     return codes
 
 

@@ -78,13 +78,12 @@ def fit_sizes(blocks: Floats, matters: Floats, table: Floats, tried: Floats, siz
 
 
 @kernel
-def whole_steps(rows: Floats, sizes: Floats, codes: npt.NDArray[np.int8]) -> None:
-    """Rows [n, k] in steps of a 127th of their sizes [n], rounded to nearest, ties to even; rows of zeros are zeros."""
+def whole_steps(rows: Floats, factors: Floats, codes: npt.NDArray[np.int8]) -> None:
+    """Rows [n, k] times the factor [n] of each, rounded to nearest, ties to even."""
     for r in range(rows.shape[0]):
-        inverse = f32(ONE / sizes[r]) * f32(127) if sizes[r] > ZERO else ZERO  # torch: 127 / x is (1 / x) * 127
-        row, out = rows[r], codes[r]
+        row, out, factor = rows[r], codes[r], factors[r]
         for i in range(row.size):
-            out[i] = np.int8(i32(f32(f32(row[i] * inverse) + ROUNDER) - ROUNDER))
+            out[i] = np.int8(i32(f32(f32(row[i] * factor) + ROUNDER) - ROUNDER))
 
 
 @kernel

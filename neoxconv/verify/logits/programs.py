@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import queue
 import signal
@@ -153,9 +154,21 @@ def one_sequence(llama: ModuleType, model: Any, tokens: Numbers) -> _Words:
         llama.llama_free(context)
 
 
+def ctranslate2(folder: Path) -> Run:
+    """A folder of CTranslate2's on the CPU, in float32 whatever its weights are stored in.
+
+    Left to itself it would multiply 8 bits by 8 bits, which a processor without VNNI saturates: docs/verification.md.
+    """
+    library = needed("ctranslate2", "ctranslate2")
+    library.set_log_level(logging.ERROR)
+    model = library.Generator(str(folder), device="cpu", compute_type="float32", intra_threads=os.cpu_count() or 1)
+    return lambda tokens: np.asarray(model.forward_batch([tokens.tolist()]))[0]
+
+
 PROGRAMS = {
     "transformers": _Program("hf", "Hugging Face folders", transformers, transformers_words),
     "llama.cpp": _Program("gguf", "GGUF files", llama_cpp, llama_cpp_words),
+    "ctranslate2": _Program("ctranslate2", "CTranslate2 folders", ctranslate2, transformers_words),
 }
 
 

@@ -1,0 +1,118 @@
+"""The CTranslate2 target: a folder that ctranslate2.Generator loads, its matrices in 8 bits or in plain numbers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from neoxconv.arch import ctranslate2 as words
+from neoxconv.arch.joins import stacked
+from neoxconv.core.encoding import Encoding, Scaled
+from neoxconv.core.layout import Content, Entry
+from neoxconv.core.model import Checkpoint
+from neoxconv.core.table import ModelConfig
+from neoxconv.core.tensor import LazyTensor, alike, reordered
+from neoxconv.errors import PlanError
+from neoxconv.formats.ctranslate2 import write
+from neoxconv.formats.ctranslate2.read import CONFIG, VOCABULARY
+from neoxconv.formats.json_text import as_json
+from neoxconv.formats.tokenizer import END, Tokenizer, hf_files
+from neoxconv.names import CTRANSLATE2_TYPES
+from neoxconv.quant import SCALED, decoded
+from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
+from neoxconv.targets.hf import kept
+from neoxconv.targets.recipe import Recipe
+
+_DEFAULT = "INT8"
+RECIPES = tuple(Recipe("ctranslate2", type=kind) for kind in CTRANSLATE2_TYPES)  # all that `formats` lists
+# What is not in 8 bits is kept as the source has it, or in the type that a type's name ends with.
+_PLAIN = {"FLOAT16": "F16", "BFLOAT16": "BF16", "FLOAT32": "F32"}
+_EIGHT_BITS = "INT8"
+
+
+def to_ctranslate2(checkpoint: Checkpoint, recipe: Recipe) -> Content:
+    """The folder, its tensors equal to those that ctranslate2's own converter makes of the Hugging Face conversion."""
+    entries = ctranslate2_entries(checkpoint, recipe)
+    config, family = _sayable(checkpoint), checkpoint.architecture.name
+    beside = carried(checkpoint, recipe.tokenizer)
+    if beside.tokenizer is None or not beside.tokenizer.ids:
+        raise PlanError(
+            f"{checkpoint.index.where}: CTranslate2 needs the texts of all tokens, and no tokenizer that tells them "
+            "was found near it; give its tokenizer.json with --tokenizer FILE."
+        )
+    tied = {words.HEAD: words.EMBEDDING} if config.tied else {}
+    texts = vocabulary_of(beside.tokenizer, config.rows)
+    told = {
+        **special_tokens(beside, beside.tokenizer, texts),
+        words.EPSILON_KEY: words.epsilon_setting(config),
+        words.CONTEXT_KEY: config.context,  # CTranslate2 does not know of it
+        "multi_query_attention": True,  # of all models, as its converter has it
+    }
+    sidecars = {
+        CONFIG: as_json(dict(sorted(told.items()))),
+        VOCABULARY: json.dumps(texts, indent=2).encode(),
+        **hf_files(beside.tokenizer, config.context),
+        **({GENERATION: beside.generation} if beside.generation else {}),
+    }
+    file = write.layout(entries, words.scalars_of(family, config), tied)
+    return Content((file,), sidecars, beside.notes, tokenizer_facts(checkpoint, beside.tokenizer))
+
+
+def ctranslate2_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
+    """Every tensor under CTranslate2's name, in its order of rows. Raises PlanError for what it cannot say."""
+    kind, config = recipe.type or _DEFAULT, _sayable(checkpoint)
+    if kind not in CTRANSLATE2_TYPES:
+        raise PlanError(f"ctranslate2 has {', '.join(CTRANSLATE2_TYPES)}; found {kind}.")
+    rows = words.rows_of(checkpoint.architecture.name, config)
+    present = [row for row in rows if all(part in checkpoint.tensors for part in row.parts)]
+    tensors = [(row, _as_stored(row, checkpoint)) for row in present]
+    return [Entry(row.name, row.parts[0], tensor, _encoding(kind, row, tensor)) for row, tensor in tensors]
+
+
+def _sayable(checkpoint: Checkpoint) -> ModelConfig:
+    """The hyperparameters as CTranslate2 has them. Raises PlanError where it cannot run the model."""
+    architecture = checkpoint.architecture
+    config = architecture.sayable(checkpoint.config)
+    if problem := words.unsayable(architecture.name, config):
+        raise PlanError(f"{checkpoint.index.where}: --to ctranslate2: {problem}. Give another target.")
+    return config
+
+
+def _as_stored(row: words.Row, checkpoint: Checkpoint) -> LazyTensor:
+    """A tensor of the file: its weights one below the other, in its order of rows."""
+    parts = [checkpoint.tensors[part] for part in row.parts]
+    if len(parts) > 1:
+        parts = alike([decoded(part) for part in parts])
+    tensor = parts[0] if len(parts) == 1 else stacked(parts, checkpoint.config)
+    return reordered(tensor, row.order(checkpoint.config)) if row.order else tensor
+
+
+def _encoding(kind: str, row: words.Row, tensor: LazyTensor) -> Encoding | Scaled:
+    """How a tensor is stored: matrices and the embedding in 8 bits where the type says so, positions never."""
+    if kind.startswith(_EIGHT_BITS) and row.name.endswith("/weight"):
+        return SCALED["CT2_INT8"]
+    return kept(tensor, _PLAIN.get(kind.removeprefix(_EIGHT_BITS).removeprefix("_")))
+
+
+def vocabulary_of(tokenizer: Tokenizer, rows: int) -> list[str]:
+    """The texts of so many ids; for those without one, names that no other has, as its converter makes them."""
+    texts = {number: text for text, number in tokenizer.ids.items()}
+    unused: Iterator[str] = (name for i in itertools.count() if (name := f"<extra_id_{i}>") not in tokenizer.ids)
+    return [texts[number] if number in texts else next(unused) for number in range(rows)]
+
+
+def special_tokens(beside: Carried, tokenizer: Tokenizer, texts: list[str]) -> dict[str, str]:
+    """The texts of the special tokens in config.json; empty where there is none, as null would be an error."""
+    unknown = tokenizer.special("unk")
+    if unknown is None:  # what transformers' classes for GPT-2 and GPT-NeoX take
+        unknown = tokenizer.ids.get(END)
+    ids = {"bos": beside.ids.get("bos_token_id"), "eos": beside.ids.get("eos_token_id"), "unk": unknown}
+    return {f"{kind}_token": _text_of(found, texts) for kind, found in ids.items()}
+
+
+def _text_of(found: Any, texts: list[str]) -> str:
+    """The text of a token's id, of several the first; empty where there is none."""
+    number = found[0] if isinstance(found, list) and found else found
+    return texts[number] if type(number) is int and 0 <= number < len(texts) else ""
