@@ -60,9 +60,11 @@ def one_bit(data: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", [*("Q8_0", "Q4_0", "Q4_K", "Q6_K", "Q2_K", "Q3_K"), *SCALED])
-def test_a_code_that_was_damaged_stops_the_run(kind: str, source: Path, tmp_path: Path) -> None:
+def test_a_code_that_was_damaged_stops_the_run(
+    kind: str, recipes: dict[str, Recipe], source: Path, tmp_path: Path
+) -> None:
     encoding: Encoding | Scaled = ENCODINGS[kind] if kind in ENCODINGS else SCALED[kind]
-    plan, target = plan_of(recipe_with(kind), source), tmp_path / "x"
+    plan, target = plan_of(recipes[kind], source), tmp_path / "x"
     with damaged(encoding, one_bit), pytest.raises(VerifyError, match=rf"weight: \d+ of \d+ weights .* as {kind}"):
         run(plan, target, verify=True, jobs=1)
     assert not target.exists()
@@ -70,14 +72,13 @@ def test_a_code_that_was_damaged_stops_the_run(kind: str, source: Path, tmp_path
     assert run(plan, target, verify=True, jobs=1).exists()
 
 
-def recipe_with(kind: str) -> Recipe:
-    """A recipe that makes matrices of this type."""
-    if kind in ENCODINGS:
-        return Recipe("gguf", tensor_type=((".", kind),))
-    name, _, how = kind.partition("_")
-    if name.startswith("E"):
-        return Recipe("float8", type=name, scale=how.lower())
-    return Recipe("bnb", type=name, double_quant=how == "DQ")
+@pytest.fixture(scope="module")
+def recipes(source: Path) -> dict[str, Recipe]:
+    """For each encoding that a target has, a recipe that makes matrices of it."""
+    checkpoint = open_checkpoint(source)
+    made = [(recipe, make_plan(checkpoint, recipe).encodings) for recipe in RECIPES if recipe.format != "gguf"]
+    blocks = {kind: Recipe("gguf", tensor_type=((".", kind),)) for kind in ENCODINGS}
+    return blocks | {kind: recipe for recipe, kinds in made for kind in kinds}
 
 
 def plan_of(recipe: Recipe, source: Path) -> Any:

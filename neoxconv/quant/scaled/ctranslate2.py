@@ -18,7 +18,7 @@ from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F32, I8, Array, DType, Floats
 from neoxconv.quant.scaled import int8
-from neoxconv.quant.scaled.groups import RowGroups
+from neoxconv.quant.scaled.groups import RowGroups, largest
 
 _LEVELS = np.float32(127)
 _LEAST = _LEVELS / np.finfo(np.float32).max  # of a row's largest weight, whose scale is finite
@@ -35,7 +35,7 @@ def factors(sizes: Floats) -> Floats:
     return np.asarray(_LEVELS / np.maximum(np.where(sizes == 0, _LEVELS, sizes), _LEAST), np.float32)
 
 
-def encode(rows: Floats, sizes: Floats) -> Array:
+def encode(rows: Floats, sizes: Floats, native: DType) -> Array:
     """Rows [n, columns] as codes, with the largest |w| of each."""
     from neoxconv.quant.scaled.kernels import whole_steps
 
@@ -65,7 +65,7 @@ def decode(stored: Mapping[str, LazyTensor], shape: tuple[int, ...]) -> Read:
     return read
 
 
-def scales(sizes: Floats) -> Scales:
+def scales(sizes: Floats, native: DType) -> Scales:
     """A code of 127 stands for the largest weight, as far as its scale is rounded."""
     read = _LEVELS / factors(sizes)
     return Scales(read, np.asarray(np.where(sizes == 0, 0, read), np.float32), np.zeros_like(sizes))
@@ -75,6 +75,7 @@ CT2_INT8 = Scaled(
     name="CT2_INT8",
     dtype=DType("CT2_INT8", 1, 1, np.dtype("<f4")),
     groups=RowGroups(),
+    measure=largest,
     parts=parts,
     encode=encode,
     finish=finish,
@@ -84,4 +85,5 @@ CT2_INT8 = Scaled(
     table=int8.INT8.table,
     pack=int8.INT8.pack,
     bound=Bound(0.5 / float(_LEVELS), "row's largest"),
+    rowwise=True,
 )
