@@ -5,9 +5,9 @@
 The simple blocks' bytes are ggml's. Of super-blocks the errors' ratios are printed, ours over ggml's: with each
 weight's error weighted as ggml's encoder does without an importance matrix / plain, on normal, Laplace and Student (3)
 weights and, where one is given, on all of a trained checkpoint's. Then the same with an importance matrix, by it.
-Both encode the same rows in turns, so that a busy machine slows both; the medians' ratio is what to compare between
-machines. ggml comes with llama-cpp-python (`make oracles`, or pip install llama-cpp-python); without it only our own
-speed is printed.
+Both encode the same rows in turns, and processor time is measured, so that a busy machine slows both alike; the
+medians' ratio is what to compare between machines. ggml comes with llama-cpp-python (`make oracles`, or pip install
+llama-cpp-python); without it only our own speed is printed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ SHAPE = (341, 6144)  # a slab of 8 MiB
 
 
 def seconds(task: Callable[[], object]) -> float:
-    """Return the wall time of one call."""
-    start = time.perf_counter()
+    """Return the processor time of one call."""
+    start = time.process_time()
     task()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def in_turns(tasks: Sequence[Callable[[], object]]) -> list[float]:

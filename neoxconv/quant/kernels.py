@@ -25,7 +25,7 @@ from neoxconv.quant.kernel_cache import folder_for
 F = TypeVar("F", bound=Callable[..., object])
 _Halves = npt.NDArray[np.uint16]
 
-f32, i32, u32, u16, u8 = np.float32, np.int32, np.uint32, np.uint16, np.uint8
+f32, i32, u64, u32, u16, u8 = np.float32, np.int32, np.uint64, np.uint32, np.uint16, np.uint8
 ZERO, ONE, HALF, INFINITY, NAN = f32(0), f32(1), f32(0.5), f32(np.inf), f32(np.nan)
 BELOW_HALF = f32(0.49999997)  # with 0.5 itself, 0.49999997 would round up to 1
 _STEP_16 = f32(2.0**-14)  # the smallest normal float16

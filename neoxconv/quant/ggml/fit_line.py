@@ -37,21 +37,19 @@ def _keep_line(s: Floats) -> None:
         a, b, q, qq, e, eq, ee = s[at.A, i], s[at.B, i], s[at.Q, i], s[at.QQ, i], s[at.E, i], s[at.EQ, i], s[at.EE, i]
         spread = s[at.SUM, i] * qq - q * q
         fits = (spread > ZERO) & (a > ZERO)
-        inverse = ONE / spread if fits else ZERO
+        inverse = at.pick(fits, ONE / spread, ZERO)
         slope = (s[at.SUM, i] * eq - q * e) * inverse  # e is about slope * q + offset
         offset = (qq * e - q * eq) * inverse
         positive = offset > b
-        slope = (eq - b * q) / qq if positive & (qq > ZERO) else slope
-        offset = b if positive else offset
+        slope = at.pick(positive & (qq > ZERO), (eq - b * q) / qq, slope)
+        offset = at.pick(positive, b, offset)
         error = ee - at.TWO * (slope * eq + offset * e)
         error += slope * slope * qq + at.TWO * slope * offset * q + offset * offset * s[at.SUM, i]
-        unit = ONE / a if fits else ZERO
-        error = error * unit * unit
-        better = (error < s[at.ERROR, i]) & fits
-        s[at.ERROR, i] = error if better else s[at.ERROR, i]
-        s[at.SCALE, i] = (ONE + slope) * unit if better else s[at.SCALE, i]
-        s[at.LEAST, i] = (b - offset) * unit if better else s[at.LEAST, i]
-        at.keep(s, i, better)
+        unit = at.pick(fits, ONE / a, ZERO)
+        s[at.ERROR, i] = at.pick(fits, error * unit * unit, at.INFINITY)
+        s[at.SCALE, i] = (ONE + slope) * unit
+        s[at.LEAST, i] = (b - offset) * unit
+    at.keep(s, at.ERROR, at.BEST_ERROR)
 
 
 @kernel
@@ -66,18 +64,18 @@ def _search_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32, grid:
             s[at.SUM, i] += w[j, i]
     for i in range(at.LANES):
         s[at.SPAN, i] = s[at.SPAN, i] - s[at.LOW, i]
-        s[at.SCALE, i] = s[at.SPAN, i] / top
-        s[at.LEAST, i] = -s[at.LOW, i]
+        s[at.BEST_SCALE, i] = s[at.SPAN, i] / top
+        s[at.BEST_LEAST, i] = -s[at.LOW, i]
     at.forget(s)
     for k in range(grid.size):
         for i in range(at.LANES):
-            s[at.A, i] = grid[k] / s[at.SPAN, i] if s[at.SPAN, i] > at.TINY else ZERO
+            s[at.A, i] = at.pick(s[at.SPAN, i] > at.TINY, grid[k] / s[at.SPAN, i], ZERO)
             s[at.B, i] = -s[at.LOW, i] * s[at.A, i]
         _sum_line(x, w, s, n, top)
         _keep_line(s)
     for i in range(at.LANES):
-        s[at.A, i] = ONE / s[at.SCALE, i] if s[at.SCALE, i] > at.TINY else ZERO
-        s[at.B, i] = s[at.LEAST, i] * s[at.A, i]
+        s[at.A, i] = at.pick(s[at.BEST_SCALE, i] > at.TINY, ONE / s[at.BEST_SCALE, i], ZERO)
+        s[at.B, i] = s[at.BEST_LEAST, i] * s[at.A, i]
     _sum_line(x, w, s, n, top)
     _keep_line(s)
 
@@ -98,45 +96,49 @@ def _round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> Non
     For each of the two integers nearest to a minimum the scale is fitted anew, as its error is known for the best
     codes; so too for steps with a little less than `levels` (`trims`) to the largest: a super-block's least error wins.
     """
+    for group in range(0, at.LANES, subs):
+        s[at.SPAN, group] = largest(s, at.BEST_SCALE, group, subs)
+        s[at.LOW, group] = largest(s, at.BEST_LEAST, group, subs)
     for i in range(at.LANES):
-        s[at.BEST_TOTAL, i] = at.INFINITY
+        a, qq = s[at.BEST_A, i], s[at.BEST_QQ, i]
+        s[at.UNIT, i] = at.pick(a > ZERO, ONE / a, ZERO)
+        s[at.PER_QQ, i] = at.pick(qq > ZERO, ONE / qq, ZERO)
     for t in range(len(trims)):
         for group in range(0, at.LANES, subs):
-            step = at.rounded_to_half(f32(largest(s, at.SCALE, group, subs) / (levels - trims[t, 0])))
-            floor = at.rounded_to_half(f32(largest(s, at.LEAST, group, subs) / (levels - trims[t, 1])))
+            step = at.rounded_to_half(f32(s[at.SPAN, group] / (levels - trims[t, 0])))
+            floor = at.rounded_to_half(f32(s[at.LOW, group] / (levels - trims[t, 1])))
             for i in range(group, group + subs):
-                s[at.STEP, i], s[at.FLOOR, i] = step, floor
+                s[at.TRY_STEP, i], s[at.TRY_FLOOR, i] = step, floor
         _round_minima(s, levels)
-        at.choose_total(s, subs, t == 0)
+        at.keep_total(s, subs, t == 0)
 
 
 @kernel
 def _round_minima(s: Floats, levels: np.float32) -> None:
     """The better of the two integers nearest to each minimum, with the scale that goes with it."""
     for i in range(at.LANES):
-        per_step = ONE / s[at.STEP, i] if s[at.STEP, i] > ZERO else ZERO
-        per_floor = ONE / s[at.FLOOR, i] if s[at.FLOOR, i] > ZERO else ZERO
-        a, b, qq = s[at.BEST_A, i], s[at.BEST_B, i], s[at.BEST_QQ, i]
+        step, floor = s[at.TRY_STEP, i], s[at.TRY_FLOOR, i]
+        per_step = at.pick(step > ZERO, ONE / step, ZERO)
+        per_floor = at.pick(floor > ZERO, ONE / floor, ZERO)
+        a, b, unit, per_qq = s[at.BEST_A, i], s[at.BEST_B, i], s[at.UNIT, i], s[at.PER_QQ, i]
         known = a > ZERO
-        unit = ONE / a if known else ZERO
-        per_qq = ONE / qq if qq > ZERO else ZERO
-        wanted = s[at.LEAST, i] * per_floor
+        wanted = s[at.BEST_LEAST, i] * per_floor
         near = (wanted + at.MAGIC) - at.MAGIC
-        other = near + (ONE if wanted > near else -ONE)
+        other = near + at.pick(wanted > near, ONE, -ONE)
         near, other = min(max(near, ZERO), levels), min(max(other, ZERO), levels)
-        for_near, for_other = b - near * s[at.FLOOR, i] * a, b - other * s[at.FLOOR, i] * a
+        for_near, for_other = b - near * floor * a, b - other * floor * a
         slope = (s[at.BEST_EQ, i] - for_near * s[at.BEST_Q, i]) * per_qq
-        scale = (ONE + slope) * unit if known else s[at.SCALE, i]
+        scale = at.pick(known, (ONE + slope) * unit, s[at.BEST_SCALE, i])
         scale_near = at.nearest(scale * per_step, ZERO, levels)
-        error_near = _line_error(s, i, scale_near * s[at.STEP, i] * a - ONE, for_near) * unit * unit
+        error_near = _line_error(s, i, scale_near * step * a - ONE, for_near) * unit * unit
         slope = (s[at.BEST_EQ, i] - for_other * s[at.BEST_Q, i]) * per_qq
-        scale = (ONE + slope) * unit if known else s[at.SCALE, i]
+        scale = at.pick(known, (ONE + slope) * unit, s[at.BEST_SCALE, i])
         scale_other = at.nearest(scale * per_step, ZERO, levels)
-        error_other = _line_error(s, i, scale_other * s[at.STEP, i] * a - ONE, for_other) * unit * unit
+        error_other = _line_error(s, i, scale_other * step * a - ONE, for_other) * unit * unit
         better = error_other < error_near
-        s[at.TRY_LEAST, i] = other if better else near
-        s[at.TRY_SCALE, i] = scale_other if better else scale_near
-        s[at.TRY_ERROR, i] = error_other if better else error_near
+        s[at.TRY_LEAST, i] = at.pick(better, other, near)
+        s[at.TRY_SCALE, i] = at.pick(better, scale_other, scale_near)
+        s[at.TRY_ERROR, i] = at.pick(better, error_other, error_near)
 
 
 @kernel
@@ -154,7 +156,7 @@ def _line_codes(x: Floats, s: Floats, n: int, top: np.float32) -> None:
     """Replace the weights by their codes."""
     for i in range(at.LANES):
         scale = s[at.PICK_SCALE, i] * s[at.PICK_STEP, i]
-        s[at.A, i] = ONE / scale if scale > ZERO else ZERO
+        s[at.A, i] = at.pick(scale > ZERO, ONE / scale, ZERO)
         offset = s[at.PICK_LEAST, i] * s[at.PICK_FLOOR, i] * s[at.A, i]
         s[at.B, i] = offset if offset < at.INFINITY else ZERO
     for j in range(n):

@@ -80,13 +80,11 @@ def _keep_scale(s: Floats) -> None:
     for i in range(at.LANES):
         a, qq, eq, ee = s[at.A, i], s[at.QQ, i], s[at.EQ, i], s[at.EE, i]
         fits = (qq > ZERO) & (a != ZERO)
-        slope = eq / qq if fits else ZERO
-        unit = ONE / a if fits else ZERO
-        error = (ee - slope * eq) * unit * unit
-        better = (error < s[at.ERROR, i]) & fits
-        s[at.ERROR, i] = error if better else s[at.ERROR, i]
-        s[at.SCALE, i] = (ONE + slope) * unit if better else s[at.SCALE, i]
-        at.keep(s, i, better)
+        slope = at.pick(fits, eq / qq, ZERO)
+        unit = at.pick(fits, ONE / a, ZERO)
+        s[at.ERROR, i] = at.pick(fits, (ee - slope * eq) * unit * unit, at.INFINITY)
+        s[at.SCALE, i] = (ONE + slope) * unit
+    at.keep(s, at.ERROR, at.BEST_ERROR)
 
 
 @kernel
@@ -105,18 +103,19 @@ def _search_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes, grid: 
     low = f32(codes[0])
     for i in range(at.LANES):
         s[at.SPAN, i] = ZERO
-    for j in range(n):
+    for j in range(0, n, 2):
         for i in range(at.LANES):
-            s[at.SPAN, i] = x[j, i] if abs(x[j, i]) > abs(s[at.SPAN, i]) else s[at.SPAN, i]
+            size = at.pick(abs(x[j, i]) > abs(s[at.SPAN, i]), x[j, i], s[at.SPAN, i])
+            s[at.SPAN, i] = at.pick(abs(x[j + 1, i]) > abs(size), x[j + 1, i], size)
     for i in range(at.LANES):
-        s[at.SCALE, i] = s[at.SPAN, i] / low
+        s[at.BEST_SCALE, i] = s[at.SPAN, i] / low
     at.forget(s)
     for k in range(grid.size):
         for i in range(at.LANES):
-            s[at.A, i] = grid[k] / s[at.SPAN, i] if abs(s[at.SPAN, i]) > at.TINY else ZERO
+            s[at.A, i] = at.pick(abs(s[at.SPAN, i]) > at.TINY, grid[k] / s[at.SPAN, i], ZERO)
         _try_scale(x, w, s, n, codes)
     for i in range(at.LANES):
-        s[at.A, i] = ONE / s[at.SCALE, i] if abs(s[at.SCALE, i]) > at.TINY else ZERO
+        s[at.A, i] = at.pick(abs(s[at.BEST_SCALE, i]) > at.TINY, ONE / s[at.BEST_SCALE, i], ZERO)
     _try_scale(x, w, s, n, codes)
 
 
@@ -126,27 +125,29 @@ def _round_scales(s: Floats, subs: int, levels: np.float32, trims: Floats) -> No
 
     A super-block of a single block has its scale for a step. `trims` as in `round_lines`.
     """
+    for group in range(0, at.LANES, subs):
+        extreme = ZERO
+        for i in range(group, group + subs):
+            extreme = at.pick(abs(s[at.BEST_SCALE, i]) > abs(extreme), s[at.BEST_SCALE, i], extreme)
+        s[at.SPAN, group] = extreme
     for i in range(at.LANES):
-        s[at.BEST_TOTAL, i] = at.INFINITY
+        s[at.UNIT, i] = at.pick(s[at.BEST_A, i] != ZERO, ONE / s[at.BEST_A, i], ZERO)
     for t in range(len(trims)):
         for group in range(0, at.LANES, subs):
-            extreme = ZERO
-            for i in range(group, group + subs):
-                extreme = s[at.SCALE, i] if abs(s[at.SCALE, i]) > abs(extreme) else extreme
+            extreme = s[at.SPAN, group]
             step = f32(extreme / (trims[t, 0] - levels)) if subs > 1 else extreme
             half = at.rounded_to_half(f32(abs(step)))
             for i in range(group, group + subs):
-                s[at.STEP, i] = -half if step < ZERO else half
+                s[at.TRY_STEP, i] = -half if step < ZERO else half
         for i in range(at.LANES):
-            per_step = ONE / s[at.STEP, i] if s[at.STEP, i] != ZERO else ZERO
-            a = s[at.BEST_A, i]
-            unit = ONE / a if a != ZERO else ZERO
-            integer = at.nearest(f32(s[at.SCALE, i] * per_step), -levels, levels - ONE)
-            slope = integer * s[at.STEP, i] * a - ONE
+            step, unit = s[at.TRY_STEP, i], s[at.UNIT, i]
+            per_step = at.pick(step != ZERO, ONE / step, ZERO)
+            integer = at.nearest(f32(s[at.BEST_SCALE, i] * per_step), -levels, levels - ONE)
+            slope = integer * step * s[at.BEST_A, i] - ONE
             error = s[at.BEST_EE, i] - at.TWO * slope * s[at.BEST_EQ, i] + slope * slope * s[at.BEST_QQ, i]
-            s[at.TRY_SCALE, i], s[at.TRY_LEAST, i] = integer, ZERO
+            s[at.TRY_SCALE, i], s[at.TRY_LEAST, i], s[at.TRY_FLOOR, i] = integer, ZERO, ZERO
             s[at.TRY_ERROR, i] = error * unit * unit
-        at.choose_total(s, subs, t == 0)
+        at.keep_total(s, subs, t == 0)
 
 
 @kernel
@@ -155,7 +156,7 @@ def _scale_codes(x: Floats, s: Floats, n: int, codes: _Codes) -> None:
     low, high, curve = f32(codes[0]), f32(codes[1]), codes[2]
     for i in range(at.LANES):
         scale = s[at.PICK_SCALE, i] * s[at.PICK_STEP, i]
-        s[at.A, i] = ONE / scale if scale != ZERO else ZERO
+        s[at.A, i] = at.pick(scale != ZERO, ONE / scale, ZERO)
     for j in range(n):
         for i in range(at.LANES):
             y = x[j, i] * s[at.A, i]

@@ -25,8 +25,16 @@ class Plane:
         """The field's bytes [n, outer * inner] of codes [n, outer * count * inner]."""
         from neoxconv.quant.ggml.lanes import pack_plane
 
-        stored = np.empty((len(codes), self.shape[0] * self.shape[2]), np.uint8)
-        pack_plane(codes, self.low, self.bits, self.shape, stored)
+        outer, count, inner = self.shape
+        stored = np.zeros((len(codes), outer * inner), np.uint8)
+        if inner % 8:
+            fields, places = codes.reshape(-1, outer, count, inner), stored.reshape(-1, outer, inner)
+            low, mask = np.uint8(self.low), np.uint8((1 << self.bits) - 1)
+            for k in range(count):
+                places |= (fields[:, :, k] >> low & mask) << np.uint8(k * self.bits)
+        else:
+            eights, packed = np.ascontiguousarray(codes).view(np.uint64), stored.view(np.uint64)
+            pack_plane(eights, np.uint64(self.low), np.uint64(self.bits), (outer, count, inner // 8), packed)
         return stored
 
     def unpack(self, stored: Bytes, codes: Bytes) -> None:

@@ -6,6 +6,7 @@ The kernels are in fit_line.py and fit_scale.py; this file says what each type a
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 
 import numpy as np
 
@@ -51,13 +52,16 @@ def grid(
 
 
 def _importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:
-    """What the kernels take for an importance of the columns: [column blocks, block], and for each block the spread."""
-    from neoxconv.quant.ggml.lanes import mean_squares
+    """What the kernels take for an importance of the columns: it in lanes [m, block, LANES], and blocks' spreads."""
+    from neoxconv.quant.ggml.lanes import LANES, mean_squares
 
     if importance is None:
-        return np.empty((0, search.block), np.float32), np.empty(0, np.float32)
-    spread = np.empty(len(blocks) if search.spread else 0, np.float32)
-    if search.spread:
-        group = columns // search.block if search.over_row else search.subs
-        mean_squares(blocks, group, search.spread, spread)
-    return importance.reshape(-1, search.block), spread
+        return np.empty((0, search.block, LANES), np.float32), np.empty(0, np.float32)
+    repeated = np.tile(importance, LANES // gcd(len(importance) // search.block, LANES))
+    lanes = np.ascontiguousarray(repeated.reshape(-1, LANES, search.block).transpose(0, 2, 1))
+    if not search.spread:
+        return lanes, np.empty(0, np.float32)
+    group = columns // search.block if search.over_row else search.subs
+    means = np.empty(len(blocks) // group, np.float32)
+    mean_squares(blocks.reshape(len(means), group * search.block), search.spread, means)
+    return lanes, np.concatenate([np.repeat(means, group), np.zeros(-len(blocks) % LANES, np.float32)])
