@@ -1,4 +1,4 @@
-"""How far bitsandbytes' and float8 folders are from the F16 folder, in float32 and in transformers.
+"""How far quantized folders are from the F16 folder, in float32 and in transformers.
 
     python -m benchmarks.folders --source CHECKPOINT --tokens tokens.npy
 
@@ -18,18 +18,21 @@ from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import compare_predictions
 
+FOLDERS = ("bnb", "float8", "compressed-tensors")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--only", choices=FOLDERS, nargs="*", default=FOLDERS)
     given = parser.parse_args()
     tokens = np.load(given.tokens)
     with tempfile.TemporaryDirectory() as folder:
         hf = run(make_plan(open_checkpoint(given.source), Recipe("hf", dtype="F16")), Path(folder) / "hf")
         reference = open_checkpoint(hf)
-        print(f"{'':35} {'float32':>10} {'transformers':>12}")
-        for recipe in (recipe for recipe in RECIPES if recipe.format in ("bnb", "float8")):
+        print(f"{'':57} {'float32':>10} {'transformers':>12}")
+        for recipe in (recipe for recipe in RECIPES if recipe.format in given.only):
             target = run(make_plan(reference, recipe), Path(folder) / "made", overwrite=True)
             made = open_checkpoint(target)
             with program("transformers", target, made) as ask:
@@ -37,7 +40,7 @@ def main() -> None:
             as_run = compare_predictions(reference, made, tokens, engine="transformers", logits=logits)
             alone = compare_predictions(reference, made, tokens)
             means = alone.figures.mean, as_run.figures.mean
-            print(f"{recipe.format:6} {option_of(recipe):28} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
+            print(f"{recipe.format:18} {option_of(recipe):38} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
 
 
 if __name__ == "__main__":
