@@ -1,4 +1,4 @@
-"""How far bitsandbytes', float8 and CTranslate2's folders are from the F16 folder, in float32 and in their programs.
+"""How far quantized folders are from the F16 folder, in float32 and in the programs that run them.
 
     python -m benchmarks.folders --source CHECKPOINT --tokens tokens.npy
 
@@ -18,20 +18,26 @@ from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import compare_predictions
 
-PROGRAMS = {"bnb": "transformers", "float8": "transformers", "ctranslate2": "ctranslate2"}
+PROGRAMS = {
+    "bnb": "transformers",
+    "float8": "transformers",
+    "compressed-tensors": "transformers",
+    "ctranslate2": "ctranslate2",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--only", choices=tuple(PROGRAMS), nargs="*", default=tuple(PROGRAMS))
     given = parser.parse_args()
     tokens = np.load(given.tokens)
     with tempfile.TemporaryDirectory() as folder:
         hf = run(make_plan(open_checkpoint(given.source), Recipe("hf", dtype="F16")), Path(folder) / "hf")
         reference = open_checkpoint(hf)
-        print(f"{'':35} {'float32':>10} {'program':>12}")
-        for recipe in (recipe for recipe in RECIPES if recipe.format in PROGRAMS):
+        print(f"{'':57} {'float32':>10} {'program':>12}")
+        for recipe in (recipe for recipe in RECIPES if recipe.format in given.only):
             target = run(make_plan(reference, recipe), Path(folder) / "made", overwrite=True)
             made = open_checkpoint(target)
             engine = PROGRAMS[recipe.format]
@@ -40,7 +46,7 @@ def main() -> None:
             as_run = compare_predictions(reference, made, tokens, engine=engine, logits=logits)
             alone = compare_predictions(reference, made, tokens)
             means = alone.figures.mean, as_run.figures.mean
-            print(f"{recipe.format:11} {option_of(recipe):23} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
+            print(f"{recipe.format:18} {option_of(recipe):38} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
 
 
 if __name__ == "__main__":

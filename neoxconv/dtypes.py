@@ -37,6 +37,11 @@ class DType:
         """Whether it holds less than a number was trained with: block types, and those of 8 bits."""
         return self.name not in PLAIN
 
+    @property
+    def scaled(self) -> bool:
+        """Whether scales lie beside its codes."""
+        return self.quantized and self.numpy == np.float32
+
     def size(self, columns: int) -> int:
         """Bytes of a row of `columns` numbers; `columns` must be a multiple of `block`."""
         return columns // self.block * self.nbytes

@@ -1,4 +1,4 @@
-"""The bnb and float8 targets of a small model, for tests: made, edited, compared."""
+"""The bnb, float8 and compressed-tensors targets of a small model, for tests: made, edited, compared."""
 
 from __future__ import annotations
 
@@ -29,10 +29,17 @@ FLOAT8 = {
     for kind in ("E4M3", "E5M2")
     for scale in ("channel", "tensor", "none")
 }
-ALL = BNB | FLOAT8
+PACKED = {
+    "W4A16 64": Recipe("compressed-tensors", type="W4A16", group="64"),
+    "W4A16 32 asymmetric": Recipe("compressed-tensors", type="W4A16", group="32", asymmetric=True),
+    "W8A16 channel": Recipe("compressed-tensors", type="W8A16", group="channel"),
+    "W8A16 64 asymmetric": Recipe("compressed-tensors", type="W8A16", group="64", asymmetric=True),
+}
+ALL = BNB | FLOAT8 | PACKED
 SCALE = {"INT8": "SCB", "NF4": "weight.absmax", "FP4": "weight.absmax"} | {
     name: "weight.nested_absmax" if name in BNB else "weight_scale" for name in ALL if name[5:] not in ("", "none")
 }
+CODES = {name: "weight_packed" if name in PACKED else "weight" for name in ALL}
 L0, L1 = (f"gpt_neox.layers.{i}.attention.dense." for i in (0, 1))
 UP = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
 FILE, CONFIG = "model.safetensors", "config.json"

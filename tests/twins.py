@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from neoxconv.core.encoding import Encoding, Groups, Scaled, Scales, scale_and_least
-from neoxconv.dtypes import Bools, Bytes, Floats
+from neoxconv.dtypes import F32, Bools, Bytes, DType, Floats, narrow, widen
 from neoxconv.quant.ggml.searches import CURVE, SEARCHES
 
 STEP_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # where a block's first float16 lies; at its beginning in the others
@@ -111,6 +111,16 @@ def wide(groups: Groups, numbers: Floats, shape: tuple[int, ...]) -> tuple[Float
     return scale, least
 
 
+def rounded_in(native: DType, steps: np.float32, rows: Floats, scales: tuple[Floats, Floats]) -> Floats:
+    """Weights over their scale, plus the zero, rounded to a type each, in `steps` of a share."""
+
+    def rounded(values: Floats) -> Floats:
+        return widen(narrow(values.astype(np.float32), native), native)
+
+    encoded, low = scales
+    return rounded(rounded(rows / (encoded / steps)) + np.rint(low / encoded * steps)) / steps
+
+
 def wrong_scaled(encoding: Scaled, rows: Floats, values: Floats, scales: Scales) -> Bools:
     """Which weights of whole groups cannot have become the values that are read of them."""
     (encoded, low), (decoded, least), (slack, _) = (
@@ -121,5 +131,8 @@ def wrong_scaled(encoding: Scaled, rows: Floats, values: Floats, scales: Scales)
     near = 1e-5 * (np.abs(values) + np.abs(least)) + slack
     no_code = ~((np.abs(values - (found * decoded - least)) <= near) & np.isfinite(values))
     further = ~(np.abs(asked - found) <= np.abs(asked - best) + 1e-5 * np.abs(asked))
+    if scales.native is not F32:
+        near = rounded_in(scales.native, np.float32(1 / np.diff(encoding.table).min()), rows, (encoded, low))
+        further &= ~(np.abs(near - found) <= np.abs(near - nearest(encoding, near)) + 1e-5 * np.abs(near))
     further &= np.abs(decoded) > slack
     return np.asarray((no_code | further) & ~(np.isnan(rows) & np.isnan(values)))

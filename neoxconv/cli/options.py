@@ -15,6 +15,7 @@ from neoxconv.cli.values import BITS, COUNT, LENGTH, PATH, byte_count, limit, lo
 from neoxconv.names import (
     DTYPES,
     FORMATS,
+    GROUPS,
     MIXES,
     NORMS,
     PRESETS,
@@ -137,15 +138,15 @@ of_convert = _options(
         "--type",
         choices=TARGET_TYPES,
         metavar="TYPE",
-        help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; ctranslate2: INT8, FLOAT16, ... "
-        "See `neoxconv formats`.",
+        help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; compressed-tensors: W4A16, W8A16, "
+        "FP8_DYNAMIC; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`.",
     ),
     _of_gguf,
     click.option(
         "--calibration",
         type=PATH,
         metavar="FILE",
-        help="gguf, bnb, float8: choose codes together; made by calibrate --covariance.",
+        help="gguf, bnb, float8, compressed-tensors: choose codes together; made by calibrate --covariance.",
     ),
     _as_family,
     click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
@@ -153,6 +154,10 @@ of_convert = _options(
         "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
     ),
     _choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]"),
+    _choice_option("--group", choices=GROUPS, help="compressed-tensors: columns that share a scale.  [default: 128]"),
+    click.option(
+        "--asymmetric", is_flag=True, default=None, help="compressed-tensors: a zero for each group of W4A16 and W8A16."
+    ),
     _choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]"),
     click.option(
         "--only",
@@ -175,7 +180,7 @@ of_convert = _options(
     click.option(
         "--tokenizer", type=PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
     ),
-    _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
+    _size_option("--shard-size", help="hf, bnb, float8, compressed-tensors: bytes of a file at most.  [default: 5GB]"),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
     jobs,
     _size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within."),

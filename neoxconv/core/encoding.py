@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import Array, Bools, Bytes, DType, Floats
+from neoxconv.dtypes import F32, Array, Bools, Bytes, DType, Floats
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,8 @@ def copied(dtype: DType) -> Encoding:
 @dataclass(frozen=True)
 class Scales:
     """What a value of 1 stands for in each group [groups] float32: when it is `encoded`, and when it is read back
-    (`decoded`), by how much the latter may be off in a file of another program (`slack`).
+    (`decoded`), by how much the latter may be off in a file of another program (`slack`). `native` is the type in which
+    weights may have been divided by them.
 
     Where groups have a least weight besides, the first two are [groups, 2], and a value stands for value * scale -
     least, as in a `Grid`.
@@ -230,10 +231,11 @@ class Scales:
     encoded: Floats
     decoded: Floats
     slack: Floats
+    native: DType = F32
 
     def of(self, groups: slice) -> Scales:
         """Those of some of the groups."""
-        return Scales(self.encoded[groups], self.decoded[groups], self.slack[groups])
+        return replace(self, encoded=self.encoded[groups], decoded=self.decoded[groups], slack=self.slack[groups])
 
 
 def scale_and_least(numbers: Floats) -> tuple[Floats, Floats]:

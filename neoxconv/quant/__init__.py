@@ -15,6 +15,7 @@ from neoxconv.quant.scaled.ctranslate2 import CT2_INT8
 from neoxconv.quant.scaled.float8 import E4M3, E4M3_CHANNEL, E4M3_TENSOR, E5M2, E5M2_CHANNEL, E5M2_TENSOR
 from neoxconv.quant.scaled.fourbit import FP4, FP4_DQ, NF4, NF4_DQ
 from neoxconv.quant.scaled.int8 import INT8
+from neoxconv.quant.scaled.packed import WRITTEN
 
 ENCODINGS: dict[str, Encoding] = {
     "F32": F32,
@@ -29,13 +30,17 @@ ENCODINGS: dict[str, Encoding] = {
 }
 SCALED: dict[str, Scaled] = {
     row.name: row
-    for row in (INT8, NF4, NF4_DQ, FP4, FP4_DQ, E4M3_CHANNEL, E4M3_TENSOR, E5M2_CHANNEL, E5M2_TENSOR, CT2_INT8)
+    for row in (
+        *(INT8, NF4, NF4_DQ, FP4, FP4_DQ, CT2_INT8),
+        *(E4M3_CHANNEL, E4M3_TENSOR, E5M2_CHANNEL, E5M2_TENSOR),
+        *WRITTEN,
+    )
 }
 
 
 def floats(rows: Array, dtype: DType) -> Floats:
     """The float32 values [n, columns] of rows as a tensor of this type reads them, be it plain or quantized."""
-    if dtype.name in SCALED:  # whoever reads them has their scales at hand, and decodes them
+    if dtype.scaled:  # whoever reads them has their scales at hand, and decodes them
         return rows
     if dtype.name in ENCODINGS:
         return ENCODINGS[dtype.name].decode(rows)

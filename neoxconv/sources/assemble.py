@@ -14,13 +14,14 @@ from typing import Any
 from neoxconv.core.encoding import Part, Scaled
 from neoxconv.core.model import Index
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import F16, FLOATS, PLAIN, TORCH_NAMES, U8, DType
+from neoxconv.dtypes import F16, FLOATS, I32, I64, PLAIN, TORCH_NAMES, U8, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
 from neoxconv.quant.scaled.fourbit import BLOCK, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
 from neoxconv.quant.scaled.nested import NESTED
+from neoxconv.quant.scaled.packed import BITS, ORDER, PACKED, ROW, TENSOR, PackedForm, packed
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 from neoxconv.storage import Place
@@ -34,12 +35,14 @@ _DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class _Module:
-    """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in."""
+    """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in,
+    `settings` are the source's."""
 
     where: Place
     name: str
     tensors: Mapping[str, LazyTensor]
     native: DType
+    settings: Mapping[str, Any]
 
     def error(self, part: str, problem: str) -> CheckpointError:
         """What to raise about one of the tensors."""
@@ -59,10 +62,10 @@ def assembled(index: Index) -> Index:
     weights: dict[str, LazyTensor] = {}
     parts: set[str] = set()
     for name, found in modules.items():
-        if weight := _joined_weight(_Module(where, name, found, native), index.settings):
+        if weight := _joined_weight(_Module(where, name, found, native, index.settings)):
             weights[name + "weight"] = weight.tensor
             parts |= {name + part for part in weight.parts}
-    kept = {name: weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name not in parts}
+    kept = {name: t for name, t in tensors.items() if name in weights or name not in parts} | weights
     plain = {name: replace(t, native=native) if t.native.quantized else t for name, t in kept.items()}
     return replace(index, ranks=(plain,))
 
@@ -84,15 +87,15 @@ class _Joined:
     parts: tuple[str, ...]
 
 
-def _joined_weight(module: _Module, settings: Mapping[str, Any]) -> _Joined | None:
+def _joined_weight(module: _Module) -> _Joined | None:
     """The weight of a module with its scales; None where it has none."""
     for marker, find in _MARKERS.items():
-        if marker in module.tensors and "weight" in module.tensors:
+        if marker in module.tensors and (marker == PACKED or "weight" in module.tensors):
             return find(module)
     weight = module.tensors.get("weight")
     if weight is None or not weight.dtype.quantized:
         return None
-    if isinstance(settings.get("quantization_config"), dict):
+    if isinstance(module.settings.get("quantization_config"), dict):
         raise module.error(
             "weight", f"is of type {weight.dtype.name}, but has no weight_scale that can be read; download it again."
         )
@@ -151,6 +154,63 @@ def float8(module: _Module) -> _Joined:
     return _joined(module, encoding, codes.shape, module.native)
 
 
+def _packed(module: _Module) -> _Joined:
+    """A weight of packed whole numbers: its shape lies beside it, by which the other tensors' tell bits and groups."""
+    shape, codes = _read_shape(module), module.tensors[PACKED]
+    if "weight" in module.tensors:
+        raise module.error(PACKED, "lies beside a weight of the same name; keep the one that is right.")
+    if codes.dtype is not I32 or len(codes.shape) != 2:
+        raise module.error(
+            PACKED, f"is {_type_and_shape(codes)}; expected I32 of two axes, as compressed-tensors' pack-quantized has."
+        )
+    order = module.tensors.get(ORDER)
+    ordered = order is not None and order.dtype is I32 and bool((order.read(0, order.rows) >= 0).all())
+    form = PackedForm(
+        _bits_of(module, shape[1]), _columns_of(module, shape[1]), "weight_zero_point" not in module.tensors, ordered
+    )
+    if ordered and order and order.read(0, order.rows).max() >= form.groups(shape[1]):
+        raise module.error(ORDER, f"has groups beyond the {form.groups(shape[1])} that have scales; download it again.")
+    joined = _joined(module, packed(form), shape, module.native)
+    return joined if ordered or order is None else replace(joined, parts=(*joined.parts, ORDER))  # one without groups
+
+
+def _read_shape(module: _Module) -> tuple[int, int]:
+    """The sizes of a packed weight."""
+    tensor = module.tensors.get("weight_shape")
+    if tensor is None:
+        raise module.error("weight_shape", "is missing, without which weight_packed cannot be read; download it again.")
+    sizes = tensor.read(0, 2).tolist() if tensor.dtype in (I64, I32) and tensor.shape == (2,) else []
+    if len(sizes) != 2 or not all(0 < size < 1 << 40 for size in sizes):
+        raise module.error("weight_shape", f"is {_type_and_shape(tensor)} {sizes}; expected two sizes above 0.")
+    return sizes[0], sizes[1]
+
+
+def _bits_of(module: _Module, columns: int) -> int:
+    """The bits of packed numbers: those with which so many columns take the words that are there, and where several do
+    (below 32 columns), those that the configuration names."""
+    words = module.tensors[PACKED].shape[1]
+    found = [bits for bits in BITS if PackedForm(bits, 0).words(columns) == words]
+    said = json.dumps(module.settings.get("quantization_config"))
+    found = found if len(found) == 1 else [bits for bits in found if f'"num_bits": {bits},' in said]
+    if len(found) != 1:
+        raise module.error(
+            PACKED,
+            f"has rows of {words} words for {columns} columns; expected numbers of {BITS[0]} to {BITS[-1]} bits.",
+        )
+    return found[0]
+
+
+def _columns_of(module: _Module, columns: int) -> int:
+    """The columns that share a scale, as `PackedForm` has them."""
+    scale = module.tensors.get("weight_scale")
+    groups = scale.shape[1] if scale and len(scale.shape) == 2 else 1
+    if not groups or columns % groups:
+        raise module.error("weight_scale", f"has {groups} groups, which do not divide {columns} columns.")
+    if groups == 1:
+        return TENSOR if scale and scale.shape == (1,) else ROW
+    return columns // groups
+
+
 def _joined(module: _Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> _Joined:
     """The weight with its parts to read from. Raises CheckpointError where one is missing or does not fit."""
 
@@ -186,6 +246,7 @@ def _type_and_shape(tensor: LazyTensor) -> str:
 
 # What stands beside a quantized weight, and how the two are read together.
 _MARKERS: dict[str, Callable[[_Module], _Joined]] = {
+    PACKED: _packed,
     **{STATE + kind: _four_bit for kind in _KINDS},
     "weight.absmax": _four_bit,
     "SCB": _eight_bit,

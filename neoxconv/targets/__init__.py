@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.targets import bnb, ctranslate2, float8, gguf, hf, slim
+from neoxconv.targets import bnb, compressed_tensors, ctranslate2, float8, gguf, hf, slim
 from neoxconv.targets.recipe import Recipe
 
 
@@ -85,6 +85,15 @@ TARGETS: dict[str, Target] = {
             entries=float8.float8_entries,
             recipes=float8.RECIPES,
             options=("type", "shard_size", "scale", "calibration"),
+        ),
+        Target(
+            name="compressed-tensors",
+            single=False,
+            make=compressed_tensors.to_compressed_tensors,
+            entries=compressed_tensors.compressed_entries,
+            recipes=compressed_tensors.RECIPES,
+            options=("type", "shard_size", "group", "asymmetric", "calibration"),
+            only_of={"group": compressed_tensors.PACKED, "asymmetric": compressed_tensors.PACKED},
         ),
         Target(
             name="ctranslate2",

@@ -11,7 +11,7 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError
 from neoxconv.names import SCALES
 from neoxconv.quant import ENCODINGS, SCALED
-from neoxconv.targets.linear import quantized_entries, quantized_folder
+from neoxconv.targets.linear import compressed, quantized_entries, quantized_folder, refuse_conv1d
 from neoxconv.targets.recipe import Recipe
 
 _DEFAULT = "E4M3"
@@ -23,7 +23,7 @@ _STORAGE = "float8 for storage: transformers 5 widens these weights when it load
 def to_float8(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     """The folder; scales in compressed-tensors' words. Raises PlanError for a calibration without scales."""
     kind, scale = choice(recipe)
-    settings = {} if scale == "none" else {"quantization_config": compressed(checkpoint, kind, scale)}
+    settings = {} if scale == "none" else {"quantization_config": _settings(checkpoint, kind, scale)}
     if scale == "none" and recipe.calibration:
         raise PlanError("--calibration is for float8 with scales; give --scale channel or tensor.")
     content = quantized_folder(checkpoint, recipe, float8_entries(checkpoint, recipe), settings)
@@ -35,11 +35,7 @@ def float8_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
 
     Raises PlanError for a model whose matrices are none to compressed-tensors.
     """
-    if any(weight.transposed for weight in checkpoint.architecture.weights):
-        raise PlanError(
-            f"--to float8: {checkpoint.architecture.title}'s layers are transformers' Conv1D, which compressed-tensors "
-            "does not know; give --to bnb or --to gguf."
-        )
+    refuse_conv1d(checkpoint, recipe)
     return quantized_entries(checkpoint, recipe, _encoding_of(recipe))
 
 
@@ -59,16 +55,8 @@ def _encoding_of(recipe: Recipe) -> Encoding | Scaled:
     return ENCODINGS[f"F8_{kind}"] if scale == "none" else SCALED[f"{kind}_{scale.upper()}"]
 
 
-def compressed(checkpoint: Checkpoint, kind: str, scale: str) -> dict[str, Any]:
+def _settings(checkpoint: Checkpoint, kind: str, scale: str) -> dict[str, Any]:
     """compressed-tensors' settings for weights of float8. It knows E4M3 only, and must be told to widen others."""
-    heads = [name.removesuffix(".weight") for name in checkpoint.architecture.tied_head]
     weights = {"num_bits": 8, "type": "float", "strategy": scale, "symmetric": True, "dynamic": False}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "naive-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(dict.fromkeys([*heads, "lm_head"])),  # transformers 5 has the second name for the first
-        **({"dequantize": True} if kind != _DEFAULT else {}),
-    }
+    told = compressed(checkpoint, "naive-quantized", weights)
+    return told if kind == _DEFAULT else told | {"dequantize": True}

@@ -124,7 +124,10 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(
 
     assert cli("convert", source, target, "--to", format, "--json") == 0
     done = capsys.readouterr()
-    assert list(json.loads(done.out)) == ["target", "bytes_total", "seconds", "notes", "overflow", "verified"] and not done.err
+    assert (
+        list(json.loads(done.out)) == ["target", "bytes_total", "seconds", "notes", "overflow", "verified"]
+        and not done.err
+    )
     sizes = {name: (target / name).stat().st_size for name in digests(target)} if target.is_dir() else {}
     written = [sizes[file["name"]] for file in plan["files"]] if sizes else [target.stat().st_size]
     assert written == [file["bytes"] for file in plan["files"]]

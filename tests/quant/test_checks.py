@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from neoxconv.core.encoding import Encoding, Scaled, Scales
+from neoxconv.core.encoding import Encoding, Scaled, scale_and_least
 from neoxconv.dtypes import F16, Bytes, Floats
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.kernels import tally
@@ -73,7 +75,8 @@ def test_verdicts_on_scaled_weights_are_those_of_the_rule(encoding: Scaled, kind
         "scale": off,
         "rows": right[::-1],
     }
-    slack = Scales(scales.encoded, scales.decoded, scales.slack + np.abs(scales.decoded) * np.float32(0.02))
+    some_slack = scales.slack + np.abs(scale_and_least(scales.decoded)[0]) * np.float32(0.02)
+    slack = replace(scales, slack=some_slack)
     for known in (scales, slack):
         for fault, values in others.items():
             found = encoding.check(rows, values.astype(np.float32), known, groups.width(SHAPE))

@@ -26,7 +26,7 @@ from neoxconv.quant.scaled import float8, fourbit, kernels, nested
 from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup
 from tests.machines import PLAIN, has_avx2, needs_avx2, needs_x86
 from tests.oracles import ROOT, program
-from tests.twins import nearest
+from tests.twins import nearest, wide
 
 FLOAT8 = {torch.float8_e4m3fn: float8.FORM_E4M3, torch.float8_e5m2: float8.FORM_E5M2}
 FORMS = {form.dtype.name[3:]: form for form in FLOAT8.values()}
@@ -107,10 +107,23 @@ def reader(encoding: Scaled, tensor: LazyTensor, made: dict[str, bytes] | None =
     return encoding.decode(parts, tensor.shape)
 
 
-def scales_of(encoding: Scaled, rows: Floats) -> tuple[Floats, Floats]:
-    """What 1 stands for at every weight when it is encoded and when it is read."""
+def scales_of(encoding: Scaled, rows: Floats) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
+    """What 1 stands for at every weight, and what is taken away: when it is encoded, and when it is read."""
     groups, found = encoding.groups, encoding.scales(encoding.sizes(rows), F32)
-    return groups.per_weight(found.encoded, rows.shape), groups.per_weight(found.decoded, rows.shape)
+    return wide(groups, found.encoded, rows.shape), wide(groups, found.decoded, rows.shape)
+
+
+def fitting(encoding: Encoding | Scaled, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape with whole groups in its rows, where a type asks for them."""
+    multiple = encoding.multiple if isinstance(encoding, Scaled) else 1
+    return shape[0], -(-shape[1] // multiple) * multiple
+
+
+def told(encoding: Scaled, group: Floats) -> Floats:
+    """The size of a group: the largest magnitude, or the least and the largest of its weights and 0."""
+    if encoding.numbers == 1:
+        return np.abs(group).max()
+    return np.array([group.min(initial=0), group.max(initial=0)], np.float32)
 
 
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
@@ -229,10 +242,10 @@ def test_the_picture_of_groups_is_true() -> None:
 def test_borders_of_bands_are_not_seen(
     encoding: Scaled, shape: tuple[int, int], units: int, kind: str, data: st.DataObject
 ) -> None:
-    rows, groups = weights(kind, shape), encoding.groups
+    rows, groups = weights(kind, shape := fitting(encoding, shape)), encoding.groups
     step, whole, codes = units * groups.rows_per_whole_group(shape[1]), encoding.sizes(rows), b""
     owner = groups.per_weight(np.arange(len(whole), dtype=np.float32), shape)
-    assert np.array_equal(whole, [np.abs(rows[owner == k]).max() for k in range(len(whole))])
+    assert np.array_equal(whole, [told(encoding, rows[owner == k]) for k in range(len(whole))])
     for start in range(0, len(rows), step):
         band = rows[start : start + step]
         span = groups.groups_of(start, start + len(band), shape[1])
@@ -250,7 +263,7 @@ def test_borders_of_bands_are_not_seen(
 @scaled
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_no_numbers_are_counted(encoding: Scaled, bad: float) -> None:
-    rows = weights("gauss", (9, 70))
+    rows = weights("gauss", fitting(encoding, (9, 70)))
     rows[4, 5] = bad
     assert sum(piece.nonfinite for piece in pieces(Entry("weight", "", lazy(rows), encoding), 1 << 20)) == 1
 
@@ -263,16 +276,19 @@ def test_weights_that_are_no_numbers_are_counted(encoding: Scaled, bad: float) -
 def test_weights_are_moved_within_the_bound_and_some_by_half_of_it(encoding: Encoding | Scaled, kind: str) -> None:
     """Beyond it come half a step of subnormal numbers, and what double quantization does to a scale."""
     random, bound = np.random.default_rng(0), encoding.bound or Bound(0, "")
-    made = {"normal": random.normal(size=(300, 448)), "uniform": random.uniform(-1, 1, (300, 448))}
-    rows = made.get(kind, np.clip(random.standard_t(1.5, (300, 448)), -999, 999)).astype(np.float16) * np.float32(0.02)
+    shape = fitting(encoding, (300, 448))
+    made = {"normal": random.normal(size=shape), "uniform": random.uniform(-1, 1, shape)}
+    rows = made.get(kind, np.clip(random.standard_t(1.5, shape), -999, 999)).astype(np.float16) * np.float32(0.02)
     form = FORMS.get(encoding.name.removeprefix("F8_").split("_")[0])
     step = float8.table(form)[1] if form else np.float32(2.0**-24 if encoding.name == "F16" else 0)
     if isinstance(encoding, Encoding):
         values, base, extra = encoding.decode(encoding.encode(rows)), np.abs(rows), step / 2
     else:
         rows = widen(narrow(rows, F16), F16)
-        values, (size, scale) = reader(encoding, lazy(rows, F16))(0, len(rows)), scales_of(encoding, rows)
-        base = {"weight": np.abs(rows)}.get(bound.of, size)
+        values, ((size, _), (scale, _)) = reader(encoding, lazy(rows))(0, len(rows)), scales_of(encoding, rows)
+        sizes = encoding.sizes(rows)
+        span = sizes if encoding.numbers == 1 else sizes[:, 1] - sizes[:, 0]
+        base = np.abs(rows) if bound.of == "weight" else encoding.groups.per_weight(span, rows.shape)
         extra = scale / form.largest * step / 2 if form else np.abs(scale - size)
     error = np.abs(values.astype(np.float64) - rows)
     assert str(bound).startswith(f"{bound.share:.3g} of the {bound.of}")
@@ -284,12 +300,14 @@ def test_weights_are_moved_within_the_bound_and_some_by_half_of_it(encoding: Enc
 @pytest.mark.parametrize("kind", ["zeros", "nothing", "small"])
 def test_what_is_read_is_the_nearest_number_in_its_group(encoding: Scaled, kind: str) -> None:
     """float16 has all that float8 makes of it."""
-    rows = widen(narrow(weights(kind, (300, 448)), F16), F16)
-    values, (size, scale) = reader(encoding, lazy(rows, F16))(0, len(rows)), scales_of(encoding, rows)
-    asked, stored = (np.divide(n, of, out=np.zeros_like(n), where=of != 0) for n, of in ((rows, size), (values, scale)))
+    rows = widen(narrow(weights(kind, fitting(encoding, (300, 448))), F16), F16)
+    values, ((size, low), (scale, least)) = reader(encoding, lazy(rows))(0, len(rows)), scales_of(encoding, rows)
+    pairs = (rows + low, size), (values + least, scale)
+    asked, stored = (np.divide(n, of, out=np.zeros_like(n), where=of != 0) for n, of in pairs)
     found = nearest(encoding, stored)
-    assert (np.abs(values - found * scale) <= 3e-7 * np.abs(values)).all()
-    assert (np.abs(asked - found) <= np.abs(asked - nearest(encoding, asked)) + 3e-7 * np.abs(asked)).all()
+    assert (np.abs(values + least - found * scale) <= 3e-7 * (np.abs(values) + np.abs(least))).all()
+    slack = 3e-7 * (np.abs(asked) + np.abs(low / np.where(size, size, 1)))
+    assert (np.abs(asked - found) <= np.abs(asked - nearest(encoding, asked)) + slack).all()
     assert encoding.name.split("_")[0] not in FORMS or np.array_equal(values.astype(np.float16), values)
 
 

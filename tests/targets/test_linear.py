@@ -23,6 +23,7 @@ from tests.oracles import causal_logits, program
 from tests.scaled import (
     ALL,
     BNB,
+    CODES,
     CONFIG,
     FILE,
     L0,
@@ -213,7 +214,7 @@ def swap(tensors: Tensors) -> None:
 
 
 FAULTS: dict[str, dict[str, Change]] = {
-    "": {"a code": flip("weight", 1), "two tensors": swap},
+    "": {"two tensors": swap},
     **{name: {"a scale": put(part, lambda t: t * 2)} for name, part in SCALE.items()},
     "NF4": {"a scale": put(SCALE["NF4"], lambda t: t * 2), "a table": put("weight.quant_map", lambda t: t * 1.01)},
     "NF4 double": {
@@ -229,7 +230,7 @@ FAULTS: dict[str, dict[str, Change]] = {
 def test_the_weights_level_names_the_tensor_of_every_fault(
     name: str, source: Path, targets: dict[str, Path], tmp_path: Path
 ) -> None:
-    for fault, change in (FAULTS[""] | FAULTS.get(name, {})).items():
+    for fault, change in ({"a code": flip(CODES[name], 1)} | FAULTS[""] | FAULTS.get(name, {})).items():
         report = compared(source, edited(targets[name], tmp_path / fault, change))
         wanted = {L0 + "weight", L1 + "weight"} if change is swap else {L0 + "weight"}
         assert {finding.where for finding in report.findings} == wanted, fault

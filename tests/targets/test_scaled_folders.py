@@ -218,8 +218,14 @@ def test_values_that_are_not_finite_stop_the_run(name: str, tmp_path: Path) -> N
 
 
 def command(source: Path, target: Path, recipe: Recipe) -> list[str]:
+    asked = [*(["--group", recipe.group] if recipe.group else []), *["--asymmetric"] * recipe.asymmetric]
     words = ["convert", str(source), str(target), "--to", recipe.format, "--type", str(recipe.type)]
-    return [*words, *["--double-quant"] * recipe.double_quant, *(["--scale", recipe.scale] if recipe.scale else [])]
+    return [
+        *words,
+        *["--double-quant"] * recipe.double_quant,
+        *(["--scale", recipe.scale] if recipe.scale else []),
+        *asked,
+    ]
 
 
 @every
