@@ -2,7 +2,7 @@
 
     python examples/quantized.py CHECKPOINT FOLDER
 
-Needs transformers, bitsandbytes and accelerate (for FOLDER/nf4 and FOLDER/int8), compressed-tensors (FOLDER/e4m3).
+Needs transformers, bitsandbytes and accelerate (for nf4 and int8), compressed-tensors (for e4m3 and w4a16).
 """
 
 import sys
@@ -17,6 +17,7 @@ RECIPES = {
     "nf4": Recipe("bnb", type="NF4", double_quant=True),
     "int8": Recipe("bnb", type="INT8"),
     "e4m3": Recipe("float8", type="E4M3", scale="channel"),
+    "w4a16": Recipe("compressed-tensors", type="W4A16", group="64"),  # vLLM loads it too
     "e5m2": Recipe("float8", type="E5M2"),  # for storage: transformers widens it
 }
 

@@ -288,6 +288,36 @@ def pinned(package: str) -> str:
     return next(line.removeprefix(f"{package}==") for line in lines if line.startswith(f"{package}=="))
 
 
+# --- vLLM -----------------------------------------------------------------------------------------------------------
+
+
+def vllm_loss(folder: Path, tokens: Tokens) -> float:
+    """The mean of -log p of the tokens of sequences, but for each first one, in vLLM in bfloat16.
+
+    NEOXCONV_VLLM is a Python of its own that has vLLM: it wants another torch than the tests.
+    """
+    python = os.environ.get("NEOXCONV_VLLM")
+    if not python:
+        skip("vLLM is not installed; set NEOXCONV_VLLM to a Python that has it")
+    source, call = folder.with_suffix(".npy"), "from tests import oracles; import sys; oracles.vllm_main(*sys.argv[1:])"
+    np.save(source, tokens)
+    settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [str(python), "-c", call, str(folder), str(source)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"vLLM failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return float(re.findall(r"^loss (\S+)$", done.stdout, re.MULTILINE)[-1])
+
+
+def vllm_main(folder: str, tokens_npy: str) -> None:
+    vllm, tokens = import_module("vllm"), np.load(tokens_npy)
+    model = vllm.LLM(folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, dtype="bfloat16")
+    asked = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    found = model.generate([{"prompt_token_ids": row.tolist()} for row in tokens], asked)
+    losses = [-each[int(token)].logprob for answer, row in zip(found, tokens, strict=True)
+              for each, token in zip(answer.prompt_logprobs[1:], row[1:], strict=True)]  # fmt: skip
+    print(f"loss {np.mean(losses)}")
+
+
 # --- the environment with transformers 4 ----------------------------------------------------------------------------
 
 

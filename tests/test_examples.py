@@ -64,7 +64,7 @@ def test_quantized_makes_folders_that_transformers_loads_and_runs(tmp_path: Path
     for name in ("transformers", "bitsandbytes", "compressed_tensors"):
         program(name)
     done = example("quantized", toy(tmp_path), tmp_path / "made")
-    assert done.returncode == 0 and done.stdout.count("bytes on disk") == 4, done.stderr
+    assert done.returncode == 0 and done.stdout.count("bytes on disk") == 5, done.stderr
 
 
 def test_check_names_what_differs(tmp_path: Path) -> None:

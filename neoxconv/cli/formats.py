@@ -19,6 +19,7 @@ from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import F16, Array
 from neoxconv.targets import TARGETS
+from neoxconv.targets.compressed_tensors import DYNAMIC
 from neoxconv.targets.divergences import DIVERGENCES
 from neoxconv.targets.mixes import MIXES
 from neoxconv.targets.recipe import Recipe
@@ -55,7 +56,7 @@ def row(model: Checkpoint, recipe: Recipe) -> _Row:
     nbytes = sum(entry.nbytes for entry in held)
     mixed = recipe.type in MIXES
     encoding = _linear_encoding(model, held)
-    name = recipe.type if mixed else encoding.name if encoding.dtype.quantized else None
+    name = recipe.type if mixed or recipe.type == DYNAMIC else encoding.name if encoding.dtype.quantized else None
     return _Row(
         recipe.format,
         option="--type" if recipe.type else "--dtype",

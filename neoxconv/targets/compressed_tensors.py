@@ -13,8 +13,8 @@ from neoxconv.quant import SCALED
 from neoxconv.targets.linear import compressed, quantized_entries, quantized_folder, refuse_conv1d
 from neoxconv.targets.recipe import Recipe
 
-_FLOAT = "FP8_DYNAMIC"
-PACKED = tuple(kind for kind in PACKED_TYPES if kind != _FLOAT)  # those with groups
+DYNAMIC = "FP8_DYNAMIC"  # the only one whose inputs are rounded too
+PACKED = tuple(kind for kind in PACKED_TYPES if kind != DYNAMIC)  # those with groups
 _DEFAULT, _GROUP = "W4A16", "128"  # of compressed-tensors' presets
 RECIPES = (  # all that `formats` lists
     *(
@@ -23,7 +23,7 @@ RECIPES = (  # all that `formats` lists
         for asymmetric in (False, True)
         for group in reversed(GROUPS)
     ),
-    Recipe("compressed-tensors", type=_FLOAT),
+    Recipe("compressed-tensors", type=DYNAMIC),
 )
 
 
@@ -63,11 +63,11 @@ def _dividing(columns: int) -> str:
 def _encoding_of(recipe: Recipe) -> Scaled:
     """The encoding of linear layers that a recipe asks for. Raises PlanError where there is none."""
     kind, group = recipe.type or _DEFAULT, recipe.group or _GROUP
-    if kind == _FLOAT and not recipe.group and not recipe.asymmetric:
+    if kind == DYNAMIC and not recipe.group and not recipe.asymmetric:
         return SCALED["E4M3_CHANNEL"]
     if kind not in PACKED or group not in GROUPS:
         raise PlanError(
-            f"compressed-tensors has {', '.join(PACKED)} with groups {', '.join(GROUPS)}, and {_FLOAT} with neither "
+            f"compressed-tensors has {', '.join(PACKED)} with groups {', '.join(GROUPS)}, and {DYNAMIC} with neither "
             f"groups nor zeros; found {kind} {recipe.group or ''}."
         )
     by = f"G{group}" if group.isdigit() else group.upper()
@@ -77,7 +77,7 @@ def _encoding_of(recipe: Recipe) -> Scaled:
 def _settings(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     """compressed-tensors' settings, as its presets of these names have them."""
     kind, group = recipe.type or _DEFAULT, recipe.group or _GROUP
-    if kind == _FLOAT:
+    if kind == DYNAMIC:
         weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
         inputs = weights | {"strategy": "token", "dynamic": True}
         return compressed(checkpoint, "float-quantized", weights, inputs)

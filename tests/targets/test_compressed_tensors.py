@@ -18,7 +18,9 @@ from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.names import GROUPS
 from neoxconv.targets.compressed_tensors import RECIPES
-from tests.oracles import causal_logits, program
+from neoxconv.verify.logits.compare import compare_predictions
+from tests.fixtures import real
+from tests.oracles import causal_logits, program, vllm_loss
 from tests.scaled import (
     CONFIG,
     FILE,
@@ -146,6 +148,18 @@ def test_transformers_loads_the_folder_and_goes_on_from_a_few_tokens(name: str, 
         wide = made(target, tmp_path / "wide", Recipe("hf"))
         far = np.abs(causal_logits(target, TOKENS, "float16") - causal_logits(wide, TOKENS, "float16")).max()
         assert far <= 1e-4  # the same float16 numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_vllm_predicts_as_the_weights_that_are_read_back(asymmetric: bool, tmp_path: Path) -> None:
+    model = real("trained_tp2_pp4")
+    target = made(model / "checkpoints", tmp_path / "x", Recipe("compressed-tensors", asymmetric=asymmetric))
+    tokens = np.load(model / "reference" / "tokens.npy")[:2, :64]
+    theirs = vllm_loss(target, tokens)
+    read = open_checkpoint(target)
+    ours = compare_predictions(read, read, tokens).figures.perplexity.candidate
+    assert abs(theirs - np.log(ours)) < 0.01  # in bfloat16
 
 
 def test_groups_that_do_not_divide_the_columns_are_refused(tmp_path: Path) -> None:

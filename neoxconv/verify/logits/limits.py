@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from neoxconv.core.model import Checkpoint
+from neoxconv.targets.compressed_tensors import DYNAMIC
 from neoxconv.targets.divergences import DIVERGENCES, WEIGHTS_ALONE
 from neoxconv.targets.mixes import MIXES
 from neoxconv.verify.logits.compare import Predictions
@@ -56,6 +57,14 @@ def type_of(candidate: Checkpoint) -> str:
     return max(quantized or sizes, key=lambda name: sizes[name])
 
 
+def _rounds_inputs(candidate: Checkpoint) -> bool:
+    """Whether compressed-tensors' settings say that inputs are rounded too."""
+    told = candidate.index.settings.get("quantization_config")
+    groups = told.get("config_groups") if isinstance(told, dict) else None
+    each = groups.values() if isinstance(groups, dict) else ()
+    return any(isinstance(group, dict) and group.get("input_activations") for group in each)
+
+
 def _default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str = "native") -> float:
     """The mean KL divergence that a target of this type, made with the source's norms policy, may have at most."""
     known = DIVERGENCES | _ROUNDING | (WEIGHTS_ALONE if engine == "native" else {})
@@ -64,6 +73,7 @@ def _default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str =
     joining = _JOINING[source.norms] + (0.0 if source.config.parallel_residual else _SERIAL)
     stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized}
     names = {type_of(candidate)} | {_MAIN.get(name, name) for name in stored}
+    names |= {DYNAMIC} if _rounds_inputs(candidate) else set()
     usual = max(DIVERGENCES.values())  # of types that are only read
     rounding = max(known.get(name, usual) for name in names)
     usual_figure = _ROOM * ((joining if joined else 0.0) + rounding) + 1e-12
