@@ -18,15 +18,18 @@ from neoxconv.dtypes import F32
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.formats.ctranslate2.read import CONFIG, MODEL, VOCABULARY, Model, read_model
 from neoxconv.formats.ctranslate2.write import layout
+from neoxconv.formats.tokenizer import hf_files
 from neoxconv.names import CTRANSLATE2_TYPES
 from neoxconv.quant import ENCODINGS
+from neoxconv.synthetic import tiny
 from tests.helpers import cli, digests
 from tests.oracles import ctranslate2_convert, ctranslate2_logits, program
-from tests.relatives import CLOSE, native_logits, some_tokens
+from tests.relatives import CLOSE, native_logits, random_model, saved, some_tokens
 from tests.toy import toy
 
 Source = Callable[[Path], Path]
-TOKENS = some_tokens(512)
+WORDS = 276  # of the tiny tokenizer: for GPT-2 and GPT-J its converter wants one for every row
+TOKENS = some_tokens(WORDS)
 
 
 def made(source: Path, target: Path, type: str | None = None, **changes: Any) -> Path:
@@ -47,13 +50,14 @@ def values(model: Model) -> dict[str, tuple[str, bytes]]:
 
 
 def from_transformers(name: str, **changes: Any) -> Source:
-    """A model of transformers' own with random numbers, in float16, with a tokenizer of 512 tokens."""
+    """A model of transformers' own with random numbers, in float16, with the tiny tokenizer and settings for it."""
 
     def make(folder: Path) -> Path:
-        from tests.relatives import random_model, saved
-
-        sizes = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0} | changes
-        return saved(random_model(getattr(program("transformers"), f"{name}Config")(**sizes)).half(), folder)
+        sizes = {"vocab_size": WORDS, "bos_token_id": 0, "eos_token_id": 0} | changes
+        saved(random_model(getattr(program("transformers"), f"{name}Config")(**sizes)).half(), folder)
+        for file, data in hf_files(tiny(), 64).items():
+            (folder / file).write_bytes(data)
+        return folder
 
     return make
 
