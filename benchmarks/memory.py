@@ -35,6 +35,7 @@ TARGETS = (
     ("bnb NF4, double", ["--to", "bnb", "--type", "NF4", "--double-quant"]),
     ("bnb INT8", ["--to", "bnb", "--type", "INT8"]),
     ("float8", ["--to", "float8"]),
+    ("ctranslate2", ["--to", "ctranslate2"]),
 )
 
 

@@ -34,6 +34,7 @@ from neoxconv.core.model import Index, Measured, Opening
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import LONGEST, CheckpointError
 from neoxconv.formats import imatrix, safetensors
+from neoxconv.formats.ctranslate2.read import read_model
 from neoxconv.formats.gguf import read as gguf
 from neoxconv.formats.neox.yaml_settings import read_configs
 from neoxconv.formats.pt import read_pt
@@ -172,6 +173,12 @@ def of_gguf(path: Path) -> None:
         read_bands(open_checkpoint(path).tensors.values())
 
 
+def of_ctranslate2(path: Path) -> None:
+    """A model.bin alone, and as a model."""
+    read_bands(read_model(path).tensors.values())
+    read_bands(open_checkpoint(path.parent).tensors.values())
+
+
 def of_imatrix(path: Path) -> None:
     assert all(values.dtype == "f4" for values in imatrix.read(path).entries.values())
 
@@ -241,6 +248,7 @@ PARSERS = {
     "pickle": Parser(in_file("x.pkl"), of_pickle),
     "safetensors": Parser(in_file("x.safetensors"), of_safetensors),
     "gguf": Parser(in_file("x.gguf"), of_gguf),
+    "ctranslate2": Parser(in_file("model.bin"), of_ctranslate2),
     "imatrix": Parser(in_file("x.dat"), of_imatrix),
     "sentencepiece": Parser(in_file("x.model"), of_sentencepiece),
     "hf": Parser(in_model, of_hf),

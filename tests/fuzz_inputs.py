@@ -17,9 +17,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from random import Random
 from typing import Any
 
+from neoxconv.arch.ctranslate2.names import rows_of
+from neoxconv.arch.ctranslate2.settings import scalars_of
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.core.encoding import Part
 from neoxconv.core.table import ModelConfig
@@ -612,6 +615,47 @@ def dat_pieces(entries: dict[str, Sequence[float]]) -> Pieces:
 DAT = dat_pieces({"blk.0.ffn_up.weight": range(12), "blk.0.ffn_down.weight": [0.5, 1e30, 0, 1e-40]})
 IMATRIX = (Kind((DAT, dat_pieces({"a": [1]})), joined), Kind((MATRIX,), padded))
 
+# --- CTranslate2 -----------------------------------------------------------------------------------------------------
+
+
+def text16(text: str) -> list[bytes]:
+    data = text.encode() + b"\0"
+    return [struct.pack("<H", len(data)), data]
+
+
+def variable(name: str, sizes: Sequence[int], kind: int, data: bytes) -> list[bytes]:
+    shape = [bytes([len(sizes)]), *map(u32, sizes)]
+    return [*text16(name), *shape, bytes([kind]), u32(len(data)), data]
+
+
+def ctranslate2_pieces(variables: Sequence[list[bytes]], aliases: Sequence[list[bytes]]) -> Pieces:
+    head = [u32(6), *text16("TransformerDecoderSpec"), u32(8), u32(len(variables))]
+    return (*head, *(piece for each in variables for piece in each), u32(len(aliases)), *chain.from_iterable(aliases))
+
+
+def ctranslate2_model() -> Pieces:
+    """A whole model of one layer: its matrices in 8 bits but one in F16, the rest F32."""
+    scalars = scalars_of("gpt_neox", CONFIG)
+    kinds = {"float32": 0, "int8": 1, "int16": 2, "int32": 3}
+    variables = [variable(name, (), kinds[value.dtype.name], value.tobytes()) for name, value in scalars.items()]
+    sizes = {weight.unified: [CONFIG.sizes[size] for size in weight.shape] for _, weight in GPT_NEOX.names(CONFIG)}
+    for row in rows_of("gpt_neox", CONFIG):
+        shape = sizes[row.parts[0]]
+        if len(shape) == 1 or "linear_1" in row.name:
+            kind, width = (0, 4) if len(shape) == 1 else (4, 2)
+            variables.append(variable(row.name, shape, kind, bytes(width * math.prod(shape))))
+            continue
+        variables.append(variable(row.name, shape, 1, bytes(math.prod(shape))))
+        variables.append(variable(f"{row.name}_scale", shape[:1], 0, struct.pack("<f", 1) * shape[0]))
+    return ctranslate2_pieces(variables, ())
+
+
+FEW = ctranslate2_pieces(
+    [variable("a", (2, 3), 4, bytes(12)), variable("b", (), 2, b"\1\0"), variable("c", (1, 1, 1, 1), 5, bytes(2))],
+    [[*text16("d"), *text16("a")], [*text16("e/weight"), *text16("c")]],
+)
+CTRANSLATE2 = (Kind((ctranslate2_model(), FEW), joined),)
+
 # --- settings of gpt-neox, manifests ---------------------------------------------------------------------------------
 
 YAML_TOKEN = re.compile(rb'"[^"]*"|[\w./+-]+|\n *|[^\w"\n]')
@@ -690,6 +734,7 @@ KINDS_OF: dict[str, Callable[[], Sequence[Kind]]] = {
     "pickle": lambda: PICKLE,
     "safetensors": lambda: SAFETENSORS,
     "gguf": lambda: GGUF,
+    "ctranslate2": lambda: CTRANSLATE2,
     "imatrix": lambda: IMATRIX,
     "sentencepiece": lambda: SPIECE,
     "hf": hf,

@@ -123,17 +123,18 @@ def causal_logits(folder: Path, tokens: Tokens, dtype: str) -> Logits:
 # --- CTranslate2 ----------------------------------------------------------------------------------------------------
 
 
-def ctranslate2_convert(hf_folder: Path, out: Path, quantization: str) -> Path:
-    """Write the folder `out` by ctranslate2's own converter, which needs transformers 4."""
+def ctranslate2_convert(hf_folder: Path, out: Path, *quantizations: str) -> Path:
+    """Write a folder in `out` for each quantization by ctranslate2's own converter, which needs transformers 4."""
     require(TF4 / ".ctranslate2", "ctranslate2 beside transformers 4 (run `make oracles`)")
-    run_in_tf4("ctranslate2_convert_main", hf_folder, out, quantization)
+    run_in_tf4("ctranslate2_convert_main", hf_folder, out, *quantizations)
     return out
 
 
-def ctranslate2_convert_main(hf_folder: str, out: str, quantization: str) -> None:
+def ctranslate2_convert_main(hf_folder: str, out: str, *quantizations: str) -> None:
     from ctranslate2.converters import TransformersConverter
 
-    TransformersConverter(hf_folder).convert(out, quantization=quantization)
+    for quantization in quantizations:
+        TransformersConverter(hf_folder).convert(f"{out}/{quantization}", quantization=quantization)
 
 
 def ctranslate2_logits(folder: Path, tokens: Tokens, compute_type: str = "default") -> Logits:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from neoxconv.arch import ARCHITECTURES
-from neoxconv.arch import ctranslate2 as words
+from neoxconv.arch.ctranslate2.names import EMBEDDING, HEAD, rows_of
+from neoxconv.arch.ctranslate2.settings import Said, config_of, family_of
 from neoxconv.core.model import Architecture, Index, SourceFile
 from neoxconv.core.table import ModelConfig
 from neoxconv.core.tensor import LazyTensor, band, reordered, transposed
@@ -25,18 +26,18 @@ from neoxconv.storage import Place
 
 _INT8 = SCALED["CT2_INT8"]
 _ENDS = ("bos", "eos")  # the tokens that config.json names by their texts, and Hugging Face's by their ids
-_TIED = (words.HEAD, words.EMBEDDING)
+_TIED = (HEAD, EMBEDDING)
 
 
 def index(folder: Place) -> Index:
     """Index the folder. Raises CheckpointError for what is damaged, and for what makes another function than ours."""
     model, settings = read_model(folder / MODEL), read_config(folder)
     tensors, native = _joined(model)
-    tied = model.aliases.get(words.HEAD) == words.EMBEDDING
+    tied = model.aliases.get(HEAD) == EMBEDDING
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    said = words.Said(str(model.file.path), model.scalars, settings, shapes, tied)
-    architecture = _architecture(words.family_of(said))
-    config = words.config_of(said, architecture.name)
+    said = Said(str(model.file.path), model.scalars, settings, shapes, tied)
+    architecture = _architecture(family_of(said))
+    config = config_of(said, architecture.name)
     told = architecture.to_hf(config, TORCH_NAMES[native.name])
     for kind in _ENDS:
         told.pop(f"{kind}_token_id", None)
@@ -95,7 +96,7 @@ def _unified(
     """
     weights = {weight.unified: weight for _, weight in architecture.names(config)}
     left, found = dict(tensors), {}
-    for row in words.rows_of(architecture.name, config):
+    for row in rows_of(architecture.name, config):
         if row.name not in left or any(part not in weights for part in row.parts):
             continue
         tensor, sizes = left.pop(row.name), [config.sizes[weights[part].shape[0]] for part in row.parts]

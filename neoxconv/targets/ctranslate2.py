@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from neoxconv.arch import ctranslate2 as words
+from neoxconv.arch.ctranslate2.names import EMBEDDING, HEAD, Row, rows_of
+from neoxconv.arch.ctranslate2.settings import CONTEXT_KEY, EPSILON_KEY, epsilon_setting, scalars_of, unsayable
 from neoxconv.arch.joins import stacked
 from neoxconv.core.encoding import Encoding, Scaled
 from neoxconv.core.layout import Content, Entry
@@ -42,12 +43,12 @@ def to_ctranslate2(checkpoint: Checkpoint, recipe: Recipe) -> Content:
             f"{checkpoint.index.where}: CTranslate2 needs the texts of all tokens, and no tokenizer that tells them "
             "was found near it; give its tokenizer.json with --tokenizer FILE."
         )
-    tied = {words.HEAD: words.EMBEDDING} if config.tied else {}
+    tied = {HEAD: EMBEDDING} if config.tied else {}
     texts = vocabulary_of(beside.tokenizer, config.rows)
     told = {
         **special_tokens(beside, beside.tokenizer, texts),
-        words.EPSILON_KEY: words.epsilon_setting(config),
-        words.CONTEXT_KEY: config.context,  # CTranslate2 does not know of it
+        EPSILON_KEY: epsilon_setting(config),
+        CONTEXT_KEY: config.context,  # CTranslate2 does not know of it
         "multi_query_attention": True,  # of all models, as its converter has it
     }
     sidecars = {
@@ -56,7 +57,7 @@ def to_ctranslate2(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **hf_files(beside.tokenizer, config.context),
         **({GENERATION: beside.generation} if beside.generation else {}),
     }
-    file = write.layout(entries, words.scalars_of(family, config), tied)
+    file = write.layout(entries, scalars_of(family, config), tied)
     return Content((file,), sidecars, beside.notes, tokenizer_facts(checkpoint, beside.tokenizer))
 
 
@@ -65,7 +66,7 @@ def ctranslate2_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     kind, config = recipe.type or _DEFAULT, _sayable(checkpoint)
     if kind not in CTRANSLATE2_TYPES:
         raise PlanError(f"ctranslate2 has {', '.join(CTRANSLATE2_TYPES)}; found {kind}.")
-    rows = words.rows_of(checkpoint.architecture.name, config)
+    rows = rows_of(checkpoint.architecture.name, config)
     present = [row for row in rows if all(part in checkpoint.tensors for part in row.parts)]
     tensors = [(row, _as_stored(row, checkpoint)) for row in present]
     return [Entry(row.name, row.parts[0], tensor, _encoding(kind, row, tensor)) for row, tensor in tensors]
@@ -75,12 +76,12 @@ def _sayable(checkpoint: Checkpoint) -> ModelConfig:
     """The hyperparameters as CTranslate2 has them. Raises PlanError where it cannot run the model."""
     architecture = checkpoint.architecture
     config = architecture.sayable(checkpoint.config)
-    if problem := words.unsayable(architecture.name, config):
+    if problem := unsayable(architecture.name, config):
         raise PlanError(f"{checkpoint.index.where}: --to ctranslate2: {problem}. Give another target.")
     return config
 
 
-def _as_stored(row: words.Row, checkpoint: Checkpoint) -> LazyTensor:
+def _as_stored(row: Row, checkpoint: Checkpoint) -> LazyTensor:
     """A tensor of the file: its weights one below the other, in its order of rows."""
     parts = [checkpoint.tensors[part] for part in row.parts]
     if len(parts) > 1:
@@ -89,7 +90,7 @@ def _as_stored(row: words.Row, checkpoint: Checkpoint) -> LazyTensor:
     return reordered(tensor, row.order(checkpoint.config)) if row.order else tensor
 
 
-def _encoding(kind: str, row: words.Row, tensor: LazyTensor) -> Encoding | Scaled:
+def _encoding(kind: str, row: Row, tensor: LazyTensor) -> Encoding | Scaled:
     """How a tensor is stored: matrices and the embedding in 8 bits where the type says so, positions never."""
     if kind.startswith(_EIGHT_BITS) and row.name.endswith("/weight"):
         return SCALED["CT2_INT8"]

@@ -33,6 +33,7 @@ RECIPES = (
     Recipe("bnb", type="NF4", double_quant=True),
     Recipe("bnb", type="INT8", shard_size=200_000),
     Recipe("float8", scale="tensor"),
+    Recipe("ctranslate2"),
 )
 
 

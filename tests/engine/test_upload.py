@@ -26,6 +26,7 @@ __all__ = ["cluster", "s3"]
 RECIPES = (
     Recipe("hf", shard_size=100_000), Recipe("safetensors"), Recipe("slim"), Recipe("gguf", type="Q8_0"),
     Recipe("gguf", type="F16", split_size=100_000), Recipe("bnb", type="NF4", double_quant=True),
+    Recipe("ctranslate2"),
 )  # fmt: skip
 
 

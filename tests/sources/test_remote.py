@@ -34,6 +34,7 @@ FORMATS = {
     "hf": "hf",
     "safetensors": "one.safetensors",
     "gguf": "one.gguf",
+    "ctranslate2": "ctranslate2",
 }
 HEADERS = {"gguf": 2 << 20}  # bytes of a file that opening may read besides its weights
 OTHERS = 160 << 10
@@ -50,6 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (Recipe("hf", shard_size=2_000_000), "hf"),
         (Recipe("safetensors"), FORMATS["safetensors"]),
         (Recipe("gguf", type="Q8_0"), FORMATS["gguf"]),
+        (Recipe("ctranslate2"), FORMATS["ctranslate2"]),
     ):
         run.run(make_plan(open_checkpoint(folder / "pipeline"), recipe), folder / name)
     return folder
