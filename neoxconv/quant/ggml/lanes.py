@@ -17,7 +17,7 @@ import numpy as np
 
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.ggml.searches import ABOVE
-from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, float_bits, half_bits, i32, kernel, u8
+from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, float_bits, half_bits, i32, kernel, part, u8
 
 # How much errors matter: kind, share; importance [column blocks, n] and spread [blocks], or both empty.
 Worth = tuple[int, float, Floats, Floats]
@@ -36,13 +36,13 @@ PICK_SCALE, PICK_LEAST, PICK_STEP, PICK_FLOOR = range(28, 32)
 ROWS = 32
 
 
-@kernel
+@part
 def rounded_to_half(value: np.float32) -> np.float32:
     """The float16 nearest to a number; infinity where it is too large."""
     return as_float(float_bits(half_bits(as_bits(value))))
 
 
-@kernel
+@part
 def load(weights: Floats, first: int, x: Floats) -> None:
     """Blocks [first + lane] as columns of `x`; zeros beyond the last one and for what is not finite."""
     for i in range(LANES):
@@ -55,7 +55,7 @@ def load(weights: Floats, first: int, x: Floats) -> None:
                 x[j, i] = ZERO
 
 
-@kernel
+@part
 def weigh(x: Floats, w: Floats, s: Floats, n: int, first: int, worth: Worth) -> None:
     """How much the error of each weight matters; by the columns' importance where there is one."""
     if worth[2].size:
@@ -64,7 +64,7 @@ def weigh(x: Floats, w: Floats, s: Floats, n: int, first: int, worth: Worth) -> 
         _weigh_alone(x, w, s, n, worth)
 
 
-@kernel
+@part
 def _weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
     """ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block."""
     kind, share = worth[0], f32(worth[1])
@@ -81,7 +81,7 @@ def _weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
             w[j, i] = s[SIZE, i] + (abs(x[j, i]) if kind == ABOVE else x[j, i] * x[j, i])
 
 
-@kernel
+@part
 def _weigh_columns(x: Floats, w: Floats, first: int, worth: Worth) -> None:
     """importance * sqrt(x * x + spread), or importance alone without spreads."""
     importance, spread = worth[2], worth[3]
@@ -107,14 +107,14 @@ def mean_squares(weights: Floats, group: int, share: float, spread: Floats) -> N
             spread[b] = f32(share * total / (group * weights.shape[1]))
 
 
-@kernel
+@part
 def keep(s: Floats, i: int, better: bool) -> None:
     """Where it is better, the candidate is the best."""
     for row in range(_CANDIDATE_ROWS):
         s[BEST_A + row, i] = s[row, i] if better else s[BEST_A + row, i]
 
 
-@kernel
+@part
 def forget(s: Floats) -> None:
     """No candidate is the best yet."""
     for i in range(LANES):
@@ -123,7 +123,7 @@ def forget(s: Floats) -> None:
             s[BEST_A + row, i] = ZERO
 
 
-@kernel
+@part
 def choose_total(s: Floats, subs: int, first: bool) -> None:
     """Take what was tried for the super-blocks whose whole error it lowers; for all of them the first time."""
     for group in range(0, LANES, subs):
@@ -141,13 +141,13 @@ def choose_total(s: Floats, subs: int, first: bool) -> None:
         s[PICK_FLOOR, i] = s[FLOOR, i] if better else s[PICK_FLOOR, i]
 
 
-@kernel
+@part
 def nearest(y: np.float32, low: np.float32, high: np.float32) -> np.float32:
     """The whole number nearest to y, from `low` to `high`."""
     return f32(min(max((y + MAGIC) - MAGIC, low), high))
 
 
-@kernel
+@part
 def write_out(x: Floats, s: Floats, first: int, codes: Bytes, numbers: Floats) -> None:
     """The lanes' codes [blocks, n], and their integers and steps [blocks, 4]."""
     for i in range(min(LANES, codes.shape[0] - first)):
