@@ -21,6 +21,7 @@ from numba import config, njit
 
 from neoxconv.dtypes import Floats
 from neoxconv.quant.kernel_cache import folder_for
+from neoxconv.quant.parts import PartCompiler
 
 F = TypeVar("F", bound=Callable[..., object])
 _Halves = npt.NDArray[np.uint16]
@@ -33,11 +34,14 @@ _STEP_16 = f32(2.0**-14)  # the smallest normal float16
 
 _SETTINGS: Any = config  # numba's, some from the environment
 _CACHE = folder_for(_SETTINGS.CACHE_DIR, numba_version)
+_ALIKE: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
+_FROM_PYTHON: dict[str, Any] = {**_ALIKE, "nogil": True, "no_cfunc_wrapper": True}  # nor is any called from C
 _DECORATING = Lock()  # threads may import kernels of several modules at once, and the setting is one for all
 
 
 def kernel(function: F) -> F:
-    """`function`, compiled: releases the GIL, is cached on disk, divides by zero as IEEE 754 says, costs no call.
+    """`function`, compiled to be called from Python: releases the GIL, is cached on disk, divides by zero as IEEE 754
+    says, costs kernels that call it no call.
 
     Kernels take their arguments by position, in the searches more than four: x, w, s and n are the same in all of them,
     and an object that held them could not be cached (numba's jitclass cannot).
@@ -45,9 +49,14 @@ def kernel(function: F) -> F:
     with _DECORATING:
         chosen, _SETTINGS.CACHE_DIR = _SETTINGS.CACHE_DIR, str(_CACHE or "")  # numba looks at it now
         try:
-            return cast(F, njit(nogil=True, cache=bool(_CACHE), error_model="numpy", forceinline=True)(function))
+            return cast(F, njit(cache=bool(_CACHE), **_FROM_PYTHON)(function))
         finally:
             _SETTINGS.CACHE_DIR = chosen  # others' kernels stay theirs
+
+
+def part(function: F) -> F:
+    """`function`, which only kernels call: much quicker to compile than a `kernel`, and only where one needs it."""
+    return cast(F, njit(pipeline_class=PartCompiler, **_ALIKE)(function))
 
 
 _LANES = 64  # sums side by side: enough for the widest registers, and in one order on all machines
@@ -76,19 +85,19 @@ def tally(weights: Floats, values: Floats) -> tuple[np.float32, float, float]:
     return u32(top).view(np.float32), square, power
 
 
-@kernel
+@part
 def as_float(bits: np.uint32 | np.int32) -> np.float32:
     """The float32 with these bits."""
     return u32(bits).view(np.float32)
 
 
-@kernel
+@part
 def as_bits(value: np.float32) -> np.uint32:
     """The bits of a float32."""
     return f32(value).view(np.uint32)
 
 
-@kernel
+@part
 def half_bits(bits: np.uint32) -> np.uint16:
     """The float16 nearest to the float32 with these bits, ties to even, as bits; NaNs keep their upper bits."""
     size = u32(bits & u32(0x7FFFFFFF))
@@ -119,7 +128,7 @@ def narrow_bf16(bits: npt.NDArray[np.uint32], halves: _Halves) -> None:
         halves[i] = u16(rounded)
 
 
-@kernel
+@part
 def float_bits(half: np.uint16) -> np.uint32:
     """The float32 bits of a float16: exact, infinities and NaN payloads included."""
     size = u32(u32(half & u16(0x7FFF)) << u32(13))

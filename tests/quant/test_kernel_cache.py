@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from neoxconv.quant import kernel_cache
@@ -142,3 +143,11 @@ def test_threads_that_make_kernels_at_once_all_find_the_folder(monkeypatch: pyte
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(kernels.kernel, [len] * 16))
     assert set(seen) == {"/the/folder"} and before == config.CACHE_DIR
+
+
+def test_a_part_is_for_kernels_only() -> None:
+    """It has no machine code of its own; called from Python it must fail, not answer."""
+    from neoxconv.quant import kernels
+
+    with pytest.raises((TypeError, ValueError)):
+        kernels.half_bits(np.uint32(0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from neoxconv.dtypes import Bools, Bytes, Floats
-from neoxconv.quant.kernels import HALF, INFINITY, ZERO, f32, kernel, u8
+from neoxconv.quant.kernels import HALF, INFINITY, ZERO, f32, kernel, part, u8
 
 _AT_ONCE = 8  # terms added in a pass over the results; their operands stay in the registers and the first cache
 _PANEL = 256  # rows of the factor that are made before the rest is brought up to date
@@ -18,7 +18,7 @@ _RUN = 64  # columns that are passed over at once where no code changes
 _TURNED = 32  # the same of a matrix that is turned over
 
 
-@kernel
+@part
 def _plus_eight(
     s: np.float32,
     a0: np.float32,
@@ -74,7 +74,7 @@ def add_product(result: Floats, left: Floats, right: Floats) -> None:
                 result[r, c] += left[r, i] * right[i, c]
 
 
-@kernel
+@part
 def _nearest(value: np.float32, table: Floats) -> int:
     """The index of the number of an ascending table that is nearest to a value; of two the lower."""
     code = 0
@@ -122,7 +122,7 @@ def feed(
                     asked[r, c] = _plus_eight(asked[r, c], a0, a1, a2, a3, a4, a5, a6, a7, ahead, i, c)
 
 
-@kernel
+@part
 def _room(code: int, table: Floats, unit: np.float32) -> tuple[np.float32, np.float32]:
     """Between which slopes a code stays; `unit` is its scale times the moment of its column."""
     if unit == ZERO:
@@ -220,7 +220,7 @@ def descend_rows(
                         slopes[i, c] += pulls[i, r] * changes[r, c]
 
 
-@kernel
+@part
 def _finish_rows(rows: Floats, corner: Floats) -> None:
     """Columns [p, g] of a panel become those of the factor, from the last row up; `corner` [p, p] is made already."""
     for k in range(len(rows) - 1, -1, -1):
@@ -232,7 +232,7 @@ def _finish_rows(rows: Floats, corner: Floats) -> None:
                 rows[r, c] -= a * rows[k, c]
 
 
-@kernel
+@part
 def _finish_corner(corner: Floats) -> int:
     """The lower triangle of a panel's own columns [p, p] becomes the factor's; returns how many rows were made."""
     p = len(corner)

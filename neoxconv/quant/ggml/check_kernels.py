@@ -16,7 +16,7 @@ import numpy as np
 
 from neoxconv.dtypes import Bools, Bytes, Floats
 from neoxconv.quant.ggml.simple_kernels import extremes, largest_size
-from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, f32, i32, kernel
+from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, f32, i32, kernel, part
 
 SCALE, LEAST, BY_GAP, BY_WEIGHT, BY_VALUE, FIXED, BEYOND = range(7)  # BEYOND: how far beyond the last code
 NUMBERS = 7
@@ -105,7 +105,7 @@ def compare(weights: Floats, codes: Bytes, numbers: Floats, meaning: Meaning, wr
             read_as[j] = number
 
 
-@kernel
+@part
 def _half_ulp(value: np.float32) -> np.float32:
     """How far rounding to float16 may move a number."""
     return f32(max(abs(value) * _ROUNDING, _SMALLEST))
@@ -138,13 +138,13 @@ def bound_simple(weights: Floats, scale: Floats, least: Floats, form: Simple, nu
         numbers[b, BEYOND] = INFINITY
 
 
-@kernel
+@part
 def _blur(step: np.float32) -> np.float32:
     """By what share rounding to float16 may have moved a step, twice over: encoders use it before as well as after."""
     return f32(max(_TWICE, _STEP_16 / max(abs(step), _STEP_16)))
 
 
-@kernel
+@part
 def _fits(low: np.float32, high: np.float32, block: tuple[np.float32, ...], form: Super) -> bool:
     """Whether a block's scale and least weight, then the steps of both, are about those that its weights need."""
     scale, least, step, floor = block

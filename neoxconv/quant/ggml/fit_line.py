@@ -6,10 +6,10 @@ import numpy as np
 
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.ggml import lanes as at
-from neoxconv.quant.kernels import ONE, ZERO, f32, kernel
+from neoxconv.quant.kernels import ONE, ZERO, f32, kernel, part
 
 
-@kernel
+@part
 def _sum_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32) -> None:
     """The weighted sums of the candidate a * x + b with codes 0 to `top`."""
     for i in range(at.LANES):
@@ -30,7 +30,7 @@ def _sum_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32) -> None:
             s[at.EE, i] += c0 * e0 + c1 * e1
 
 
-@kernel
+@part
 def _keep_line(s: Floats) -> None:
     """Fit scale and minimum (0 at most) to the candidate's codes; keep it where its error is the least so far."""
     for i in range(at.LANES):
@@ -52,7 +52,7 @@ def _keep_line(s: Floats) -> None:
     at.keep(s, at.ERROR, at.BEST_ERROR)
 
 
-@kernel
+@part
 def _search_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32, grid: Floats) -> None:
     """The best scale and minimum of each block: codes from `grid` steps over its range, then from the best line."""
     for i in range(at.LANES):
@@ -80,7 +80,7 @@ def _search_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32, grid:
     _keep_line(s)
 
 
-@kernel
+@part
 def largest(s: Floats, row: int, group: int, subs: int) -> np.float32:
     """The largest number of a super-block's lanes, 0 at least."""
     result = ZERO
@@ -89,7 +89,7 @@ def largest(s: Floats, row: int, group: int, subs: int) -> np.float32:
     return f32(result)
 
 
-@kernel
+@part
 def _round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None:
     """Scales and minima as integers of at most `levels` times a super-block's two float16 steps.
 
@@ -113,7 +113,7 @@ def _round_lines(s: Floats, subs: int, levels: np.float32, trims: Floats) -> Non
         at.keep_total(s, subs, t == 0)
 
 
-@kernel
+@part
 def _round_minima(s: Floats, levels: np.float32) -> None:
     """The better of the two integers nearest to each minimum, with the scale that goes with it."""
     for i in range(at.LANES):
@@ -141,7 +141,7 @@ def _round_minima(s: Floats, levels: np.float32) -> None:
         s[at.TRY_ERROR, i] = at.pick(better, error_other, error_near)
 
 
-@kernel
+@part
 def _line_error(s: Floats, i: int, slope: np.float32, offset: np.float32) -> np.float32:
     """The weighted square error, in codes, of the best codes read with a scale 1 + slope and this offset."""
     error = s[at.BEST_EE, i] - at.TWO * (slope * s[at.BEST_EQ, i] + offset * s[at.BEST_E, i])
@@ -151,7 +151,7 @@ def _line_error(s: Floats, i: int, slope: np.float32, offset: np.float32) -> np.
     return f32(error)
 
 
-@kernel
+@part
 def _line_codes(x: Floats, s: Floats, n: int, top: np.float32) -> None:
     """Replace the weights by their codes."""
     for i in range(at.LANES):

@@ -9,14 +9,14 @@ import numpy as np
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.ggml import lanes as at
 from neoxconv.quant.ggml.searches import CURVE
-from neoxconv.quant.kernels import ONE, ZERO, f32, kernel
+from neoxconv.quant.kernels import ONE, ZERO, f32, kernel, part
 
 _Codes = tuple[float, float, bool]  # the lowest and the highest, and whether they stand for IQ4's values
 _BORDERS = tuple((low + high) / 2 for low, high in pairwise(CURVE))
 _STEPS = tuple((border, high - low) for border, (low, high) in zip(_BORDERS, pairwise(CURVE), strict=True))
 
 
-@kernel
+@part
 def _on_curve(y: np.float32) -> np.float32:
     """The value of IQ4's sixteen that is nearest to y; of two the lower."""
     q = f32(CURVE[0])
@@ -25,7 +25,7 @@ def _on_curve(y: np.float32) -> np.float32:
     return f32(q)
 
 
-@kernel
+@part
 def _index_on_curve(y: np.float32) -> np.float32:
     """Which of the sixteen it is: 0 to 15."""
     q = ZERO
@@ -34,7 +34,7 @@ def _index_on_curve(y: np.float32) -> np.float32:
     return f32(q)
 
 
-@kernel
+@part
 def _sum_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes) -> None:
     """The weighted sums of the candidate a * x with whole numbers for codes."""
     low, high = f32(codes[0]), f32(codes[1])
@@ -58,7 +58,7 @@ def _sum_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes) -> None:
             s[at.EE, i] += (c0 * e0 + c1 * e1) + (c2 * e2 + c3 * e3)
 
 
-@kernel
+@part
 def _sum_curve(x: Floats, w: Floats, s: Floats, n: int) -> None:
     """The same with IQ4's sixteen values for codes."""
     for i in range(at.LANES):
@@ -74,7 +74,7 @@ def _sum_curve(x: Floats, w: Floats, s: Floats, n: int) -> None:
             s[at.EE, i] += c * e
 
 
-@kernel
+@part
 def _keep_scale(s: Floats) -> None:
     """Fit the scale to the candidate's codes; keep it where its error is the least so far."""
     for i in range(at.LANES):
@@ -87,7 +87,7 @@ def _keep_scale(s: Floats) -> None:
     at.keep(s, at.ERROR, at.BEST_ERROR)
 
 
-@kernel
+@part
 def _try_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes) -> None:
     """Sum up the candidate in row A, and keep it where it is the best."""
     if codes[2]:
@@ -97,7 +97,7 @@ def _try_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes) -> None:
     _keep_scale(s)
 
 
-@kernel
+@part
 def _search_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes, grid: Floats) -> None:
     """The best scale of each block: the largest weight at each number of `grid`, then the codes of the best scale."""
     low = f32(codes[0])
@@ -119,7 +119,7 @@ def _search_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes, grid: 
     _try_scale(x, w, s, n, codes)
 
 
-@kernel
+@part
 def _round_scales(s: Floats, subs: int, levels: np.float32, trims: Floats) -> None:
     """Scales as integers from -levels to levels - 1 times a super-block's float16 step, which the largest one sets.
 
@@ -150,7 +150,7 @@ def _round_scales(s: Floats, subs: int, levels: np.float32, trims: Floats) -> No
         at.keep_total(s, subs, t == 0)
 
 
-@kernel
+@part
 def _scale_codes(x: Floats, s: Floats, n: int, codes: _Codes) -> None:
     """Replace the weights by their codes, counted from 0."""
     low, high, curve = f32(codes[0]), f32(codes[1]), codes[2]

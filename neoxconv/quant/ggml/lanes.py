@@ -18,7 +18,20 @@ import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.ggml.searches import ABOVE
-from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, float_bits, half_bits, i32, kernel, u8, u32, u64
+from neoxconv.quant.kernels import (
+    ZERO,
+    as_bits,
+    as_float,
+    f32,
+    float_bits,
+    half_bits,
+    i32,
+    kernel,
+    part,
+    u8,
+    u32,
+    u64,
+)
 
 _Eights = npt.NDArray[np.uint64]
 
@@ -39,13 +52,13 @@ LOW, SPAN, SUM, SIZE, TRY_ERROR, UNIT, PER_QQ = range(30, 37)
 _SPARE, ROWS = 37, 47
 
 
-@kernel
+@part
 def rounded_to_half(value: np.float32) -> np.float32:
     """The float16 nearest to a number; infinity where it is too large."""
     return as_float(float_bits(half_bits(as_bits(value))))
 
 
-@kernel
+@part
 def load(weights: Floats, first: int, x: Floats) -> None:
     """Blocks [first + lane] as columns of `x`; zeros beyond the last one and for what is not finite."""
     for i in range(LANES):
@@ -58,7 +71,7 @@ def load(weights: Floats, first: int, x: Floats) -> None:
                 x[j, i] = ZERO
 
 
-@kernel
+@part
 def weigh(x: Floats, w: Floats, s: Floats, n: int, first: int, worth: Worth) -> None:
     """How much the error of each weight matters; by the columns' importance where there is one."""
     if worth[2].size:
@@ -67,7 +80,7 @@ def weigh(x: Floats, w: Floats, s: Floats, n: int, first: int, worth: Worth) -> 
         _weigh_alone(x, w, s, n, worth)
 
 
-@kernel
+@part
 def _weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
     """ABOVE: |x| + share * root mean square; SQUARE: x * x + share * mean square, both of the block."""
     kind, share = worth[0], f32(worth[1])
@@ -84,7 +97,7 @@ def _weigh_alone(x: Floats, w: Floats, s: Floats, n: int, worth: Worth) -> None:
             w[j, i] = s[SIZE, i] + (abs(x[j, i]) if kind == ABOVE else x[j, i] * x[j, i])
 
 
-@kernel
+@part
 def _weigh_columns(x: Floats, w: Floats, n: int, first: int, worth: Worth) -> None:
     """importance * sqrt(x * x + spread), or importance alone without spreads."""
     importance, spread = worth[2][first // LANES % worth[2].shape[0]], worth[3][first : first + LANES]
@@ -113,19 +126,19 @@ def mean_squares(groups: Floats, share: float, means: Floats) -> None:
         means[m2], means[m3] = f32(share * total2 / row.size), f32(share * total3 / row.size)
 
 
-@kernel
+@part
 def _square(weight: np.float32) -> np.float32:
     """0 of what is not finite."""
     return pick(abs(weight) < INFINITY, weight * weight, ZERO)
 
 
-@kernel
+@part
 def pick(better: bool | np.bool_, new: np.float32, old: np.float32) -> np.float32:
     """One of two numbers that are both computed: a branch around one of them would keep its loop out of vectors."""
     return new if better else old
 
 
-@kernel
+@part
 def take(s: Floats, new: int, best: int, rows: int) -> None:
     """The rows from `new` on take the place of those from `best` on."""
     for row in range(rows):
@@ -133,7 +146,7 @@ def take(s: Floats, new: int, best: int, rows: int) -> None:
             s[best + row, i] = s[new + row, i]
 
 
-@kernel
+@part
 def keep(s: Floats, new: int, best: int) -> None:
     """Take the rows between `new` and `best` for those from `best` on, in lanes where the first of them is less.
 
@@ -145,7 +158,7 @@ def keep(s: Floats, new: int, best: int) -> None:
     take(s, _SPARE, best, best - new)
 
 
-@kernel
+@part
 def forget(s: Floats) -> None:
     """No candidate is the best yet."""
     for i in range(LANES):
@@ -154,7 +167,7 @@ def forget(s: Floats) -> None:
             s[row, i] = ZERO
 
 
-@kernel
+@part
 def keep_total(s: Floats, subs: int, first: bool) -> None:
     """Take what was tried for the super-blocks whose whole error it lowers; for all of them the first time."""
     for group in range(0, LANES, subs):
@@ -169,19 +182,19 @@ def keep_total(s: Floats, subs: int, first: bool) -> None:
         keep(s, TRY_TOTAL, BEST_TOTAL)
 
 
-@kernel
+@part
 def nearest(y: np.float32, low: np.float32, high: np.float32) -> np.float32:
     """The whole number nearest to y, from `low` to `high`."""
     return f32(min(max((y + MAGIC) - MAGIC, low), high))
 
 
-@kernel
+@part
 def _byte(code: np.float32) -> np.int32:
     """A code; what a NaN becomes fits into a byte too."""
     return i32(i32(code) & i32(255))
 
 
-@kernel
+@part
 def write_out(x: Floats, s: Floats, first: int, codes: Bytes, numbers: Floats) -> None:
     """The lanes' codes [blocks, n], and their integers and steps [blocks, 4].
 

@@ -20,6 +20,7 @@ from neoxconv.quant.kernels import (
     half_bits,
     i32,
     kernel,
+    part,
     u8,
     u16,
     u32,
@@ -28,7 +29,7 @@ from neoxconv.quant.kernels import (
 _Ruler = tuple[np.float32, np.float32, np.float32, np.int32]  # low, scale, offset, top
 
 
-@kernel
+@part
 def _inverse(step: np.float32) -> np.float32:
     """1 / step; 0 for 0. NaN where it overflows: ggml's codes are all 0 then, on x86, and so are those of a NaN."""
     if step == ZERO:
@@ -39,13 +40,13 @@ def _inverse(step: np.float32) -> np.float32:
     return result
 
 
-@kernel
+@part
 def _ordered(bits: np.int32) -> np.int32:
     """An integer that sorts as the float32 with these bits does; its own inverse."""
     return i32(bits ^ i32(i32(bits >> i32(31)) & i32(0x7FFFFFFF)))
 
 
-@kernel
+@part
 def extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
     """The smallest and the largest of 32 weights, given as bits; at least one is NaN where a weight is."""
     low, high = i32(0x7FFFFFFF), i32(-0x80000000)
@@ -55,7 +56,7 @@ def extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
     return as_float(_ordered(low)), as_float(_ordered(high))
 
 
-@kernel
+@part
 def first(weights: Floats, size: np.float32) -> np.float32:
     """The first weight of that absolute value: which sign wins a tie."""
     for j in range(32):
@@ -64,7 +65,7 @@ def first(weights: Floats, size: np.float32) -> np.float32:
     return ZERO
 
 
-@kernel
+@part
 def _put_half(block: Bytes, at: int, value: np.float32) -> None:
     """Store `value` as float16 at byte `at`."""
     bits = half_bits(as_bits(value))
@@ -72,14 +73,14 @@ def _put_half(block: Bytes, at: int, value: np.float32) -> None:
     block[at + 1] = u8(bits >> u16(8))
 
 
-@kernel
+@part
 def code(weight: np.float32, ruler: _Ruler) -> np.int32:
     """(weight - low) * scale + offset, cut to an integer of at most `top`; 0 for NaN."""
     low, scale, offset, top = ruler
     return i32(min(i32((weight - low) * scale + offset), top) & i32(31))
 
 
-@kernel
+@part
 def _put_codes(block: Bytes, weights: Floats, ruler: _Ruler, fifth: bool) -> None:
     """Store the codes of 32 weights at the end of `block`: nibbles j | (j + 16) << 4, before them any fifth bits."""
     at = block.size - 16
@@ -93,7 +94,7 @@ def _put_codes(block: Bytes, weights: Floats, ruler: _Ruler, fifth: bool) -> Non
             block[at - 4 + j] = u8((bits >> u32(8 * j)) & u32(255))
 
 
-@kernel
+@part
 def largest_size(bits: npt.NDArray[np.int32]) -> np.float32:
     """The largest absolute value of 32 weights, given as bits; NaN where one is."""
     size = i32(0)

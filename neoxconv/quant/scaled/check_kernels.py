@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bools, Floats
-from neoxconv.quant.kernels import INFINITY, ZERO, f32, i32, kernel, u32
+from neoxconv.quant.kernels import INFINITY, ZERO, f32, i32, kernel, part, u32
 from neoxconv.quant.scaled.float8_kernels import Limits, rounded
 from neoxconv.quant.scaled.kernels import ROUNDER
 
@@ -37,7 +37,7 @@ class Group(NamedTuple):
 _Few = tuple[np.float32, ...]
 
 
-@kernel
+@part
 def _is_wrong(weight: np.float32, value: np.float32, shares: _Few, scales: _Few) -> bool:
     """The rule above; shares are asked, nearest(asked) and found, scales are d and s."""
     (asked, best, found), (decoded, slack) = shares, scales
@@ -60,7 +60,7 @@ def whole_numbers(top: np.float32) -> Even:
     return Even(top, False, Limits(*[u32(0)] * 6))
 
 
-@kernel
+@part
 def _nearest(share: np.float32, numbers: Even) -> np.float32:
     """The number nearest to a share."""
     scaled = f32(share * numbers.top)
@@ -89,7 +89,7 @@ class Sixteen(NamedTuple):
     middles: Floats
 
 
-@kernel
+@part
 def _find(shares: Floats, numbers: Sixteen, ranks: npt.NDArray[np.uint32], found: Floats) -> None:
     """Fill `found` with the numbers nearest to shares; `ranks`, above how many middles they lie, is scratch."""
     for i in range(shares.size):
@@ -101,7 +101,7 @@ def _find(shares: Floats, numbers: Sixteen, ranks: npt.NDArray[np.uint32], found
         found[i] = numbers.rising[ranks[i]]
 
 
-@kernel
+@part
 def _are_nearest(read: Floats, best: Floats, decoded: np.float32) -> bool:
     """Whether all that is read is what the nearest numbers stand for: nothing is wrong then, whatever the slack."""
     misses = i32(0)

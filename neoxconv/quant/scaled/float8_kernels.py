@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import as_bits, as_float, f32, kernel, u8, u32
+from neoxconv.quant.kernels import as_bits, as_float, f32, kernel, part, u8, u32
 
 _INFINITE = u32(0x7F800000)
 
@@ -28,7 +28,7 @@ class Limits(NamedTuple):
     top: np.uint32  # the code of the largest number [0x7E, 448]
 
 
-@kernel
+@part
 def _nearest(size: np.uint32, limits: Limits) -> np.uint32:
     """The code nearest to a magnitude, ties to even; a larger one than any number has where it is beyond the largest.
 
@@ -43,7 +43,7 @@ def _nearest(size: np.uint32, limits: Limits) -> np.uint32:
     return u32(steps + u32(u32(exponent * limits.unit) - limits.exponent_gap))
 
 
-@kernel
+@part
 def _float8_bits(bits: np.uint32, limits: Limits) -> np.uint8:
     """The float8 nearest to the float32 with these bits; at most the largest. A NaN becomes 0x7F or 0xFF."""
     size = u32(bits & u32(0x7FFFFFFF))
@@ -53,7 +53,7 @@ def _float8_bits(bits: np.uint32, limits: Limits) -> np.uint8:
     return u8(code | u32(u32(bits >> u32(24)) & u32(0x80)))
 
 
-@kernel
+@part
 def rounded(value: np.float32, limits: Limits, largest: np.float32) -> np.float32:
     """The number of the form nearest to a float32; at most the largest. A NaN stays one."""
     bits = as_bits(value)

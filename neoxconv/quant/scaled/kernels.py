@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import HALF, INFINITY, ONE, ZERO, f32, i32, kernel, u8, u32
+from neoxconv.quant.kernels import HALF, INFINITY, ONE, ZERO, f32, i32, kernel, part, u8, u32
 
 SIZE = u32(0x7FFFFFFF)  # the bits of a float32 without its sign
 ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
@@ -86,7 +86,7 @@ def whole_steps(rows: Floats, factors: Floats, codes: npt.NDArray[np.int8]) -> N
             out[i] = np.int8(i32(f32(f32(row[i] * factor) + ROUNDER) - ROUNDER))
 
 
-@kernel
+@part
 def _lane_sums(values: Floats) -> Floats:
     """The sums of every column of [n, k], in the order in which torch's `multi_row_sum` (SumKernel.cpp) adds rows.
 
