@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from neoxconv.core.encoding import Part, Scaled
 from neoxconv.core.model import Index
 from neoxconv.core.tensor import LazyTensor
-from neoxconv.dtypes import F16, FLOATS, I32, I64, PLAIN, TORCH_NAMES, U8, DType
+from neoxconv.dtypes import F16, FLOATS, I32, I64, PLAIN, TORCH_NAMES, U8, Array, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
@@ -163,15 +165,23 @@ def _packed(module: _Module) -> _Joined:
         raise module.error(
             PACKED, f"is {_type_and_shape(codes)}; expected I32 of two axes, as compressed-tensors' pack-quantized has."
         )
-    order = module.tensors.get(ORDER)
-    ordered = order is not None and order.dtype is I32 and bool((order.read(0, order.rows) >= 0).all())
-    form = PackedForm(
-        _bits_of(module, shape[1]), _columns_of(module, shape[1]), "weight_zero_point" not in module.tensors, ordered
-    )
-    if ordered and order and order.read(0, order.rows).max() >= form.groups(shape[1]):
+    symmetric, order = "weight_zero_point" not in module.tensors, _order(module, shape[1])
+    ordered = len(order) > 0 and bool((order >= 0).all())  # compressed-tensors leaves -1 where it says nothing
+    form = PackedForm(_bits_of(module, shape[1]), _columns_of(module, shape[1]), symmetric, ordered)
+    if ordered and order.max() >= form.groups(shape[1]):
         raise module.error(ORDER, f"has groups beyond the {form.groups(shape[1])} that have scales; download it again.")
     joined = _joined(module, packed(form), shape, module.native)
-    return joined if ordered or order is None else replace(joined, parts=(*joined.parts, ORDER))  # one without groups
+    return replace(joined, parts=(*joined.parts, ORDER)) if len(order) and not ordered else joined
+
+
+def _order(module: _Module, columns: int) -> Array:
+    """The group of every column as an index tells it; empty where there is none."""
+    tensor = module.tensors.get(ORDER)
+    if tensor is None:
+        return np.empty(0, np.int32)
+    if tensor.dtype is not I32 or tensor.shape != (columns,):
+        raise module.error(ORDER, f"is {_type_and_shape(tensor)}; expected I32 {[columns]}.")
+    return tensor.read(0, columns)
 
 
 def _read_shape(module: _Module) -> tuple[int, int]:

@@ -246,6 +246,7 @@ MISFITS: dict[str, tuple[Change, str]] = {
     "odd groups": (put("weight_scale", lambda t: t[:, :1].repeat(1, 3)), "HERE.weight_scale has 3 groups"),
     "scale of codes": (put("weight_scale", lambda t: t.view(torch.int16)), "HERE.weight_scale is I16 [64, 2]"),
     "short zeros": (put("weight_zero_point", lambda t: t[:-1]), "HERE.weight_zero_point is I32 [7, 2]"),
+    "wide index": (lambda tensors: tensors.update({L0 + "weight_g_idx": torch.zeros(64)}), "g_idx is F32 [64]"),
     "a weight too": (lambda tensors: tensors.update({WEIGHT: torch.zeros(64, 64)}), "HERE.weight_packed lies beside"),
 }
 
