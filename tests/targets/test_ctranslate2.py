@@ -54,10 +54,11 @@ def from_transformers(name: str, **changes: Any) -> Source:
 
     def make(folder: Path) -> Path:
         sizes = {"vocab_size": WORDS, "bos_token_id": 0, "eos_token_id": 0} | changes
-        saved(random_model(getattr(program("transformers"), f"{name}Config")(**sizes)).half(), folder)
+        model = random_model(getattr(program("transformers"), f"{name}Config")(**sizes)).half()
+        source = saved(model, folder.with_name("of transformers 5"))
         for file, data in hf_files(tiny(), 64).items():
-            (folder / file).write_bytes(data)
-        return folder
+            (source / file).write_bytes(data)
+        return hf(source, folder)  # whose settings transformers 4 reads too
 
     return make
 
