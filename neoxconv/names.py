@@ -1,6 +1,6 @@
 """The names that the command line offers, as plain strings: `--help` must not load the tables that they belong to."""
 
-FORMATS = ("hf", "safetensors", "slim", "gguf", "bnb", "float8")
+FORMATS = ("hf", "safetensors", "slim", "gguf", "bnb", "float8", "mlx")
 MIXES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
     "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
@@ -11,7 +11,8 @@ TYPES = (
 )  # fmt: skip
 BNB_TYPES = ("NF4", "FP4", "INT8")
 FLOAT8_TYPES = ("E4M3", "E5M2")
-TARGET_TYPES = (*MIXES, *BNB_TYPES, *FLOAT8_TYPES)  # of any target
+MLX_TYPES = ("2bit", "3bit", "4bit", "5bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4")
+TARGET_TYPES = (*MIXES, *BNB_TYPES, *FLOAT8_TYPES, *MLX_TYPES)  # of any target
 SCALES = ("none", "tensor", "channel")
 DTYPES = ("F16", "BF16", "F32")
 NORMS = ("mean", "fold", "rank0")

@@ -40,7 +40,13 @@ def example(name: str, *words: object) -> Done:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"to_hf", "to_gguf", "quantized", "check"}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {
+        "to_hf",
+        "to_gguf",
+        "to_mlx",
+        "quantized",
+        "check",
+    }
 
 
 @pytest.mark.parametrize("tp", [1, 4])
@@ -65,6 +71,13 @@ def test_quantized_makes_folders_that_transformers_loads_and_runs(tmp_path: Path
         program(name)
     done = example("quantized", toy(tmp_path), tmp_path / "made")
     assert done.returncode == 0 and done.stdout.count("bytes on disk") == 4, done.stderr
+
+
+def test_to_mlx_makes_a_folder_that_check_accepts_and_mlx_runs(tmp_path: Path) -> None:
+    source, target = toy(tmp_path), tmp_path / "mlx"
+    done = example("to_mlx", source, target)
+    assert done.returncode == 0 and "bytes" in done.stdout, done.stderr
+    assert example("check", source, target).returncode == 0
 
 
 def test_check_names_what_differs(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def option_of(recipe: Recipe) -> str:
     """What chooses a row of its format on the command line, behind --type or --dtype."""
     double = " --double-quant" if recipe.double_quant else ""
     scale = f" --scale {recipe.scale}" if recipe.scale else ""
-    return f"{recipe.type or recipe.dtype or ''}{double}{scale}"
+    group = f" --group {recipe.group}" if recipe.group else ""
+    return f"{recipe.type or recipe.dtype or ''}{double}{scale}{group}"
 
 
 def shapes(preset: str) -> Checkpoint:

@@ -137,14 +137,15 @@ of_convert = _options(
         "--type",
         choices=TARGET_TYPES,
         metavar="TYPE",
-        help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2. See `neoxconv formats`.",
+        help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; mlx: 4bit, mxfp4, ... "
+        "See `neoxconv formats`.",
     ),
     _of_gguf,
     click.option(
         "--calibration",
         type=PATH,
         metavar="FILE",
-        help="gguf, bnb, float8: choose codes together; made by calibrate --covariance.",
+        help="gguf, bnb, float8, mlx: choose codes together; made by calibrate --covariance.",
     ),
     _as_family,
     click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
@@ -152,6 +153,12 @@ of_convert = _options(
         "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
     ),
     _choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]"),
+    click.option(
+        "--group",
+        type=COUNT,
+        metavar="N",
+        help="mlx: weights of a row that share scale and bias, 32, 64 or 128.  [default: 64]",
+    ),
     _choice_option("--dtype", choices=DTYPES, help="hf, safetensors, slim: the number type.  [default: the source's]"),
     click.option(
         "--only",
@@ -174,7 +181,7 @@ of_convert = _options(
     click.option(
         "--tokenizer", type=PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
     ),
-    _size_option("--shard-size", help="hf, bnb, float8: bytes of a file at most.  [default: 5GB]"),
+    _size_option("--shard-size", help="hf, bnb, float8, mlx: bytes of a file at most.  [default: 5GB]"),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
     jobs,
     _size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within."),

@@ -13,6 +13,8 @@ import numpy as np
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import Array, Bools, Bytes, DType, Floats
 
+EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
+
 
 @dataclass(frozen=True)
 class Part:
@@ -224,16 +226,17 @@ class Scales:
     (`decoded`), by how much the latter may be off in a file of another program (`slack`).
 
     Where groups have a least weight besides, the first two are [groups, 2], and a value stands for value * scale -
-    least, as in a `Grid`.
+    least, as in a `Grid`. `near`: what the encoder's arithmetic may cost, as a part of a share.
     """
 
     encoded: Floats
     decoded: Floats
     slack: Floats
+    near: float = EXACT
 
     def of(self, groups: slice) -> Scales:
         """Those of some of the groups."""
-        return Scales(self.encoded[groups], self.decoded[groups], self.slack[groups])
+        return Scales(self.encoded[groups], self.decoded[groups], self.slack[groups], self.near)
 
 
 def scale_and_least(numbers: Floats) -> tuple[Floats, Floats]:

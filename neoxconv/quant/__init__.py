@@ -14,6 +14,7 @@ from neoxconv.quant.plain import BF16, F16, F32
 from neoxconv.quant.scaled.float8 import E4M3, E4M3_CHANNEL, E4M3_TENSOR, E5M2, E5M2_CHANNEL, E5M2_TENSOR
 from neoxconv.quant.scaled.fourbit import FP4, FP4_DQ, NF4, NF4_DQ
 from neoxconv.quant.scaled.int8 import INT8
+from neoxconv.quant.scaled.mlx import MLX
 
 ENCODINGS: dict[str, Encoding] = {
     "F32": F32,
@@ -27,7 +28,11 @@ ENCODINGS: dict[str, Encoding] = {
     **{row.name: row for row in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL, E4M3, E5M2)},
 }
 SCALED: dict[str, Scaled] = {
-    row.name: row for row in (INT8, NF4, NF4_DQ, FP4, FP4_DQ, E4M3_CHANNEL, E4M3_TENSOR, E5M2_CHANNEL, E5M2_TENSOR)
+    row.name: row
+    for row in (
+        *(INT8, NF4, NF4_DQ, FP4, FP4_DQ, E4M3_CHANNEL, E4M3_TENSOR, E5M2_CHANNEL, E5M2_TENSOR),
+        *MLX.values(),
+    )
 }
 
 

@@ -1,5 +1,5 @@
-"""Quantized weights whose scales lie in tensors of their own, as bitsandbytes and compressed-tensors store them: found
-among the tensors of a source, checked against what their encoding stores, and read as numbers."""
+"""Quantized weights whose scales lie in tensors of their own, as bitsandbytes, compressed-tensors and MLX store them:
+found among the tensors of a source, checked against what their encoding stores, and read as numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from neoxconv.dtypes import F16, FLOATS, PLAIN, TORCH_NAMES, U8, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
+from neoxconv.quant.scaled.affine import SCALES
 from neoxconv.quant.scaled.fourbit import BLOCK, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
+from neoxconv.quant.scaled.mlx import MLX
 from neoxconv.quant.scaled.nested import NESTED
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 from neoxconv.storage import Place
 
-NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
+NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB|scales|biases)")  # a module, and what may belong to its weight
 _KINDS = ("nf4", "fp4")
 _LARGEST_STATE = 4096  # bytes of JSON
 _LARGEST_MEAN = 3.4e38  # what float32 holds
@@ -34,12 +36,14 @@ _DTYPES = {name: PLAIN[dtype] for dtype, name in TORCH_NAMES.items()}
 
 @dataclass(frozen=True)
 class _Module:
-    """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in."""
+    """A weight and what stands beside it, by what follows the module's name; `native` is what others are stored in,
+    `settings` are the source's."""
 
     where: Place
     name: str
     tensors: Mapping[str, LazyTensor]
     native: DType
+    settings: Mapping[str, Any]
 
     def error(self, part: str, problem: str) -> CheckpointError:
         """What to raise about one of the tensors."""
@@ -59,7 +63,7 @@ def assembled(index: Index) -> Index:
     weights: dict[str, LazyTensor] = {}
     parts: set[str] = set()
     for name, found in modules.items():
-        if weight := _joined_weight(_Module(where, name, found, native), index.settings):
+        if weight := _joined_weight(_Module(where, name, found, native, index.settings)):
             weights[name + "weight"] = weight.tensor
             parts |= {name + part for part in weight.parts}
     kept = {name: weights.get(name, tensor) for name, tensor in tensors.items() if name in weights or name not in parts}
@@ -84,7 +88,7 @@ class _Joined:
     parts: tuple[str, ...]
 
 
-def _joined_weight(module: _Module, settings: Mapping[str, Any]) -> _Joined | None:
+def _joined_weight(module: _Module) -> _Joined | None:
     """The weight of a module with its scales; None where it has none."""
     for marker, find in _MARKERS.items():
         if marker in module.tensors and "weight" in module.tensors:
@@ -92,7 +96,7 @@ def _joined_weight(module: _Module, settings: Mapping[str, Any]) -> _Joined | No
     weight = module.tensors.get("weight")
     if weight is None or not weight.dtype.quantized:
         return None
-    if isinstance(settings.get("quantization_config"), dict):
+    if isinstance(module.settings.get("quantization_config"), dict):
         raise module.error(
             "weight", f"is of type {weight.dtype.name}, but has no weight_scale that can be read; download it again."
         )
@@ -151,6 +155,24 @@ def float8(module: _Module) -> _Joined:
     return _joined(module, encoding, codes.shape, module.native)
 
 
+def mlx(module: _Module) -> _Joined:
+    """A weight of MLX's types: the configuration tells mode, bits and group, of all or of this one by its name."""
+    told: Any = module.settings.get("quantization")
+    own: Any = told.get(module.name.removesuffix("."), told) if isinstance(told, dict) else None
+    kind = (own.get("mode", "affine"), own.get("bits"), own.get("group_size")) if isinstance(own, dict) else None
+    bits, found = next(((each[1], encoding) for each, encoding in MLX.items() if each == kind), (0, None))
+    codes, scales = module.tensors["weight"], module.tensors[SCALES]
+    if found is None or len(codes.shape) != 2:
+        modes = ", ".join(dict.fromkeys(mode for mode, *_ in MLX))
+        raise module.error(
+            "weight",
+            f"is {_type_and_shape(codes)} with scales; config.json's quantization of it is {json.dumps(own):.200}, "
+            f"expected a matrix, bits and group_size of MLX's, and a mode among {modes}.",
+        )
+    shape = codes.rows, codes.columns * 32 // bits
+    return _joined(module, found, shape, module.native if scales.dtype is U8 else scales.dtype)
+
+
 def _joined(module: _Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> _Joined:
     """The weight with its parts to read from. Raises CheckpointError where one is missing or does not fit."""
 
@@ -191,4 +213,5 @@ _MARKERS: dict[str, Callable[[_Module], _Joined]] = {
     "SCB": _eight_bit,
     FORMAT: _eight_bit,
     "weight_scale": float8,
+    SCALES: mlx,
 }

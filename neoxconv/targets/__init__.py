@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.targets import bnb, float8, gguf, hf, slim
+from neoxconv.targets import bnb, float8, gguf, hf, mlx, slim
 from neoxconv.targets.recipe import Recipe
 
 
@@ -85,6 +85,15 @@ TARGETS: dict[str, Target] = {
             entries=float8.float8_entries,
             recipes=float8.RECIPES,
             options=("type", "shard_size", "scale", "calibration"),
+        ),
+        Target(
+            name="mlx",
+            single=False,
+            make=mlx.to_mlx,
+            entries=mlx.mlx_entries,
+            recipes=mlx.RECIPES,
+            options=("type", "group", "shard_size", "calibration"),
+            only_of={"group": mlx.AFFINE},
         ),
     )
 }

@@ -2,7 +2,8 @@
 
 Measured on a small model that was trained with gpt-neox, 10.5 M parameters; a released one of 135 M moves 15 to 50
 times as far (docs/verification.md). GGUF's mixes in llama.cpp (python -m benchmarks.divergence), bitsandbytes' types in
-transformers on a CPU, float8 in float32 with the weights that its files stand for (python -m benchmarks.folders).
+transformers on a CPU, float8 and MLX's in float32 with the weights that its files stand for (python -m
+benchmarks.folders; MLX's on the first 8 of the 32 sequences).
 """
 
 DIVERGENCES = {
@@ -13,6 +14,12 @@ DIVERGENCES = {
     "INT8": 0.000058, "NF4": 0.001238, "NF4_DQ": 0.001244, "FP4": 0.002119, "FP4_DQ": 0.002121,
     "F8_E4M3": 0.000105, "E4M3_TENSOR": 0.000091, "E4M3_CHANNEL": 0.000091,
     "F8_E5M2": 0.000389, "E5M2_TENSOR": 0.000389, "E5M2_CHANNEL": 0.000389,
+    "MLX_2BIT_32": 0.134, "MLX_2BIT_64": 0.148, "MLX_2BIT_128": 0.160,
+    "MLX_3BIT_32": 0.0195, "MLX_3BIT_64": 0.0236, "MLX_3BIT_128": 0.0274,
+    "MLX_4BIT_32": 0.00402, "MLX_4BIT_64": 0.00513, "MLX_4BIT_128": 0.00590,
+    "MLX_5BIT_32": 0.000902, "MLX_5BIT_64": 0.001136, "MLX_5BIT_128": 0.001290,
+    "MLX_6BIT_32": 0.000236, "MLX_6BIT_64": 0.000269, "MLX_6BIT_128": 0.000358,
+    "MLX_8BIT_32": 0.000017, "MLX_8BIT_64": 0.000018,
 }  # fmt: skip
 
 # Types that are run with quantized inputs, where only the weights are rounded: as verification runs them itself.

@@ -17,7 +17,7 @@ class Recipe:
     tp: int | None = None  # slim: tensor-parallel degree, the source's by default
     pp: int | None = None  # slim: pipeline stages, the source's by default; 0: sequential files
     current_names: bool = False  # slim: made anew for gpt-neox since 2024-09; else as SRC's files, or those of 2022
-    shard_size: int = 5_000_000_000  # hf, bnb, float8
+    shard_size: int = 5_000_000_000  # hf, bnb, float8, mlx
     split_size: int | None = None  # gguf
     mix: str = "current"  # gguf: or classic, the older recipe for attn_qkv
     pure: bool = False  # gguf: one type for every matrix
@@ -26,7 +26,7 @@ class Recipe:
     tensor_type: tuple[tuple[str, str], ...] = ()  # gguf: (pattern of names, type)
     effort: str = "normal"  # gguf: or high, a longer search for less error
     imatrix: Path | None = None  # gguf: an importance matrix
-    calibration: Path | None = None  # gguf, bnb, float8: one with second moments, by which codes are chosen together
+    calibration: Path | None = None  # gguf, bnb, float8, mlx: its second moments choose codes together
     bits: float | None = None  # gguf: types by what they cost, with so many bits a weight at most
     size: int | None = None  # gguf: the same, with so many bytes of the file at most
     types: tuple[str, ...] = ()  # gguf: which may be chosen so; by default all
@@ -34,6 +34,7 @@ class Recipe:
     double_quant: bool = False  # bnb: 4-bit types with quantized scales
     compute_dtype: str | None = None  # bnb: the type in which transformers multiplies 4-bit weights
     scale: str | None = None  # float8: none, tensor or channel
+    group: int | None = None  # mlx: weights that share scale and bias
     only: tuple[str, ...] = ()  # hf, safetensors: patterns of the unified names that the target holds; else all
     tokenizer: Path | None = None
     as_family: str | None = None  # gguf, slim: the family to write the model as, where the format lacks its own

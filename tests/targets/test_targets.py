@@ -24,6 +24,7 @@ def test_the_names_that_the_command_line_offers_are_those_of_the_tables() -> Non
     assert TARGETS["gguf"].types == names.MIXES
     assert TARGETS["bnb"].types == names.BNB_TYPES
     assert TARGETS["float8"].types == names.FLOAT8_TYPES
+    assert TARGETS["mlx"].types == names.MLX_TYPES
     assert {recipe.scale for recipe in TARGETS["float8"].recipes} == set(names.SCALES) == set(SCALES)
     assert TARGETS["hf"].dtypes == TARGETS["safetensors"].dtypes == names.DTYPES
     assert set(names.TYPES) <= set(ENCODINGS)
