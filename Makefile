@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 TF4 := .venv-tf4
+MLX := .venv-mlx
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/neoxconv
 LLAMA := $(shell sed -n 's/^llama-cpp-python==//p' constraints.txt)
 CTRANSLATE2 := $(shell sed -n 's/^ctranslate2==//p' constraints.txt)
@@ -40,12 +41,12 @@ fuzz:     $(VENV)/.run ## feed damaged and hostile files to every parser: FUZZ_A
 verify-table: $(VENV)/.test ## how far every target's predictions are: SOURCE=checkpoint TOKENS=ids.npy
 	$(VENV)/bin/python -m benchmarks.verify_table --source $(SOURCE) $(if $(TOKENS),--tokens $(TOKENS))
 
-oracles:  $(VENV)/.llama $(VENV)/.ctranslate2 $(TF4)/.oracles $(TF4)/.ctranslate2 $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
+oracles:  $(VENV)/.llama $(VENV)/.ctranslate2 $(TF4)/.oracles $(TF4)/.ctranslate2 $(MLX)/.oracles $(CONVERTER)/convert_hf_to_gguf.py ## install the programs that the tests compare with
 
 clean:    ## remove the environments and all that was made here
-	rm -rf $(VENV) $(TF4) build dist demo-out fuzz-failures *.egg-info .*_cache .hypothesis
+	rm -rf $(VENV) $(TF4) $(MLX) build dist demo-out fuzz-failures *.egg-info .*_cache .hypothesis
 
-$(VENV)/bin/pip $(TF4)/bin/pip:
+$(VENV)/bin/pip $(TF4)/bin/pip $(MLX)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || \
 	  { echo "neoxconv needs Python 3.10 to 3.14, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(@:/bin/pip=)
@@ -85,4 +86,9 @@ $(CONVERTER)/convert_hf_to_gguf.py: $(SDIST)
 $(TF4)/.oracles: Makefile | $(TF4)/bin/pip
 	$(TF4)/bin/pip install -q transformers==4.57.6 torch==2.13.0 safetensors==0.8.0 gguf==0.19.0 'numpy<2.3' \
 	  accelerate==1.15.0 'sentencepiece<0.3' 'protobuf>=4.21,<5'
+	@touch $@
+
+# MLX on a CPU, and the program that runs language models with it.
+$(MLX)/.oracles: Makefile | $(MLX)/bin/pip
+	$(MLX)/bin/pip install -q mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 	@touch $@

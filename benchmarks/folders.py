@@ -18,10 +18,11 @@ from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import compare_predictions
 
-PROGRAMS = {
+PROGRAMS = {  # MLX's types in float32 alone
     "bnb": "transformers",
     "float8": "transformers",
     "compressed-tensors": "transformers",
+    "mlx": "",
     "ctranslate2": "ctranslate2",
 }
 
@@ -40,13 +41,14 @@ def main() -> None:
         for recipe in (recipe for recipe in RECIPES if recipe.format in given.only):
             target = run(make_plan(reference, recipe), Path(folder) / "made", overwrite=True)
             made = open_checkpoint(target)
-            engine = PROGRAMS[recipe.format]
-            with program(engine, target, made) as ask:
-                logits = ask(tokens)
-            as_run = compare_predictions(reference, made, tokens, engine=engine, logits=logits)
-            alone = compare_predictions(reference, made, tokens)
-            means = alone.figures.mean, as_run.figures.mean
-            print(f"{recipe.format:18} {option_of(recipe):38} {means[0]:10.6f} {means[1]:12.6f}", flush=True)
+            means = [compare_predictions(reference, made, tokens).figures.mean]
+            if engine := PROGRAMS[recipe.format]:
+                with program(engine, target, made) as ask:
+                    logits = ask(tokens)
+                as_run = compare_predictions(reference, made, tokens, engine=engine, logits=logits)
+                means.append(as_run.figures.mean)
+            figures = " ".join(f"{mean:11.7f}" for mean in means)
+            print(f"{recipe.format:18} {option_of(recipe):38} {figures}", flush=True)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def plain(name: str, numpy: str) -> DType:
 
 F64, F32, F16, BF16 = plain("F64", "<f8"), plain("F32", "<f4"), plain("F16", "<f2"), plain("BF16", "<u2")
 I64, I32, I16, I8 = plain("I64", "<i8"), plain("I32", "<i4"), plain("I16", "<i2"), plain("I8", "i1")
-U8, BOOL = plain("U8", "u1"), plain("BOOL", "?")
+U32, U8, BOOL = plain("U32", "<u4"), plain("U8", "u1"), plain("BOOL", "?")
 
-PLAIN = {dtype.name: dtype for dtype in (F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL)}
+PLAIN = {dtype.name: dtype for dtype in (F64, F32, F16, BF16, I64, I32, I16, I8, U32, U8, BOOL)}
 FLOATS = ("F64", "F32", "F16", "BF16")
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 F8_E4M3, F8_E5M2 = plain("F8_E4M3", "u1"), plain("F8_E5M2", "u1")  # their bits travel as bytes

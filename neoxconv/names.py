@@ -1,6 +1,6 @@
 """The names that the command line offers, as plain strings: `--help` must not load the tables that they belong to."""
 
-FORMATS = ("hf", "safetensors", "slim", "gguf", "bnb", "float8", "compressed-tensors", "ctranslate2")
+FORMATS = ("hf", "safetensors", "slim", "gguf", "bnb", "float8", "compressed-tensors", "mlx", "ctranslate2")
 MIXES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
     "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
@@ -12,11 +12,12 @@ TYPES = (
 BNB_TYPES = ("NF4", "FP4", "INT8")
 FLOAT8_TYPES = ("E4M3", "E5M2")
 PACKED_TYPES = ("W4A16", "W8A16", "FP8_DYNAMIC")
+MLX_TYPES = ("2bit", "3bit", "4bit", "5bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4")
 CTRANSLATE2_TYPES = (
     "INT8", "INT8_FLOAT16", "INT8_BFLOAT16", "INT8_FLOAT32", "FLOAT16", "BFLOAT16", "FLOAT32",
 )  # fmt: skip
 TARGET_TYPES = tuple(dict.fromkeys(
-    (*MIXES, *BNB_TYPES, *FLOAT8_TYPES, *PACKED_TYPES, *CTRANSLATE2_TYPES)
+    (*MIXES, *BNB_TYPES, *FLOAT8_TYPES, *PACKED_TYPES, *MLX_TYPES, *CTRANSLATE2_TYPES)
 ))  # of any target  # fmt: skip
 SCALES = ("none", "tensor", "channel")
 GROUPS = ("32", "64", "128", "channel")  # columns that share a scale

@@ -1,7 +1,8 @@
 """Programs and files that this project did not write, to compare with; each test skips where its oracle is absent.
 
-`make oracles` installs the programs. `.venv-tf4` is a second environment with transformers 4: its Python runs
-functions of this very module, so nothing but the standard library and numpy is imported at the top.
+`make oracles` installs the programs. `.venv-tf4` is a second environment with transformers 4, `.venv-mlx` a third with
+MLX: their Pythons run functions of this very module, so nothing but the standard library and numpy is imported at the
+top.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ import numpy.typing as npt
 
 ROOT = Path(__file__).parents[1]
 TF4 = ROOT / ".venv-tf4"
+MLX = ROOT / ".venv-mlx"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neoxconv"
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PACKAGES = (
     "torch", "transformers", "gguf", "safetensors", "tokenizers", "sentencepiece", "llama-cpp-python", "bitsandbytes",
-    "ctranslate2",
+    "ctranslate2", "mlx", "mlx-lm",
 )  # fmt: skip
 
 Tokens = npt.NDArray[np.integer[Any]]  # [batch, time]
@@ -64,7 +66,8 @@ def skip(reason: str) -> None:
 
 def oracle_versions() -> dict[str, str]:
     """Return the version of every oracle that is present, by the name of its package and of its environment."""
-    places = {"": sys.path, " in .venv-tf4": [str(path) for path in TF4.glob("lib/*/site-packages")]}
+    others = {f" in {place.name}": [str(path) for path in place.glob("lib/*/site-packages")] for place in (TF4, MLX)}
+    places = {"": sys.path, **others}
     return {
         f"{name}{place}": found.version
         for place, folders in places.items()
@@ -319,16 +322,88 @@ def vllm_main(folder: str, tokens_npy: str) -> None:
     print(f"loss {np.mean(losses)}")
 
 
-# --- the environment with transformers 4 ----------------------------------------------------------------------------
+# --- MLX ------------------------------------------------------------------------------------------------------------
+
+
+def mlx_convert(hf_folder: Path, out: Path, bits: int, group: int, mode: str = "affine") -> None:
+    """Write a folder as mlx_lm.convert does, on the CPU."""
+    run_in_mlx("mlx_convert_main", hf_folder, out, bits, group, mode)
+
+
+def mlx_convert_main(hf_folder: str, out: str, bits: str, group: str, mode: str) -> None:
+    on_cpu()
+    convert = import_module("mlx_lm.convert").convert
+    convert(hf_folder, out, quantize=True, q_bits=int(bits), q_group_size=int(group), q_mode=mode)
+
+
+def mlx_logits(folder: Path, tokens: Tokens, out_npy: Path) -> Logits:
+    """Load a folder strictly with mlx_lm and run it on the CPU; the logits stay in `out_npy`."""
+    source = out_npy.with_suffix(".tokens.npy")
+    np.save(source, tokens)
+    run_in_mlx("mlx_logits_main", folder, source, out_npy)
+    return np.asarray(np.load(out_npy), np.float32)
+
+
+def mlx_logits_main(folder: str, tokens_npy: str, out_npy: str) -> None:
+    core, utils = on_cpu(), import_module("mlx_lm.utils")
+    model, _ = utils.load_model(Path(folder))
+    np.save(out_npy, np.array(model(core.array(np.load(tokens_npy))).astype(core.float32)))
+
+
+def mlx_quantize(weights: npt.NDArray[np.float32], kinds: Mapping[str, tuple[str, int, int]], out_npz: Path) -> Any:
+    """What MLX makes of weights in F16, BF16 and F32, for each kind's mode, bits and group: by `kind.type.part` the
+    stored bits, and as `kind.type.values` what it reads of them, as far as float32 arithmetic."""
+    source = out_npz.with_suffix(".weights.npy")
+    np.save(source, weights)
+    words = [f"{name}={mode},{bits},{group}" for name, (mode, bits, group) in kinds.items()]
+    run_in_mlx("mlx_quantize_main", source, out_npz, *words)
+    return np.load(out_npz)
+
+
+def mlx_quantize_main(weights_npy: str, out_npz: str, *words: str) -> None:
+    core, found = on_cpu(), {}
+    for dtype, name in ((core.float16, "F16"), (core.bfloat16, "BF16"), (core.float32, "F32")):
+        weights = core.array(np.load(weights_npy)).astype(dtype)
+        for kind, told in (word.split("=") for word in words):
+            mode, bits, group = told.split(",")
+            settings = {"mode": mode, "bits": int(bits), "group_size": int(group)}
+            stored = core.quantize(weights, **settings)
+            wide = [
+                each.astype(core.float32) if core.issubdtype(each.dtype, core.floating) else each for each in stored
+            ]
+            found[f"{kind}.{name}.values"] = np.array(core.dequantize(*wide, dtype=core.float32, **settings))
+            for part, each in zip(("weight", "scales", "biases"), stored, strict=False):
+                bits_of = core.view(each, core.uint16) if each.dtype == core.bfloat16 else each
+                found[f"{kind}.{name}.{part}"] = np.array(bits_of)
+    np.savez(out_npz, **found)
+
+
+def on_cpu() -> Any:
+    """MLX's module, set to compute on the CPU."""
+    core = import_module("mlx.core")
+    core.set_default_device(core.cpu)
+    return core
+
+
+# --- environments of their own --------------------------------------------------------------------------------------
 
 
 def run_in_tf4(function: str, *arguments: object) -> None:
     """Call a function of this module, with strings, in the Python of .venv-tf4."""
-    require(TF4 / ".oracles", "transformers 4 (run `make oracles`)")
+    _run_in(TF4, "transformers 4", function, *arguments)
+
+
+def run_in_mlx(function: str, *arguments: object) -> None:
+    """The same in the Python of .venv-mlx."""
+    _run_in(MLX, "MLX", function, *arguments)
+
+
+def _run_in(environment: Path, what: str, function: str, *arguments: object) -> None:
+    require(environment / ".oracles", f"{what} (run `make oracles`)")
     call = f"import sys; from tests import oracles; oracles.{function}(*sys.argv[1:])"
-    command = [TF4 / "bin" / "python", "-c", call, *arguments]
+    command = [environment / "bin" / "python", "-c", call, *arguments]
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{function} in {TF4.name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{function} in {environment.name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
 if __name__ == "__main__":

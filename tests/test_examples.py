@@ -44,6 +44,7 @@ def test_every_example_is_run_here() -> None:
         "to_hf",
         "to_gguf",
         "to_ctranslate2",
+        "to_mlx",
         "quantized",
         "check",
     }
@@ -78,6 +79,13 @@ def test_to_ctranslate2_makes_a_folder_that_ctranslate2_goes_on_from(tmp_path: P
     source, target = toy(tmp_path), tmp_path / "made"
     done = example("to_ctranslate2", source, target)
     assert done.returncode == 0 and "largest logit" in done.stdout, done.stderr
+    assert example("check", source, target).returncode == 0
+
+
+def test_to_mlx_makes_a_folder_that_check_accepts_and_mlx_runs(tmp_path: Path) -> None:
+    source, target = toy(tmp_path), tmp_path / "mlx"
+    done = example("to_mlx", source, target)
+    assert done.returncode == 0 and "bytes" in done.stdout, done.stderr
     assert example("check", source, target).returncode == 0
 
 

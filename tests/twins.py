@@ -6,6 +6,7 @@ import numpy as np
 
 from neoxconv.core.encoding import Encoding, Groups, Scaled, Scales, scale_and_least
 from neoxconv.dtypes import F32, Bools, Bytes, DType, Floats, narrow, widen
+from neoxconv.quant import SCALED
 from neoxconv.quant.ggml.searches import CURVE, SEARCHES
 
 STEP_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # where a block's first float16 lies; at its beginning in the others
@@ -99,6 +100,16 @@ def fits(encoding: Encoding, weights: Floats, numbers: tuple[Floats, ...]) -> Bo
     return np.asarray(result & (np.abs(np.abs(scale) * reach - span) <= slack))
 
 
+# Of MLX's types every number of bits and every width of groups once.
+_ONCE = ("2BIT_32", "3BIT_64", "4BIT_128", "5BIT_32", "6BIT_64", "8BIT_128")
+ROWS = [row for name, row in SCALED.items() if "BIT_" not in name or name.removeprefix("MLX_") in _ONCE]
+
+
+def fitting(encoding: Scaled, shape: tuple[int, int]) -> tuple[int, int]:
+    """The next shape whose columns the encoding takes."""
+    return shape[0], -(-shape[1] // encoding.multiple) * encoding.multiple
+
+
 def nearest(encoding: Scaled, shares: Floats) -> Floats:
     """What the nearest codes stand for, as shares are given."""
     middles = (encoding.table[:-1] + encoding.table[1:]) / np.float32(2)
@@ -130,9 +141,9 @@ def wrong_scaled(encoding: Scaled, rows: Floats, values: Floats, scales: Scales)
     best, found = nearest(encoding, asked), nearest(encoding, np.where(decoded != 0, (values + least) / decoded, 0))
     near = 1e-5 * (np.abs(values) + np.abs(least)) + slack
     no_code = ~((np.abs(values - (found * decoded - least)) <= near) & np.isfinite(values))
-    further = ~(np.abs(asked - found) <= np.abs(asked - best) + 1e-5 * np.abs(asked))
+    further = ~(np.abs(asked - found) <= np.abs(asked - best) + scales.near * np.abs(asked))
     if scales.native is not F32:
         near = rounded_in(scales.native, np.float32(1 / np.diff(encoding.table).min()), rows, (encoded, low))
-        further &= ~(np.abs(near - found) <= np.abs(near - nearest(encoding, near)) + 1e-5 * np.abs(near))
+        further &= ~(np.abs(near - found) <= np.abs(near - nearest(encoding, near)) + scales.near * np.abs(near))
     further &= np.abs(decoded) > slack
     return np.asarray((no_code | further) & ~(np.isnan(rows) & np.isnan(values)))

@@ -139,14 +139,14 @@ of_convert = _options(
         choices=TARGET_TYPES,
         metavar="TYPE",
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; compressed-tensors: W4A16, W8A16, "
-        "FP8_DYNAMIC; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`.",
+        "FP8_DYNAMIC; mlx: 4bit, mxfp4, ...; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`.",
     ),
     _of_gguf,
     click.option(
         "--calibration",
         type=PATH,
         metavar="FILE",
-        help="gguf, bnb, float8, compressed-tensors: choose codes together; made by calibrate --covariance.",
+        help="gguf, bnb, float8, compressed-tensors, mlx: choose codes together; made by calibrate --covariance.",
     ),
     _as_family,
     click.option("--double-quant", is_flag=True, default=None, help="bnb: quantize the scales of NF4 and FP4 too."),
@@ -154,7 +154,11 @@ of_convert = _options(
         "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
     ),
     _choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]"),
-    _choice_option("--group", choices=GROUPS, help="compressed-tensors: columns that share a scale.  [default: 128]"),
+    _choice_option(
+        "--group",
+        choices=GROUPS,
+        help="compressed-tensors, mlx: columns that share a scale.  [default: 128; mlx: 64]",
+    ),
     click.option(
         "--asymmetric", is_flag=True, default=None, help="compressed-tensors: a zero for each group of W4A16 and W8A16."
     ),
@@ -180,7 +184,9 @@ of_convert = _options(
     click.option(
         "--tokenizer", type=PATH, metavar="FILE", help="A tokenizer, or its folder.  [default: the one near SRC]"
     ),
-    _size_option("--shard-size", help="hf, bnb, float8, compressed-tensors: bytes of a file at most.  [default: 5GB]"),
+    _size_option(
+        "--shard-size", help="hf, bnb, float8, compressed-tensors, mlx: bytes of a file at most.  [default: 5GB]"
+    ),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
     jobs,
     _size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within."),

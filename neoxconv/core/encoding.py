@@ -13,6 +13,8 @@ import numpy as np
 from neoxconv.core.tensor import LazyTensor, Read
 from neoxconv.dtypes import F32, Array, Bools, Bytes, DType, Floats
 
+EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
+
 
 @dataclass(frozen=True)
 class Part:
@@ -225,13 +227,14 @@ class Scales:
     weights may have been divided by them.
 
     Where groups have a least weight besides, the first two are [groups, 2], and a value stands for value * scale -
-    least, as in a `Grid`.
+    least, as in a `Grid`. `near`: what the encoder's arithmetic may cost, as a part of a share.
     """
 
     encoded: Floats
     decoded: Floats
     slack: Floats
     native: DType = F32
+    near: float = EXACT
 
     def of(self, groups: slice) -> Scales:
         """Those of some of the groups."""

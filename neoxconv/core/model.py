@@ -74,6 +74,12 @@ def _weights_of_model(weights: tuple[Weight, ...], layers: int, tied: bool) -> t
     return (*before, *inside, *after)
 
 
+def renamed(name: str, beginnings: tuple[tuple[str, str], ...]) -> str:
+    """A name with the first of the beginnings that it has changed."""
+    old, new = next((pair for pair in beginnings if name.startswith(pair[0])), ("", ""))
+    return new + name.removeprefix(old)
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor of a layer file: a weight, several weights fused, or a buffer."""
@@ -134,6 +140,9 @@ class Architecture:
     sayable: Callable[[ModelConfig], ModelConfig] = lambda config: config
     # Weights that a configuration leaves unused, each with the one that acts in its place; by their unified names.
     unused: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
+    # mlx_lm's names (`sanitize` of its models): what unified names begin with, and what stands there instead; the first
+    # that fits. Empty where it has no such family.
+    mlx: tuple[tuple[str, str], ...] = ()
     forward: str
     # What gpt-neox computes and does not store, by unified name.
     made: Callable[[Index, ModelConfig], Mapping[str, LazyTensor]] = lambda index, config: {}
@@ -144,6 +153,10 @@ class Architecture:
         """Every weight of a model, its names spelled for its layer (None outside), in the order of the forward pass."""
         weights = tuple(weight for weight in self.weights if weight.when(config))
         return _weights_of_model(weights, config.layers, config.tied)
+
+    def mlx_name(self, unified: str) -> str:
+        """What mlx_lm calls a tensor, if it has the family."""
+        return renamed(unified, self.mlx)
 
     def in_gguf(self, config: ModelConfig) -> tuple[_Named, ...]:
         """Those of a GGUF file: of a tied model the head too where llama.cpp wants one."""

@@ -214,12 +214,12 @@ def _read_header(file: Storage) -> _Header:
     return _Header(found.value, found.checksum)
 
 
-def layout(entries: Sequence[Entry], shard_size: int) -> tuple[FileLayout, ...]:
+def layout(entries: Sequence[Entry], shard_size: int, metadata: Mapping[str, str]) -> tuple[FileLayout, ...]:
     """Files of at most `shard_size` bytes of tensors, filled in order; a larger tensor has one to itself."""
     groups = in_groups(entries, shard_size)
     count = len(groups)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_FILES[0][0]]
-    return tuple(safetensors.layout(n, group, {"format": "pt"}) for n, group in zip(names, groups, strict=True))
+    return tuple(safetensors.layout(n, group, metadata) for n, group in zip(names, groups, strict=True))
 
 
 def weight_index(files: Sequence[FileLayout]) -> bytes:
@@ -243,7 +243,7 @@ def generation_config(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def model_card(title: str, family: str, facts: Sequence[tuple[str, str]]) -> bytes:
-    """README.md: what the model is, its family as Hugging Face tags it, and where it comes from."""
-    head = ["---", "library_name: transformers", f"tags: [{family}]", "---", "", f"# {title}", ""]
+def model_card(title: str, family: str, facts: Sequence[tuple[str, str]], *, library: str) -> bytes:
+    """README.md: what the model is, its family as Hugging Face tags it, what loads it, and where it comes from."""
+    head = ["---", f"library_name: {library}", f"tags: [{family}]", "---", "", f"# {title}", ""]
     return "\n".join([*head, *(f"- {name}: {value}" for name, value in facts), ""]).encode()

@@ -15,6 +15,7 @@ from neoxconv.quant.scaled.ctranslate2 import CT2_INT8
 from neoxconv.quant.scaled.float8 import E4M3, E4M3_CHANNEL, E4M3_TENSOR, E5M2, E5M2_CHANNEL, E5M2_TENSOR
 from neoxconv.quant.scaled.fourbit import FP4, FP4_DQ, NF4, NF4_DQ
 from neoxconv.quant.scaled.int8 import INT8
+from neoxconv.quant.scaled.mlx import MLX
 from neoxconv.quant.scaled.packed import WRITTEN
 
 ENCODINGS: dict[str, Encoding] = {
@@ -34,6 +35,7 @@ SCALED: dict[str, Scaled] = {
         *(INT8, NF4, NF4_DQ, FP4, FP4_DQ, CT2_INT8),
         *(E4M3_CHANNEL, E4M3_TENSOR, E5M2_CHANNEL, E5M2_TENSOR),
         *WRITTEN,
+        *MLX.values(),
     )
 }
 

@@ -1,5 +1,5 @@
-"""Quantized weights whose scales lie in tensors of their own, as bitsandbytes and compressed-tensors store them: found
-among the tensors of a source, checked against what their encoding stores, and read as numbers."""
+"""Quantized weights whose scales lie in tensors of their own, as bitsandbytes, compressed-tensors and MLX store them:
+found among the tensors of a source, checked against what their encoding stores, and read as numbers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from neoxconv.dtypes import F16, FLOATS, I32, I64, PLAIN, TORCH_NAMES, U8, Array
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
+from neoxconv.quant.scaled.affine import SCALES
 from neoxconv.quant.scaled.fourbit import BLOCK, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
+from neoxconv.quant.scaled.mlx import MLX
 from neoxconv.quant.scaled.nested import NESTED
 from neoxconv.quant.scaled.packed import BITS, ORDER, PACKED, ROW, TENSOR, PackedForm, packed
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 from neoxconv.storage import Place
 
-NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB)")  # a module, and what may belong to its weight
+NAME = re.compile(r"(.*\.)(weight(?:[._].+)?|SCB|scales|biases)")  # a module, and what may belong to its weight
 _KINDS = ("nf4", "fp4")
 _LARGEST_STATE = 4096  # bytes of JSON
 _LARGEST_MEAN = 3.4e38  # what float32 holds
@@ -221,6 +223,24 @@ def _columns_of(module: _Module, columns: int) -> int:
     return columns // groups
 
 
+def mlx(module: _Module) -> _Joined:
+    """A weight of MLX's types: the configuration tells mode, bits and group, of all or of this one by its name."""
+    told: Any = module.settings.get("quantization")
+    own: Any = told.get(module.name.removesuffix("."), told) if isinstance(told, dict) else None
+    kind = (own.get("mode", "affine"), own.get("bits"), own.get("group_size")) if isinstance(own, dict) else None
+    bits, found = next(((each[1], encoding) for each, encoding in MLX.items() if each == kind), (0, None))
+    codes, scales = module.tensors["weight"], module.tensors[SCALES]
+    if found is None or len(codes.shape) != 2:
+        modes = ", ".join(dict.fromkeys(mode for mode, *_ in MLX))
+        raise module.error(
+            "weight",
+            f"is {_type_and_shape(codes)} with scales; config.json's quantization of it is {json.dumps(own):.200}, "
+            f"expected a matrix, bits and group_size of MLX's, and a mode among {modes}.",
+        )
+    shape = codes.rows, codes.columns * 32 // bits
+    return _joined(module, found, shape, module.native if scales.dtype is U8 else scales.dtype)
+
+
 def _joined(module: _Module, encoding: Scaled, shape: tuple[int, ...], native: DType) -> _Joined:
     """The weight with its parts to read from. Raises CheckpointError where one is missing or does not fit."""
 
@@ -262,4 +282,5 @@ _MARKERS: dict[str, Callable[[_Module], _Joined]] = {
     "SCB": _eight_bit,
     FORMAT: _eight_bit,
     "weight_scale": float8,
+    SCALES: mlx,
 }

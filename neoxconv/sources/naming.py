@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from neoxconv.core.model import Architecture, Index
+from neoxconv.core.model import Architecture, Index, renamed
 from neoxconv.core.table import Fused, RankTensors, Weight
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.errors import CheckpointError
@@ -43,7 +43,8 @@ _INSIDE = f"(?:{'|'.join(map(re.escape, _TORCH))})*"
 
 @dataclass(frozen=True)
 class _Spelling:
-    """How a whole source spells names: what stands before all of them, and what stands for an architecture's base.
+    """How a whole source spells names: what stands before all of them, and what stands for an architecture's base, or
+    as `mlx` how mlx_lm has them.
 
     Of gpt-neox's and GGUF's names nothing is changed.
     """
@@ -51,6 +52,7 @@ class _Spelling:
     naming: str
     outer: str = ""
     base: str | None = None  # None: the architecture's own
+    mlx: tuple[tuple[str, str], ...] = ()
 
     def regex(self, name: str, base: str) -> str:
         """A name of the table, with `{i}` for the layer, as this source has it."""
@@ -58,6 +60,7 @@ class _Spelling:
             return r"(\d+)\." + _with_number(re.escape(name))
         if self.naming == "gguf":
             return _with_number(re.escape(name))
+        name = renamed(name, self.mlx)
         if self.base is not None and name.startswith(base):
             name = self.base + name.removeprefix(base)
         return re.escape(self.outer) + _with_number(re.escape(name)).replace(r"(\d{1,9})\.", rf"(\d{{1,9}})\.{_INSIDE}")
@@ -95,7 +98,8 @@ def spellings_of(index: Index, architecture: Architecture) -> tuple[_Pattern, ..
     if naming != "unified":
         return _patterns(architecture.weights, architecture.fused, architecture.base, _Spelling(naming))
     names = list(index.ranks[0])
-    ways = [_patterns(architecture.weights, (), architecture.base, spelling) for spelling in _ways(names)]
+    spellings = [*_ways(names), *([_Spelling("unified", mlx=architecture.mlx)] if architecture.mlx else [])]
+    ways = [_patterns(architecture.weights, (), architecture.base, spelling) for spelling in spellings]
     return max(ways, key=lambda way: sum(unified_name(name, way) is not None for name in names))
 
 

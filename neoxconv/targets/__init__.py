@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
-from neoxconv.targets import bnb, compressed_tensors, ctranslate2, float8, gguf, hf, slim
+from neoxconv.targets import bnb, compressed_tensors, ctranslate2, float8, gguf, hf, mlx, slim
 from neoxconv.targets.recipe import Recipe
 
 
@@ -94,6 +94,15 @@ TARGETS: dict[str, Target] = {
             recipes=compressed_tensors.RECIPES,
             options=("type", "shard_size", "group", "asymmetric", "calibration"),
             only_of={"group": compressed_tensors.PACKED, "asymmetric": compressed_tensors.PACKED},
+        ),
+        Target(
+            name="mlx",
+            single=False,
+            make=mlx.to_mlx,
+            entries=mlx.mlx_entries,
+            recipes=mlx.RECIPES,
+            options=("type", "group", "shard_size", "calibration"),
+            only_of={"group": mlx.AFFINE},
         ),
         Target(
             name="ctranslate2",

@@ -32,7 +32,7 @@ class Calibration:
 
     def context(self, entry: Entry) -> Context | None:
         """What an entry's encoder is to know."""
-        return Context(moments=self.moments[entry.name]) if entry.name in self.moments else None
+        return Context(moments=self.moments[entry.unified]) if entry.unified in self.moments else None
 
     def applied(self, entries: list[Entry]) -> list[Entry]:
         """The entries, those of matrices with the moments of their inputs."""

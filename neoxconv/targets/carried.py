@@ -24,7 +24,7 @@ GENERATION = "generation_config.json"
 _LARGEST = 1 << 20  # bytes of a generation_config.json
 _KINDS = ("bos", "eos", "pad")  # of the tokens that config.json names
 # Fields of config.json that are decided here: by the target's types, or not at all, since they would be untrue.
-_DECIDED = ("quantization_config", "rope_scaling", "transformers_version", SETTING)
+_DECIDED = ("quantization_config", "quantization", "rope_scaling", "transformers_version", SETTING)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Measured on a small model that was trained with gpt-neox, 10.5 M parameters; a released one of 135 M moves 15 to 50
 times as far (docs/verification.md). GGUF's mixes in llama.cpp (python -m benchmarks.divergence), bitsandbytes' types
-and FP8_DYNAMIC in transformers on a CPU, float8, packed numbers and CTranslate2's in float32 with the weights that
-their files stand for (python -m benchmarks.folders); W8A16 and W4A16_G32_ASYM on 8 of the 32 sequences.
+and FP8_DYNAMIC in transformers on a CPU, float8, packed numbers, MLX's and CTranslate2's in float32 with the weights
+that their files stand for (python -m benchmarks.folders); W8A16, W4A16_G32_ASYM and MLX's on 8 of the 32 sequences.
 """
 
 DIVERGENCES = {
@@ -22,6 +22,12 @@ DIVERGENCES = {
     "W8A16_CHANNEL": 0.0000074, "W8A16_G128": 0.0000065, "W8A16_G64": 0.0000048, "W8A16_G32": 0.0000042,
     "W8A16_CHANNEL_ASYM": 0.0000054, "W8A16_G128_ASYM": 0.0000053, "W8A16_G64_ASYM": 0.0000042,
     "W8A16_G32_ASYM": 0.0000033,
+    "MLX_2BIT_32": 0.134, "MLX_2BIT_64": 0.148, "MLX_2BIT_128": 0.160,
+    "MLX_3BIT_32": 0.0195, "MLX_3BIT_64": 0.0236, "MLX_3BIT_128": 0.0274,
+    "MLX_4BIT_32": 0.00402, "MLX_4BIT_64": 0.00513, "MLX_4BIT_128": 0.00590,
+    "MLX_5BIT_32": 0.000902, "MLX_5BIT_64": 0.001136, "MLX_5BIT_128": 0.001290,
+    "MLX_6BIT_32": 0.000236, "MLX_6BIT_64": 0.000269, "MLX_6BIT_128": 0.000358,
+    "MLX_8BIT_32": 0.000017, "MLX_8BIT_64": 0.000018,
 }  # fmt: skip
 
 # Types that are run with quantized inputs, where only the weights are rounded: as verification runs them itself.

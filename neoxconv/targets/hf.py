@@ -28,6 +28,9 @@ from neoxconv.targets.recipe import Recipe
 RECIPES = tuple(Recipe("hf", dtype=dtype) for dtype in DTYPES)
 SAFETENSORS_RECIPES = tuple(Recipe("safetensors", dtype=dtype) for dtype in DTYPES)
 
+LIBRARY = "transformers"  # that a folder is for, if nothing else is said
+_FORMATS = {LIBRARY: "pt", "mlx": "mlx"}  # what safetensors' metadata calls each library's tensors
+
 # Fields of config.json for which we have defaults only: training and use, not the function.
 _UNDECIDED = (
     "attention_dropout", "attn_pdrop", "embd_pdrop", "embed_dropout", "hidden_dropout", "initializer_range",
@@ -69,10 +72,15 @@ def to_hf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
 
 
 def hf_folder(
-    checkpoint: Checkpoint, recipe: Recipe, entries: Sequence[Entry], settings: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    entries: Sequence[Entry],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    library: str = LIBRARY,
 ) -> Content:
-    """A folder with sharded safetensors, configuration (with `settings` added), tokenizer, model card."""
-    files = hf.layout(entries, recipe.shard_size)
+    """A folder with sharded safetensors, configuration (with `settings` added), tokenizer, model card for `library`."""
+    files = hf.layout(entries, recipe.shard_size, {"format": _FORMATS[library]})
     beside = carried(checkpoint, recipe.tokenizer)
     tokenizer = beside.tokenizer
     config = _configuration(checkpoint, beside, main_dtype(entries))
@@ -82,7 +90,7 @@ def hf_folder(
     sidecars = {
         "config.json": as_json(config),
         GENERATION: beside.generation or hf.generation_config(config),
-        "README.md": hf.model_card(title(checkpoint), checkpoint.architecture.name, facts),
+        "README.md": hf.model_card(title(checkpoint), checkpoint.architecture.name, facts, library=library),
         **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
         **(hf_files(tokenizer, checkpoint.config.context) if tokenizer else {}),
     }

@@ -11,22 +11,22 @@ from neoxconv.core.layout import Content, Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import PlanError
 from neoxconv.targets.calibrated import SETTING, calibration_for
-from neoxconv.targets.hf import hf_folder, unified_entries
+from neoxconv.targets.hf import LIBRARY, hf_folder, unified_entries
 from neoxconv.targets.recipe import Recipe
 
 
 def quantized_folder(
-    checkpoint: Checkpoint, recipe: Recipe, entries: list[Entry], settings: Mapping[str, Any]
+    checkpoint: Checkpoint, recipe: Recipe, entries: list[Entry], settings: Mapping[str, Any], *, library: str = LIBRARY
 ) -> Content:
-    """A Hugging Face folder of such entries, with `settings` in its configuration.
+    """A folder of such entries for a `library`, with `settings` in its configuration.
 
     With --calibration the codes of the layers' matrices are chosen together. Raises PlanError where it does not fit.
     """
     if recipe.calibration is None:
-        return hf_folder(checkpoint, recipe, entries, settings)
+        return hf_folder(checkpoint, recipe, entries, settings, library=library)
     calibration = calibration_for(checkpoint, recipe.calibration)
     told = {**settings, SETTING: calibration.digest}
-    content = hf_folder(checkpoint, recipe, calibration.applied(entries), told)
+    content = hf_folder(checkpoint, recipe, calibration.applied(entries), told, library=library)
     return replace(content, notes=(*content.notes, *calibration.notes))
 
 

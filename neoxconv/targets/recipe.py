@@ -17,7 +17,7 @@ class Recipe:
     tp: int | None = None  # slim: tensor-parallel degree, the source's by default
     pp: int | None = None  # slim: pipeline stages, the source's by default; 0: sequential files
     current_names: bool = False  # slim: made anew for gpt-neox since 2024-09; else as SRC's files, or those of 2022
-    shard_size: int = 5_000_000_000  # hf, bnb, float8, compressed-tensors
+    shard_size: int = 5_000_000_000  # hf, bnb, float8, compressed-tensors, mlx
     split_size: int | None = None  # gguf
     mix: str = "current"  # gguf: or classic, the older recipe for attn_qkv
     pure: bool = False  # gguf: one type for every matrix
@@ -34,7 +34,7 @@ class Recipe:
     double_quant: bool = False  # bnb: 4-bit types with quantized scales
     compute_dtype: str | None = None  # bnb: the type in which transformers multiplies 4-bit weights
     scale: str | None = None  # float8: none, tensor or channel
-    group: str | None = None  # compressed-tensors: columns that share a scale, or channel
+    group: str | None = None  # compressed-tensors, mlx: columns that share a scale, or channel
     asymmetric: bool = False  # compressed-tensors: a zero for each group
     only: tuple[str, ...] = ()  # hf, safetensors: patterns of the unified names that the target holds; else all
     tokenizer: Path | None = None

@@ -9,9 +9,9 @@ import pytest
 
 from neoxconv.core.encoding import Encoding, Scaled, scale_and_least
 from neoxconv.dtypes import F16, Bytes, Floats
-from neoxconv.quant import ENCODINGS, SCALED
+from neoxconv.quant import ENCODINGS
 from neoxconv.quant.kernels import tally
-from tests.twins import ENDS, nearest, wide, wrong_blocks, wrong_scaled, wrong_superblocks
+from tests.twins import ENDS, ROWS, nearest, wide, wrong_blocks, wrong_scaled, wrong_superblocks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 BLOCKS = [encoding for encoding in ENCODINGS.values() if encoding.dtype.block > 1]
@@ -58,7 +58,7 @@ def test_verdicts_on_blocks_are_those_of_the_rule(encoding: Encoding, kind: str)
             assert np.array_equal(found.values, encoding.decode(stored), equal_nan=True)
 
 
-@pytest.mark.parametrize("encoding", SCALED.values(), ids=lambda e: e.name)
+@pytest.mark.parametrize("encoding", ROWS, ids=lambda e: e.name)
 @pytest.mark.parametrize("kind", KINDS)
 def test_verdicts_on_scaled_weights_are_those_of_the_rule(encoding: Scaled, kind: str) -> None:
     """Values are right but for some: of another code, of none, of another scale, or no number."""
@@ -83,7 +83,7 @@ def test_verdicts_on_scaled_weights_are_those_of_the_rule(encoding: Scaled, kind
             assert np.array_equal(found, wrong_scaled(encoding, rows, values.astype(np.float32), known)), fault
 
 
-@pytest.mark.parametrize("encoding", SCALED.values(), ids=lambda e: e.name)
+@pytest.mark.parametrize("encoding", ROWS, ids=lambda e: e.name)
 def test_a_scale_that_is_infinite_is_found_though_every_weight_is_the_largest(encoding: Scaled) -> None:
     rows = np.full(SHAPE, 0.5, np.float32)
     scales = encoding.scales(encoding.sizes(rows), F16)

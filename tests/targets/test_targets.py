@@ -28,6 +28,7 @@ def test_the_names_that_the_command_line_offers_are_those_of_the_tables() -> Non
     assert TARGETS["ctranslate2"].types == names.CTRANSLATE2_TYPES
     assert TARGETS["compressed-tensors"].types == names.PACKED_TYPES
     assert {recipe.group for recipe in TARGETS["compressed-tensors"].recipes} == {*names.GROUPS, None}
+    assert TARGETS["mlx"].types == names.MLX_TYPES
     assert {recipe.scale for recipe in TARGETS["float8"].recipes} == set(names.SCALES) == set(SCALES)
     assert TARGETS["hf"].dtypes == TARGETS["safetensors"].dtypes == names.DTYPES
     assert set(names.TYPES) <= set(ENCODINGS)

@@ -113,6 +113,7 @@ GPT_NEOX = Architecture(
     to_neox=to_neox,
     renamed={UP: "mlp.linear1.", DOWN: "mlp.linear2."},
     trained=lambda settings: (settings.get("norm", "layernorm"), settings.get("pos_emb")) == ("layernorm", "rotary"),
+    mlx=((L.replace("{i}.", ""), "model.h."), (_BASE, "model."), ("", "model.")),
     forward="neoxconv.arch.gpt_neox.forward",
     unused=_unused,
     contradictions=_contradictions,

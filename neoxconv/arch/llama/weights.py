@@ -176,6 +176,7 @@ LLAMA = Architecture(
     to_neox=to_neox,
     trained=lambda settings: _has_rmsnorm(settings) and not settings.get("sliding_window_width"),
     layout_of=lambda index, config: told(index, "qkv_layout") if config.kv_heads else "per-head",
+    mlx=(("", ""),),
     forward="neoxconv.arch.llama.forward",
     contradictions=lambda index, config: iter(()),
 )

@@ -5,9 +5,10 @@ encoded, d when it is read back, and the slack s of d, all in the weight's unit.
 type's table nearest to x, a share of the scale, a weight w may be stored as v where
 
     v stands for a code     |v - found * d| <= EXACT * |v| + s, v finite    found = nearest(v / d)
-    none is nearer          |asked - found| <= |asked - nearest(asked)| + EXACT * |asked|       asked = w / e
+    none is nearer          |asked - found| <= |asked - nearest(asked)| + near * |asked|        asked = w / e
 
-The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told.
+The second is not asked where |d| <= s: the scale is lost in its own rounding, and no code can be told. Where groups
+have a least weight l besides, a code stands for found * d - l, and asked is (w + l) / e.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from neoxconv.core.encoding import EXACT
 from neoxconv.dtypes import Bools, Floats
 from neoxconv.quant.kernels import INFINITY, ZERO, f32, i32, kernel, part, u32
 from neoxconv.quant.scaled.float8_kernels import Limits, rounded
 from neoxconv.quant.scaled.kernels import ROUNDER
 
-_EXACT = f32(1e-5)  # what float32 arithmetic in another order may cost, as a part of a number
+_EXACT = f32(EXACT)
 
 
 class Group(NamedTuple):
-    """The scales of weights, each [groups], and how many weights share them."""
+    """The scales of weights, each [groups] or for `Steps` [groups, 2], how many weights share them, and the `near`
+    above."""
 
     encoded: Floats
     decoded: Floats
     slack: Floats
     width: int
+    near: np.float32
 
 
 _Few = tuple[np.float32, ...]
@@ -39,10 +43,10 @@ _Few = tuple[np.float32, ...]
 
 @part
 def _is_wrong(weight: np.float32, value: np.float32, shares: _Few, scales: _Few) -> bool:
-    """The rule above; shares are asked, nearest(asked) and found, scales are d and s."""
-    (asked, best, found), (decoded, slack) = shares, scales
+    """The rule above; shares are asked, nearest(asked) and found, scales are d, s and near."""
+    (asked, best, found), (decoded, slack, near) = shares, scales
     no_code = not (abs(value - found * decoded) <= abs(value) * _EXACT + slack) & (abs(value) < INFINITY)
-    further = not abs(asked - found) <= abs(asked - best) + abs(asked) * _EXACT
+    further = not abs(asked - found) <= abs(asked - best) + abs(asked) * near
     both_nan = (weight != weight) & (value != value)
     return bool((no_code | (further & (abs(decoded) > slack))) & (not both_nan))
 
@@ -75,11 +79,47 @@ def check(weights: Floats, values: Floats, group: Group, numbers: Even, wrong: B
     for g in range(group.encoded.size):
         start, stop = g * group.width, (g + 1) * group.width
         row, read, out = weights[start:stop], values[start:stop], wrong[start:stop]
-        encoded, scales = group.encoded[g], (group.decoded[g], group.slack[g])
+        encoded, scales = group.encoded[g], (group.decoded[g], group.slack[g], group.near)
         for i in range(row.size):
             asked = f32(row[i] / encoded) if encoded > ZERO else ZERO
             found = _nearest(f32(read[i] / scales[0]) if scales[0] != ZERO else ZERO, numbers)
             out[i] = _is_wrong(row[i], read[i], (asked, _nearest(asked, numbers), found), scales)
+
+
+class Steps(NamedTuple):
+    """Whole numbers from 0 to `top`, of groups that have a least weight."""
+
+    top: np.float32
+
+
+@kernel
+def _whole(share: np.float32, numbers: Steps) -> np.float32:
+    """The number nearest to a share."""
+    within = min(max(share, ZERO), numbers.top)
+    return f32(f32(within + ROUNDER) - ROUNDER)
+
+
+@kernel
+def check_steps(weights: Floats, values: Floats, group: Group, numbers: Steps, wrong: Bools) -> None:
+    """The same for codes that begin at a least weight."""
+    for g in range(group.slack.size):
+        start, stop = g * group.width, (g + 1) * group.width
+        row, read, out = weights[start:stop], values[start:stop], wrong[start:stop]
+        encoded, low, decoded, least = (
+            group.encoded[g, 0],
+            group.encoded[g, 1],
+            group.decoded[g, 0],
+            group.decoded[g, 1],
+        )
+        slack, near = group.slack[g], group.near
+        for i in range(row.size):
+            asked = f32(f32(row[i] + low) / encoded) if encoded != ZERO else ZERO
+            found = _whole(f32(f32(read[i] + least) / decoded) if decoded != ZERO else ZERO, numbers)
+            room = (abs(read[i]) + abs(least)) * _EXACT + slack
+            no_code = not (abs(read[i] - f32(found * decoded - least)) <= room) & (abs(read[i]) < INFINITY)
+            further = not abs(asked - found) <= abs(asked - _whole(asked, numbers)) + abs(asked) * near
+            both_nan = (row[i] != row[i]) & (read[i] != read[i])
+            out[i] = (no_code | (further & (abs(decoded) > slack))) & (not both_nan)
 
 
 class Sixteen(NamedTuple):
@@ -131,4 +171,4 @@ def check_sixteen(weights: Floats, values: Floats, group: Group, numbers: Sixtee
                 found[i] = f32(read[i] / decoded) if decoded != ZERO else ZERO
             _find(found, numbers, ranks, found)
             for i in range(row.size):
-                out[i] = _is_wrong(row[i], read[i], (asked[i], best[i], found[i]), (decoded, slack))
+                out[i] = _is_wrong(row[i], read[i], (asked[i], best[i], found[i]), (decoded, slack, group.near))

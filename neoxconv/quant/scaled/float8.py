@@ -175,7 +175,7 @@ def check(form: Float8Form, weights: Floats, values: Floats, scales: Scales, wid
     return checked(Even(np.float32(form.largest), True, limits(form)), weights, values, scales, width)
 
 
-def _finite(form: Float8Form) -> tuple[Floats, Bytes]:
+def finite(form: Float8Form) -> tuple[Floats, Bytes]:
     """The numbers of the form, ascending, and the code of each."""
     values = table(form)
     numbers, codes = np.unique(values[np.isfinite(values)], return_index=True)
@@ -184,7 +184,7 @@ def _finite(form: Float8Form) -> tuple[Floats, Bytes]:
 
 def _pack(form: Float8Form, places: Bytes) -> Bytes:
     """Codes of their places among the numbers."""
-    return _finite(form)[1][places]
+    return finite(form)[1][places]
 
 
 def encoding(form: Float8Form) -> Encoding:
@@ -214,7 +214,7 @@ def scaled(form: Float8Form, name: str, by_row: bool) -> Scaled:
         decode=partial(_decode_scaled, form, by_row),
         scales=partial(scales, form),
         check=partial(check, form),
-        table=_finite(form)[0] / np.float32(form.largest),
+        table=finite(form)[0] / np.float32(form.largest),
         pack=partial(_pack, form),
         bound=form.scaled_bound,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.core.encoding import Comparison, Scaled, Scales, scale_and_least
+from neoxconv.core.encoding import EXACT, Comparison, Scaled, Scales, scale_and_least
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import Bools, Floats
 from neoxconv.quant.bands import sizes_of
@@ -12,7 +12,6 @@ from neoxconv.quant.feedback.encode import matters
 from neoxconv.quant.feedback.verdict import Stored, not_chosen
 
 _REACH = 1.1001  # the largest scale that an encoder tries, over its group's largest weight, and rounding
-_EXACT = 1e-5  # what float32 arithmetic in another order may cost, as a part of a number
 
 
 def scales_for(
@@ -88,7 +87,7 @@ class ScaledCheck:
         if self.known:
             expected = stored.table[stored.codes] * stored.scale - stored.least
             reach = np.abs(stored.values) + np.abs(stored.least)
-            return np.asarray(~(np.abs(stored.values - expected) <= _EXACT * reach))
+            return np.asarray(~(np.abs(stored.values - expected) <= EXACT * reach))
         largest = self._per_weight(self._scales_from(start, len(stored.values)).encoded, stored.values.shape)
         return np.asarray(~(np.abs(stored.values) <= _REACH * (largest + stored.slack)))
 
