@@ -32,7 +32,8 @@ RECIPES = tuple(recipe for target in TARGETS.values() for recipe in target.recip
 class _Row:
     """One target: what chooses it, the bytes of the model's tensors, how far a weight and predictions move at most.
 
-    `bound` is that of the layers' matrices, where one holds for all of them; `divergence` as measured.
+    `bound` is that of the layers' matrices, where one holds for all of them; `divergence` as measured; `programs` are
+    those that run it.
     """
 
     format: str
@@ -42,6 +43,7 @@ class _Row:
     nbytes: int
     bound: str | None
     divergence: float | None
+    programs: str
 
 
 def catalog(preset: str = "20B") -> list[_Row]:
@@ -65,6 +67,7 @@ def row(model: Checkpoint, recipe: Recipe) -> _Row:
         nbytes=nbytes,
         bound=None if mixed or encoding.bound is None else str(encoding.bound),
         divergence=DIVERGENCES.get(name) if name else None,
+        programs=TARGETS[recipe.format].programs,
     )
 
 

@@ -115,9 +115,9 @@ def calibrate(source: Place, **given: Any) -> None:
 @of_formats
 def formats(**given: Any) -> None:
     """List every target and type: bits per weight, the size of 20B, how far a weight is rounded at most, and how far
-    predictions move.
+    predictions move; then which programs run each target.
 
-    The last column is the mean KL divergence from the F16 file in nats a token, measured on a small trained model.
+    KL is the mean divergence from the F16 file in nats a token, measured on a small trained model.
     """
     from dataclasses import asdict
 
@@ -132,7 +132,8 @@ def formats(**given: Any) -> None:
         divergence = "" if row.divergence is None else f"{row.divergence:.6f}"
         sizes = f"{row.bits:.2f}", f"{row.nbytes / 1e9:.2f}", f"{row.nbytes / 2**30:.2f}"
         lines.append((row.format, f"{row.option} {row.type}", *sizes, row.bound or "", divergence))
-    say(table("<<>>><>", lines))
+    programs = {row.format: row.programs for row in rows}
+    say(table("<<>>><>", lines) + "\n\n" + table("<<", [("format", "is run by"), *programs.items()]))
 
 
 @commands.command()

@@ -21,6 +21,7 @@ class Target:
     entries: Callable[[Checkpoint, Recipe], Sequence[Entry]]  # its tensors alone
     recipes: tuple[Recipe, ...]  # one for everything that a weight can become in it, as `formats` lists them
     options: tuple[str, ...]  # those of `convert` that not every target takes
+    programs: str  # that run it (November 2026)
     only_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> the types that it is for
 
     @property
@@ -43,6 +44,7 @@ TARGETS: dict[str, Target] = {
             make=hf.to_hf,
             entries=hf.unified_entries,
             recipes=hf.RECIPES,
+            programs="transformers, vLLM, SGLang, mlx-lm",
             options=("dtype", "only", "shard_size", "allow_nonfinite"),
         ),
         Target(
@@ -51,6 +53,7 @@ TARGETS: dict[str, Target] = {
             make=hf.to_safetensors,
             entries=hf.unified_entries,
             recipes=hf.SAFETENSORS_RECIPES,
+            programs="one file for keeping; neoxconv reads it",
             options=("dtype", "only", "allow_nonfinite"),
         ),
         Target(
@@ -59,6 +62,7 @@ TARGETS: dict[str, Target] = {
             make=slim.to_slim,
             entries=slim.slim_entries,
             recipes=slim.RECIPES,
+            programs="gpt-neox, to train on",
             options=("dtype", "tp", "pp", "current_names", "as_family", "allow_nonfinite"),
         ),
         Target(
@@ -67,6 +71,7 @@ TARGETS: dict[str, Target] = {
             make=gguf.to_gguf,
             entries=gguf.gguf_entries,
             recipes=gguf.RECIPES,
+            programs="llama.cpp, ollama, LM Studio, KoboldCpp",
             options=("type", "split_size", "as_family", *gguf.OPTIONS, "allow_nonfinite"),
         ),
         Target(
@@ -75,6 +80,7 @@ TARGETS: dict[str, Target] = {
             make=bnb.to_bnb,
             entries=bnb.bnb_entries,
             recipes=bnb.RECIPES,
+            programs="transformers with bitsandbytes (vLLM no longer reads it)",
             options=("type", "shard_size", "double_quant", "compute_dtype", "calibration"),
             only_of={"double_quant": bnb.FOUR_BIT, "compute_dtype": bnb.FOUR_BIT},
         ),
@@ -84,6 +90,7 @@ TARGETS: dict[str, Target] = {
             make=float8.to_float8,
             entries=float8.float8_entries,
             recipes=float8.RECIPES,
+            programs="transformers with compressed-tensors; vLLM on a GPU",
             options=("type", "shard_size", "scale", "calibration"),
         ),
         Target(
@@ -92,6 +99,7 @@ TARGETS: dict[str, Target] = {
             make=compressed_tensors.to_compressed_tensors,
             entries=compressed_tensors.compressed_entries,
             recipes=compressed_tensors.RECIPES,
+            programs="vLLM, transformers with compressed-tensors",
             options=("type", "shard_size", "group", "asymmetric", "calibration"),
             only_of={"group": compressed_tensors.PACKED, "asymmetric": compressed_tensors.PACKED},
         ),
@@ -101,6 +109,7 @@ TARGETS: dict[str, Target] = {
             make=mlx.to_mlx,
             entries=mlx.mlx_entries,
             recipes=mlx.RECIPES,
+            programs="mlx-lm",
             options=("type", "group", "shard_size", "calibration"),
             only_of={"group": mlx.AFFINE},
         ),
@@ -110,6 +119,7 @@ TARGETS: dict[str, Target] = {
             make=ctranslate2.to_ctranslate2,
             entries=ctranslate2.ctranslate2_entries,
             recipes=ctranslate2.RECIPES,
+            programs="CTranslate2",
             options=("type",),
         ),
     )
