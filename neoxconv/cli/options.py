@@ -154,7 +154,9 @@ of_convert = _options(
         "--compute-dtype", choices=DTYPES, help="bnb: what NF4 and FP4 are multiplied in.  [default: SRC's]"
     ),
     _choice_option("--scale", choices=SCALES, help="float8: scales.  [default: channel; none for E5M2]"),
-    _choice_option("--group", choices=GROUPS, help="compressed-tensors: columns that share a scale.  [default: 128]"),
+    _choice_option(
+        "--group", choices=GROUPS, help="compressed-tensors: columns of one scale.  [default: 128, if it fits]"
+    ),
     click.option(
         "--asymmetric", is_flag=True, default=None, help="compressed-tensors: a zero for each group of W4A16 and W8A16."
     ),
