@@ -308,6 +308,8 @@ def vllm_loss(folder: Path, tokens: Tokens) -> float:
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [str(python), "-c", call, str(folder), str(source)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
+    if "cpu_gemm_wna16" in done.stderr:
+        skip("vLLM has no kernel for packed weights on this processor")
     assert done.returncode == 0, f"vLLM failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return float(re.findall(r"^loss (\S+)$", done.stdout, re.MULTILINE)[-1])
 

@@ -157,7 +157,7 @@ of_convert = _options(
     _choice_option(
         "--group",
         choices=GROUPS,
-        help="compressed-tensors, mlx: columns that share a scale.  [default: 128; mlx: 64]",
+        help="compressed-tensors, mlx: columns of one scale.  [default: 128 if it fits; mlx: 64]",
     ),
     click.option(
         "--asymmetric", is_flag=True, default=None, help="compressed-tensors: a zero for each group of W4A16 and W8A16."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from neoxconv.core.encoding import Scaled
@@ -15,7 +16,8 @@ from neoxconv.targets.recipe import Recipe
 
 DYNAMIC = "FP8_DYNAMIC"  # the only one whose inputs are rounded too
 PACKED = tuple(kind for kind in PACKED_TYPES if kind != DYNAMIC)  # those with groups
-_DEFAULT, _GROUP = "W4A16", "128"  # of compressed-tensors' presets
+_DEFAULT = "W4A16"
+_PREFERRED = ("128", "64", "32")  # where no group is asked for; the first is that of compressed-tensors' presets
 RECIPES = (  # all that `formats` lists
     *(
         Recipe("compressed-tensors", type=kind, group=group, asymmetric=asymmetric)
@@ -44,10 +46,10 @@ def compressed_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:
     Raises PlanError for a model whose matrices are none to compressed-tensors, or whose columns are no whole groups.
     """
     refuse_conv1d(checkpoint, recipe)
-    encoding = _encoding_of(recipe)
+    encoding = _encoding_of(checkpoint, recipe)
     entries = quantized_entries(checkpoint, recipe, encoding)
     raise_all(PlanError, (
-        f"--group {recipe.group or _GROUP}: {entry.name} has {entry.tensor.columns} columns, no multiple of it; "
+        f"--group {recipe.group}: {entry.name} has {entry.tensor.columns} columns, no multiple of it; "
         f"give --group {_dividing(entry.tensor.columns)}."
         for entry in entries
         if isinstance(entry.encoding, Scaled) and entry.tensor.columns % encoding.multiple
@@ -60,9 +62,16 @@ def _dividing(columns: int) -> str:
     return " or ".join(group for group in reversed(GROUPS) if not group.isdigit() or columns % int(group) == 0)
 
 
-def _encoding_of(recipe: Recipe) -> Scaled:
+def _group_of(checkpoint: Checkpoint, recipe: Recipe) -> str:
+    """The group that a recipe asks for, else the largest that divides the columns of all matrices."""
+    names = [weight.unified for _, weight in checkpoint.architecture.names(checkpoint.config) if weight.linear]
+    columns = math.gcd(*(checkpoint.tensors[name].columns for name in names))
+    return recipe.group or next((group for group in _PREFERRED if columns % int(group) == 0), "channel")
+
+
+def _encoding_of(checkpoint: Checkpoint, recipe: Recipe) -> Scaled:
     """The encoding of linear layers that a recipe asks for. Raises PlanError where there is none."""
-    kind, group = recipe.type or _DEFAULT, recipe.group or _GROUP
+    kind, group = recipe.type or _DEFAULT, _group_of(checkpoint, recipe)
     if kind == DYNAMIC and not recipe.group and not recipe.asymmetric:
         return SCALED["E4M3_CHANNEL"]
     if kind not in PACKED or group not in GROUPS:
@@ -76,7 +85,7 @@ def _encoding_of(recipe: Recipe) -> Scaled:
 
 def _settings(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     """compressed-tensors' settings, as its presets of these names have them."""
-    kind, group = recipe.type or _DEFAULT, recipe.group or _GROUP
+    kind, group = recipe.type or _DEFAULT, _group_of(checkpoint, recipe)
     if kind == DYNAMIC:
         weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
         inputs = weights | {"strategy": "token", "dynamic": True}

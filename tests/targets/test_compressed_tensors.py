@@ -165,7 +165,9 @@ def test_vllm_predicts_as_the_weights_that_are_read_back(asymmetric: bool, tmp_p
 def test_groups_that_do_not_divide_the_columns_are_refused(tmp_path: Path) -> None:
     source = small(tmp_path)
     with pytest.raises(PlanError, match=r"--group 128: .*query_key_value.weight has 64 .* --group channel or 64"):
-        made(source, tmp_path / "x", Recipe("compressed-tensors"))
+        made(source, tmp_path / "x", Recipe("compressed-tensors", group="128"))
+    target = made(source, tmp_path / "y", Recipe("compressed-tensors"))
+    assert load_file(target / FILE)[L0 + "weight_scale"].shape == (64, 1)  # of 64 columns
     for words in (["--type", "FP8_DYNAMIC", "--group", "64"], ["--type", "FP8_DYNAMIC", "--asymmetric"]):
         assert main(["convert", str(source), str(tmp_path / "x"), "--to", "compressed-tensors", *words]) == 2
 
