@@ -20,7 +20,7 @@ def converted(source: Path, target: Path, format: str) -> Path:
 
 
 def test_every_format_has_a_row_and_every_architecture_its_settings() -> None:
-    assert list(SOURCES) == ["neox", "hf", "deepspeed", "gguf", "safetensors"]
+    assert list(SOURCES) == ["neox", "hf", "deepspeed", "ctranslate2", "gguf", "safetensors"]
     namings = {source.naming for source in SOURCES.values()}
     for architecture in ARCHITECTURES:  # one has no settings in a format that lacks its family
         words = {"unified": architecture.to_hf, "neox": architecture.to_neox, "gguf": architecture.to_gguf}
