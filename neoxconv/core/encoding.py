@@ -115,11 +115,12 @@ class Grid:
 class Comparison:
     """Weights [n, columns] beside what is stored of them.
 
-    `wrong`: which of them no correct encoder could have stored as they are; `values` float32: what is read of them.
+    `wrong`: which of them no correct encoder could have stored as they are; `read` gives what is read of them, float32,
+    for whoever wants to know how far away it is.
     """
 
     wrong: Bools
-    values: Floats
+    read: Callable[[], Floats]
 
 
 class _Compare(Protocol):
@@ -216,7 +217,7 @@ def copied(dtype: DType) -> Encoding:
         dtype=dtype,
         encode=lambda rows: rows,
         decode=lambda rows: rows.astype(np.float32),
-        compare=lambda rows, stored, weighted=False: Comparison(rows != stored, stored.astype(np.float32)),
+        compare=lambda rows, stored, weighted=False: Comparison(rows != stored, lambda: stored.astype(np.float32)),
     )
 
 

@@ -65,11 +65,11 @@ def compare(
     weighted: bool = False,
 ) -> Comparison:
     """Weights beside numbers of their own: wrong are bits of another than the correctly rounded one; NaNs are alike."""
-    unsigned, values = f"<u{stored.itemsize}", decode(stored)
+    unsigned = f"<u{stored.itemsize}"
     wrong = np.asarray(encode(rows).view(unsigned) != stored.view(unsigned))
     if wrong.any():
-        wrong &= ~(np.isnan(rows) & np.isnan(values))
-    return Comparison(wrong, values)
+        wrong &= ~(np.isnan(rows) & np.isnan(decode(stored)))
+    return Comparison(wrong, partial(decode, stored))
 
 
 def _row(dtype: DType, encode: _Encode, decode: _Decode, bound: Bound) -> Encoding:

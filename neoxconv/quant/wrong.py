@@ -16,10 +16,11 @@ class Wrong:
 
     def add(self, wrong: Bools, start: int) -> None:
         """Count those of rows [n, columns] from `start` on."""
-        count = int(np.count_nonzero(wrong))
-        if count and self.first < 0:
+        if not wrong.any():
+            return
+        if self.first < 0:
             self.first = start * self.tensor.columns + int(wrong.argmax())
-        self.count += count
+        self.count += int(np.count_nonzero(wrong))
 
     def told(self, encoding: str) -> str:
         """What is to be said of a tensor of which a weight is wrong."""

@@ -188,7 +188,7 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         weights = floats(pair.source.read(start, stop), pair.source.dtype)
         found = compared(_asked(pair, weights, start, stop), pair.target.read(start, stop), start)
         wrong.add(found.wrong, start)
-        sums = _sums(weights, found.values)
+        sums = _sums(weights, found.read())
         largest, squares, power = max(largest, sums.largest), squares + sums.squares, power + sums.power
         progress((stop - start) * pair.source.dtype.size(pair.source.columns))
     result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
@@ -251,23 +251,23 @@ def _moments_of(pair: _Pair) -> Floats | None:
 def _compare_unknown(pair: _Pair, rows: Floats, stored: Array, _: int) -> Comparison:
     """What was rounded from an aim that is not at hand: no weight of it is known, all of it must be near."""
     values = floats(stored, pair.target.dtype)
-    return Comparison(~np.isfinite(values), values)
+    return Comparison(~np.isfinite(values), lambda: values)
 
 
 def _compare_joined(pair: _Pair, encoding: Encoding, rows: Floats, stored: Array, _: int) -> Comparison:
     """What was computed from ranks is compared as their type, in which a writer would store it."""
     values = floats(stored, pair.target.dtype)
-    return Comparison(encoding.wrong(rows, narrow(values, pair.target.native), pair.weighted), values)
+    return Comparison(encoding.wrong(rows, narrow(values, pair.target.native), pair.weighted), lambda: values)
 
 
 def _compare_read(pair: _Pair, rows: Floats, stored: Array, _: int) -> Comparison:
     """A type that we only read cannot have come from other weights: loosely for blocks, else exactly."""
     values = floats(stored, pair.target.dtype)
     if pair.target.dtype.block == 1:
-        return Comparison(np.asarray(rows != values) & ~(np.isnan(rows) & np.isnan(values)), values)
+        return Comparison(np.asarray(rows != values) & ~(np.isnan(rows) & np.isnan(values)), lambda: values)
     sums = _sums(rows, values)
     far = sums.squares > _LOOSE**2 * sums.power
-    return Comparison(np.full(rows.shape, far) | ~np.isfinite(values), values)
+    return Comparison(np.full(rows.shape, far) | ~np.isfinite(values), lambda: values)
 
 
 @dataclass(frozen=True)

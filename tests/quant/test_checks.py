@@ -55,7 +55,7 @@ def test_verdicts_on_blocks_are_those_of_the_rule(encoding: Encoding, kind: str)
         for weighted in (False, True):
             found = encoding.compare(rows, stored, weighted)
             assert np.array_equal(found.wrong, rule(encoding, rows, stored, weighted)), (fault, weighted)
-            assert np.array_equal(found.values, encoding.decode(stored), equal_nan=True)
+            assert np.array_equal(found.read(), encoding.decode(stored), equal_nan=True)
 
 
 @pytest.mark.parametrize("encoding", ROWS, ids=lambda e: e.name)

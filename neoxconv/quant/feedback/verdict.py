@@ -48,7 +48,7 @@ def compare(grid: Grid, rows: Floats, stored: Array, moments: Floats | None, out
     The moments are the damped ones by which codes were chosen; None: they are not at hand.
     """
     taken = taken_apart(grid, stored)
-    return Comparison(not_chosen(taken, rows, moments, outputs), taken.values)
+    return Comparison(not_chosen(taken, rows, moments, outputs), lambda: taken.values)
 
 
 def not_chosen(stored: Stored, rows: Floats, moments: Floats | None, outputs: Floats | None = None) -> Bools:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neoxconv.core.encoding import Comparison
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.errors import CheckpointError
 
@@ -55,13 +54,3 @@ def values_of(blocks: Blocks, meant: Meaning) -> Floats:
     values = np.empty(blocks.codes.shape, np.float32)
     check_kernels.read(blocks.codes, blocks.scale, blocks.least, meant, values)
     return values
-
-
-def compared(rows: Floats, codes: Bytes, numbers: Floats, meant: Meaning) -> Comparison:
-    """Weights [n, columns] beside their blocks' codes and numbers (check_kernels.py)."""
-    from neoxconv.quant.ggml import check_kernels
-
-    weights = np.ascontiguousarray(rows, np.float32).reshape(codes.shape)
-    wrong, values = np.empty(codes.shape, np.bool_), np.empty(codes.shape, np.float32)
-    check_kernels.compare(weights, codes, numbers, meant, wrong, values)
-    return Comparison(wrong.reshape(rows.shape), values.reshape(rows.shape))

@@ -13,14 +13,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from neoxconv.dtypes import Bools, Bytes, Floats
-from neoxconv.quant.ggml.simple_kernels import extremes, largest_size
-from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, f32, i32, kernel, part
+from neoxconv.quant.ggml.simple_kernels import extremes, fifths, half, largest_size
+from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, f32, i32, kernel, part, u8, u32
 
-SCALE, LEAST, BY_GAP, BY_WEIGHT, BY_VALUE, FIXED, BEYOND = range(7)  # BEYOND: how far beyond the last code
-NUMBERS = 7
-
+_MOST_OF_A_STEP = f32(0.75)  # what explains less explains no code but the last for a weight beyond it
+_BITS = np.array([1 << j for j in range(16)], np.uint32)
 _ROUNDING = f32(1.01 / 2048)  # half a unit in the last place of a float16; 1 % for float32 arithmetic
 _SMALLEST = f32(1.01 * 2.0**-25)  # the same for subnormals
 _TWICE = f32(1 / 1024)  # rounding to float16, before and after
@@ -77,32 +77,27 @@ def read(codes: Bytes, scale: Floats, least: Floats, meaning: Meaning, values: F
             out[j] = value * scale[b] - least[b]
 
 
+_Numbers = tuple[np.float32, ...]  # scale, least, by_gap, by_weight, by_value, fixed; how far beyond the last code
+
+
 @kernel
-def compare(weights: Floats, codes: Bytes, numbers: Floats, meaning: Meaning, wrong: Bools, values: Floats) -> None:
-    """The same, and `wrong` where a weight is not explained: numbers [n, NUMBERS], all others [n, block]."""
+def _judge(row: Floats, code: Bytes, numbers: _Numbers, meaning: Meaning, wrong: Bools) -> None:
+    """Fill `wrong` where a weight of a block is not explained, all [block]."""
     curved = meaning.curve.shape[1] > 0
-    for b in range(codes.shape[0]):
-        row, code, out, read_as = weights[b], codes[b], wrong[b], values[b]
-        scale, least, by_gap, by_weight, by_value, fixed, beyond = numbers[b]
-        sign = -ONE if scale < ZERO else ONE
-        for j in range(row.size):
-            if curved:
-                value, above, below = (
-                    meaning.curve[0, code[j]],
-                    meaning.curve[1, code[j]],
-                    meaning.curve[2, code[j]],
-                )
-            else:
-                value = f32(i32(code[j])) + meaning.zero
-                above = INFINITY if value == meaning.highest else HALF
-                below = INFINITY if value == meaning.lowest else HALF
-            number = value * scale - least
-            error = (row[j] - number) * sign
-            room = (abs(row[j]) + least) * by_weight + abs(value) * by_value + fixed
-            most = beyond if above == INFINITY else above * by_gap + room
-            last = beyond if below == INFINITY else below * by_gap + room
-            out[j] = not ((error <= most) & (error >= -last) & (abs(row[j]) < INFINITY))
-            read_as[j] = number
+    scale, least, by_gap, by_weight, by_value, fixed, beyond = numbers
+    sign = -ONE if scale < ZERO else ONE
+    for j in range(row.size):
+        if curved:
+            value, above, below = meaning.curve[0, code[j]], meaning.curve[1, code[j]], meaning.curve[2, code[j]]
+        else:
+            value = f32(i32(code[j])) + meaning.zero
+            above = INFINITY if value == meaning.highest else HALF
+            below = INFINITY if value == meaning.lowest else HALF
+        error = (row[j] - (value * scale - least)) * sign
+        room = (abs(row[j]) + least) * by_weight + abs(value) * by_value + fixed
+        most = beyond if above == INFINITY else above * by_gap + room
+        last = beyond if below == INFINITY else below * by_gap + room
+        wrong[j] = not ((error <= most) & (error >= -last) & (abs(row[j]) < INFINITY))
 
 
 @part
@@ -112,30 +107,113 @@ def _half_ulp(value: np.float32) -> np.float32:
 
 
 @kernel
-def bound_simple(weights: Floats, scale: Floats, least: Floats, form: Simple, numbers: Floats) -> None:
-    """The numbers of simple blocks [n, block]; FIXED is NaN, which explains nothing, where a block's are not its own.
+def _bound_simple(bits: npt.NDArray[np.int32], scale: np.float32, least: np.float32, form: Simple) -> _Numbers:
+    """The numbers of a simple block; `fixed` is NaN, which explains nothing, where scale and least are not its own.
 
     Half a step and what rounding both numbers to float16 may come to. An importance matrix may have moved the step to
     suit the few weights that matter, and llama.cpp fits it after the codes are chosen: two steps then.
     """
+    if form.least:
+        lowest, high = extremes(bits)
+        span = f32(high - lowest)
+    else:
+        lowest, span = ZERO, largest_size(bits)
+    step = f32(span / form.levels)
+    finite = abs(step) < INFINITY
+    if form.weighted:
+        step, lowest = abs(scale), -least
+    slope, slack = _half_ulp(step), _half_ulp(lowest)
+    fits = finite & (abs(abs(scale) - step) <= slope) & (abs(-least - lowest) <= slack)
+    free = step + step + form.levels * _SMALLEST if form.weighted else step * HALF
+    return scale, least, ZERO, ZERO, slope, f32(free + slope) + slack if fits else NAN, INFINITY
+
+
+@kernel
+def compare_simple(
+    weights: Floats, codes: Bytes, numbers: tuple[Floats, Floats], form: Simple, meaning: Meaning, wrong: Bools
+) -> None:
+    """Fill `wrong` where a weight of simple blocks is not explained: it, weights and codes [n, 32], `numbers` are
+    scales and least weights [n]."""
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
-        if form.least:
-            lowest, high = extremes(bits[b])
-            span = f32(high - lowest)
-        else:
-            lowest, span = ZERO, largest_size(bits[b])
-        step = f32(span / form.levels)
-        finite = abs(step) < INFINITY
-        if form.weighted:
-            step, lowest = abs(scale[b]), -least[b]
-        slope, slack = _half_ulp(step), _half_ulp(lowest)
-        fits = finite & (abs(abs(scale[b]) - step) <= slope) & (abs(-least[b] - lowest) <= slack)
-        free = step + step + form.levels * _SMALLEST if form.weighted else step * HALF
-        numbers[b, SCALE], numbers[b, LEAST] = scale[b], least[b]
-        numbers[b, BY_GAP], numbers[b, BY_WEIGHT], numbers[b, BY_VALUE] = ZERO, ZERO, slope
-        numbers[b, FIXED] = f32(free + slope) + slack if fits else NAN
-        numbers[b, BEYOND] = INFINITY
+        block = _bound_simple(bits[b], numbers[0][b], numbers[1][b], form)
+        _judge(weights[b], codes[b], block, meaning, wrong[b])
+
+
+@kernel
+def _is_near(weight: np.float32, value: np.float32, numbers: _Numbers) -> bool:
+    """Whether a weight of a simple block is explained, be its code the last one or not."""
+    scale, least, _, _, by_value, fixed, _ = numbers
+    return bool(abs(weight - (value * scale - least)) <= abs(value) * by_value + fixed)
+
+
+@kernel
+def _ends(numbers: _Numbers, meaning: Meaning) -> tuple[np.float32, np.float32]:
+    """The least and the largest number that codes stand for: a weight beyond one is explained where that would be.
+
+    Infinite where steps are so small that the code before the last would do as well.
+    """
+    scale, least, _, _, by_value, fixed, _ = numbers
+    if not max(-meaning.lowest, meaning.highest) * by_value + fixed < abs(scale) * _MOST_OF_A_STEP:
+        return -INFINITY, INFINITY
+    low, high = meaning.lowest * scale - least, meaning.highest * scale - least
+    return (high, low) if scale < ZERO else (low, high)
+
+
+@kernel
+def _within(weight: np.float32, ends: tuple[np.float32, np.float32]) -> np.float32:
+    """The number between two that is nearest to a weight."""
+    cut = weight if weight > ends[0] else ends[0]
+    return cut if cut < ends[1] else ends[1]
+
+
+@kernel
+def doubt_bytes(weights: Floats, blocks: Bytes, form: Simple, meaning: Meaning, doubtful: Bools) -> None:
+    """Fill `doubtful` [n] where not all weights [n, 32] are near, in blocks [n, bytes] whose codes have eight bits.
+
+    A quick look at simple blocks as they are stored: hardly any that is right fails, and none passes that is wrong.
+    """
+    bits, at = weights.view(np.int32), blocks.shape[1] - 32
+    for b in range(weights.shape[0]):
+        numbers = _bound_simple(bits[b], half(blocks[b], 0), ZERO, form)
+        row, codes, misses = weights[b], blocks[b, at:], i32(0)
+        for j in range(row.size):
+            misses = i32(misses + i32(not _is_near(row[j], f32(i32(np.int8(codes[j]))), numbers)))
+        doubtful[b] = misses > 0
+
+
+@kernel
+def doubt_nibbles(weights: Floats, blocks: Bytes, form: Simple, meaning: Meaning, doubtful: Bools) -> None:
+    """The same for codes of four bits, two weights at a time."""
+    bits, at, zero = weights.view(np.int32), blocks.shape[1] - 16, meaning.zero
+    for b in range(weights.shape[0]):
+        scale, least = half(blocks[b], 0), -half(blocks[b], 2) if form.least else ZERO
+        numbers = _bound_simple(bits[b], scale, least, form)
+        low, high, codes, misses = weights[b, :16], weights[b, 16:], blocks[b, at:], i32(0)
+        ends = _ends(numbers, meaning)
+        for j in range(16):
+            first = _is_near(_within(low[j], ends), f32(i32(codes[j] & u8(15))) + zero, numbers)
+            second = _is_near(_within(high[j], ends), f32(i32(codes[j] >> u8(4))) + zero, numbers)
+            misses = i32(misses + i32(not (first & second)))
+        doubtful[b] = misses > 0
+
+
+@kernel
+def doubt_fives(weights: Floats, blocks: Bytes, form: Simple, meaning: Meaning, doubtful: Bools) -> None:
+    """The same for codes of five bits, the fifth worth sixteen."""
+    bits, at, zero, upper = weights.view(np.int32), blocks.shape[1] - 16, meaning.zero, meaning.zero + f32(16)
+    for b in range(weights.shape[0]):
+        scale, least = half(blocks[b], 0), -half(blocks[b], 2) if form.least else ZERO
+        numbers = _bound_simple(bits[b], scale, least, form)
+        low, high, codes, misses = weights[b, :16], weights[b, 16:], blocks[b, at:], i32(0)
+        ends, fifth = _ends(numbers, meaning), fifths(blocks[b])
+        later = u32(fifth >> u32(16))
+        for j in range(16):
+            value = f32(i32(codes[j] & u8(15))) + (upper if u32(fifth & _BITS[j]) else zero)
+            other = f32(i32(codes[j] >> u8(4))) + (upper if u32(later & _BITS[j]) else zero)
+            near = _is_near(_within(low[j], ends), value, numbers) & _is_near(_within(high[j], ends), other, numbers)
+            misses = i32(misses + i32(not near))
+        doubtful[b] = misses > 0
 
 
 @part
@@ -161,25 +239,37 @@ def _fits(low: np.float32, high: np.float32, block: tuple[np.float32, ...], form
 
 
 @kernel
-def bound_super(
-    weights: Floats, scales: tuple[Floats, Floats], steps: tuple[Floats, Floats], form: Super, numbers: Floats
-) -> None:
-    """The numbers of super-blocks' blocks [n, block], scales and least weights [n], and the steps of both [supers].
+def _bound_super(bits: npt.NDArray[np.int32], block: _Numbers, form: Super) -> _Numbers:
+    """The numbers of a super-block's block, by its scale and least weight and the steps of both.
 
     A scale of 0 leaves no choice; with an importance matrix it shows a block that was too small for the steps.
     """
+    scale, least, step, floor = block
+    fixed, by_weight, beyond = least * _blur(floor) + _TINY * abs(scale), _blur(step), INFINITY
+    if scale == ZERO:
+        tiny = f32(_STEP_16 * HALF) * form.levels * (form.furthest + ONE)
+        fixed = _STEPS_LOST * (abs(step) * form.furthest + abs(floor)) + tiny if form.weighted else INFINITY
+        by_weight, beyond = ZERO, fixed
+    if not form.weighted:
+        low, high = extremes(bits)
+        if not ((low == low) & (high == high) & _fits(low, high, block, form)):
+            fixed = NAN
+    return scale, least, abs(scale), by_weight, ZERO, fixed, beyond
+
+
+@kernel
+def compare_super(
+    weights: Floats,
+    codes: Bytes,
+    scales: tuple[Floats, Floats],
+    steps: tuple[Floats, Floats],
+    form: Super,
+    meaning: Meaning,
+    wrong: Bools,
+) -> None:
+    """The same for super-blocks' blocks: weights, codes and wrong [n, block], scales and least weights [n], and the
+    steps of both [supers]."""
     bits, subs = weights.view(np.int32), weights.shape[0] // max(1, steps[0].size)
     for b in range(weights.shape[0]):
-        scale, least, step, floor = scales[0][b], scales[1][b], steps[0][b // subs], steps[1][b // subs]
-        fixed, by_weight, beyond = least * _blur(floor) + _TINY * abs(scale), _blur(step), INFINITY
-        if scale == ZERO:
-            tiny = f32(_STEP_16 * HALF) * form.levels * (form.furthest + ONE)
-            fixed = _STEPS_LOST * (abs(step) * form.furthest + abs(floor)) + tiny if form.weighted else INFINITY
-            by_weight, beyond = ZERO, fixed
-        if not form.weighted:
-            low, high = extremes(bits[b])
-            if not ((low == low) & (high == high) & _fits(low, high, (scale, least, step, floor), form)):
-                fixed = NAN
-        numbers[b, SCALE], numbers[b, LEAST] = scale, least
-        numbers[b, BY_GAP], numbers[b, BY_WEIGHT], numbers[b, BY_VALUE] = abs(scale), by_weight, ZERO
-        numbers[b, FIXED], numbers[b, BEYOND] = fixed, beyond
+        block = scales[0][b], scales[1][b], steps[0][b // subs], steps[1][b // subs]
+        _judge(weights[b], codes[b], _bound_super(bits[b], block, form), meaning, wrong[b])

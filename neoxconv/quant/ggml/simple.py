@@ -17,7 +17,7 @@ import numpy as np
 
 from neoxconv.core.encoding import Comparison, Context, Encoding
 from neoxconv.dtypes import Bytes, DType, Floats
-from neoxconv.quant.ggml.blocks import Blocks, compared, meaning, values_of, whole_blocks
+from neoxconv.quant.ggml.blocks import Blocks, meaning, values_of, whole_blocks
 from neoxconv.quant.ggml.search import find, grid
 from neoxconv.quant.ggml.searches import SEARCHES, check_columns
 
@@ -118,13 +118,20 @@ def compare(form: _BlockForm, rows: Floats, stored: Bytes, weighted: bool = Fals
     importance matrix (`weighted`) the step may be any that suits the few weights that matter, and llama.cpp fits it
     after the codes are chosen: they may be two steps off.
     """
-    from neoxconv.quant.ggml import check_kernels
+    from neoxconv.quant.ggml.check_kernels import Simple, compare_simple, doubt_bytes, doubt_fives, doubt_nibbles
 
-    taken, weights = _take_apart(form, stored), np.ascontiguousarray(rows, np.float32).reshape(-1, _BLOCK)
-    numbers = np.empty((len(weights), check_kernels.NUMBERS), np.float32)
-    known = check_kernels.Simple(np.float32(form.levels), form.least, weighted)
-    check_kernels.bound_simple(weights, taken.scale, taken.least, known, numbers)
-    return compared(rows, taken.codes, numbers, _meaning(form))
+    doubt = doubt_bytes if form.has("codes") else doubt_fives if form.fifth else doubt_nibbles
+    blocks = whole_blocks(form.name, form.layout, stored)
+    weights = np.ascontiguousarray(rows, np.float32).reshape(-1, _BLOCK)
+    known = Simple(np.float32(form.levels), form.least, weighted)
+    wrong, doubtful = np.zeros(weights.shape, np.bool_), np.empty(len(blocks), np.bool_)
+    doubt(weights, blocks, known, _meaning(form), doubtful)
+    if doubtful.any():
+        taken = _take_apart(form, blocks[doubtful])
+        found = np.empty(taken.codes.shape, np.bool_)
+        compare_simple(weights[doubtful], taken.codes, (taken.scale, taken.least), known, _meaning(form), found)
+        wrong[doubtful] = found
+    return Comparison(wrong.reshape(rows.shape), partial(decode, form, stored))
 
 
 @cache

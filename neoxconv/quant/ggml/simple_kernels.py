@@ -147,11 +147,25 @@ def ranged(weights: Floats, levels: int, fifth: bool, blocks: Bytes) -> None:
 
 
 @kernel
+def half(block: Bytes, at: int) -> np.float32:
+    """The float16 at byte `at` of a block."""
+    return as_float(float_bits(u16(u16(block[at]) | u16(u16(block[at + 1]) << u16(8)))))
+
+
+@kernel
 def halves(blocks: Bytes, at: int, numbers: Floats) -> None:
     """Fill `numbers` [n] with the float16 at byte `at` of each block."""
     for b in range(blocks.shape[0]):
-        bits = u16(u16(blocks[b, at]) | u16(u16(blocks[b, at + 1]) << u16(8)))
-        numbers[b] = as_float(float_bits(bits))
+        numbers[b] = half(blocks[b], at)
+
+
+@kernel
+def fifths(block: Bytes) -> np.uint32:
+    """The fifth bits of a block's 32 codes, the first lowest."""
+    bits, at = u32(0), block.size - 20
+    for j in range(4):
+        bits |= u32(u32(block[at + j]) << u32(8 * j))
+    return u32(bits)
 
 
 @kernel
@@ -174,8 +188,6 @@ def unpack(blocks: Bytes, fifth: bool, codes: Bytes) -> None:
             low[j] = nibbles[j] & u8(15)
             high[j] = nibbles[j] >> u8(4)
         if fifth:
-            bits, row = u32(0), codes[b]
-            for j in range(4):
-                bits |= u32(u32(blocks[b, at - 4 + j]) << u32(8 * j))
+            bits, row = fifths(blocks[b]), codes[b]
             for j in range(row.size):
                 row[j] |= u8(u8(u32(bits >> u32(j)) & u32(1)) << u8(4))

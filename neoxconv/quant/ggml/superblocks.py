@@ -18,7 +18,7 @@ import numpy as np
 
 from neoxconv.core.encoding import Comparison, Context, Encoding
 from neoxconv.dtypes import Bytes, DType, Floats
-from neoxconv.quant.ggml.blocks import Blocks, compared, meaning, values_of, whole_blocks
+from neoxconv.quant.ggml.blocks import Blocks, meaning, values_of, whole_blocks
 from neoxconv.quant.ggml.planes import Plane, pack, pack_sixes, unpack, unpack_sixes
 from neoxconv.quant.ggml.search import find, grid
 from neoxconv.quant.ggml.searches import CURVE, SEARCHES, Search, check_columns
@@ -144,12 +144,11 @@ def compare(form: _SuperBlockForm, rows: Floats, stored: Bytes, weighted: bool =
     block's range is not about the one that its weights need, it is wrong whole; with an importance matrix (`weighted`)
     it may be any that suits the few weights that matter.
     """
-    from neoxconv.quant.ggml import check_kernels
+    from neoxconv.quant.ggml.check_kernels import Super, compare_super
 
-    taken, how = _take_apart(form, stored), form.search
+    taken, how, meant = _take_apart(form, stored), form.search, _meaning(form)
     blocks, weights = taken.blocks, np.ascontiguousarray(rows, np.float32).reshape(-1, how.block)
-    numbers = np.empty((len(weights), check_kernels.NUMBERS), np.float32)
-    known = check_kernels.Super(
+    known = Super(
         reach=np.float32(how.highest if how.least else -how.lowest),
         furthest=np.float32(max(-how.lowest, how.highest)),
         levels=np.float32(how.levels),
@@ -158,9 +157,9 @@ def compare(form: _SuperBlockForm, rows: Floats, stored: Bytes, weighted: bool =
         least=how.least,
         weighted=weighted,
     )
-    scales, steps = (blocks.scale, blocks.least), (taken.step, taken.floor)
-    check_kernels.bound_super(weights, scales, steps, known, numbers)
-    return compared(rows, blocks.codes, numbers, _meaning(form))
+    wrong = np.zeros(weights.shape, np.bool_)
+    compare_super(weights, blocks.codes, (blocks.scale, blocks.least), (taken.step, taken.floor), known, meant, wrong)
+    return Comparison(wrong.reshape(rows.shape), lambda: values_of(blocks, meant).reshape(rows.shape))
 
 
 def encoding(form: _SuperBlockForm) -> Encoding:

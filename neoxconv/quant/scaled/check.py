@@ -17,7 +17,7 @@ def checked(numbers: Even | Sixteen | Steps, weights: Floats, values: Floats, sc
     """Which weights [n, columns] cannot have become their values, in groups of `width` with these scales [groups]."""
     from neoxconv.quant.scaled.check_kernels import Even, Group, Steps, check, check_sixteen, check_steps
 
-    wrong = np.empty(weights.shape, np.bool_)
+    wrong = np.zeros(weights.shape, np.bool_)
     flat, read = (np.ascontiguousarray(each, np.float32).reshape(-1) for each in (weights, values))
     encoded, decoded, slack = map(np.ascontiguousarray, (scales.encoded, scales.decoded, scales.slack))
     group = Group(encoded, decoded, slack, width, np.float32(scales.near))

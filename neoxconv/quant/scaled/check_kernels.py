@@ -16,15 +16,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from neoxconv.core.encoding import EXACT
 from neoxconv.dtypes import Bools, Floats
-from neoxconv.quant.kernels import INFINITY, ZERO, f32, i32, kernel, part, u32
+from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, f32, i32, kernel, part, u32
 from neoxconv.quant.scaled.float8_kernels import Limits, rounded
 from neoxconv.quant.scaled.kernels import ROUNDER
 
 _EXACT = f32(EXACT)
+_SMALLEST = f32(1e-30)  # scales whose parts are no subnormal numbers
+_AT_ONCE = 256  # weights, of which one may ask for a closer look
 
 
 class Group(NamedTuple):
@@ -51,6 +52,12 @@ def _is_wrong(weight: np.float32, value: np.float32, shares: _Few, scales: _Few)
     return bool((no_code | (further & (abs(decoded) > slack))) & (not both_nan))
 
 
+@kernel
+def _is_close(value: np.float32, expected: np.float32) -> bool:
+    """Whether a value is finite and what was expected of it; half of what arithmetic may cost is left for the rest."""
+    return bool((abs(value - expected) <= abs(value) * (_EXACT * HALF)) & (abs(value) < INFINITY))
+
+
 class Even(NamedTuple):
     """Whole numbers over `top`; or, where `eight` is true, those of a form of float8 over its largest, `top`."""
 
@@ -61,29 +68,53 @@ class Even(NamedTuple):
 
 def whole_numbers(top: np.float32) -> Even:
     """Whole numbers over `top`, up to 1."""
-    return Even(top, False, Limits(*[u32(0)] * 6))
+    return Even(top, False, Limits(*[u32(0)] * len(Limits._fields)))
+
+
+@kernel
+def _whole(scaled: np.float32, numbers: Even) -> np.float32:
+    """The number nearest to a share of `top`, times that."""
+    if numbers.eight:
+        return rounded(scaled, numbers.limits, numbers.top)
+    return f32(f32(scaled + ROUNDER) - ROUNDER)
 
 
 @part
 def _nearest(share: np.float32, numbers: Even) -> np.float32:
     """The number nearest to a share."""
-    scaled = f32(share * numbers.top)
-    if numbers.eight:
-        return rounded(scaled, numbers.limits, numbers.top) / numbers.top
-    return f32(f32(scaled + ROUNDER) - ROUNDER) / numbers.top
+    return _whole(f32(share * numbers.top), numbers) / numbers.top
+
+
+@kernel
+def _are_nearest(row: Floats, read: Floats, scales: _Few, numbers: Even) -> bool:
+    """Whether all that is read is what the nearest numbers stand for: nothing is wrong then, whatever the slack.
+
+    That is a quick look, which neither divides nor writes. Scales are e and d.
+    """
+    encoded, decoded = scales
+    inverse = f32(numbers.top / encoded) if encoded > ZERO else ZERO
+    unit, misses = f32(decoded / numbers.top) if abs(decoded) > _SMALLEST else NAN, i32(0)
+    for i in range(row.size):
+        best = _whole(f32(row[i] * inverse), numbers)
+        misses = i32(misses + i32(not _is_close(read[i], best * unit)))
+    return bool(misses == 0)
 
 
 @kernel
 def check(weights: Floats, values: Floats, group: Group, numbers: Even, wrong: Bools) -> None:
-    """Fill `wrong`: it, weights and the values that are read are flat, of one length."""
+    """Set `wrong`: it, weights and the values that are read are flat, of one length."""
     for g in range(group.encoded.size):
-        start, stop = g * group.width, (g + 1) * group.width
-        row, read, out = weights[start:stop], values[start:stop], wrong[start:stop]
         encoded, scales = group.encoded[g], (group.decoded[g], group.slack[g], group.near)
-        for i in range(row.size):
-            asked = f32(row[i] / encoded) if encoded > ZERO else ZERO
-            found = _nearest(f32(read[i] / scales[0]) if scales[0] != ZERO else ZERO, numbers)
-            out[i] = _is_wrong(row[i], read[i], (asked, _nearest(asked, numbers), found), scales)
+        end = min((g + 1) * group.width, weights.size)
+        for start in range(g * group.width, end, _AT_ONCE):
+            stop = min(start + _AT_ONCE, end)
+            row, read, out = weights[start:stop], values[start:stop], wrong[start:stop]
+            if _are_nearest(row, read, (encoded, scales[0]), numbers):
+                continue
+            for i in range(row.size):
+                asked = f32(row[i] / encoded) if encoded > ZERO else ZERO
+                found = _nearest(f32(read[i] / scales[0]) if scales[0] != ZERO else ZERO, numbers)
+                out[i] = _is_wrong(row[i], read[i], (asked, _nearest(asked, numbers), found), scales)
 
 
 class Steps(NamedTuple):
@@ -93,7 +124,7 @@ class Steps(NamedTuple):
 
 
 @kernel
-def _whole(share: np.float32, numbers: Steps) -> np.float32:
+def _step(share: np.float32, numbers: Steps) -> np.float32:
     """The number nearest to a share."""
     within = min(max(share, ZERO), numbers.top)
     return f32(f32(within + ROUNDER) - ROUNDER)
@@ -114,10 +145,10 @@ def check_steps(weights: Floats, values: Floats, group: Group, numbers: Steps, w
         slack, near = group.slack[g], group.near
         for i in range(row.size):
             asked = f32(f32(row[i] + low) / encoded) if encoded != ZERO else ZERO
-            found = _whole(f32(f32(read[i] + least) / decoded) if decoded != ZERO else ZERO, numbers)
+            found = _step(f32(f32(read[i] + least) / decoded) if decoded != ZERO else ZERO, numbers)
             room = (abs(read[i]) + abs(least)) * _EXACT + slack
             no_code = not (abs(read[i] - f32(found * decoded - least)) <= room) & (abs(read[i]) < INFINITY)
-            further = not abs(asked - found) <= abs(asked - _whole(asked, numbers)) + abs(asked) * near
+            further = not abs(asked - found) <= abs(asked - _step(asked, numbers)) + abs(asked) * near
             both_nan = (row[i] != row[i]) & (read[i] != read[i])
             out[i] = (no_code | (further & (abs(decoded) > slack))) & (not both_nan)
 
@@ -129,46 +160,37 @@ class Sixteen(NamedTuple):
     middles: Floats
 
 
-@part
-def _find(shares: Floats, numbers: Sixteen, ranks: npt.NDArray[np.uint32], found: Floats) -> None:
-    """Fill `found` with the numbers nearest to shares; `ranks`, above how many middles they lie, is scratch."""
-    for i in range(shares.size):
-        rank = u32(0)
-        for k in range(15):
-            rank += u32(not shares[i] <= numbers.middles[k])
-        ranks[i] = rank
-    for i in range(found.size):
-        found[i] = numbers.rising[ranks[i]]
+@kernel
+def _find(share: np.float32, numbers: Sixteen) -> np.float32:
+    """The number nearest to a share."""
+    found = numbers.rising[0]
+    for k in range(15):
+        above = numbers.rising[k + 1]  # read in any case, which lets LLVM make vectors
+        found = found if share <= numbers.middles[k] else above
+    return f32(found)
 
 
-@part
-def _are_nearest(read: Floats, best: Floats, decoded: np.float32) -> bool:
-    """Whether all that is read is what the nearest numbers stand for: nothing is wrong then, whatever the slack."""
-    misses = i32(0)
-    for i in range(read.size):
-        close = abs(read[i] - best[i] * decoded) <= abs(read[i]) * _EXACT
-        misses += i32(not (close & (abs(read[i]) < INFINITY)))
+@kernel
+def _are_nearest_of_sixteen(row: Floats, read: Floats, scales: _Few, numbers: Sixteen) -> bool:
+    """The same quick look for NF4 and FP4."""
+    encoded, decoded = scales
+    inverse, misses = f32(ONE / encoded) if encoded > ZERO else ZERO, i32(0)
+    for i in range(row.size):
+        best = _find(f32(row[i] * inverse), numbers)
+        misses = i32(misses + i32(not _is_close(read[i], best * decoded)))
     return bool(misses == 0)
 
 
 @kernel
 def check_sixteen(weights: Floats, values: Floats, group: Group, numbers: Sixteen, wrong: Bools) -> None:
     """The same for NF4 and FP4, `width` weights at a time."""
-    scratch, ranks = np.empty((3, group.width), np.float32), np.empty(group.width, np.uint32)
-    asked, best, found = scratch[0], scratch[1], scratch[2]
     for g in range(group.encoded.size):
         start, stop = g * group.width, (g + 1) * group.width
         row, read, out = weights[start:stop], values[start:stop], wrong[start:stop]
-        encoded, decoded, slack = group.encoded[g], group.decoded[g], group.slack[g]
+        encoded, scales = group.encoded[g], (group.decoded[g], group.slack[g], group.near)
+        if _are_nearest_of_sixteen(row, read, (encoded, scales[0]), numbers):
+            continue
         for i in range(row.size):
-            asked[i] = f32(row[i] / encoded) if encoded > ZERO else ZERO
-        _find(asked, numbers, ranks, best)
-        nearest = _are_nearest(read, best, decoded)
-        for i in range(out.size):
-            out[i] = not nearest
-        if not nearest:
-            for i in range(row.size):
-                found[i] = f32(read[i] / decoded) if decoded != ZERO else ZERO
-            _find(found, numbers, ranks, found)
-            for i in range(row.size):
-                out[i] = _is_wrong(row[i], read[i], (asked[i], best[i], found[i]), (decoded, slack, group.near))
+            asked = f32(row[i] / encoded) if encoded > ZERO else ZERO
+            found = _find(f32(read[i] / scales[0]) if scales[0] != ZERO else ZERO, numbers)
+            out[i] = _is_wrong(row[i], read[i], (asked, _find(asked, numbers), found), scales)

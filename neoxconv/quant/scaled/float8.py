@@ -93,6 +93,9 @@ def limits(form: Float8Form) -> Limits:
         normal=np.uint32(first << 23),
         over=np.uint32(over << 23),
         top=np.uint32(form.largest_code),
+        infinite=np.uint32(form.largest_code + 1 if np.isinf(table(form)[form.largest_code + 1]) else 0x80),
+        spread=np.uint32(1 << (23 - form.mantissa)),
+        ahead=np.uint32((254 - form.bias) << 23),
     )
 
 
@@ -116,7 +119,7 @@ def _times(form: Float8Form, codes: Bytes, scales: Floats) -> Floats:
 
     rows = np.ascontiguousarray(codes).reshape(len(scales), codes.size // max(1, len(scales)))
     values = np.empty(rows.shape, np.float32)
-    read_numbers(rows, scales, table(form), values)
+    read_numbers(rows, scales, limits(form), values)
     return values.reshape(codes.shape)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import as_bits, as_float, f32, kernel, part, u8, u32
+from neoxconv.quant.kernels import INFINITY, NAN, as_bits, as_float, f32, kernel, part, u8, u32
 
 _INFINITE = u32(0x7F800000)
 
@@ -26,6 +26,9 @@ class Limits(NamedTuple):
     normal: np.uint32  # the float32 bits of the smallest normal number [2**-6]
     over: np.uint32  # those of the power of two above the largest number [512]
     top: np.uint32  # the code of the largest number [0x7E, 448]
+    infinite: np.uint32  # that of infinity; beyond all others where there is none [0x80]
+    spread: np.uint32  # how much further apart the float32 bits of neighbours are than codes [2**20]
+    ahead: np.uint32  # those of the power of two by which exponents here are ahead [2**120]
 
 
 @part
@@ -64,6 +67,16 @@ def rounded(value: np.float32, limits: Limits, largest: np.float32) -> np.float3
     if value != value:
         number = value
     return as_float(u32(as_bits(number) | u32(bits & u32(0x80000000))))
+
+
+@kernel
+def number(code: np.uint8, limits: Limits) -> np.float32:
+    """What a code stands for. As the upper bits of a float32 it is too small by a power of two, subnormals as well."""
+    size = u32(code & u8(0x7F))
+    value = as_float(u32(size * limits.spread)) * as_float(limits.ahead)
+    if size > limits.top:
+        value = INFINITY if size == limits.infinite else NAN
+    return as_float(u32(as_bits(value) | u32(u32(code & u8(0x80)) << u32(24))))
 
 
 @kernel

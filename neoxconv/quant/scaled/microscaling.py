@@ -104,13 +104,14 @@ def _decode(form: _FloatForm, stored: Mapping[str, LazyTensor], shape: tuple[int
     """A reader of float32 rows."""
 
     def read(start: int, stop: int) -> Array:
-        from neoxconv.quant.scaled.read_kernels import read_numbers
+        from neoxconv.quant.scaled import microscaling_kernels
 
         codes = unpack(form.bits, stored["weight"].read(start, stop)).reshape(-1, form.group)
         found = np.ascontiguousarray(stored[SCALES].read(start, stop)).reshape(-1)
         powers = np.ldexp(np.float32(1), found.astype(np.int32) - _BIAS).astype(np.float32)
         values = np.empty(codes.shape, np.float32)
-        read_numbers(codes, powers if form.power else float8.decode(FORM_E4M3, found), _numbers(form), values)
+        scales = powers if form.power else float8.decode(FORM_E4M3, found)
+        microscaling_kernels.read(codes, scales, _numbers(form), values)
         return values.reshape(stop - start, *shape[1:])
 
     return read

@@ -39,3 +39,12 @@ def nearest_e2m1(groups: Floats, scales: Floats, lost: np.uint32, codes: Bytes) 
                 rank += u8(size > _MIDDLES[k])
             sign = u8(u32(u32(as_bits(row[i]) & _SIGN) >> u32(28)))
             out[i] = some * u8(rank | (sign * u8(rank > u8(0))))
+
+
+@kernel
+def read(codes: Bytes, scales: Floats, numbers: Floats, values: Floats) -> None:
+    """What codes [n, k] stand for in a table of numbers, times the scale [n] of each row."""
+    for r in range(codes.shape[0]):
+        row, out, scale = codes[r], values[r], scales[r]
+        for i in range(row.size):
+            out[i] = numbers[row[i]] * scale

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Doubles, Floats
 from neoxconv.quant.kernels import f32, kernel
+from neoxconv.quant.scaled.float8_kernels import Limits, number
 
 _BLOCK = 64  # weights of NF4 and FP4 that share a size
 
@@ -36,9 +37,9 @@ def read_steps(codes: npt.NDArray[np.int8], steps: Doubles, values: Floats) -> N
 
 
 @kernel
-def read_numbers(codes: Bytes, scales: Floats, table: Floats, values: Floats) -> None:
-    """What codes [n, k] stand for in a table [256], times the scale [n] of each row."""
+def read_numbers(codes: Bytes, scales: Floats, form: Limits, values: Floats) -> None:
+    """The numbers of a form of float8 that codes [n, k] stand for, times the scale [n] of each row."""
     for r in range(codes.shape[0]):
         row, out, scale = codes[r], values[r], scales[r]
         for i in range(row.size):
-            out[i] = table[row[i]] * scale
+            out[i] = number(row[i], form) * scale

@@ -59,9 +59,10 @@ class ScaledCheck:
         """
         if self.together:
             taken = self._taken_apart(values, start)
-            return Comparison(self._no_code(taken, start) | not_chosen(taken, rows, self.moments), values)
+            return Comparison(self._no_code(taken, start) | not_chosen(taken, rows, self.moments), lambda: values)
         scales = self._scales_from(start, len(rows)) if self.scales else self._scales_of(rows)
-        return Comparison(self.encoding.check(rows, values, scales, self.encoding.groups.width(rows.shape)), values)
+        wrong = self.encoding.check(rows, values, scales, self.encoding.groups.width(rows.shape))
+        return Comparison(wrong, lambda: values)
 
     def _scales_of(self, rows: Floats) -> Scales:
         """The scales of the groups in rows, by what these tell."""
