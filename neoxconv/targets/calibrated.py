@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neoxconv.core.encoding import Aim, Context, Moments
+from neoxconv.core.encoding import Aim, Context, Moments, Scaled
 from neoxconv.core.layout import Entry
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import F32
@@ -45,15 +45,18 @@ def chosen_by(settings: Mapping[str, Any]) -> str | None:
     return None if found is None else str(found)
 
 
-def calibration_for(checkpoint: Checkpoint, path: Path) -> Calibration:
-    """A calibration of the model. Raises PlanError where it is another model's, or lacks a matrix.
+def calibration_for(checkpoint: Checkpoint, path: Path, entries: Sequence[Entry]) -> Calibration:
+    """A calibration of the model, for the matrices whose scales lie beside them, by the entries: a head may be one.
 
-    A calibration has GGUF's names, and what a matrix is multiplied with is the same in every format.
+    Raises PlanError where it is another model's, or lacks a matrix. A calibration has GGUF's names, and what a matrix
+    is multiplied with is the same in every format.
     """
     matrix, found = imatrix.read(path), moments_in(path)
     architecture, config = checkpoint.architecture, checkpoint.config
     matrices = [weight for _, weight in architecture.names(config) if len(weight.shape) == 2]
-    linear = {weight.gguf: weight.unified for weight in matrices if weight.linear}
+    scaled = {entry.unified for entry in entries if isinstance(entry.encoding, Scaled)}
+    chosen = [weight for weight in matrices if weight.unified in scaled and (weight.linear or weight.gguf in found)]
+    linear = {weight.gguf: weight.unified for weight in chosen}
     if "" in linear:
         raise PlanError(
             f"--calibration: GGUF has no names for the matrices of {architecture.title}, by which a calibration knows "

@@ -27,7 +27,8 @@ DIVERGENCES = {
     "MLX_4BIT_32": 0.00402, "MLX_4BIT_64": 0.00513, "MLX_4BIT_128": 0.00590,
     "MLX_5BIT_32": 0.000902, "MLX_5BIT_64": 0.001136, "MLX_5BIT_128": 0.001290,
     "MLX_6BIT_32": 0.000236, "MLX_6BIT_64": 0.000269, "MLX_6BIT_128": 0.000358,
-    "MLX_8BIT_32": 0.000017, "MLX_8BIT_64": 0.000018,
+    "MLX_8BIT_32": 0.000017, "MLX_8BIT_64": 0.000018, "MLX_8BIT_128": 0.000023,
+    "MLX_MXFP4": 0.00862, "MLX_MXFP8": 0.000572, "MLX_NVFP4": 0.00729,
 }  # fmt: skip
 
 # Types that are run with quantized inputs, where only the weights are rounded: as verification runs them itself.

@@ -24,7 +24,7 @@ def quantized_folder(
     """
     if recipe.calibration is None:
         return hf_folder(checkpoint, recipe, entries, settings, library=library)
-    calibration = calibration_for(checkpoint, recipe.calibration)
+    calibration = calibration_for(checkpoint, recipe.calibration, entries)
     told = {**settings, SETTING: calibration.digest}
     content = hf_folder(checkpoint, recipe, calibration.applied(entries), told, library=library)
     return replace(content, notes=(*content.notes, *calibration.notes))

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from neoxconv import Recipe, make_plan, open_checkpoint, run
+from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
 from neoxconv.arch import ARCHITECTURES
 from neoxconv.arch.gpt_neox.weights import GPT_NEOX
 from neoxconv.cli.formats import hollow_checkpoint
@@ -25,6 +25,7 @@ from neoxconv.names import MLX_TYPES
 from neoxconv.quant.scaled.mlx import BITS, GROUPS, MLX
 from neoxconv.verify.logits.compare import compare_predictions
 from tests.fixtures import real
+from tests.helpers import cli
 from tests.oracles import mlx_convert, mlx_logits, mlx_quantize
 from tests.scaled import CONFIG, FILE, compared, made
 from tests.toy import toy
@@ -139,6 +140,26 @@ def test_a_layer_may_have_settings_of_its_own(source: Path, four: Path, tmp_path
     config["quantization"][UP.removesuffix(".")] = {"group_size": 128, "bits": 8}
     (folder / CONFIG).write_text(json.dumps(config))
     assert compared(source, folder).passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["4bit", "mxfp4"])
+def test_codes_chosen_together_are_proved_and_a_moved_one_is_found(source: Path, kind: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", (np.arange(6 * 64) * 7 % 256).reshape(6, 64))
+    by, words = tmp_path / "cal.gguf", ("--tokens", tmp_path / "tokens.npy", "--covariance", "--quiet")
+    assert cli("calibrate", source, "-o", by, *words) == 0
+    target = made(source, tmp_path / "mlx", Recipe("mlx", type=kind, calibration=by))
+    plain = made(source, tmp_path / "plain", Recipe("mlx", type=kind))
+    changed = {name for name, t in load_file(target / FILE).items() if not t.equal(load_file(plain / FILE)[name])}
+    assert len(changed) == 9 and "model.embed_in.weight" not in changed  # of 2 layers and the head, the codes alone
+    opened = open_checkpoint(source), open_checkpoint(target)
+    assert verify_weights(*opened, calibration=by).passed and verify_weights(*opened).passed
+    tensors = load_file(target / FILE)
+    tensors[UP + "weight"].view(torch.int32)[3, 2] ^= 0x20
+    (target / "manifest.json").unlink()
+    save_file(tensors, target / FILE, {"format": "mlx"})
+    report = verify_weights(opened[0], open_checkpoint(target), calibration=by)
+    assert {finding.where for finding in report.findings} == {"gpt_neox.layers.0.mlp.dense_h_to_4h.weight"}
 
 
 @pytest.mark.parametrize(
