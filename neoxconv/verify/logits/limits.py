@@ -64,7 +64,7 @@ def _default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str =
     joining = _JOINING[source.norms] + (0.0 if source.config.parallel_residual else _SERIAL)
     stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized}
     names = {type_of(candidate)} | {_MAIN.get(name, name) for name in stored}
-    usual = max(DIVERGENCES.values())  # of types that are only read
+    usual = DIVERGENCES["Q2_K"]  # of types that were not measured
     rounding = max(known.get(name, usual) for name in names)
     usual_figure = _ROOM * ((joining if joined else 0.0) + rounding) + 1e-12
     if source.parameters < _SMALL:
