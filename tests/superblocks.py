@@ -65,11 +65,15 @@ SPREAD = dict.fromkeys(SEARCHES, (2, 256)) | {"Q2_K": (0.1, 256), "IQ4_NL": (2, 
 SPREAD |= dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1"), (1, COLUMNS))
 
 
+def spread_by(rows: Floats, share: float, group: int) -> Floats:
+    """The root of w^2 and a share of its mean over every `group` weights, by which ggml weighs importances."""
+    means = share * (rows.reshape(-1, group).astype(np.float64) ** 2).mean(axis=1)
+    return np.sqrt(np.repeat(means, group).reshape(rows.shape) + rows.astype(np.float64) ** 2)
+
+
 def weighted(name: str, rows: Floats, importance: Floats, values: Floats) -> float:
     """The error as the encoder weighs it: ours and ggml's, but for Q2_K."""
     squares, worth = (rows - values).astype(np.float64) ** 2, np.broadcast_to(importance, rows.shape)
     if spread := SPREAD[name]:
-        share, group = spread
-        means = share * (rows.reshape(-1, group).astype(np.float64) ** 2).mean(axis=1)
-        worth = worth * np.sqrt(np.repeat(means, group).reshape(rows.shape) + rows.astype(np.float64) ** 2)
+        worth = worth * spread_by(rows, *spread)
     return float((worth * squares).sum())

@@ -7,6 +7,7 @@ import numpy as np
 from neoxconv.core.encoding import Encoding, Groups, Scaled, Scales, scale_and_least
 from neoxconv.dtypes import F32, Bools, Bytes, DType, Floats, narrow, widen
 from neoxconv.quant import SCALED
+from neoxconv.quant.ggml import codebooks, small_floats
 from neoxconv.quant.ggml.searches import CURVE, SEARCHES
 
 STEP_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}  # where a block's first float16 lies; at its beginning in the others
@@ -76,6 +77,80 @@ def wrong_superblocks(encoding: Encoding, rows: Floats, stored: Bytes, weighted:
     else:
         bad = bad & (size != 0) | ~fits(encoding, weights, (scale, least, step, floor))
     return np.asarray(bad | ~np.isfinite(weights)).reshape(rows.shape)
+
+
+def wrong_codebooks(encoding: Encoding, rows: Floats, stored: Bytes, weighted: bool) -> Bools:
+    """Which weights no encoder could have stored so as an entry of a codebook, whatever mattered to it."""
+    form = next(form for form in codebooks.FORMS if form.name == encoding.name)
+    taken, bound, points = codebooks.take_apart(form, stored), codebooks.bound(form), codebooks.points(form)
+    shape = *taken.scale.shape, form.block // points.shape[1], points.shape[1]
+    scale, step = taken.scale[:, :, None, None], taken.step[:, None, None, None]
+    signs = np.ones((len(scale), 256), np.float32)
+    if taken.signs.size:
+        signs -= 2 * (taken.signs[:, :, None] >> np.arange(8, dtype=np.uint32) & 1).reshape(-1, 256)
+    x, entries = (rows.reshape(-1, 256) * signs).reshape(shape), taken.entries.reshape(shape[:3])
+    shift = np.repeat(taken.shifts, entries[0].size // (taken.shifts.shape[1] or entries[0].size), axis=1)
+    shift = shift.reshape(*shape[:3], 1) if shift.size else np.zeros((*shape[:3], 1), np.float32)
+    rounding = step + bound.moved * scale + np.float32(2.0**-25)
+    largest = np.abs(x).max(axis=(2, 3), keepdims=True)
+    fits = np.isfinite(x).all(axis=(2, 3), keepdims=True) & np.isfinite(scale)
+    fits &= (scale <= largest * bound.most + rounding) & (scale >= largest * bound.least - rounding)
+    judged = fits & (scale > 0)
+    marks = judged & another_is_nearer(form, x, entries, (scale, rounding, shift))
+    counts = marks.any(axis=3).sum(axis=2)
+    few = 2 * (counts > 0).sum(axis=1) <= shape[1]
+    for factor in bound.factors:
+        tried = judged & another_is_nearer(form, x, entries, (scale * factor, rounding, shift))
+        fewer = (tried.any(axis=3).sum(axis=2) < counts) & few[:, None]
+        marks = np.where(fewer[:, :, None, None], tried, marks)
+        counts = np.where(fewer, tried.any(axis=3).sum(axis=2), counts)
+    wrong = (marks | ~fits | ~np.isfinite(x)).reshape(-1, 32, 8)
+    if taken.signs.size:
+        turned = (-x > rounding * points[entries]).reshape(wrong.shape)
+        many = (turned & (scale > rounding).repeat(form.block, 1).reshape(wrong.shape)).sum(axis=2) > int(form.even)
+        wrong |= turned & many[:, :, None]
+    return np.asarray(wrong).reshape(rows.shape)
+
+
+def wrong_small_floats(encoding: Encoding, rows: Floats, stored: Bytes, weighted: bool) -> Bools:
+    """Which weights no encoder could have stored so as MXFP4 or NVFP4."""
+    form = next(form for form in small_floats.FORMS if form.name == encoding.name)
+    blocks = np.ascontiguousarray(stored).reshape(-1, encoding.dtype.nbytes)
+    scales, halves = blocks[:, : form.subs].reshape(-1, 1), blocks[:, form.subs :].reshape(-1, form.block // 2)
+    codes = np.concatenate([halves & 15, halves >> 4], axis=1)
+    table, weights = small_floats.scales_of(form), rows.reshape(-1, form.block)
+    usual = table[: form.highest + 1] * np.float32(12)
+    largest = np.where(np.isfinite(weights), np.abs(weights), 0).max(axis=1)
+    needed = np.array([next((i for i, most in enumerate(usual) if most >= each), form.highest) for each in largest])
+    may = np.clip(needed[:, None] + np.arange(min(form.tried), max(form.tried) + 1), 0, form.highest)
+    fits = (may == scales).any(axis=1) & np.isfinite(weights).all(axis=1)
+    values = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32)
+    value, scale = values[codes & 7] * np.where(codes > 7, np.float32(-1), np.float32(1)), table[scales]
+    order = np.concatenate([-values[:0:-1], values])
+    place = np.searchsorted(order, value)
+    half = np.concatenate([[np.inf], np.diff(order) / 2, [np.inf]]).astype(np.float32)
+    error = weights - value * scale
+    room = np.abs(weights) * np.float32(1e-6) + np.where(scale == 0, table[1] * np.float32(12), np.float32(2.0**-149))
+    above = np.where(place == len(order) - 1, np.inf, half[place + 1] * scale + room)
+    below = np.where(place == 0, np.inf, half[place] * scale + room)
+    return np.asarray(~(fits[:, None] & (error <= above) & (error >= -below))).reshape(rows.shape)
+
+
+def another_is_nearer(
+    form: codebooks.CodebookForm, x: Floats, entries: Bytes, numbers: tuple[Floats, Floats, Floats]
+) -> Bools:
+    """Weights [..., groups, size] for which one of the entries near them is better, as it is for all of their group."""
+    (scale, rounding, shift), book, points = numbers, codebooks.book(form), codebooks.points(form)
+    levels = np.rint((x / scale - shift - book.low) / book.gap).clip(0, book.levels - 1)
+    place = (np.nan_to_num(levels) * book.levels ** np.arange(book.size)[::-1]).sum(axis=-1).astype(np.int64)
+    near = book.near[place] >> np.uint32(16)
+    a, b = points[near] + shift[..., None], (points[entries] + shift)[..., None, :]
+    room = rounding[..., None] * (np.abs(a) + np.abs(b)) + codebooks.bound(form).apart * scale[..., None]
+    weights, scales = x[..., None, :], scale[..., None]
+    nearer = np.abs(weights - scales * a) + room < np.abs(weights - scales * b)
+    better = ((points[near] == points[entries][..., None, :]) | nearer).all(axis=-1) & (near != entries[..., None])
+    chosen = np.take_along_axis(near, better.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    return np.asarray(better.any(axis=-1)[..., None] & (points[chosen] != points[entries]))
 
 
 def blur(step: Floats) -> Floats:

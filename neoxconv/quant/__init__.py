@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from neoxconv.core.encoding import Encoding, Scaled
 from neoxconv.core.tensor import LazyTensor, computed
 from neoxconv.dtypes import PLAIN, Array, Bytes, DType, Floats, widen
 from neoxconv.errors import CheckpointError
+from neoxconv.quant.ggml.codebooks import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
+from neoxconv.quant.ggml.read_only import READERS
 from neoxconv.quant.ggml.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from neoxconv.quant.ggml.small_floats import MXFP4, NVFP4
 from neoxconv.quant.ggml.superblocks import IQ4_NL, IQ4_XS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from neoxconv.quant.plain import BF16, F16, F32
 from neoxconv.quant.scaled.ctranslate2 import CT2_INT8
@@ -27,7 +32,9 @@ ENCODINGS: dict[str, Encoding] = {
     "Q4_1": Q4_1,
     "Q5_0": Q5_0,
     "Q5_1": Q5_1,
-    **{row.name: row for row in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL, E4M3, E5M2)},
+    **{row.name: row for row in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_XS, IQ4_NL)},
+    **{row.name: row for row in (IQ3_S, IQ3_XXS, IQ2_S, IQ2_XS, IQ2_XXS, IQ1_M, IQ1_S, MXFP4, NVFP4)},
+    **{row.name: row for row in (E4M3, E5M2)},
 }
 SCALED: dict[str, Scaled] = {
     row.name: row
@@ -69,7 +76,8 @@ def decode_any(name: str, rows: Bytes) -> Floats:
 
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            values: Floats = quants.dequantize(rows, GGMLQuantizationType[name])
+            known = READERS.get(name) or partial(quants.dequantize, qtype=GGMLQuantizationType[name])
+            values: Floats = known(rows)
     except (KeyError, NotImplementedError) as error:
         raise CheckpointError(f"{name}: neoxconv cannot read weights of this type. Convert another file.") from error
     except ValueError as error:

@@ -27,7 +27,7 @@ from neoxconv.targets.about import size_label, title
 from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
 from neoxconv.targets.calibrated import KEY, check_aims, notes_on_source, with_contexts
 from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
-from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, wanted
+from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, needs_matrix, wanted
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.stand_in import written_as
 from neoxconv.words import plural
@@ -82,6 +82,7 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
         entries = with_contexts(entries, matrix, moments, recipe)
     check_aims(entries, aims, recipe)
+    _check_matrix(checkpoint, choice, entries)
     notes = (
         *stands_in,
         *([line(chosen, recipe)] if chosen else []),
@@ -219,6 +220,22 @@ def _within_budget(
     else:
         room = int(checkpoint.parameters * (recipe.bits or 0) / 8)
     return choose_within(costs, room - fixed)
+
+
+def _check_matrix(checkpoint: Checkpoint, choice: Choice, entries: Sequence[Entry]) -> None:
+    """Raise PlanError where tensors become types that are too poor without knowing which columns matter."""
+    lacking = [
+        f"{entry.name} ({entry.encoding.name})"
+        for entry, (tensor, _) in zip(entries, _gguf_tensors(checkpoint), strict=True)
+        if needs_matrix(choice.mix, tensor, entry.encoding.name)
+        and (entry.context is None or entry.context.importance is None)
+    ]
+    if lacking:
+        raise PlanError(
+            f"--type {choice.mix}: {plural(len(lacking), 'tensor')} would be of no use without an importance matrix: "
+            f"{listed(lacking)}. Give --imatrix FILE (neoxconv calibrate makes one), or take a type that needs none, "
+            "such as IQ3_S or Q2_K."
+        )
 
 
 def _is_asked(tensor: GgufTensor, recipe: Recipe) -> bool:

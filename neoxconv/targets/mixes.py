@@ -70,7 +70,22 @@ def of_70b(where: Where) -> bool:
     return where.layers == 80 and where.queries > 1
 
 
-HEAD = _Row("head", "Q6_K")
+def grouped_70b(where: Where) -> bool:
+    """Llama 70B with four queries or more for each key."""
+    return of_70b(where) and grouped(where)
+
+
+def between_eighths(where: Where) -> bool:
+    """All layers but the first and the last eighth."""
+    return where.layers // 8 <= where.layer < 7 * where.layers // 8
+
+
+def without_matrix(where: Where) -> bool:
+    """In a file that is made without an importance matrix."""
+    return not where.imatrix
+
+
+HEAD, SMALL_HEAD = _Row("head", "Q6_K"), _Row("head", "Q5_K")
 _ALIKE = {"qkv": "attn_v"}  # roles that share rows
 
 
@@ -86,6 +101,14 @@ class _Mix:
 def simple(file_type: int, name: str, *rows: _Row, classic: tuple[_Row, ...] = ()) -> _Mix:
     """The rows, and `name` for all else."""
     return _Mix(file_type, (*rows, _Row(_ANY, name)), classic)
+
+
+def _two_bits(name: str, attn_out: str) -> tuple[_Row, ...]:
+    """What mixes of two bits and fewer have in common: `name` for what matters more."""
+    return (
+        SMALL_HEAD, _Row("embedding", name), _Row("attn_v", "Q4_K", grouped), _Row("attn_v", name),
+        _Row("mlp_out", name, share(8)), _Row("attn_out", attn_out),
+    )  # fmt: skip
 
 
 MIXES: dict[str, _Mix] = {
@@ -121,11 +144,34 @@ MIXES: dict[str, _Mix] = {
     "Q2_K": simple(10, "Q2_K", HEAD, _Row("attn_v", "Q5_K", of_70b), _Row("attn_v", "Q4_K", grouped),
                    _Row("attn_v", "Q3_K"), _Row("attn_out", "Q3_K"), _Row("mlp_out", "Q3_K"),
                    classic=(_Row("qkv", "Q2_K"),)),
+    "Q2_K_S": simple(21, "Q2_K", HEAD, _Row("attn_v", "Q5_K", grouped_70b), _Row("attn_v", "Q4_K", grouped),
+                     _Row("mlp_out", "Q4_K", share(8))),
+    "IQ3_M": simple(27, "IQ3_S", HEAD, _Row("attn_v", "Q5_K", of_70b), _Row("attn_v", "Q4_K"), _Row("attn_out", "Q4_K"),
+                    _Row("mlp_out", "Q4_K", share(8))),
+    "IQ3_S": simple(26, "IQ3_S", HEAD, _Row("attn_v", "Q5_K", grouped_70b), _Row("attn_v", "Q4_K", grouped)),
+    "IQ3_XS": simple(22, "IQ3_S", HEAD, _Row("attn_v", "Q5_K", grouped_70b), _Row("attn_v", "Q4_K", grouped),
+                     _Row("attn_q", "IQ3_XXS"), _Row("attn_k", "IQ3_XXS"),
+                     _Row("mlp_in", "IQ3_XXS", between_eighths)),
+    "IQ3_XXS": simple(23, "IQ3_XXS", SMALL_HEAD, _Row("embedding", "IQ3_S"),
+                      _Row("attn_v", "Q5_K", grouped_70b), _Row("attn_v", "Q4_K", grouped),
+                      _Row("attn_v", "IQ3_S", without_matrix), _Row("attn_q", "IQ2_S"), _Row("attn_k", "IQ2_S"),
+                      _Row("mlp_out", "Q4_K", share(8, imatrix=False)), _Row("mlp_out", "Q3_K", without_matrix),
+                      _Row("attn_out", "IQ3_S")),
+    "IQ2_M": simple(29, "IQ2_S", *_two_bits("IQ3_S", "IQ3_S")),
+    "IQ2_S": simple(28, "IQ2_XS", *_two_bits("IQ3_S", "IQ3_S")),
+    "IQ2_XS": simple(20, "IQ2_XS", *_two_bits("Q2_K", "IQ2_XS")),
+    "IQ2_XXS": simple(19, "IQ2_XXS", *_two_bits("Q2_K", "IQ2_XXS")),
+    "IQ1_M": simple(31, "IQ1_M", *_two_bits("Q2_K", "IQ2_XXS")),
+    "IQ1_S": simple(24, "IQ1_S", *_two_bits("Q2_K", "IQ2_XXS")),
 }  # fmt: skip
+
+# Types that llama.cpp makes only with an importance matrix, but of embedding and head: tensor_requires_imatrix.
+_NEED_MATRIX = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 
 # For rows that no super-block divides, as llama-quantize does; rows that no block of 32 divides are F16.
 _FALLBACK = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
 }  # fmt: skip
 _LAST_RESORT = "F16"
 
@@ -200,6 +246,12 @@ def wanted(choice: Choice, tensor: GgufTensor) -> str:
     where = Where(-1 if tensor.layer is None else tensor.layer, tensor.layers, choice.imatrix, tensor.queries)
     roles = role, _ALIKE.get(role), _ANY
     return next(row.encoding for row in rows if row.role in roles and row.when(where))
+
+
+def needs_matrix(mix: str, tensor: GgufTensor, name: str) -> bool:
+    """Whether llama.cpp would make a tensor of a mix this type only by the importance of its columns."""
+    needed = name in _NEED_MATRIX or (mix == "Q2_K_S" and name == "Q2_K")
+    return needed and tensor.role not in ("embedding", "head", *_VECTORS)
 
 
 def check_patterns(choice: Choice, tensors: Sequence[GgufTensor]) -> list[str]:

@@ -10,11 +10,27 @@ import pytest
 from neoxconv.core.encoding import Encoding, Scaled, scale_and_least
 from neoxconv.dtypes import F16, Bytes, Floats
 from neoxconv.quant import ENCODINGS
+from neoxconv.quant.ggml import codebooks, small_floats
 from neoxconv.quant.kernels import tally
-from tests.twins import ENDS, ROWS, nearest, wide, wrong_blocks, wrong_scaled, wrong_superblocks
+from tests.twins import (
+    ENDS,
+    ROWS,
+    nearest,
+    wide,
+    wrong_blocks,
+    wrong_codebooks,
+    wrong_scaled,
+    wrong_small_floats,
+    wrong_superblocks,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 BLOCKS = [encoding for encoding in ENCODINGS.values() if encoding.dtype.block > 1]
+RULES = (
+    dict.fromkeys(ENDS, wrong_blocks)
+    | {form.name: wrong_codebooks for form in codebooks.FORMS}
+    | {form.name: wrong_small_floats for form in small_floats.FORMS}
+)
 SHAPE = (12, 512)
 
 
@@ -50,7 +66,7 @@ def faulty(stored: Bytes) -> dict[str, Bytes]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_verdicts_on_blocks_are_those_of_the_rule(encoding: Encoding, kind: str) -> None:
     rows = weights(kind)
-    rule = wrong_blocks if encoding.name in ENDS else wrong_superblocks
+    rule = RULES.get(encoding.name, wrong_superblocks)
     for fault, stored in faulty(encoding.encode(rows)).items():
         for weighted in (False, True):
             found = encoding.compare(rows, stored, weighted)

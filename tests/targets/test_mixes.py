@@ -19,6 +19,7 @@ from neoxconv.names import TYPES
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.targets.compressed_tensors import DYNAMIC
 from neoxconv.targets.divergences import DIVERGENCES
+from neoxconv.targets.gguf import gguf_entries
 from neoxconv.targets.mixes import MIXES
 from tests.fixtures import real
 from tests.little_llamas import little_llama
@@ -52,7 +53,9 @@ def assert_types_are_llama_quantizes(source: Path, folder: Path) -> None:
     for given in (None, importances):
         for mix in PACKED:
             expected = llama_types(f16, mix, given)
-            assert types(planned(source, type=mix, imatrix=matrix if given else None)) == expected, mix
+            recipe = Recipe("gguf", type=mix, imatrix=matrix if given else None)
+            entries = gguf_entries(open_checkpoint(source), recipe)
+            assert {entry.name: entry.encoding.name for entry in entries} == expected, mix
 
 
 @pytest.mark.slow
@@ -116,12 +119,28 @@ def test_sizes_of_the_20b_model_are_those_measured() -> None:
 
 def test_the_classic_recipe_has_its_sizes() -> None:
     from neoxconv.cli.formats import shapes
-    from neoxconv.targets.gguf import gguf_entries
 
     model = shapes("20B")
     for mix, expected in CLASSIC.items():
         size = sum(entry.nbytes for entry in gguf_entries(model, Recipe("gguf", type=mix, mix="classic"))) / 2**30
         assert abs(size - expected) < 0.0051, mix
+
+
+@pytest.mark.parametrize("mix", ["IQ3_XXS", "IQ2_M", "IQ1_S", "Q2_K_S"])
+def test_what_needs_an_importance_matrix_is_refused_by_name_without_one(mix: str, tmp_path: Path) -> None:
+    source = toy(tmp_path, hidden=256)
+    with pytest.raises(PlanError, match=r"importance matrix: blk\.0\..*--imatrix FILE .* IQ3_S or Q2_K"):
+        planned(source, type=mix)
+    matrix = tmp_path / "imatrix.gguf"
+    write_imatrix(matrix, run(planned(source, type="F16"), tmp_path / "f16.gguf"))
+    assert types(planned(source, type=mix, imatrix=matrix))["token_embd.weight"] in ("Q2_K", "IQ3_S")
+
+
+def test_embedding_and_head_need_no_matrix(tmp_path: Path) -> None:
+    plan = planned(toy(tmp_path, hidden=256), type="Q8_0", embedding_type="IQ2_S", output_type="IQ3_XXS")
+    assert {"IQ2_S", "IQ3_XXS"} < set(types(plan).values())
+    with pytest.raises(PlanError, match=r"1 tensor .* blk\.0\.ffn_up\.weight \(IQ2_S\)"):
+        planned(toy(tmp_path / "again", hidden=256), type="Q8_0", tensor_type=((r"blk\.0\.ffn_up", "IQ2_S"),))
 
 
 def test_overrides_win_in_their_order(tmp_path: Path) -> None:

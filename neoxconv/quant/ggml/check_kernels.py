@@ -81,7 +81,7 @@ _Numbers = tuple[np.float32, ...]  # scale, least, by_gap, by_weight, by_value, 
 
 
 @kernel
-def _judge(row: Floats, code: Bytes, numbers: _Numbers, meaning: Meaning, wrong: Bools) -> None:
+def judge(row: Floats, code: Bytes, numbers: _Numbers, meaning: Meaning, wrong: Bools) -> None:
     """Fill `wrong` where a weight of a block is not explained, all [block]."""
     curved = meaning.curve.shape[1] > 0
     scale, least, by_gap, by_weight, by_value, fixed, beyond = numbers
@@ -137,7 +137,7 @@ def compare_simple(
     bits = weights.view(np.int32)
     for b in range(weights.shape[0]):
         block = _bound_simple(bits[b], numbers[0][b], numbers[1][b], form)
-        _judge(weights[b], codes[b], block, meaning, wrong[b])
+        judge(weights[b], codes[b], block, meaning, wrong[b])
 
 
 @kernel
@@ -272,4 +272,4 @@ def compare_super(
     bits, subs = weights.view(np.int32), weights.shape[0] // max(1, steps[0].size)
     for b in range(weights.shape[0]):
         block = scales[0][b], scales[1][b], steps[0][b // subs], steps[1][b // subs]
-        _judge(weights[b], codes[b], _bound_super(bits[b], block, form), meaning, wrong[b])
+        judge(weights[b], codes[b], _bound_super(bits[b], block, form), meaning, wrong[b])

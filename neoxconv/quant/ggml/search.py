@@ -52,16 +52,26 @@ def grid(
 
 
 def _importance_of(search: Search, blocks: Floats, columns: int, importance: Floats | None) -> tuple[Floats, Floats]:
-    """What the kernels take for an importance of the columns: it in lanes [m, block, LANES], and blocks' spreads."""
+    """What the kernels take for an importance of the columns."""
+    group = columns // search.block if search.over_row else search.subs
+    return importance_in_lanes(importance, blocks, group, search.spread)
+
+
+def importance_in_lanes(importance: Floats | None, blocks: Floats, group: int, share: float) -> tuple[Floats, Floats]:
+    """What the kernels take for an importance of the columns: it in lanes [m, block, LANES], and blocks' spreads.
+
+    The spread of blocks [n, block] is `share` of the mean square of the `group` blocks that they are among. Both are
+    empty without an importance, the spreads without a share.
+    """
     from neoxconv.quant.ggml.lanes import LANES, mean_squares
 
+    block, nothing = blocks.shape[1], np.empty(0, np.float32)
     if importance is None:
-        return np.empty((0, search.block, LANES), np.float32), np.empty(0, np.float32)
-    repeated = np.tile(importance, LANES // gcd(len(importance) // search.block, LANES))
-    lanes = np.ascontiguousarray(repeated.reshape(-1, LANES, search.block).transpose(0, 2, 1))
-    if not search.spread:
-        return lanes, np.empty(0, np.float32)
-    group = columns // search.block if search.over_row else search.subs
+        return np.empty((0, block, LANES), np.float32), nothing
+    repeated = np.tile(importance, LANES // gcd(len(importance) // block, LANES))
+    lanes = np.ascontiguousarray(repeated.reshape(-1, LANES, block).transpose(0, 2, 1))
+    if not share:
+        return lanes, nothing
     means = np.empty(len(blocks) // group, np.float32)
-    mean_squares(blocks.reshape(len(means), group * search.block), search.spread, means)
+    mean_squares(blocks.reshape(len(means), group * block), share, means)
     return lanes, np.concatenate([np.repeat(means, group), np.zeros(-len(blocks) % LANES, np.float32)])

@@ -74,7 +74,7 @@ def _default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str =
     stored = {tensor.dtype.name for tensor in candidate.tensors.values() if tensor.dtype.quantized}
     names = {type_of(candidate)} | {_MAIN.get(name, name) for name in stored}
     names |= {DYNAMIC} if _rounds_inputs(candidate) else set()
-    usual = DIVERGENCES["Q2_K"]  # of types that are only read: the most of any type of GGUF that is written
+    usual = DIVERGENCES["Q2_K"]  # of types that were not measured
     rounding = max(known.get(name, usual) for name in names)
     usual_figure = _ROOM * ((joining if joined else 0.0) + rounding) + 1e-12
     if source.parameters < _SMALL:
