@@ -91,7 +91,7 @@ def wrong_codebooks(encoding: Encoding, rows: Floats, stored: Bytes, weighted: b
     x, entries = (rows.reshape(-1, 256) * signs).reshape(shape), taken.entries.reshape(shape[:3])
     shift = np.repeat(taken.shifts, entries[0].size // (taken.shifts.shape[1] or entries[0].size), axis=1)
     shift = shift.reshape(*shape[:3], 1) if shift.size else np.zeros((*shape[:3], 1), np.float32)
-    rounding = step + bound.moved * scale + np.float32(2.0**-25)
+    rounding = step + bound.moved * scale + np.float32(2.0**-20)
     largest = np.abs(x).max(axis=(2, 3), keepdims=True)
     fits = np.isfinite(x).all(axis=(2, 3), keepdims=True) & np.isfinite(scale)
     fits &= (scale <= largest * bound.most + rounding) & (scale >= largest * bound.least - rounding)

@@ -19,7 +19,7 @@ from neoxconv.quant.ggml import lanes as at
 from neoxconv.quant.ggml.codebook_search import Book, Words
 from neoxconv.quant.kernels import INFINITY, ONE, ZERO, f32, i32, kernel, u32
 
-_SMALLEST = f32(2.0**-25)  # what rounding a subnormal float16 comes to
+_SMALLEST = f32(2.0**-20)  # what rounding a subnormal step comes to in 32 of them
 
 
 class Groups(NamedTuple):

@@ -125,7 +125,7 @@ def encode(form: CodebookForm, rows: Floats, context: Context = _NOTHING) -> Byt
     from neoxconv.quant.ggml.codebook_search import Found, search
 
     check_columns(form.name, _SUPER, rows)
-    taken, blocks = book(form), np.ascontiguousarray(rows, np.float32).reshape(-1, form.block)
+    taken, blocks = book(form), np.ascontiguousarray(rows, np.float32).reshape(rows.size // form.block, form.block)
     count, groups = len(blocks), form.block // taken.size
     found = Found(
         np.empty((count, groups), np.uint32),
@@ -144,15 +144,15 @@ def _pack(form: CodebookForm, found: Found) -> Bytes:
     """Super-blocks [n, bytes] of what was found."""
     supers = len(found.scales) * form.block // _SUPER
     stored = np.zeros((supers, form.nbytes), np.uint8)
-    steps = found.steps.reshape(supers, -1)[:, :1].astype(np.float16).view(np.uint16)
-    negative = (found.shifts < 0).reshape(supers, -1)
+    steps = found.steps[:: _SUPER // form.block, None].astype(np.float16).view(np.uint16)
+    negative = (found.shifts < 0).reshape(supers, found.shifts.size // max(supers, 1))
     if form.shifts:
-        negative = negative[:, :: negative.shape[1] // form.shifts[0].runs[1]]
+        negative = negative[:, :: max(1, negative.shape[1] // form.shifts[0].runs[1])]
     for places, numbers in (
         (form.step, steps), (form.entries, found.entries), (form.signs, found.signs), (form.scales, found.scales),
         (form.shifts, negative),
     ):  # fmt: skip
-        put(stored, places, np.ascontiguousarray(numbers, np.uint32).reshape(supers, -1))
+        put(stored, places, np.ascontiguousarray(numbers, np.uint32).reshape(supers, numbers.size // max(supers, 1)))
     return stored
 
 
@@ -233,7 +233,7 @@ FORMS = (
         signs=(Bits(66 * 8, 7, (8, 4), (32, 7)),), scales=(row(66 * 8 + 28, 4, 8, 32),),
     ),
     CodebookForm(
-        name="IQ3_S", nbytes=110, block=32, unit=1, grid=steps(12, 18, 13), spread=2.0,
+        name="IQ3_S", nbytes=110, block=32, unit=1, grid=steps(12, 18, 13), spread=2.0, kept=True,
         entries=(row(2 * 8, 8, 64, 8), row(66 * 8, 1, 64, 1, low=8)),
         signs=(row(74 * 8, 8, 32, 8),), scales=(row(106 * 8, 4, 8, 4),),
     ),
