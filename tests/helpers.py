@@ -5,10 +5,18 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from neoxconv import Recipe
 from neoxconv.cli.main import main
+from neoxconv.core.model import Checkpoint
+from neoxconv.formats import imatrix
 from tests.fixtures import fixture
+
+_NEED_MATRIX = ("Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 
 
 class PowerCut(BaseException):
@@ -46,3 +54,13 @@ def writable_copy(folder: Path) -> Path:
 def cli(*words: object) -> int:
     """Run the command line in this process; return its exit code."""
     return main([str(word) for word in words])
+
+
+def with_matrix(recipe: Recipe, checkpoint: Checkpoint, folder: Path) -> Recipe:
+    """The recipe, with an importance matrix of a log-normal distribution where its mix needs one."""
+    if recipe.format != "gguf" or recipe.type not in _NEED_MATRIX:
+        return recipe
+    random, matrices = np.random.default_rng(0), [w for _, w in checkpoint.architecture.names(checkpoint.config)]
+    sums = {w.gguf: np.exp(random.standard_normal(checkpoint.config.sizes[w.shape[1]])) for w in matrices if w.linear}
+    imatrix.write(folder / "matrix.gguf", sums, np.zeros((1, 8), np.int64), "text")
+    return replace(recipe, imatrix=folder / "matrix.gguf")

@@ -19,7 +19,7 @@ from neoxconv.engine.workplace import partial_of
 from neoxconv.errors import VerifyError
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.feedback import encode as feedback
-from tests.helpers import PowerCut, cli, cut_after, digests
+from tests.helpers import PowerCut, cli, cut_after, digests, with_matrix
 from tests.toy import toy
 
 QUANTIZED = [encoding for encoding in ENCODINGS.values() if encoding.dtype.quantized]
@@ -36,7 +36,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 def test_what_is_right_passes_and_has_the_same_bytes(recipe: Recipe, source: Path, tmp_path: Path) -> None:
-    plan = make_plan(open_checkpoint(source), recipe)
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, with_matrix(recipe, checkpoint, tmp_path))
     assert digests(run(plan, tmp_path / "a", verify=True)) == digests(run(plan, tmp_path / "b"))
 
 

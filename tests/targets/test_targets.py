@@ -15,6 +15,7 @@ from neoxconv.quant import ENCODINGS
 from neoxconv.targets import TAKEN_BY, TARGETS, Target
 from neoxconv.targets.float8 import SCALES
 from neoxconv.targets.recipe import Recipe
+from tests.helpers import with_matrix
 from tests.toy import toy
 
 
@@ -56,6 +57,7 @@ def test_a_target_says_which_options_it_takes(target: Target) -> None:
 def test_the_entries_of_a_target_are_those_that_it_plans(recipe: Recipe, tmp_path: Path) -> None:
     """`formats` tells sizes from the entries alone."""
     checkpoint = open_checkpoint(toy(tmp_path, hidden=256, layers=1))
+    recipe = with_matrix(recipe, checkpoint, tmp_path)
     planned = {step.entry.name: step.entry for step in make_plan(checkpoint, recipe).steps}
     held = TARGETS[recipe.format].entries(checkpoint, recipe)
     assert {entry.name for entry in held} == set(planned)
