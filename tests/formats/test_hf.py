@@ -27,6 +27,8 @@ from tests.tensor_files import OFFICIAL, TORCH, assert_same, entry, write
 INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 Tensors = Mapping[str, torch.Tensor]
 
+PT = {"format": "pt"}  # as torch's files say
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,7 +126,7 @@ def test_transformers_loads_what_we_write(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     shutil.copy(saved / "config.json", tmp_path)
-    files = hf.layout(entries(weights, dtype), size)
+    files = hf.layout(entries(weights, dtype), size, PT)
     for file in files:
         write(tmp_path, file)
     if len(files) > 1:
@@ -143,7 +145,7 @@ def test_the_index_is_the_one_that_transformers_writes(saved: Path, weights: Ten
     transformers = pytest.importorskip("transformers")
     transformers.GPTNeoXForCausalLM.from_pretrained(saved).save_pretrained(tmp_path, max_shard_size="20KB")
     theirs = json.loads((tmp_path / INDEX).read_text())
-    ours = json.loads(hf.weight_index(hf.layout(entries(weights), 20_000)))
+    ours = json.loads(hf.weight_index(hf.layout(entries(weights), 20_000, PT)))
     assert ours["metadata"] == theirs["metadata"]
     assert list(ours) == list(theirs) and list(ours["weight_map"]) == list(theirs["weight_map"])
 
@@ -155,7 +157,7 @@ SIZES = st.lists(st.tuples(st.integers(0, 40), st.sampled_from([F32, F16, BF16])
 @settings(max_examples=200)
 def test_shards_are_filled_in_order_and_no_further_than_allowed(sizes: list[tuple[int, DType]], limit: int) -> None:
     given_entries = [entry(str(i), np.zeros(size, np.float32), dtype) for i, (size, dtype) in enumerate(sizes)]
-    files = hf.layout(given_entries, limit)
+    files = hf.layout(given_entries, limit, PT)
     held = [sorted((slot.entry for slot in file.slots), key=lambda e: int(e.name)) for file in files]
     assert [e for shard in held for e in shard] == given_entries
     totals = [sum(e.nbytes for e in shard) for shard in held]
@@ -175,7 +177,9 @@ def test_the_generation_config_is_read_by_transformers(tmp_path: Path) -> None:
 
 
 def test_the_model_card_begins_with_yaml_and_tells_every_fact() -> None:
-    card = hf.model_card("Model", "gpt_neox", [("source", "shards"), ("norms", "mean")]).decode()
+    card = hf.model_card(
+        "Model", "gpt_neox", [("source", "shards"), ("norms", "mean")], library="transformers"
+    ).decode()
     _, head, body = card.split("---\n")
     assert yaml.safe_load(head)["library_name"] == "transformers"
     assert body == "\n# Model\n\n- source: shards\n- norms: mean\n"
