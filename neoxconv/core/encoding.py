@@ -187,7 +187,8 @@ class Encoding:
     `encode` takes [n, columns] float32 and gives [n, ...] of `dtype.numpy` (for block types [n, row bytes] of uint8);
     `decode` is the way back; `compare` is too, with a verdict on each weight. `search` is an encoder that makes use of
     a context; None where there is nothing to choose. `grid` is what codes can be chosen from together. Weights of a
-    magnitude beyond `limit` are cut to the largest that the type holds.
+    magnitude beyond `limit` are cut to the largest that the type holds. `slips`: the share of weights that are wrong by
+    `compare` in files of other programs, whose encoders do not always end at the nearest code.
     """
 
     name: str
@@ -199,6 +200,7 @@ class Encoding:
     grid: Grid | None = None
     limit: float = math.inf
     bound: Bound | None = None
+    slips: float = 0.0
 
     @property
     def bits(self) -> float:

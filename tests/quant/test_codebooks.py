@@ -49,7 +49,13 @@ def test_numbers_are_those_of_gguf(encoding: Encoding) -> None:
     assert np.array_equal(encoding.decode(raw), quants.dequantize(raw, kinds[encoding.name]), equal_nan=True)
 
 
-@every
+few = pytest.mark.parametrize(  # ggml's searches are slow
+    "encoding",
+    [pytest.param(ENCODINGS[n], marks=() if n == "IQ3_XXS" else pytest.mark.slow, id=n) for n in FORMS],
+)
+
+
+@few
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> None:
     library, rows = ggml_library(), weights(kind, 1 << 15)

@@ -15,8 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes, verify_weights
 from neoxconv.cli.main import main
+from neoxconv.core.tensor import LazyTensor, in_memory
+from neoxconv.dtypes import Bytes
 from neoxconv.errors import CheckpointError
+from neoxconv.quant import ENCODINGS
+from neoxconv.verify.weights import _Pair, compare
 from tests.fixtures import fixture
+from tests.golden.make_blocks import ggml_encode
+from tests.oracles import ggml_library
 from tests.toy import toy
 
 
@@ -127,3 +133,18 @@ def test_a_hint_of_every_kind_of_nonsense_is_skipped(tmp_path: Path) -> None:
     lines[2] = lines[2].replace('"crc32": 0', '"crc32": null')
     journal.write_text("\n".join([*lines, "[]", "{", '{"step": 1, "sha256": [], "crc32": 0}']) + os.linesep)
     assert run(plan, target).read_bytes() == whole.read_bytes()
+
+
+def test_what_ggmls_own_encoder_got_wrong_is_no_finding_and_exchanged_rows_are() -> None:
+    """Of IQ2_XXS it keeps some entries that are not the nearest for the scale that it ends with."""
+    encoding, random = ENCODINGS["IQ2_XXS"], np.random.default_rng(1000)
+    rows = (random.standard_normal((192, 1024)) * 0.02).astype(np.float32)
+    spiky = np.where(random.random(1024) < 0.02, 100, 1).astype(np.float32)
+    stored = ggml_encode(ggml_library(), encoding.name, rows, spiky)
+
+    def found(data: Bytes) -> bool:
+        target = LazyTensor(rows.shape, encoding.dtype, lambda start, stop: data[start:stop], encoding.dtype)
+        return compare(_Pair("x", in_memory(rows), target, joined=False, weighted=True), lambda _: None)[1] is not None
+
+    assert not found(stored)
+    assert found(np.ascontiguousarray(stored[::-1]))

@@ -17,7 +17,7 @@ import numpy as np
 from neoxconv.dtypes import Bools, Floats
 from neoxconv.quant.ggml import lanes as at
 from neoxconv.quant.ggml.codebook_search import Book, Words
-from neoxconv.quant.kernels import INFINITY, ONE, ZERO, f32, i32, kernel, u32
+from neoxconv.quant.kernels import INFINITY, ONE, ZERO, f32, i32, kernel, part, u32
 
 _SMALLEST = f32(2.0**-20)  # what rounding a subnormal step comes to in 32 of them
 
@@ -68,14 +68,14 @@ def read(groups: Groups, points: Floats, values: Floats) -> None:
                 values[b, first + j] = scale * (_sign(groups, b, first + j) * (point[j] + shift))
 
 
-@kernel
+@part
 def _shift(groups: Groups, b: int, place: int, columns: int) -> np.float32:
     """What is added to an entry at a place of a super-block."""
     count = groups.shifts.shape[1]
     return groups.shifts[b, place * count // columns] if count else ZERO
 
 
-@kernel
+@part
 def _sign(groups: Groups, b: int, place: int) -> np.float32:
     """The sign of a weight that is stored apart, 1 where none is."""
     if groups.signs.shape[1] == 0:
@@ -83,14 +83,14 @@ def _sign(groups: Groups, b: int, place: int) -> np.float32:
     return -ONE if (groups.signs[b, place >> 3] >> u32(place & 7)) & u32(1) else ONE
 
 
-@kernel
+@part
 def _nearer(weight: np.float32, a: np.float32, b: np.float32, known: Known) -> bool:
     """Whether a is nearer to a weight than b, however the scale was rounded."""
     room = f32(known.rounding * f32(abs(a) + abs(b))) + known.apart * known.scale
     return bool(f32(abs(weight - known.scale * a)) + room < f32(abs(weight - known.scale * b)))
 
 
-@kernel
+@part
 def _find_better(x: Floats, entry: int, known: Known, points: Floats, book: Book) -> int:
     """An entry that is nearer to all weights of a group in which it differs, -1 where none is."""
     place = 0
@@ -109,7 +109,7 @@ def _find_better(x: Floats, entry: int, known: Known, points: Floats, book: Book
     return -1
 
 
-@kernel
+@part
 def _check_signs(x: Floats, known: Known, entries: Floats, even: bool, wrong: Bools) -> None:
     """Mark weights of eight that have another sign than is stored; one may have where their count is made even."""
     count = 0
@@ -119,7 +119,7 @@ def _check_signs(x: Floats, known: Known, entries: Floats, even: bool, wrong: Bo
         wrong[j] |= count > (1 if even else 0) and -x[j] > known.rounding * entries[j]
 
 
-@kernel
+@part
 def _mark(x: Floats, entries: Words, shifts: Floats, known: Known, books: tuple[Floats, Book], marks: Bools) -> int:
     """Mark weights of a block where another entry is nearer; returns of how many groups there are such."""
     points, book = books
@@ -133,7 +133,7 @@ def _mark(x: Floats, entries: Words, shifts: Floats, known: Known, books: tuple[
     return count
 
 
-@kernel
+@part
 def _fits(x: Floats, known: Known, bound: Bound) -> bool:
     """Whether a block's scale is about one that its largest weight needs."""
     largest, finite = ZERO, known.scale < INFINITY
@@ -144,7 +144,7 @@ def _fits(x: Floats, known: Known, bound: Bound) -> bool:
     return bool(finite & (known.scale <= most) & (known.scale >= least))
 
 
-@kernel
+@part
 def _known(groups: Groups, b: int, k: int, bound: Bound) -> Known:
     """What is known of block k of a super-block, but for the shifts of its groups."""
     scale = groups.scale[b, k]
@@ -152,7 +152,7 @@ def _known(groups: Groups, b: int, k: int, bound: Bound) -> Known:
     return Known(scale, rounding, bound.apart, ZERO)
 
 
-@kernel
+@part
 def _mark_blocks(x: Floats, groups: Groups, b: int, books: tuple[Floats, Book], bound: Bound, marks: Bools) -> None:
     """Mark weights [blocks, block] of super-block b where another entry is nearer, or the scale is none for them.
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
 from neoxconv.quant.ggml import lanes as at
-from neoxconv.quant.kernels import HALF, ONE, ZERO, f32, i32, kernel, u8, u32
+from neoxconv.quant.kernels import HALF, ONE, ZERO, f32, i32, kernel, part, u8, u32
 
 Words = npt.NDArray[np.uint32]
 Levels = npt.NDArray[np.int32]
@@ -93,14 +93,14 @@ class _Work(NamedTuple):
     entry: Words
 
 
-@kernel
+@part
 def _value(entry: np.uint32, j: int, book: Book) -> np.float32:
     """What an entry stands for at place j of a group, in scales."""
     level = f32(i32((entry >> u32(j * book.bits)) & u32((1 << book.bits) - 1)))
     return f32(book.low + level * book.gap + (book.extra if level == f32(book.levels - 1) else ZERO))
 
 
-@kernel
+@part
 def _take_signs(work: _Work, n: int, even: bool) -> None:
     """Leave magnitudes. Where an odd count of eight is negative, the one that matters least takes the other sign."""
     x, w, odd, least, place = work.x, work.w, work.entry, work.least, work.place
@@ -126,7 +126,7 @@ def _take_signs(work: _Work, n: int, even: bool) -> None:
                 signs[i] ^= u32(1 << j) if turned else u32(0)
 
 
-@kernel
+@part
 def _round(work: _Work, k: int, book: Book) -> None:
     """Group k in scales, and the row of `near` for its nearest levels."""
     x, s, y, place, shift = work.x, work.s, work.y, work.place, work.shifts[k]
@@ -140,7 +140,7 @@ def _round(work: _Work, k: int, book: Book) -> None:
             place[i] = place[i] * levels + at.nearest((value - book.low) * per_gap, ZERO, top)
 
 
-@kernel
+@part
 def _choose(work: _Work, k: int, book: Book, tried: int) -> None:
     """For group k the entry with the least weighted error of the `tried` nearest to its levels."""
     w, y, place, least, error, entry = work.w, work.y, work.place, work.least, work.error, work.entry
@@ -162,7 +162,7 @@ def _choose(work: _Work, k: int, book: Book, tried: int) -> None:
             best[i] = entry[i] if less else best[i]
 
 
-@kernel
+@part
 def _assign(work: _Work, n: int, book: Book, tried: int) -> None:
     """Entries for the scales 1 / A, and their sums."""
     x, w, s = work.x, work.w, work.s
@@ -180,7 +180,7 @@ def _assign(work: _Work, n: int, book: Book, tried: int) -> None:
                 s[at.QQ, i] += a * c
 
 
-@kernel
+@part
 def _begin(work: _Work, n: int, middle: np.float32) -> None:
     """The largest magnitudes; no candidate is the best yet."""
     x, s = work.x, work.s
@@ -193,7 +193,7 @@ def _begin(work: _Work, n: int, middle: np.float32) -> None:
         s[at.ERROR, i], s[at.SCALE, i], s[_COMBINATION, i] = ZERO, s[at.SPAN, i] / middle, ZERO
 
 
-@kernel
+@part
 def _fit(s: Floats, combination: int) -> None:
     """The scales that suit the entries best; of candidates, which have a combination of shifts, if they err less."""
     for i in range(at.LANES):
@@ -205,7 +205,7 @@ def _fit(s: Floats, combination: int) -> None:
         s[_COMBINATION, i] = f32(combination) if better & (combination >= 0) else s[_COMBINATION, i]
 
 
-@kernel
+@part
 def _set_out(work: _Work, form: Form, grid: Floats, turn: int) -> None:
     """The shifts of a turn and its scales, 1 / A: a candidate's, or the best ones."""
     s, shifts = work.s, form.shifts
@@ -219,7 +219,7 @@ def _set_out(work: _Work, form: Form, grid: Floats, turn: int) -> None:
         s[at.A, i] = part / whole if whole > at.TINY else ZERO
 
 
-@kernel
+@part
 def _round_scales(s: Floats, form: Form, trims: Floats) -> None:
     """Scales as odd multiples of a step, from steps that put the largest one a little below the last multiple.
 
@@ -250,7 +250,7 @@ def _round_scales(s: Floats, form: Form, trims: Floats) -> None:
         s[at.SCALE, i] = s[at.PICK_SCALE, i] * s[at.PICK_STEP, i]
 
 
-@kernel
+@part
 def _write_out(work: _Work, first: int, found: Found) -> None:
     """The lanes' entries, shifts, signs, scales and steps."""
     s = work.s
@@ -289,7 +289,7 @@ def search(weights: Floats, worth: at.Worth, forms: tuple[Form, Book], tries: Tr
         _write_out(work, first, found)
 
 
-@kernel
+@part
 def _scratch() -> _Work:
     """Memory for one group of lanes."""
     x, w = np.empty((at.MOST, at.LANES), np.float32), np.empty((at.MOST, at.LANES), np.float32)

@@ -6,14 +6,14 @@ import numpy as np
 
 from neoxconv.dtypes import Bools, Bytes, Floats
 from neoxconv.quant.ggml.check_kernels import Meaning, judge
-from neoxconv.quant.kernels import INFINITY, ZERO, f32, kernel, u8
+from neoxconv.quant.kernels import INFINITY, ZERO, f32, kernel, part, u8
 
 _TINY = f32(1e-6)  # of float32 arithmetic, a part of a weight
 # Halfway between two values, and how far apart these are.
 _STEPS = ((0.5, 1.0), (1.5, 1.0), (2.5, 1.0), (3.5, 1.0), (5.0, 2.0), (7.0, 2.0), (10.0, 4.0))
 
 
-@kernel
+@part
 def _round(weights: Floats, importance: Floats, scale: np.float32, codes: Bytes) -> np.float32:
     """Fill `codes` with those nearest to weights [block]; returns the sum of importance * error^2."""
     total = ZERO
