@@ -65,7 +65,7 @@ def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> Non
             error(encoding, rows, columns(spread), each) for each in (searched(encoding, rows, spread), theirs)
         )
         assert ours <= limit, spread
-        assert not encoding.wrong(rows, theirs, weighted=True).any(), spread
+        assert encoding.wrong(rows, theirs, weighted=True).mean() <= encoding.slips, spread
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,14 +81,14 @@ def test_without_a_matrix_it_is_not_either(kind: str) -> None:
 @pytest.mark.slow
 @every
 def test_the_error_on_a_trained_model_is_no_larger_than_ggmls(encoding: Encoding) -> None:
-    library, rows = ggml_library(), trained(fixture("trained_tp2_pp4/checkpoints"))[::7]
+    library, rows = ggml_library(), np.ascontiguousarray(trained(fixture("trained_tp2_pp4/checkpoints"))[::7])
     for spread in SPREADS:
         importance = columns(spread)[:256]
         theirs = ggml_encode(library, encoding.name, rows, importance)
         assert error(encoding, rows, importance, searched(encoding, rows, spread)) <= error(
             encoding, rows, importance, theirs
         )
-        assert not encoding.wrong(rows, theirs, weighted=True).any()
+        assert encoding.wrong(rows, theirs, weighted=True).mean() <= encoding.slips
 
 
 def odd_rows() -> Floats:

@@ -230,7 +230,7 @@ def test_a_folder_is_that_of_mlx_lm_convert(kind: tuple[str, int, int], tmp_path
     hf = run(make_plan(source, Recipe("hf")), tmp_path / "hf")
     name = f"{bits}bit" if mode == "affine" else mode
     ours = run(
-        make_plan(source, Recipe("mlx", type=name, group=group if mode == "affine" else None)), tmp_path / "ours"
+        make_plan(source, Recipe("mlx", type=name, group=str(group) if mode == "affine" else None)), tmp_path / "ours"
     )
     mlx_convert(hf, tmp_path / "theirs", bits, group, mode)
     tensors, others = load_file(ours / FILE), load_file(tmp_path / "theirs" / FILE)
