@@ -175,9 +175,12 @@ def fits(encoding: Encoding, weights: Floats, numbers: tuple[Floats, ...]) -> Bo
     return np.asarray(result & (np.abs(np.abs(scale) * reach - span) <= slack))
 
 
-# Of MLX's types every number of bits and every width of groups once.
-_ONCE = ("2BIT_32", "3BIT_64", "4BIT_128", "5BIT_32", "6BIT_64", "8BIT_128")
-ROWS = [row for name, row in SCALED.items() if "BIT_" not in name or name.removeprefix("MLX_") in _ONCE]
+# Of types that differ in bits and groups alone, a few: all of them are compared with their libraries' bytes.
+_A_FEW = (
+    *("MLX_2BIT_32", "MLX_3BIT_64", "MLX_4BIT_128"),
+    *("W4A16_G64", "W4A16_G32_ASYM", "W8A16_CHANNEL", "W8A16_CHANNEL_ASYM"),
+)
+ROWS = [row for name, row in SCALED.items() if name in _A_FEW or not ("BIT_" in name or name.startswith("W"))]
 
 
 def fitting(encoding: Scaled, shape: tuple[int, int]) -> tuple[int, int]:
