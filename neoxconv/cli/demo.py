@@ -32,6 +32,9 @@ TARGETS = (
     ("nf4",             Recipe("bnb", type="NF4", double_quant=True), "mean"),
     ("int8",            Recipe("bnb", type="INT8"),   "mean"),
     ("e4m3",            Recipe("float8"),             "mean"),
+    ("w4a16",           Recipe("compressed-tensors"), "mean"),
+    ("mlx-4bit",        Recipe("mlx"),                "mean"),
+    ("ct2-int8",        Recipe("ctranslate2"),        "mean"),
 )  # fmt: skip
 _HEADER = ("target", "size", "bits/weight", "convert", "verify", "largest relative error", "verdict")
 
