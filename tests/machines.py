@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from numpy._core import _multiarray_umath as numpy_core
@@ -17,6 +22,16 @@ PLAIN = {
     "NUMBA_CPU_FEATURES": "",
     "NUMBA_DISABLE_CACHING": "1",
 }
+
+_ROOT = Path(__file__).parents[1]
+
+
+def printed(code: str, environment: Mapping[str, str] = PLAIN) -> str:
+    """What Python code prints in a child process, by default one of a plain processor."""
+    others = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, env=others, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def needs_x86() -> None:

@@ -117,9 +117,8 @@ def _scaled_pieces(entry: Entry, encoding: Scaled, slab: int, decode: bool) -> I
         touched = groups.groups_of(start, start + len(values), tensor.columns)
         if not known:
             sizes[touched] = encoding.sizes(values)
-        codes = _as_bytes(encoding.encode(values, sizes[touched], tensor.native))
-        wrong = back.wrong(values, codes, start, sizes[touched]) if back else None
-        yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
+        codes = encoding.encode(values, sizes[touched], tensor.native)
+        yield _coded(back, values, codes, start, sizes[touched])
     yield from _finished(encoding, tensor, sizes)
 
 
@@ -128,9 +127,7 @@ def _rowwise_pieces(tensor: LazyTensor, encoding: Scaled, slab: int, decode: boo
     back = ReadBack(encoding, tensor, None) if decode else None
     for start, values in bands(encoding, tensor, slab):
         sizes = encoding.sizes(values)
-        codes = _as_bytes(encoding.encode(values, sizes, tensor.native))
-        wrong = back.wrong(values, codes, start, sizes) if back else None
-        yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
+        yield _coded(back, values, encoding.encode(values, sizes, tensor.native), start, sizes)
         yield from _finished(encoding, tensor, sizes)
 
 
@@ -144,10 +141,16 @@ def _chosen_pieces(entry: Entry, encoding: Scaled, moments: Moments, slab: int, 
     for start, values in bands(encoding, tensor, 4 * tensor.columns * FEEDBACK_ROWS):
         touched = groups.groups_of(start, start + len(values), tensor.columns)
         scale, least = (groups.per_weight(each, values.shape) for each in scale_and_least(scales[touched]))
-        codes = _as_bytes(encoding.pack(feedback.choose(encoding.table, values, (scale, least), factors)))
-        wrong = back.wrong(values, codes, start, sizes[touched]) if back else None
-        yield _Piece(0, codes, nonfinite(values, F32), wrong=wrong, start=start)
+        codes = encoding.pack(feedback.choose(encoding.table, values, (scale, least), factors))
+        yield _coded(back, values, codes, start, sizes[touched])
     yield from _finished(encoding, tensor, sizes)
+
+
+def _coded(back: ReadBack | None, values: Floats, codes: Array, start: int, sizes: Floats) -> _Piece:
+    """The codes of rows from `start` on, whose groups have these sizes."""
+    data = _as_bytes(codes)
+    wrong = back.wrong(values, data, start, sizes) if back else None
+    return _Piece(0, data, nonfinite(values, F32), wrong=wrong, start=start)
 
 
 def _finished(encoding: Scaled, tensor: LazyTensor, sizes: Floats) -> Iterator[_Piece]:

@@ -59,6 +59,22 @@ def part(function: F) -> F:
     return cast(F, njit(pipeline_class=PartCompiler, **_ALIKE)(function))
 
 
+@part
+def _ordered(bits: np.int32) -> np.int32:
+    """An integer that sorts as the float32 with these bits does; its own inverse."""
+    return i32(bits ^ i32(i32(bits >> i32(31)) & i32(0x7FFFFFFF)))
+
+
+@part
+def extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
+    """The smallest and the largest of a row of weights, given as bits; at least one is NaN where a weight is."""
+    low, high = i32(0x7FFFFFFF), i32(-0x80000000)
+    for j in range(bits.size):
+        value = _ordered(bits[j])
+        low, high = i32(min(low, value)), i32(max(high, value))
+    return as_float(_ordered(low)), as_float(_ordered(high))
+
+
 _LANES = 64  # sums side by side: enough for the widest registers, and in one order on all machines
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,8 +16,8 @@ from neoxconv.quant.ggml.bit_places import Places
 from neoxconv.quant.ggml.codebook_search import Words
 from tests.fixtures import fixture
 from tests.golden.make_blocks import ggml_encode
-from tests.machines import PLAIN
-from tests.oracles import ROOT, ggml_library
+from tests.machines import PLAIN, printed
+from tests.oracles import ggml_library
 from tests.superblocks import columns, spread_by, trained, weights
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
@@ -197,8 +194,5 @@ print(*(hashlib.sha256(stored.tobytes()).hexdigest() for stored in made))
 
 @pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes() -> None:
-    outputs = [
-        subprocess.check_output([sys.executable, "-c", CHILD], cwd=ROOT, env=os.environ | extra, text=True)
-        for extra in ({}, PLAIN)
-    ]
+    outputs = [printed(CHILD, extra) for extra in ({}, PLAIN)]
     assert outputs[0] == outputs[1] and len(set(outputs[0].split())) == len(FORMS)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 
@@ -21,7 +18,7 @@ from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
 from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.quant.feedback.verdict import Stored, not_the_best, taken_apart, too_far
-from tests.machines import PLAIN
+from tests.machines import printed
 from tests.twins import ROWS, nearest, wide
 
 GRIDS = [row for row in ENCODINGS.values() if row.grid]
@@ -298,7 +295,4 @@ def digest_of_whole_numbers() -> str:
 
 def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
     script = "from tests.quant import test_feedback as t; print(t.digest_of_whole_numbers())"
-    child = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True
-    )
-    assert child.stdout.strip() == digest_of_whole_numbers()
+    assert printed(script) == digest_of_whole_numbers()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -24,8 +21,8 @@ from neoxconv.engine.encode import pieces
 from neoxconv.quant import ENCODINGS, SCALED
 from neoxconv.quant.scaled import float8, fourbit, kernels, nested
 from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup, largest
-from tests.machines import PLAIN, has_avx2, needs_avx2, needs_x86
-from tests.oracles import ROOT, program
+from tests.machines import has_avx2, needs_avx2, needs_x86, printed
+from tests.oracles import program
 from tests.twins import ROWS, fitting, nearest, wide
 
 FLOAT8 = {torch.float8_e4m3fn: float8.FORM_E4M3, torch.float8_e5m2: float8.FORM_E5M2}
@@ -332,7 +329,4 @@ def digest() -> str:
 
 @pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes() -> None:
-    others = os.environ | PLAIN | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", f"from {__name__} import digest; print(digest())"]
-    done = subprocess.run(command, cwd=ROOT, env=others, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == digest(), done.stderr
+    assert printed(f"from {__name__} import digest; print(digest())") == digest()

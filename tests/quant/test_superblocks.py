@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,8 +14,8 @@ from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.quant import ENCODINGS
 from tests.fixtures import fixture
 from tests.golden.make_blocks import ggml, ggml_encode
-from tests.machines import PLAIN
-from tests.oracles import ROOT, ggml_library
+from tests.machines import PLAIN, printed
+from tests.oracles import ggml_library
 from tests.superblocks import NAMES, errors, trained, weights
 
 quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
@@ -158,8 +155,5 @@ print(*(hashlib.sha256(stored.tobytes()).hexdigest() for stored in made))
 @pytest.mark.slow
 def test_another_cpu_gives_the_same_bytes() -> None:
     """A child that compiles for a plain x86-64 or ARM, without the wider vector units, and with numpy's turned off."""
-    outputs = [
-        subprocess.check_output([sys.executable, "-c", CHILD], cwd=ROOT, env=os.environ | extra, text=True)
-        for extra in ({}, PLAIN)
-    ]
+    outputs = [printed(CHILD, extra) for extra in ({}, PLAIN)]
     assert outputs[0] == outputs[1] and len(set(outputs[0].split())) > 3 * len(NAMES)

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bools, Bytes, Floats
-from neoxconv.quant.ggml.simple_kernels import extremes, fifths, half, largest_size
-from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, f32, i32, kernel, part, u8, u32
+from neoxconv.quant.ggml.simple_kernels import fifths, half, largest_size
+from neoxconv.quant.kernels import HALF, INFINITY, NAN, ONE, ZERO, extremes, f32, i32, kernel, part, u8, u32
 
 _MOST_OF_A_STEP = f32(0.75)  # what explains less explains no code but the last for a weight beyond it
 _BITS = np.array([1 << j for j in range(16)], np.uint32)

@@ -15,6 +15,7 @@ from neoxconv.quant.kernels import (
     ZERO,
     as_bits,
     as_float,
+    extremes,
     f32,
     float_bits,
     half_bits,
@@ -38,22 +39,6 @@ def _inverse(step: np.float32) -> np.float32:
     if abs(result) == INFINITY:
         return NAN
     return result
-
-
-@part
-def _ordered(bits: np.int32) -> np.int32:
-    """An integer that sorts as the float32 with these bits does; its own inverse."""
-    return i32(bits ^ i32(i32(bits >> i32(31)) & i32(0x7FFFFFFF)))
-
-
-@part
-def extremes(bits: npt.NDArray[np.int32]) -> tuple[np.float32, np.float32]:
-    """The smallest and the largest of 32 weights, given as bits; at least one is NaN where a weight is."""
-    low, high = i32(0x7FFFFFFF), i32(-0x80000000)
-    for j in range(bits.size):
-        value = _ordered(bits[j])
-        low, high = i32(min(low, value)), i32(max(high, value))
-    return as_float(_ordered(low)), as_float(_ordered(high))
 
 
 @part

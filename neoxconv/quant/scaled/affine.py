@@ -21,9 +21,10 @@ import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import U32, Array, Bools, Bytes, DType, Floats, narrow, widen
+from neoxconv.dtypes import U32, Array, Bools, Bytes, DType, Floats, narrow
 from neoxconv.quant.scaled.check import checked
-from neoxconv.quant.scaled.groups import BlockGroups
+from neoxconv.quant.scaled.groups import BlockGroups, ends
+from neoxconv.quant.scaled.rounding import as_native
 
 SCALES, BIASES = "scales", "biases"
 _LEAST_SCALE = np.float32(1e-7)
@@ -44,15 +45,6 @@ class _AffineForm:
     def top(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
-
-
-def extremes(groups: Floats) -> Floats:
-    """The least and the largest weight [n, 2] of groups [n, width]."""
-    from neoxconv.quant.scaled import affine_kernels
-
-    found = np.empty((len(groups), 2), np.float32)
-    affine_kernels.extremes(np.ascontiguousarray(groups, np.float32), found)
-    return found
 
 
 def _lines(form: _AffineForm, sizes: Floats) -> Floats:
@@ -79,19 +71,19 @@ def encode(form: _AffineForm, rows: Floats, sizes: Floats, native: DType) -> Arr
 
 def pack(bits: int, codes: Bytes) -> Array:
     """Codes as dense bits, uint32; 32 divides their number."""
-    from neoxconv.quant.scaled.affine_kernels import pack_codes
+    from neoxconv.quant.scaled import dense_kernels
 
     words = np.empty(codes.size // 32 * bits, np.uint32)
-    pack_codes(np.ascontiguousarray(codes).reshape(-1), bits, words)
+    dense_kernels.pack(np.ascontiguousarray(codes).reshape(-1), bits, words.view(np.uint8))
     return words
 
 
 def unpack(bits: int, words: Array) -> Bytes:
     """Codes [n] of dense bits."""
-    from neoxconv.quant.scaled.affine_kernels import unpack_codes
+    from neoxconv.quant.scaled import dense_kernels
 
     codes = np.empty(words.size // bits * 32, np.uint8)
-    unpack_codes(np.ascontiguousarray(words).reshape(-1), bits, codes)
+    dense_kernels.unpack(np.ascontiguousarray(words).reshape(-1).view(np.uint8), bits, codes)
     return codes
 
 
@@ -129,7 +121,7 @@ def _decode(form: _AffineForm, stored: Mapping[str, LazyTensor], shape: tuple[in
 def _scales(form: _AffineForm, sizes: Floats, native: DType) -> Scales:
     """Scale and negative bias before and after they are rounded to the model's type."""
     lines = _lines(form, sizes)
-    return Scales(lines, widen(narrow(lines, native), native), np.zeros(len(lines), np.float32))
+    return Scales(lines, as_native(native, lines), np.zeros(len(lines), np.float32))
 
 
 def _check(form: _AffineForm, weights: Floats, values: Floats, scales: Scales, width: int) -> Bools:
@@ -146,7 +138,7 @@ def affine(bits: int, group: int) -> Scaled:
         name=form.name,
         dtype=DType(form.name, form.group, form.group * form.bits // 8 + 4, np.dtype("<f4")),
         groups=BlockGroups(form.group),
-        measure=extremes,
+        measure=ends,
         parts=partial(_parts, form),
         encode=partial(encode, form),
         finish=partial(_finish, form),

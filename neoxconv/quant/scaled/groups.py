@@ -19,6 +19,15 @@ def largest(groups: Floats) -> Floats:
     return found
 
 
+def ends(groups: Floats) -> Floats:
+    """The least and the largest number [n, 2] of every row of [n, k]."""
+    from neoxconv.quant.scaled import kernels
+
+    found = np.empty((len(groups), 2), np.float32)
+    kernels.ends(np.ascontiguousarray(groups, np.float32).view(np.int32), found)
+    return found
+
+
 def whole_blocks(values: Floats, block: int) -> Floats:
     """Numbers as blocks [n, block], the last filled up with zeros."""
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import HALF, INFINITY, ONE, ZERO, f32, i32, kernel, part, u8, u32
+from neoxconv.quant.kernels import HALF, INFINITY, ONE, ZERO, extremes, f32, i32, kernel, part, u8, u32
 
 SIZE = u32(0x7FFFFFFF)  # the bits of a float32 without its sign
 ROUNDER = f32(1.5 * 2**23)  # added and taken away, it leaves the nearest integer, ties to even
@@ -23,6 +23,13 @@ def largest(groups: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32]) -> No
         for i in range(row.size):
             top = max(top, row[i] & SIZE)
         sizes[g] = top
+
+
+@kernel
+def ends(groups: npt.NDArray[np.int32], found: Floats) -> None:
+    """The least and the largest number [n, 2] of every row of float32 bits [n, k]."""
+    for g in range(groups.shape[0]):
+        found[g, 0], found[g, 1] = extremes(groups[g])
 
 
 @kernel

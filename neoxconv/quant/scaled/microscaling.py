@@ -23,17 +23,17 @@ import numpy as np
 
 from neoxconv.core.encoding import EXACT, Bound, Part, Scaled, Scales
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import F32, U8, U32, Array, Bools, Bytes, DType, Floats, narrow, widen
+from neoxconv.dtypes import F32, U8, U32, Array, Bools, Bytes, DType, Floats
 from neoxconv.quant.scaled import float8
 from neoxconv.quant.scaled.affine import SCALES, pack, unpack
 from neoxconv.quant.scaled.check import checked
 from neoxconv.quant.scaled.float8 import FORM_E4M3
 from neoxconv.quant.scaled.groups import BlockGroups, largest
+from neoxconv.quant.scaled.rounding import as_native, digits, rounding_to
 
 _E2M1 = np.array([sign * size for sign in (1, -1) for size in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], np.float32)  # by code
 _ASCENDING = np.unique(_E2M1)  # zero once
 _BIAS = 127  # of E8M0: code 127 is 1
-_MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}  # bits
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _FloatForm:
 
 def _codes_of_scales(form: _FloatForm, sizes: Floats, native: DType) -> tuple[Bytes, Floats]:
     """The codes of the scales of groups, by their largest weights [n], and what they stand for."""
-    wanted = widen(narrow(sizes / np.float32(form.largest), native), native)
+    wanted = as_native(native, sizes / np.float32(form.largest))
     if not form.power:
         codes = float8.encode(FORM_E4M3, wanted)
         return codes, float8.decode(FORM_E4M3, codes)
@@ -78,7 +78,7 @@ def _encode(form: _FloatForm, rows: Floats, sizes: Floats, native: DType) -> Arr
     if form.bits == 8:
         divide(groups, scales, float8.limits(FORM_E4M3), codes)
     else:
-        nearest_e2m1(groups, scales, np.uint32(23 - _MANTISSA[native.name]), codes)
+        nearest_e2m1(groups, scales, rounding_to(native), codes)
     return pack(form.bits, codes)
 
 
@@ -120,7 +120,7 @@ def _decode(form: _FloatForm, stored: Mapping[str, LazyTensor], shape: tuple[int
 def _scales(form: _FloatForm, sizes: Floats, native: DType) -> Scales:
     """What 1 stands for in each group: E4M3 is a share of its largest number. Quotients are rounded to the type."""
     scales = _codes_of_scales(form, sizes, native)[1] * np.float32(1 if form.bits == 4 else form.largest)
-    near = EXACT if form.power or native is F32 else 2.0 ** -_MANTISSA[native.name]
+    near = EXACT if form.power or native is F32 else 2.0 ** -digits(native)
     return Scales(scales, scales, np.zeros_like(scales), near=near)
 
 

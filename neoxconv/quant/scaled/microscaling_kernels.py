@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from neoxconv.dtypes import Bytes, Floats
-from neoxconv.quant.kernels import ZERO, as_bits, as_float, f32, kernel, u8, u32
+from neoxconv.quant.kernels import ZERO, as_bits, f32, kernel, u8, u32
+from neoxconv.quant.scaled.rounding_kernels import Rounding, rounded
 
 # Halfway between the numbers 0, 1/2, 1, 3/2, 2, 3, 4 and 6 of E2M1.
 _MIDDLES = (f32(0.25), f32(0.75), f32(1.25), f32(1.75), f32(2.5), f32(3.5), f32(5))
-_SIZE, _SIGN, _ONE = u32(0x7FFFFFFF), u32(0x80000000), u32(1)
+_SIGN = u32(0x80000000)
 
 
 @kernel
-def _shortened(value: np.float32, lost: np.uint32) -> np.uint32:
-    """The bits of a magnitude without the last `lost` bits of its mantissa, rounded to nearest, ties to even."""
-    bits = u32(as_bits(value) & _SIZE)
-    if lost == u32(0):
-        return bits
-    odd = u32(u32(bits >> lost) & _ONE)
-    rounded = u32(bits + u32(u32(_ONE << u32(lost - _ONE)) - _ONE) + odd)
-    return u32(u32(rounded >> lost) << lost)
-
-
-@kernel
-def nearest_e2m1(groups: Floats, scales: Floats, lost: np.uint32, codes: Bytes) -> None:
-    """The codes [n, k] of groups [n, k] over their scales [n]; quotients lose so many bits first.
+def nearest_e2m1(groups: Floats, scales: Floats, to: Rounding, codes: Bytes) -> None:
+    """The codes [n, k] of groups [n, k] over their scales [n]; quotients are rounded to a type first.
 
     Of two numbers that are as near the smaller magnitude is taken; there is no negative zero. A scale of 0 makes zeros.
     """
@@ -33,7 +21,7 @@ def nearest_e2m1(groups: Floats, scales: Floats, lost: np.uint32, codes: Bytes) 
         row, out, scale = groups[g], codes[g], scales[g]
         some = u8(scale != ZERO)
         for i in range(row.size):
-            size = as_float(_shortened(f32(row[i] / scale), lost))
+            size = abs(rounded(f32(row[i] / scale), to))
             rank = u8(0)
             for k in range(7):
                 rank += u8(size > _MIDDLES[k])

@@ -20,17 +20,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales, scale_and_least
 from neoxconv.core.tensor import LazyTensor, Read
-from neoxconv.dtypes import BF16, F16, F32, I8, I32, I64, Array, Bools, Bytes, DType, Floats, narrow, widen
-from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup, largest
-
-if TYPE_CHECKING:
-    from neoxconv.quant.scaled.packed_kernels import Rounding
+from neoxconv.dtypes import I8, I32, I64, Array, Bools, Bytes, DType, Floats, narrow
+from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup, ends, largest
+from neoxconv.quant.scaled.rounding import as_native, digits, rounding_to
 
 PACKED, ORDER = "weight_packed", "weight_g_idx"
 BITS = range(2, 9)  # that can be read; vLLM takes the same
@@ -38,9 +35,6 @@ ROW, TENSOR = 0, -1  # in place of the columns of a group
 _WORD = 32  # bits; so many numbers fill whole words, whatever their bits
 _TRIED = np.linspace(0.7, 1.1, 17, dtype=np.float32)  # of a group's largest weight, as its size, with a calibration
 _FEW = 4  # bits: the search for a scale compares a weight with every middle of two codes
-# The bits that a type has after the point, which are what a quotient in it may be off by, and its step above 1, which
-# compressed-tensors takes for a scale of 0.
-_DIGITS = {BF16.name: 7, F16.name: 10, F32.name: 23}
 
 
 @dataclass(frozen=True)
@@ -96,36 +90,23 @@ def measure(form: PackedForm, groups: Floats) -> Floats:
     weights and 0."""
     if form.symmetric:
         return largest(groups)
-    from neoxconv.quant.scaled.packed_kernels import extremes
-
-    found = np.empty((len(groups), 2), np.float32)
-    extremes(np.ascontiguousarray(groups, np.float32).view(np.int32), found.view(np.int32))
-    return found
+    least, most = ends(groups).T
+    return np.stack([np.minimum(least, np.float32(0)), np.maximum(most, np.float32(0))], axis=1)
 
 
 def numbers(form: PackedForm, sizes: Floats, native: DType) -> tuple[Floats, Floats]:
     """Scales and zeros [groups] of groups by their sizes, as the model's type has them; no scale is 0."""
-    as_native = partial(_as_native, native)
     if form.symmetric:
-        found = as_native(sizes / form.steps)
+        found = as_native(native, sizes / form.steps)
         zeros = np.zeros_like(found)
     else:
         least, most = sizes.T
-        found = as_native(as_native(most - least) / (2 * form.steps))
+        found = as_native(native, as_native(native, most - least) / (2 * form.steps))
         with np.errstate(all="ignore"):  # of groups of zeros
-            zeros = as_native(np.float32(-form.top) - as_native(least / found))
+            zeros = as_native(native, np.float32(-form.top) - as_native(native, least / found))
         zeros = np.rint(np.clip(np.nan_to_num(zeros, nan=0.0), -form.top, form.top - 1))
-    return np.where(found == 0, np.float32(2.0 ** -_digits(native)), found), zeros
-
-
-def _as_native(native: DType, values: Floats) -> Floats:
-    """Values rounded to a type."""
-    return widen(narrow(np.asarray(values, np.float32), native), native) if native.name in _DIGITS else values
-
-
-def _digits(native: DType) -> int:
-    """The bits that a type has after the point; float64 is rounded to float32 before."""
-    return _DIGITS.get(native.name, _DIGITS[F32.name])
+    least_scale = np.float32(2.0 ** -digits(native))  # the type's step above 1, which compressed-tensors takes for 0
+    return np.where(found == 0, least_scale, found), zeros
 
 
 def encode(form: PackedForm, rows: Floats, sizes: Floats, native: DType) -> Array:
@@ -134,16 +115,8 @@ def encode(form: PackedForm, rows: Floats, sizes: Floats, native: DType) -> Arra
 
     packed = np.empty((len(rows), 4 * form.words(rows.shape[1])), np.uint8)
     scales, zeros = (each.reshape(len(rows), -1) for each in numbers(form, sizes, native))
-    encode_rows(np.ascontiguousarray(rows, np.float32), scales, zeros, _rounding(native), form.bits, packed)
+    encode_rows(np.ascontiguousarray(rows, np.float32), scales, zeros, rounding_to(native), form.bits, packed)
     return packed
-
-
-def _rounding(native: DType) -> Rounding:
-    """How kernels round to a type."""
-    from neoxconv.quant.scaled.packed_kernels import Rounding
-
-    lost = _DIGITS[F32.name] - _digits(native)
-    return Rounding(*map(np.uint32, ((1 << lost) - 1, (1 << lost >> 1) - (lost > 0), lost > 0, lost)))
 
 
 def finish(form: PackedForm, tensor: LazyTensor, sizes: Floats) -> tuple[bytes, ...]:
@@ -220,7 +193,7 @@ def check(form: PackedForm, weights: Floats, values: Floats, scales: Scales, wid
     groups = Numbers(contiguous(encoded / top), np.rint(zeros), *read_by, width)
     wrong = np.empty(weights.shape, np.bool_)
     flat, read = (contiguous(each, np.float32).reshape(-1) for each in (weights, values))
-    check_rows(flat, read, groups, _rounding(scales.native), form.bits, wrong.reshape(-1))
+    check_rows(flat, read, groups, rounding_to(scales.native), form.bits, wrong.reshape(-1))
     return wrong
 
 
