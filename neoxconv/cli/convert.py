@@ -16,6 +16,7 @@ from neoxconv.engine import run as engine
 from neoxconv.engine.checks import DECODED
 from neoxconv.engine.memory import check_memory
 from neoxconv.engine.plan import Plan, make_plan
+from neoxconv.engine.target_place import target_of
 from neoxconv.engine.workplace import free_for, work_of
 from neoxconv.errors import CheckpointError, PlanError, escaped, raise_all
 from neoxconv.sources import SOURCES, integrity
@@ -192,17 +193,18 @@ class _Request:
         )
 
 
-def prepare(source: Place, target: Place, given: Given) -> _Request:
+def prepare(source: Place, destination: str, given: Given) -> _Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
     _check_options(given)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
     check_memory(given["memory"])  # too little is told before anything is opened
     reading = chosen(Reading, given)
     checkpoint = opened(source, reading)
-    target = engine.as_target(target)
-    _check_apart(checkpoint, source, target, (recipe.imatrix, recipe.calibration))
+    plan = make_plan(checkpoint, recipe)
+    target = target_of(plan, destination)
+    _check_apart(checkpoint, source, target, (recipe.imatrix, recipe.calibration, recipe.metadata))
     conversion = engine.prepare(
-        make_plan(checkpoint, recipe),
+        plan,
         target,
         jobs=given["jobs"],
         memory=given["memory"],

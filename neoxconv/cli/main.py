@@ -69,17 +69,18 @@ def inspect(source: Place, **given: Any) -> int:
 
 @commands.command()
 @of_convert
-def convert(source: Place, target: Place, **given: Any) -> None:
+def convert(source: Place, target: str, **given: Any) -> None:
     """Convert SRC into DST. Interrupted, the same command continues.
 
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
     or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
-    gguf, here or in an object store (s3://, gs://, ...).
+    gguf, here or in an object store (s3://, gs://, ...). Where DST is a folder already, or ends with a slash, such a
+    file goes into it as NAME-SIZE-TYPE.gguf.
     """
     from neoxconv.cli.convert import prepare
-    from neoxconv.storage import is_here
+    from neoxconv.storage import is_here, place
 
-    if click.get_current_context().find_root().obj["gone"] and not is_here(target):  # made in the working folder
+    if click.get_current_context().find_root().obj["gone"] and not is_here(place(target)):  # made in the working folder
         raise PlanError(FOLDER_GONE)
     request = prepare(source, target, given)
     if given["dry_run"]:

@@ -56,6 +56,20 @@ def location(text: str) -> Place:
     return found
 
 
+def destination(text: str) -> str:
+    """The text of an argument that means a path or a URL: a slash at its end tells a folder."""
+    location(text)
+    return text
+
+
+def setting(text: str) -> tuple[str, str]:
+    """The key and the value that `--set` joins with `=`."""
+    key, equals, value = text.partition("=")
+    if not (key.strip() and equals):
+        raise click.BadParameter(f"{text!r} is no KEY=VALUE, such as general.author=NAME.")
+    return key.strip(), value.strip()
+
+
 def byte_count(text: str) -> int:
     """The bytes that an option's value means."""
     count = parse_size(text)
@@ -91,6 +105,3 @@ def scheduler(text: str) -> str:
     if not 1 <= int(found[1]) <= 65535:
         raise click.BadParameter(f"{text!r}: {found[1]} is no port; they go from 1 to 65535.")
     return text
-
-
-BITS = click.FloatRange(min=1, max=32)

@@ -52,6 +52,8 @@ def manifest(plan: Plan, described: Sequence[Described]) -> bytes:
         "recipe": plan.recipe.facts,
         "norms": plan.checkpoint.norms,
         **plan.checkpoint.unusual,
+        "type": plan.kind,
+        "parameters": plan.checkpoint.parameters,
         "config": plan.checkpoint.config.facts,
         "notes": list(plan.notes),
         "tokenizer": {**plan.tokenizer, "file": name} if (name := _file_name(plan)) else None,
