@@ -76,13 +76,17 @@ def convert(source: Place, target: str, **given: Any) -> None:
     or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
     gguf, here or in an object store (s3://, gs://, ...). Where DST is a folder already, or ends with a slash, such a
     file goes into it as NAME-SIZE-TYPE.gguf.
+
+    With several types, as in --type Q8_0,Q4_K_M, DST is a folder, in which each target has a name of its own.
     """
     from neoxconv.cli.convert import prepare
+    from neoxconv.cli.several import is_several, prepare_several
     from neoxconv.storage import is_here, place
 
-    if click.get_current_context().find_root().obj["gone"] and not is_here(place(target)):  # made in the working folder
+    where = place(target)
+    if click.get_current_context().find_root().obj["gone"] and not is_here(where):  # made in the working folder
         raise PlanError(FOLDER_GONE)
-    request = prepare(source, target, given)
+    request = prepare_several(source, where, given) if is_several(given) else prepare(source, target, given)
     if given["dry_run"]:
         if given["json"] or not given["quiet"]:
             say(json.dumps(request.facts) if given["json"] else request.listing)

@@ -11,18 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from neoxconv.cli.values import (
-    COUNT,
-    LENGTH,
-    PATH,
-    byte_count,
-    destination,
-    limit,
-    location,
-    override,
-    scheduler,
-    setting,
-)
+from neoxconv.cli import values
+from neoxconv.cli.values import COUNT, LENGTH, PATH, OneOrMore, byte_count, limit, location, override, scheduler
 from neoxconv.names import (
     DTYPES,
     FORMATS,
@@ -145,7 +135,7 @@ _of_words = _options(
     click.option("--metadata", type=PATH, metavar="FILE", help="What card and GGUF keys say of the model: JSON."),
     click.option(
         "--set",
-        type=setting,
+        type=values.setting,
         multiple=True,
         metavar="KEY=VALUE",
         help="The same, key by key: general.author=NAME; an empty value takes a key away.",
@@ -153,15 +143,17 @@ _of_words = _options(
 )
 of_convert = _options(
     source,
-    click.argument("target", type=destination, metavar="DST"),
-    _choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST."),
-    _choice_option(
+    click.argument("target", type=values.destination, metavar="DST"),
+    _choice_option("--to", "format", choices=FORMATS, help="The format of DST."),
+    click.option(
         "--type",
-        choices=TARGET_TYPES,
-        metavar="TYPE",
+        type=OneOrMore(TARGET_TYPES, case_sensitive=False),
+        metavar="TYPE[,TYPE...]",
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; compressed-tensors: W4A16, W8A16, "
-        "FP8_DYNAMIC; mlx: 4bit, mxfp4, ...; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`.",
+        "FP8_DYNAMIC; mlx: 4bit, mxfp4, ...; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`. Of several types "
+        "each is a target in the folder DST, and SRC is read once.",
     ),
+    click.option("--recipe", type=PATH, metavar="FILE", help="Several targets in the folder DST, as a YAML file says."),
     _of_gguf,
     click.option(
         "--calibration",

@@ -97,6 +97,14 @@ def override(text: str) -> tuple[str, str]:
     return pattern, name.upper()
 
 
+class OneOrMore(click.Choice[str]):
+    """One of the choices or several of them, joined by commas, each in any case: a tuple, each once."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        words = value.split(",") if isinstance(value, str) else value
+        return tuple(dict.fromkeys(super(OneOrMore, self).convert(word.strip(), param, ctx) for word in words))
+
+
 def scheduler(text: str) -> str:
     """The address of a Dask scheduler."""
     found = re.fullmatch(r"dask://[^/\s]+:(\d+)", text)
