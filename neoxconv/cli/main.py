@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from neoxconv.cli.options import of_calibrate, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
+from neoxconv.cli.options import of_calibrate, of_card, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
 from neoxconv.cli.printing import say
 from neoxconv.cli.values import FOLDER_GONE
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError, one_line
 from neoxconv.version import __version__
-from neoxconv.words import table
+from neoxconv.words import plural, table
 
 if TYPE_CHECKING:
     from neoxconv.storage import Place
@@ -99,6 +99,21 @@ def convert(source: Place, target: str, **given: Any) -> None:
         say(json.dumps(result))
     elif not quiet:
         say(request.farewell(result))
+
+
+@commands.command()
+@of_card
+def card(folder: Path) -> None:
+    """Make the table of a card anew: FOLDER's README.md, as `convert` wrote it.
+
+    It tells every target in FOLDER by its manifest. What `verify --level logits --json` printed of TARGET is looked for
+    in TARGET.verify.json, for the column with the KL divergence.
+    """
+    from neoxconv.engine.cards import refresh
+
+    path, rows = refresh(folder)
+    measured = sum(row.kl is not None for row in rows)
+    say(f"{path}: {plural(len(rows), 'target')}, {measured} with a measured divergence")
 
 
 @commands.command()

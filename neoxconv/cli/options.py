@@ -140,6 +140,7 @@ _of_words = _options(
         metavar="KEY=VALUE",
         help="The same, key by key: general.author=NAME; an empty value takes a key away.",
     ),
+    click.option("--card", is_flag=True, default=None, help="gguf, safetensors: write README.md beside the file too."),
 )
 of_convert = _options(
     source,
@@ -216,6 +217,8 @@ of_convert = _options(
     quiet,
     verbose,
 )
+
+of_card = _options(click.argument("folder", type=PATH, metavar="FOLDER"), verbose)
 
 of_calibrate = _options(
     source,

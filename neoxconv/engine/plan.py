@@ -71,6 +71,7 @@ class Plan:
     single: bool
     name: str  # of the file or folder where nobody gives one
     kind: str  # what the type of its matrices is called
+    card: bytes  # what its README.md says
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -178,6 +179,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         tokenizer=content.tokenizer,
         name=content.name,
         kind=content.kind,
+        card=content.card,
         single=target.single and len(content.files) == 1 and not recipe.split_size,
     )
 

@@ -60,7 +60,7 @@ TARGETS: dict[str, Target] = {
             recipes=hf.SAFETENSORS_RECIPES,
             programs="one file for keeping; neoxconv reads it",
             loading=loading.SAFETENSORS,
-            options=("dtype", "only", "allow_nonfinite"),
+            options=("dtype", "only", "metadata", "set", "card", "allow_nonfinite"),
         ),
         Target(
             name="slim",
@@ -80,7 +80,7 @@ TARGETS: dict[str, Target] = {
             recipes=gguf.RECIPES,
             programs="llama.cpp, ollama, LM Studio, KoboldCpp",
             loading=loading.GGUF,
-            options=("type", "split_size", "as_family", *gguf.OPTIONS, "metadata", "set", "allow_nonfinite"),
+            options=("type", "split_size", "as_family", *gguf.OPTIONS, "metadata", "set", "card", "allow_nonfinite"),
         ),
         Target(
             name="bnb",
@@ -145,13 +145,17 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
 
 
 def content_of(checkpoint: Checkpoint, recipe: Recipe) -> Content:
-    """What the recipe's target will hold, with its default name; a folder has its card too."""
+    """What the recipe's target will hold, with its default name and its card, which a folder has in it."""
     target = TARGETS[recipe.format]
     content, words = target.make(checkpoint, recipe), words_of(checkpoint, recipe)
-    kind = kind_of(content, recipe)
-    notes = tuple(dict.fromkeys((*content.notes, *words.notes)))
-    if target.single and not recipe.split_size:
-        return replace(content, kind=kind, name=content.files[0].name, notes=notes)
+    kind, single = kind_of(content, recipe), target.single and not recipe.split_size
     page = card(words, checkpoint, content, recipe, loading=target.loading)
     named = file_stem(words.keys, kind) if target.single else f"{file_stem(words.keys)}-{target.name}-{kind}"
-    return replace(content, kind=kind, name=named, notes=notes, sidecars={**content.sidecars, CARD: page})
+    return replace(
+        content,
+        kind=kind,
+        name=content.files[0].name if single else named,
+        card=page,
+        sidecars=content.sidecars if single else {**content.sidecars, CARD: page},
+        notes=tuple(dict.fromkeys((*content.notes, *words.notes))),
+    )
