@@ -61,10 +61,10 @@ def _in_file(path: Path) -> dict[str, Any]:
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
-    """A key as GGUF has it; of a list of models or data sets one for each word of each."""
+    """A key as GGUF has it; of a list of models or data sets their count, and one for each word of each."""
     if name not in _GROUPS or not isinstance(value, list):
         return [(name, value)]
-    return [
+    return [(f"{_GROUPS[name]}.count", len(value))] + [
         (f"{_GROUPS[name]}.{number}.{word}", each[word])
         for number, each in enumerate(value)
         if isinstance(each, dict)
@@ -102,7 +102,14 @@ def _kind_of(key: str) -> Callable[[Any], Any] | None:
     return float if key.startswith("general.sampling.") and last != "sequence" else str
 
 
-def counted(keys: Mapping[str, Any]) -> dict[str, Any]:
+def above(given: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found with what was given in its place; base models or data sets that are counted replace all."""
+    replaced = tuple(f"{group}." for group in _GROUPS.values() if f"{group}.count" in given)
+    merged = {key: value for key, value in found.items() if not key.startswith(replaced)} | dict(given)
+    return _counted({key: value for key, value in merged.items() if value not in ("", None)})
+
+
+def _counted(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys with as many base models and data sets counted as they name."""
     found = dict(keys)
     for group in _GROUPS.values():

@@ -17,7 +17,7 @@ from neoxconv.core.model import Checkpoint, Index
 from neoxconv.formats.json_text import object_in
 from neoxconv.storage import Remote, without_dots
 from neoxconv.targets.about import size_label, title
-from neoxconv.targets.given import counted, given_keys, is_decided
+from neoxconv.targets.given import above, given_keys, is_decided
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.source_card import SourceCard, card_of
 
@@ -79,9 +79,8 @@ def words_of(checkpoint: Checkpoint, recipe: Recipe, generation: bytes | None = 
         found = _found(checkpoint, card, repo or next(filter(_is_telling, names), None), generation)
     found = {**(_of_release(release) if release else {}), **found}
     found = {NAME: title(checkpoint), SIZE: size_label(checkpoint.parameters), **found}
-    merged = {key: value for key, value in {**found, **given}.items() if value not in ("", None)}
     notes = [f"taken for {release.repo}, by its shapes and its name or step (--set changes it)"] if release else []
-    return Words(counted(merged), given, repo, card, (*card.notes, *notes))
+    return Words(above(given, found), given, repo, card, (*card.notes, *notes))
 
 
 def file_stem(keys: Mapping[str, Any], kind: str | None = None) -> str:
@@ -95,7 +94,7 @@ def file_stem(keys: Mapping[str, Any], kind: str | None = None) -> str:
         parts = [own or found for own, found in zip(parts, told, strict=True)]
     basename, finetune, version, size = (None if part is None else str(part) for part in parts)
     name = naming_convention(str(keys[NAME]), basename, finetune, version, size, kind)
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "model"
+    return re.sub(r"-{2,}", "-", re.sub(r"[^\w.+-]+", "-", name)).strip("-.") or "model"
 
 
 def hub_name(index: Index) -> str | None:

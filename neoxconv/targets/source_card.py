@@ -16,7 +16,7 @@ CARD = "README.md"
 _LARGEST = 1 << 20  # bytes
 _WITH_CARD = ("hf", "ctranslate2", "neox")  # formats whose folders are one model's, so that a card in them is its own
 _FRONT = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|$)", re.DOTALL | re.MULTILINE)
-_NORWAY = re.compile(r"^(\s*-|language:) no\s*$", re.MULTILINE)  # YAML's false, and a language
+_LANGUAGES = ("language", "languages")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,16 @@ def parsed(text: str) -> SourceCard:
     if match is None:
         return SourceCard(text=text.strip())
     try:
-        front = yaml.safe_load(_NORWAY.sub(r'\1 "no"', match[1]).replace("\t", "  "))
+        front = yaml.safe_load(match[1].replace("\t", "  "))
     except (yaml.YAMLError, ValueError, RecursionError):
         return SourceCard(text=text[match.end() :].strip(), notes=(f"{CARD}: its front matter is no YAML, left out",))
     front = {str(key): value for key, value in front.items()} if isinstance(front, dict) else {}
+    front |= {name: _norwegian(front[name]) for name in _LANGUAGES if name in front}
     return SourceCard(front, text[match.end() :].strip())
+
+
+def _norwegian(value: Any) -> Any:
+    """Languages with Norwegian's code, which is YAML's word for false."""
+    if isinstance(value, list):
+        return [_norwegian(item) for item in value]
+    return "no" if value is False else value
