@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def in_child(task: Callable[[], int]) -> int:
             code = task()
         except PlanError:
             code = REFUSED
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
