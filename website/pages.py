@@ -4,11 +4,12 @@ Made when the site is built, so that none of them can be out of date:
     commands/NAME.md    a command's own help
     changes.md          CHANGELOG.md
     <!-- formats -->    in a page: the table of `neoxconv formats`
-    <!-- reference -->  in a page: the docstrings of `neoxconv`'s public names
+    <!-- reference -->  in a page: the signatures and docstrings of `neoxconv`'s public names
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from itertools import groupby
@@ -22,6 +23,7 @@ from neoxconv.cli.formats import catalog
 from neoxconv.cli.main import commands
 
 ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://github.com/neoxconv/neoxconv/blob/main/"
 READ_ON = {
     "inspect": ("sources", "architectures"),
     "convert": ("targets", "sources", "calibration", "scale"),
@@ -32,6 +34,8 @@ READ_ON = {
 }
 _PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
 _ITEM = re.compile(r"(?:[-*]|\d+\.) ")
+_METHOD = re.compile(r"\n+    (?:@|def )")
+_DEEP = re.compile(r"^ {2,3}(?=[-*] )")
 
 
 # --- what mkdocs calls ------------------------------------------------------------------------------------------------
@@ -47,10 +51,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Give a page what its markers stand for, links that leave docs/, and the blank lines that Python-Markdown needs."""
-    markdown = markdown.replace("<!-- formats -->", types()).replace("<!-- reference -->", reference())
+    """Fill in a page's markers, lead links that leave docs/ to the repository, and space lists as `spaced` does."""
+    for marker, made in (("<!-- formats -->", types), ("<!-- reference -->", reference)):
+        if marker in markdown:
+            markdown = markdown.replace(marker, made())
     if "/" not in page.file.src_uri:
-        markdown = markdown.replace("](../", f"]({config.repo_url}/blob/main/")
+        markdown = markdown.replace("](../", f"]({REPOSITORY}")
     return "\n".join(spaced(markdown.split("\n")))
 
 
@@ -68,11 +74,12 @@ def command_page(name: str) -> str:
     command = commands.commands[name]
     context = click.Context(command, click.Context(commands, info_name="neoxconv"), info_name=name)
     usage = command.get_usage(context).removeprefix("Usage: ")
-    records = [parameter.get_help_record(context) for parameter in command.get_params(context)]
-    options = "\n\n".join(f"`{names}`\n:   {told}" for names, told in filter(None, records))
+    records = (parameter.get_help_record(context) for parameter in command.get_params(context))
+    options = "\n\n".join(f"`{record[0]}`\n:   {record[1]}" for record in records if record and record[1])
     pages = ", ".join(f"[{title(page)}](../{page}.md)" for page in READ_ON[name])
-    text = f"# neoxconv {name}\n\n{command.help}\n\n```\n{usage}\n```\n\n## Options\n\n{options}\n\nRead on: {pages}.\n"
-    return _PAGE.sub(r"[docs/\1.md](../\1.md)", text)
+    text = inspect.cleandoc(command.help or "")
+    page = f"# neoxconv {name}\n\n```\n{usage}\n```\n\n{text}\n\nRead on: {pages}.\n\n## Options\n\n{options}\n"
+    return _PAGE.sub(r"[docs/\1.md](../\1.md)", page)
 
 
 def title(page: str) -> str:
@@ -82,7 +89,8 @@ def title(page: str) -> str:
 
 def types() -> str:
     """`neoxconv formats` as Markdown: for each format the programs that run it, and a table of its types."""
-    return "\n".join(line for name, rows in groupby(catalog(), lambda row: row.format) for line in _format(name, [*rows]))
+    formats = groupby(catalog(), lambda row: row.format)
+    return "\n".join(line for name, rows in formats for line in _format(name, [*rows]))
 
 
 def _format(name: str, rows: list[Any]) -> Iterator[str]:
@@ -97,17 +105,28 @@ def _format(name: str, rows: list[Any]) -> Iterator[str]:
 
 
 def reference() -> str:
-    """A directive for each public name, for mkdocstrings to fill in."""
-    return "\n\n".join(f"::: {neoxconv.PUBLIC[name]}.{name}" for name in neoxconv.PUBLIC)
+    """A directive for each public name, which mkdocstrings fills in; below a class its fields with their comments."""
+    return "\n\n".join(
+        f"::: {place}.{name}{_fields(getattr(neoxconv, name))}" for name, place in neoxconv.PUBLIC.items()
+    )
+
+
+def _fields(public: object) -> str:
+    """A class's own source up to its first method, as a block; nothing for a function."""
+    if not inspect.isclass(public):
+        return ""
+    source = _METHOD.split(inspect.getsource(public))[0]
+    return f"\n\n```python\n{source}\n```"
 
 
 def spaced(lines: list[str]) -> Iterator[str]:
-    """The lines with a blank one before each list: Markdown in a repository needs none after a paragraph."""
+    """The lines as Python-Markdown wants lists: after a blank line, and four spaces deep in another one."""
     fenced, before = False, ""
     for line in lines:
-        begins = _ITEM.match(line) and before.strip() and not before.startswith(" ") and not _ITEM.match(before)
-        if begins and not fenced:
-            yield ""
+        if not fenced:
+            line = _DEEP.sub("    ", line)
+            if _ITEM.match(line) and before.strip() and not before.startswith(" ") and not _ITEM.match(before):
+                yield ""
         fenced ^= line.lstrip().startswith("```")
         yield line
         before = line
