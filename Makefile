@@ -38,7 +38,7 @@ docs:     $(VENV)/.docs ## build the documentation's site into build/site
 
 dist:     $(VENV)/.dev ## build sdist and wheel, check both, and run the demo from the wheel outside of this folder
 	rm -rf dist
-	$(VENV)/bin/python -m build
+	$(VENV)/bin/python -m build --quiet
 	$(VENV)/bin/twine check --strict dist/*
 	$(VENV)/bin/python -m tests.dist dist
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(VENV)/bin/python -m venv "$$folder/venv" && \
