@@ -75,13 +75,16 @@ def convert(source: Place, target: Place, **given: Any) -> None:
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
     or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
     gguf, here or in an object store (s3://, gs://, ...).
+
+    With several types, as in --type Q8_0,Q4_K_M, DST is a folder, in which each target has a name of its own.
     """
     from neoxconv.cli.convert import prepare
+    from neoxconv.cli.several import is_several, prepare_several
     from neoxconv.storage import is_here
 
     if click.get_current_context().find_root().obj["gone"] and not is_here(target):  # made in the working folder
         raise PlanError(FOLDER_GONE)
-    request = prepare(source, target, given)
+    request = (prepare_several if is_several(given) else prepare)(source, target, given)
     if given["dry_run"]:
         if given["json"] or not given["quiet"]:
             say(json.dumps(request.facts) if given["json"] else request.listing)

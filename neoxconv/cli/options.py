@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from neoxconv.cli.values import BITS, COUNT, LENGTH, LOCATION, PATH, among, byte_count, limit, override, scheduler
+from neoxconv.cli.values import (
+    BITS,
+    COUNT,
+    LENGTH,
+    LOCATION,
+    PATH,
+    OneOrMore,
+    among,
+    byte_count,
+    limit,
+    override,
+    scheduler,
+)
 from neoxconv.names import (
     DTYPES,
     FORMATS,
@@ -133,14 +145,17 @@ _as_family = _choice_option(
 of_convert = _options(
     source,
     click.argument("target", type=LOCATION, metavar="DST"),
-    _choice_option("--to", "format", choices=FORMATS, required=True, help="The format of DST."),
-    _choice_option(
+    _choice_option("--to", "format", choices=FORMATS, help="The format of DST."),
+    click.option(
         "--type",
-        choices=TARGET_TYPES,
-        metavar="TYPE",
+        type=OneOrMore(TARGET_TYPES, case_sensitive=False),
+        shell_complete=among(TARGET_TYPES),
+        metavar="TYPE[,TYPE...]",
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; compressed-tensors: W4A16, W8A16, "
-        "FP8_DYNAMIC; mlx: 4bit, mxfp4, ...; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`.",
+        "FP8_DYNAMIC; mlx: 4bit, mxfp4, ...; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`. Of several types "
+        "each is a target in the folder DST, and SRC is read once.",
     ),
+    click.option("--recipe", type=PATH, metavar="FILE", help="Several targets in the folder DST, as a YAML file says."),
     _of_gguf,
     click.option(
         "--calibration",

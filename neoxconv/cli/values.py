@@ -68,10 +68,11 @@ LOCATION = _Location()
 
 
 def among(words: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """How a shell completes one of `words`: begun in any case, as it is spelt there."""
+    """How a shell completes one of `words`, or the last of several that commas join: begun in any case, as spelt."""
 
     def complete(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
-        return [word for word in words if word.lower().startswith(begun.lower())]
+        before, comma, last = begun.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.lower().startswith(last.lower())]
 
     return complete
 
@@ -101,6 +102,14 @@ def override(text: str) -> tuple[str, str]:
     if not (pattern and equals) or name.upper() not in TYPES:
         raise click.BadParameter(f"{text!r} is no PATTERN=TYPE; TYPE is one of {', '.join(TYPES)}.")
     return pattern, name.upper()
+
+
+class OneOrMore(click.Choice[str]):
+    """One of the choices or several of them, joined by commas, each in any case: a tuple, each once."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        words = value.split(",") if isinstance(value, str) else value
+        return tuple(dict.fromkeys(super(OneOrMore, self).convert(word.strip(), param, ctx) for word in words))
 
 
 def scheduler(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from neoxconv.storage.address import place
 from neoxconv.storage.bounded import check_size, read_bounded
-from neoxconv.storage.files import Storage, Stream, open_storage, opener_of, size_of, stream_of, write_all
+from neoxconv.storage.files import Storage, Stream, open_storage, opener_of, size_of, stream_of, watched, write_all
 from neoxconv.storage.places import (
     Place,
     anew,
@@ -37,6 +37,7 @@ __all__ = [
     "size_of",
     "stream_of",
     "together",
+    "watched",
     "without_dots",
     "write_all",
 ]

@@ -17,6 +17,7 @@ from neoxconv.cli.main import commands
         ("convert a b --to", "g", [("plain", "gguf")]),
         ("convert a b --to gguf --type", "Q5_K", [("plain", "Q5_K_M"), ("plain", "Q5_K_S")]),
         ("convert a b --to gguf --type", "q5_k", [("plain", "Q5_K_M"), ("plain", "Q5_K_S")]),
+        ("convert a b --to gguf --type", "Q8_0,q5_k_m", [("plain", "Q8_0,Q5_K_M")]),
         ("convert a b --dou", "--dou", [("plain", "--double-quant")]),
     ],
 )
