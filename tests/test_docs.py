@@ -56,12 +56,11 @@ def test_every_command_that_is_shown_can_be_typed(page: str, line: str) -> None:
     commands.commands[name].make_context(name, words)
 
 
-def test_the_readmes_table_says_what_formats_says() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/shards.md"])
+def test_the_table_of_what_to_run_a_model_with_says_what_formats_says(page: str) -> None:
     rows = {(row.format, row.type): row for row in catalog()}
     group = {"compressed-tensors": " --group 128", "mlx": " --group 64"}  # what is taken where none is given
-    table = re.findall(
-        r"^\| .* \| `--to (\S+) --type (\S+)` \| (\S+) \| (\S+) \|$", (ROOT / "README.md").read_text(), re.M
-    )
+    table = re.findall(r"^\| .* \| `--to (\S+) --type (\S+)` \| (\S+) \| (\S+) \|$", (ROOT / page).read_text(), re.M)
     assert len(table) == 5
     for format, type, size, divergence in table:
         found = rows[format, type + group.get(format, "")]
