@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,26 @@ def location(text: str) -> Place:
     found = place(text)
     _check_found(found)
     return found
+
+
+class _Location(click.Path):
+    """A path or a URL; shells complete it as a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return location(value)
+
+
+LOCATION = _Location()
+
+
+def among(words: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """How a shell completes one of `words`, or the last of several that commas join: begun in any case, as spelt."""
+
+    def complete(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+        before, comma, last = begun.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.lower().startswith(last.lower())]
+
+    return complete
 
 
 def byte_count(text: str) -> int:
