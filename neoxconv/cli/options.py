@@ -11,8 +11,20 @@ from typing import Any, TypeVar
 
 import click
 
-from neoxconv.cli import values
-from neoxconv.cli.values import COUNT, LENGTH, PATH, OneOrMore, byte_count, limit, location, override, scheduler
+from neoxconv.cli.values import (
+    COUNT,
+    DESTINATION,
+    LENGTH,
+    LOCATION,
+    PATH,
+    OneOrMore,
+    among,
+    byte_count,
+    limit,
+    override,
+    scheduler,
+    setting,
+)
 from neoxconv.names import (
     DTYPES,
     FORMATS,
@@ -39,7 +51,7 @@ def _size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
 
 def _choice_option(*names: str, choices: Sequence[str], **settings: Any) -> Callable[[Command], Command]:
     """An option that takes one of `choices`, in any case."""
-    shown = {"metavar": "|".join(choices)} | settings
+    shown: dict[str, Any] = {"metavar": "|".join(choices), "shell_complete": among(choices)} | settings
     return click.option(*names, type=click.Choice(choices, case_sensitive=False), **shown)
 
 
@@ -67,7 +79,7 @@ verbose = click.option(
 )
 _as_json = click.option("--json", is_flag=True, help="Print one JSON object for machines.")
 quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
-source = click.argument("source", type=location, metavar="SRC")
+source = click.argument("source", type=LOCATION, metavar="SRC")
 configuration = _options(
     click.option("--config", type=PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
     _choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
@@ -135,7 +147,7 @@ _of_words = _options(
     click.option("--metadata", type=PATH, metavar="FILE", help="What card and GGUF keys say of the model: JSON."),
     click.option(
         "--set",
-        type=values.setting,
+        type=setting,
         multiple=True,
         metavar="KEY=VALUE",
         help="The same, key by key: general.author=NAME; an empty value takes a key away.",
@@ -144,11 +156,12 @@ _of_words = _options(
 )
 of_convert = _options(
     source,
-    click.argument("target", type=values.destination, metavar="DST"),
+    click.argument("target", type=DESTINATION, metavar="DST"),
     _choice_option("--to", "format", choices=FORMATS, help="The format of DST."),
     click.option(
         "--type",
         type=OneOrMore(TARGET_TYPES, case_sensitive=False),
+        shell_complete=among(TARGET_TYPES),
         metavar="TYPE[,TYPE...]",
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; compressed-tensors: W4A16, W8A16, "
         "FP8_DYNAMIC; mlx: 4bit, mxfp4, ...; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`. Of several types "
@@ -296,7 +309,7 @@ _of_logits = _options(
     click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page."),
 )
 of_verify = _options(
-    click.argument("paths", type=location, nargs=-1, required=True, metavar="[SRC] TARGET"),
+    click.argument("paths", type=LOCATION, nargs=-1, required=True, metavar="[SRC] TARGET"),
     _choice_option(
         "--level",
         choices=("bytes", "tokenizer", "weights", "logits"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,22 @@ def location(text: str) -> Place:
     return found
 
 
-def destination(text: str) -> str:
-    """The text of an argument that means a path or a URL: a slash at its end tells a folder."""
-    location(text)
-    return text
+class _Location(click.Path):
+    """A path or a URL; shells complete it as a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return location(value)
+
+
+class _Destination(click.Path):
+    """A path or a URL as it was typed: a slash at its end tells a folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        location(value)
+        return value
+
+
+LOCATION, DESTINATION = _Location(), _Destination()
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -68,6 +81,16 @@ def setting(text: str) -> tuple[str, str]:
     if not (key.strip() and equals):
         raise click.BadParameter(f"{text!r} is no KEY=VALUE, such as general.author=NAME.")
     return key.strip(), value.strip()
+
+
+def among(words: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """How a shell completes one of `words`, or the last of several that commas join: begun in any case, as spelt."""
+
+    def complete(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+        before, comma, last = begun.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.lower().startswith(last.lower())]
+
+    return complete
 
 
 def byte_count(text: str) -> int:

@@ -15,14 +15,15 @@ from typing import Any
 from neoxconv.arch.released import Release, released
 from neoxconv.core.model import Checkpoint, Index
 from neoxconv.formats.json_text import object_in
-from neoxconv.storage import Remote, without_dots
+from neoxconv.storage import is_far, without_dots
+from neoxconv.storage.hub import HUB, repository
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.given import above, given_keys, is_decided
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.source_card import SourceCard, card_of
 
 NAME, SIZE = "general.name", "general.size_label"
-_HUB = "https://huggingface.co/"
+_WEB = "https://huggingface.co/"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+(?:/|$)")
 _STEP = re.compile(r"global_step(\d+)")
 _SAMPLING = "sampling_"  # what fields of gguf's Metadata begin with that generation_config.json tells
@@ -60,7 +61,7 @@ class Words:
     def _named(self, kind: str) -> list[str]:
         count = self.keys.get(f"general.{kind}.count", 0)
         urls = [self.keys.get(f"general.{kind}.{i}.repo_url") for i in range(count if type(count) is int else 0)]
-        return [url.removeprefix(_HUB).removeprefix("datasets/") for url in urls if isinstance(url, str)]
+        return [url.removeprefix(_WEB).removeprefix("datasets/") for url in urls if isinstance(url, str)]
 
 
 def words_of(checkpoint: Checkpoint, recipe: Recipe, generation: bytes | None = None) -> Words:
@@ -100,9 +101,8 @@ def file_stem(keys: Mapping[str, Any], kind: str | None = None) -> str:
 def hub_name(index: Index) -> str | None:
     """ORG/NAME of a source on the Hub, or in its cache on this machine."""
     folder = index.folder
-    if isinstance(folder, Remote) and folder.protocol == "hf":
-        parts = folder.path.split("/")
-        return "/".join(parts[:2]).partition("@")[0] if len(parts) > 1 else None
+    if is_far(folder) and folder.protocol == HUB:
+        return repository(folder.path).name
     match = _CACHED.search(f"{without_dots(folder)}/")
     return f"{match[1]}/{match[2]}" if match else None
 
@@ -177,7 +177,7 @@ def _of_release(release: Release) -> dict[str, Any]:
         "language": list(release.languages),
         "datasets": list(release.datasets),
         "base_model": release.repo,
-        "repo_url": f"{_HUB}{release.repo}",
+        "repo_url": f"{_WEB}{release.repo}",
     }
     made = Metadata.apply_metadata_heuristic(Metadata(), front, {"_name_or_path": release.repo})
     return _keys(made)
