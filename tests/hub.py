@@ -216,7 +216,11 @@ def action(hub: Hub, asked: dict[str, Any]) -> dict[str, Any]:
         return {"oid": oid, "size": size}
     verify = {"href": f"{hub.url}/lfs-verify"}
     if not hub.chunk or size <= hub.chunk:
-        return {"oid": oid, "size": size, "actions": {"upload": {"href": f"{hub.cdn}/{oid}?X-Signature=x"}, "verify": verify}}
+        return {
+            "oid": oid,
+            "size": size,
+            "actions": {"upload": {"href": f"{hub.cdn}/{oid}?X-Signature=x"}, "verify": verify},
+        }
     count = -(-size // hub.chunk)
     urls = {str(n): f"{hub.cdn}/{oid}?part={n}&X-Signature=x" for n in range(1, count + 1)}
     upload = {"href": f"{hub.url}/lfs-complete", "header": {"chunk_size": str(hub.chunk), **urls}}

@@ -55,7 +55,9 @@ def repository(path: str) -> Repository:
     """The place that a path means. Raises PlanError where it names no repository."""
     found = _ADDRESS.fullmatch(path)
     if not found:
-        raise PlanError(f"{HUB}://{path}: names no repository of the Hugging Face Hub; write hf://ORG/NAME[@REV][/PATH].")
+        raise PlanError(
+            f"{HUB}://{path}: names no repository of the Hugging Face Hub; write hf://ORG/NAME[@REV][/PATH]."
+        )
     kind, name, revision, inside = found.groups(default="")
     return Repository(kind.rstrip("s/") or "model", name, unquote(revision), inside.strip("/"))
 
@@ -87,7 +89,9 @@ def told() -> Iterator[None]:
         if status in (401, 403):
             raise Refused(status, _what_to_do(type(error).__name__, status)) from None
         if status == 412:
-            raise Unusable("somebody else has committed to it meanwhile; run the same command again", again=False) from None
+            raise Unusable(
+                "somebody else has committed to it meanwhile; run the same command again", again=False
+            ) from None
         raise
 
 
@@ -183,9 +187,7 @@ def _opened(path: str, start: int, stop: int) -> Iterator[Iterator[bytes]]:
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     where, client = repository(pinned(path)), api()
-    url = hf_hub_url(
-        where.name, where.inside, repo_type=where.kind, revision=where.revision, endpoint=client.endpoint
-    )
+    url = hf_hub_url(where.name, where.inside, repo_type=where.kind, revision=where.revision, endpoint=client.endpoint)
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as answer:
         hf_raise_for_status(answer)
