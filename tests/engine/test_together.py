@@ -66,10 +66,10 @@ def test_a_band_that_one_target_has_read_is_the_next_that_the_others_read(
     ranges: list[tuple[str, int, int]] = []
     read = Storage.read
 
-    def noted(self: Storage, offset: int, length: int) -> Any:
+    def noted(self: Storage, offset: int, length: int, ahead: int = 0) -> Any:
         if length > 10_000:  # a matrix
             ranges.append((str(self.path), offset, length))
-        return read(self, offset, length)
+        return read(self, offset, length, ahead)
 
     monkeypatch.setattr(Storage, "read", noted)
     run_all(wanted, jobs=1)
