@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from neoxconv.cli.values import (
-    BITS,
     COUNT,
+    DESTINATION,
     LENGTH,
     LOCATION,
     PATH,
@@ -23,6 +23,7 @@ from neoxconv.cli.values import (
     limit,
     override,
     scheduler,
+    setting,
 )
 from neoxconv.names import (
     DTYPES,
@@ -39,9 +40,6 @@ from neoxconv.names import (
     TYPES,
     WEIGHTS,
 )
-
-if TYPE_CHECKING:
-    pass
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -126,7 +124,10 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--bits", type=BITS, metavar="X", help="gguf: types by what they cost, at most X bits a weight in all."
+        "--bits",
+        type=click.FloatRange(min=1, max=32),
+        metavar="X",
+        help="gguf: types by what they cost, at most X bits a weight in all.",
     ),
     _size_option("--size", help="gguf: the same, for a file of at most this size."),
     _choice_option("--types", choices=TYPES, multiple=True, metavar="TYPE", help="gguf: types that --bits may choose."),
@@ -142,9 +143,20 @@ _as_family = _choice_option(
     "--as", "as_family", choices=STAND_INS, metavar="NAME",
     help="gguf, slim: write SRC as another family where the format lacks its own (docs/formats.md).",
 )  # fmt: skip
+_of_words = _options(
+    click.option("--metadata", type=PATH, metavar="FILE", help="What card and GGUF keys say of the model: JSON."),
+    click.option(
+        "--set",
+        type=setting,
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="The same, key by key: general.author=NAME; an empty value takes a key away.",
+    ),
+    click.option("--card", is_flag=True, default=None, help="gguf, safetensors: write README.md beside the file too."),
+)
 of_convert = _options(
     source,
-    click.argument("target", type=LOCATION, metavar="DST"),
+    click.argument("target", type=DESTINATION, metavar="DST"),
     _choice_option("--to", "format", choices=FORMATS, help="The format of DST."),
     click.option(
         "--type",
@@ -203,6 +215,7 @@ of_convert = _options(
         "--shard-size", help="hf, bnb, float8, compressed-tensors, mlx: bytes of a file at most.  [default: 5GB]"
     ),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
+    _of_words,
     jobs,
     _size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within."),
     click.option(
@@ -217,6 +230,8 @@ of_convert = _options(
     quiet,
     verbose,
 )
+
+of_card = _options(click.argument("folder", type=PATH, metavar="FOLDER"), verbose)
 
 of_calibrate = _options(
     source,

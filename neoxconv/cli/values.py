@@ -64,7 +64,23 @@ class _Location(click.Path):
         return location(value)
 
 
-LOCATION = _Location()
+class _Destination(click.Path):
+    """A path or a URL as it was typed: a slash at its end tells a folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        location(value)
+        return value
+
+
+LOCATION, DESTINATION = _Location(), _Destination()
+
+
+def setting(text: str) -> tuple[str, str]:
+    """The key and the value that `--set` joins with `=`."""
+    key, equals, value = text.partition("=")
+    if not (key.strip() and equals):
+        raise click.BadParameter(f"{text!r} is no KEY=VALUE, such as general.author=NAME.")
+    return key.strip(), value.strip()
 
 
 def among(words: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
@@ -120,6 +136,3 @@ def scheduler(text: str) -> str:
     if not 1 <= int(found[1]) <= 65535:
         raise click.BadParameter(f"{text!r}: {found[1]} is no port; they go from 1 to 65535.")
     return text
-
-
-BITS = click.FloatRange(min=1, max=32)

@@ -24,11 +24,12 @@ from neoxconv.engine.memory import DEFAULT_MEMORY, Budget, budget_for, threads_f
 from neoxconv.engine.plan import Plan, check_sources, resume_key
 from neoxconv.engine.publish import DiskTarget, room
 from neoxconv.engine.steps import Progress, Work
+from neoxconv.engine.target_place import target_of
 from neoxconv.engine.upload import StoreTarget
 from neoxconv.engine.workers import Crew, Seat
 from neoxconv.engine.workplace import locked, made_in, work_of
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.storage import Place, is_far, place
+from neoxconv.storage import Place, is_far
 from neoxconv.words import size
 
 
@@ -155,7 +156,7 @@ def prepare(
     kept = sum(each.kept for each in (plan, *beside))
     conversion = Conversion(
         plan=plan,
-        target=as_target(target),
+        target=target_of(plan, target),
         budget=budget_for(threads_for(plan.checkpoint, jobs), memory, kept, 1 + len(beside)),
         checks=checks_of(allow_nonfinite=allow_nonfinite, verify=verify),
         executor=executor,
@@ -166,14 +167,6 @@ def prepare(
         destination.tidy()
     destination.check(overwrite=overwrite)
     return conversion
-
-
-def as_target(target: Place | str) -> Place:
-    """The place itself that a target is to have. Raises PlanError where that has no name, as `/` has none."""
-    where = place(target).resolve()
-    if not where.name:
-        raise PlanError(f"{where}: is no place for a target; give the name of a file or a folder in it.")
-    return where
 
 
 def _destination_of(conversion: Conversion) -> _Destination:
