@@ -55,6 +55,7 @@ def manifest(plan: Plan, described: Sequence[Described]) -> bytes:
         "config": plan.checkpoint.config.facts,
         "notes": list(plan.notes),
         "tokenizer": {**plan.tokenizer, "file": name} if (name := _file_name(plan)) else None,
+        **({"origin": plan.origin} if plan.origin else {}),
         "sources": plan.sources,
         "dropped": list(plan.checkpoint.dropped),
         "files": [*described, *(_describe_sidecar(name, data) for name, data in plan.sidecars.items())],

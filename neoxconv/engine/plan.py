@@ -17,7 +17,7 @@ from typing import Any
 from neoxconv.core.layout import Entry, FileLayout, Slot
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError, PlanError, raise_all
-from neoxconv.storage import together
+from neoxconv.storage import origin_of, together
 from neoxconv.targets import TARGETS
 from neoxconv.targets.recipe import Recipe
 from neoxconv.version import __version__
@@ -115,6 +115,11 @@ class Plan:
             {"name": file.storage.name, "bytes": file.storage.size, "checksum": file.checksum}
             for file in self.checkpoint.index.files
         ]
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The URL and the commit of a source on the Hub; nothing of others."""
+        return origin_of(self.checkpoint.opening.path)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.storage.hub import HUB, HUB_FILES, repository
 from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, write_object
 from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retrying
 
@@ -62,7 +63,9 @@ class Remote:
 
     @property
     def fs(self) -> Any:
-        """The file system, which fsspec makes once for each process."""
+        """The file system, which fsspec makes once for each process; of the Hub ours."""
+        if self.protocol == HUB:
+            return HUB_FILES
         import fsspec
 
         return fsspec.filesystem(self.protocol, **dict(self.options))
@@ -74,7 +77,8 @@ class Remote:
 
     @property
     def name(self) -> str:
-        return self.shown.rpartition("/")[2]
+        name = self.shown.rpartition("/")[2]
+        return repository(self.path).name.rpartition("/")[2] if self.protocol == HUB and self.is_root else name
 
     @property
     def stem(self) -> str:
@@ -86,10 +90,10 @@ class Remote:
 
     @property
     def parent(self) -> Remote:
-        """The folder that holds it; of a server or a bucket itself."""
-        shown, path = (text.rpartition("/")[0] for text in (self.shown, self.path))
-        if shown.endswith("/") or not shown:
+        """The folder that holds it; of a server, a bucket or a repository itself."""
+        if self.is_root:
             return self
+        shown, path = (text.rpartition("/")[0] for text in (self.shown, self.path))
         return replace(self, shown=shown, path=path)
 
     def __truediv__(self, name: str) -> Remote:
@@ -132,8 +136,34 @@ class Remote:
 
     @property
     def is_root(self) -> bool:
-        """Whether it is a server or a bucket itself."""
-        return self.parent is self
+        """Whether it is a server, a bucket or a repository itself."""
+        if self.protocol == HUB:
+            return not repository(self.path).inside
+        above = self.shown.rpartition("/")[0]
+        return above.endswith("/") or not above
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether it is in a repository, at no commit of it."""
+        return self.protocol == HUB and not repository(self.path).commit
+
+    @property
+    def moving(self) -> Remote:
+        """The same place as something to write to: of a repository its main branch."""
+        return replace(self, path=self.shown.partition("://")[2]) if self.protocol == HUB else self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others put files beside ours, as in a repository, which has some that the Hub makes."""
+        return self.protocol == HUB
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where in the world it is: of the Hub, where a commit never changes, its URL and the commit."""
+        if self.protocol != HUB:
+            return {}
+        where = repository(self.path)
+        return {"url": f"{HUB}://{replace(where, revision='').path}", "revision": where.commit}
 
     def facts_now(self) -> Facts | None:
         """What is here now."""
@@ -158,7 +188,8 @@ class Remote:
 
     @property
     def kind(self) -> str:
-        if listed := self.cache.folders.get(self.parent.path, {}).get(self.name):
+        listed = None if self.is_root else self.cache.folders.get(self.parent.path, {}).get(self.name)
+        if listed:
             return listed.kind
         try:
             found = self.facts()
@@ -203,14 +234,16 @@ class Remote:
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
-    def read(self, offset: int, length: int, known: Facts) -> bytes:
-        """Bytes of the file that is `known`; few at a time come from blocks that are fetched once.
+    def read(self, offset: int, length: int, known: Facts, ahead: int = 0) -> bytes:
+        """Bytes of the file that is `known`, of which `ahead` more will be wanted next.
 
-        Raises CheckpointError where the store does not give them, or has another file by now.
+        Few at a time come from blocks that are fetched once. Raises CheckpointError where the store does not give them,
+        or has another file by now.
         """
         if length > _SMALL:
-            starts = range(offset, offset + length, LARGEST)
-            return b"".join(self.fetch(start, min(start + LARGEST, offset + length), known) for start in starts)
+            end = offset + length
+            cuts = ((start, min(start + LARGEST, end)) for start in range(offset, end, LARGEST))
+            return b"".join(self.fetch(start, stop, known, end + ahead - stop) for start, stop in cuts)
         first = offset // _BLOCK * _BLOCK
         return self.blocks(first, offset + length, known)[offset - first : offset - first + length]
 
@@ -232,12 +265,16 @@ class Remote:
                 kept.popitem(last=False)
         return b"".join(block or b"" for block in found.values())
 
-    def fetch(self, start: int, stop: int, known: Facts) -> bytes:
+    def fetch(self, start: int, stop: int, known: Facts, ahead: int = 0) -> bytes:
         """Bytes from the store."""
         if start >= stop:
             return b""
+
+        def read() -> bytes:
+            return read_range(self.fs, self.address, start=start, stop=stop, known=known, ahead=ahead)
+
         try:
-            return retrying(self, lambda: read_range(self.fs, self.address, start=start, stop=stop, known=known))
+            return retrying(self, read)
         except Absent as error:
             raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 
