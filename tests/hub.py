@@ -216,7 +216,11 @@ def action(hub: Hub, asked: dict[str, Any]) -> dict[str, Any]:
         return {"oid": oid, "size": size}
     verify = {"href": f"{hub.url}/lfs-verify"}
     if not hub.chunk or size <= hub.chunk:
-        return {"oid": oid, "size": size, "actions": {"upload": {"href": f"{hub.cdn}/{oid}?X-Signature=x"}, "verify": verify}}
+        return {
+            "oid": oid,
+            "size": size,
+            "actions": {"upload": {"href": f"{hub.cdn}/{oid}?X-Signature=x"}, "verify": verify},
+        }
     count = -(-size // hub.chunk)
     urls = {str(n): f"{hub.cdn}/{oid}?part={n}&X-Signature=x" for n in range(1, count + 1)}
     upload = {"href": f"{hub.url}/lfs-complete", "header": {"chunk_size": str(hub.chunk), **urls}}
@@ -298,6 +302,8 @@ def refused(hub: Hub, request: Request, name: str) -> Answer | None:
     known = token == f"Bearer {TOKEN}"
     if token and not known:
         return error(401, message="Invalid credentials in Authorization header")
+    if request.path == "/lfs-complete":
+        return None  # its URL is signed
     if not name:
         return None if known else error(401, message="Invalid username or password.")
     found = hub.repositories.get(name)
@@ -386,7 +392,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with served(found, answer) as found.url, served(found, answer_of_storage) as cdn:
         found.cdn = cdn.replace("127.0.0.1", "localhost")  # another host: tokens stay behind
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, found.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield found

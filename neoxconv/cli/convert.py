@@ -210,6 +210,7 @@ def prepare(source: Place, target: Place, given: Given) -> _Request:
         allow_nonfinite=bool(given["allow_nonfinite"]),
         verify=given["verify"],
         executor=given["executor"],
+        private=given["private"],
         dry=given["dry_run"],
     )
     done = conversion.count_done()

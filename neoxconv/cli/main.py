@@ -73,8 +73,8 @@ def convert(source: Place, target: Place, **given: Any) -> None:
     """Convert SRC into DST. Interrupted, the same command continues.
 
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
-    or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
-    gguf, here or in an object store (s3://, gs://, ...).
+    or a .gguf file, here or at a URL (hf://ORG/NAME, https://, s3://, ...). DST is a folder, or the file itself for
+    safetensors and gguf, here, in an object store (s3://, gs://, ...) or in a repository (hf://ORG/NAME).
     """
     from neoxconv.cli.convert import prepare
     from neoxconv.storage import is_here
