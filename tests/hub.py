@@ -302,6 +302,8 @@ def refused(hub: Hub, request: Request, name: str) -> Answer | None:
     known = token == f"Bearer {TOKEN}"
     if token and not known:
         return error(401, message="Invalid credentials in Authorization header")
+    if request.path == "/lfs-complete":
+        return None  # its URL is signed
     if not name:
         return None if known else error(401, message="Invalid username or password.")
     found = hub.repositories.get(name)
@@ -390,7 +392,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with served(found, answer) as found.url, served(found, answer_of_storage) as cdn:
         found.cdn = cdn.replace("127.0.0.1", "localhost")  # another host: tokens stay behind
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, found.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield found
