@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from neoxconv.engine.run import run
     from neoxconv.sources.checkpoint import open_checkpoint
     from neoxconv.targets.recipe import Recipe
-    from neoxconv.verify import verify_bytes, verify_weights
+    from neoxconv.verify.bytes import verify_bytes
+    from neoxconv.verify.weights import verify_weights
 
 # Loaded when first used, so that `neoxconv --help` answers at once.
 PUBLIC = {
@@ -19,8 +20,8 @@ PUBLIC = {
     "Recipe": "neoxconv.targets.recipe",
     "make_plan": "neoxconv.engine.plan",
     "run": "neoxconv.engine.run",
-    "verify_bytes": "neoxconv.verify",
-    "verify_weights": "neoxconv.verify",
+    "verify_bytes": "neoxconv.verify.bytes",
+    "verify_weights": "neoxconv.verify.weights",
 }
 __all__ = ["Recipe", "__version__", "make_plan", "open_checkpoint", "run", "verify_bytes", "verify_weights"]
 
