@@ -9,6 +9,7 @@ from neoxconv.version import __version__
 if TYPE_CHECKING:
     from neoxconv.engine.plan import make_plan
     from neoxconv.engine.run import run
+    from neoxconv.engine.together import run_all
     from neoxconv.sources.checkpoint import open_checkpoint
     from neoxconv.targets.recipe import Recipe
     from neoxconv.verify.bytes import verify_bytes
@@ -20,10 +21,11 @@ PUBLIC = {
     "Recipe": "neoxconv.targets.recipe",
     "make_plan": "neoxconv.engine.plan",
     "run": "neoxconv.engine.run",
+    "run_all": "neoxconv.engine.together",
     "verify_bytes": "neoxconv.verify.bytes",
     "verify_weights": "neoxconv.verify.weights",
 }
-__all__ = ["Recipe", "__version__", "make_plan", "open_checkpoint", "run", "verify_bytes", "verify_weights"]
+__all__ = ["Recipe", "__version__", "make_plan", "open_checkpoint", "run", "run_all", "verify_bytes", "verify_weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,9 +14,11 @@ from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine import run as engine
+from neoxconv.engine.cards import check_card, write_card
 from neoxconv.engine.checks import DECODED
 from neoxconv.engine.memory import check_memory
 from neoxconv.engine.plan import Plan, make_plan
+from neoxconv.engine.target_place import target_of
 from neoxconv.engine.workplace import free_for, work_of
 from neoxconv.errors import CheckpointError, PlanError, escaped, raise_all
 from neoxconv.sources import SOURCES, integrity
@@ -55,13 +58,14 @@ def _flag(option: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
+class Request:
     """A conversion that is planned and allowed; nothing is written yet but what an interrupted run has `done`."""
 
     source: Place
     reading: Reading
     conversion: engine.Conversion
     done: int  # steps
+    card: bool = False  # to be written beside the target
     check: integrity.Integrity | None = None  # of the source, where it was asked for
 
     @property
@@ -118,23 +122,45 @@ class _Request:
     @property
     def summary(self) -> str:
         """The plan in a few lines."""
-        plan, index, budget = self.plan, self.plan.checkpoint.index, self.conversion.budget
-        ranks = len(index.ranks)
+        plan = self.plan
         rows = [
-            ("source", f"{SOURCES[index.format].title} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}"),
-            *([("weights", "master: the optimizer's fp32")] if index.replaced else []),
+            *self.about_source,
             ("target", f"{plan.recipe.format} {self.target}"),
-            ("tensors", ", ".join(f"{count} {name}" for name, count in plan.encodings.items())),
+            ("tensors", self.tensors),
             ("tokenizer", tokenizer_line(plan.tokenizer)),
             ("size", f"{plan.total:,} bytes ({size(plan.total)}) in {plural(len(plan.sizes), 'file')}"),
-            ("memory", f"{size(budget.peak)} at most with {plural(budget.jobs, 'thread')}{self.elsewhere}"),
+            ("memory", self.memory),
         ]
+        return table("<<", rows + [("note", note) for note in self.notes])
+
+    @property
+    def about_source(self) -> list[tuple[str, str]]:
+        """What is read, and how."""
+        checkpoint = self.plan.checkpoint
+        index, ranks = checkpoint.index, len(checkpoint.index.ranks)
+        rows = [
+            ("source", f"{SOURCES[index.format].title} {self.source}, {plural(len(index.files), 'file')}, TP {ranks}")
+        ]
+        if index.replaced:
+            rows.append(("weights", "master: the optimizer's fp32"))
         if ranks > 1:
-            difference = f"the ranks' own differ by {rank_difference(plan.checkpoint):.3g} at most"
-            rows.append(("norms", f"{plan.checkpoint.norms}; {difference}"))
+            rows.append(
+                ("norms", f"{checkpoint.norms}; the ranks' own differ by {rank_difference(checkpoint):.3g} at most")
+            )
         if self.check:
             rows.append(("check", self.check.verdict))
-        return table("<<", rows + [("note", note) for note in self.notes])
+        return rows
+
+    @property
+    def tensors(self) -> str:
+        """How many tensors each encoding gets."""
+        return ", ".join(f"{count} {name}" for name, count in self.plan.encodings.items())
+
+    @property
+    def memory(self) -> str:
+        """What is taken of it at most, and where."""
+        budget = self.conversion.budget
+        return f"{size(budget.peak)} at most with {plural(budget.jobs, 'thread')}{self.elsewhere}"
 
     @property
     def elsewhere(self) -> str:
@@ -157,10 +183,20 @@ class _Request:
                 made = engine.carry_out(self.conversion, progress)
             except KeyboardInterrupt as stop:
                 raise type(stop)(f"{self.target}: not finished; run the same command again to continue.") from stop
+        self.write_card()
+        return self.result(made, time.monotonic() - begin)
+
+    def write_card(self) -> None:
+        """Write the card beside a single file, where it was asked for; a folder has its own in it."""
+        if self.card:
+            write_card(Path(str(self.target)), self.plan.card)
+
+    def result(self, made: engine.Done, seconds: float) -> dict[str, Any]:
+        """What came of it, as plain values."""
         return {
             "target": str(self.target),
             "bytes_total": self.plan.total,
-            "seconds": round(time.monotonic() - begin, 3),
+            "seconds": round(seconds, 3),
             "notes": [*self.notes],
             "overflow": made.overflow,
             "verified": self.verified,
@@ -192,32 +228,73 @@ class _Request:
         )
 
 
-def prepare(source: Place, target: Place, given: Given) -> _Request:
+def prepare(source: Place, target: Place | str, given: Given) -> Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
+    recipe = recipe_of(given)
+    plan = make_plan(source_as_asked(source, given), recipe)
+    return requests(source, {target: plan}, given)[0]
+
+
+def recipe_of(given: Given) -> Recipe:
+    """What is asked of a target. Raises UsageError where an option is not for its format, or its type."""
+    if not given["format"]:
+        raise click.UsageError(f"--to is missing: the format of DST, one of {', '.join(TARGETS)}.")
+    kind, *others = given["type"] or (None,)
+    assert not others, "several types are several recipes"
+    given = {**given, "type": kind}
     _check_options(given)
-    recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
-    check_memory(given["memory"])  # too little is told before anything is opened
-    reading = chosen(Reading, given)
-    checkpoint = opened(source, reading)
-    target = engine.as_target(target)
-    _check_apart(checkpoint, source, target, (recipe.imatrix, recipe.calibration))
-    conversion = engine.prepare(
-        make_plan(checkpoint, recipe),
-        target,
-        jobs=given["jobs"],
-        memory=given["memory"],
-        overwrite=given["overwrite"],
-        allow_nonfinite=bool(given["allow_nonfinite"]),
-        verify=given["verify"],
-        executor=given["executor"],
-        dry=given["dry_run"],
-    )
-    done = conversion.count_done()
+    return Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
+
+
+def source_as_asked(source: Place, given: Given) -> Checkpoint:
+    """SRC, open. Too little memory is told before that."""
+    check_memory(given["memory"])
+    return opened(source, chosen(Reading, given))
+
+
+def requests(source: Place, plans: Mapping[Place, Plan] | Mapping[Place | str, Plan], given: Given) -> list[Request]:
+    """Conversions of one source that may be carried out, side by side.
+
+    Raises CheckpointError where the source is damaged, PlanError where a target cannot be made.
+    """
+    checkpoint = next(iter(plans.values())).checkpoint
+    targets = {target_of(plan, target): plan for target, plan in plans.items()}
+    for target, plan in targets.items():
+        _check_apart(checkpoint, source, target, (plan.recipe.imatrix, plan.recipe.calibration, plan.recipe.metadata))
+        if given["card"] and plan.single:
+            check_card(target)
+    conversions = [
+        engine.prepare(
+            plan,
+            target,
+            jobs=given["jobs"],
+            memory=given["memory"],
+            overwrite=given["overwrite"],
+            allow_nonfinite=bool(given["allow_nonfinite"]),
+            verify=given["verify"],
+            executor=given["executor"],
+            dry=given["dry_run"],
+            beside=[other for other in targets.values() if other is not plan],
+        )
+        for target, plan in targets.items()
+    ]
+    done = [conversion.count_done() for conversion in conversions]
     quiet = given["quiet"] or given["json"]
     check = checked(checkpoint, jobs=given["jobs"], quiet=quiet) if given["check"] else None
     raise_all(CheckpointError, map(str, check.damage if check else ()))
     checkpoint.refuse_doubts()
-    return _Request(source=source, reading=reading, conversion=conversion, done=done, check=check)
+    reading = chosen(Reading, given)
+    return [
+        Request(
+            source=source,
+            reading=reading,
+            conversion=conversion,
+            done=count,
+            check=check,
+            card=bool(given["card"]) and conversion.plan.single,
+        )
+        for conversion, count in zip(conversions, done, strict=True)
+    ]
 
 
 def _check_apart(checkpoint: Checkpoint, source: Place, target: Place, read: Sequence[Place | None]) -> None:

@@ -19,9 +19,9 @@ from neoxconv.engine.side_file import check_side_file
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError, VerifyError
 from neoxconv.sources.checkpoint import open_checkpoint, read_index
 from neoxconv.sources.coverage import is_partial
-from neoxconv.storage import Place
+from neoxconv.storage import Place, watched
 from neoxconv.verify.beside import verify_beside
-from neoxconv.verify.bytes import sha256sums, verify_bytes
+from neoxconv.verify.bytes import Seen, sha256sums, verify_bytes
 from neoxconv.verify.ids import verify_ids
 from neoxconv.verify.logits.trial import Engine, Limits, Sample, Task, Trial
 from neoxconv.verify.report import Report, TensorError, findings_of, together, verdicts
@@ -178,9 +178,9 @@ def audit(asked: _Audit) -> _Outcome:
     target = asked.target
     manifest = read_manifest(target) if target.exists() else None
     if asked.level == "bytes":
-        return _Outcome({}, (_check_bytes(asked, manifest),))
+        return _Outcome({}, _check_bytes(asked, manifest))
     alone = asked.level == "tokenizer"
-    reports: tuple[Report, ...] = (_check_bytes(asked, manifest),) if manifest and not alone else ()
+    seen = Seen(target, manifest) if manifest and not alone else None
     norms, whence = _policy("norms", "mean", manifest, asked.reading.norms)
     weights, told = _policy("weights", "stored", manifest, asked.reading.weights)
     untold: dict[str, Any] = {
@@ -192,14 +192,19 @@ def audit(asked: _Audit) -> _Outcome:
     basis |= {"weights": f"{weights} ({told})"} if weights != "stored" else {}
     if asked.trial.html:
         check_side_file(asked.trial.html, (*asked.paths, *asked.files))
+    reports: tuple[Report, ...] = ()
     try:
-        made = open_target(target, asked.reading.preset)
+        with watched(seen):
+            made = open_target(target, asked.reading.preset)
         reports += () if alone else (_check_weights(source, made, asked),)
         outcome = _with_tokenizer(_Outcome(basis, reports), source, made, asked)
     except CheckpointError as error:
+        reports = (*_check_bytes(asked, manifest, seen), *reports) if seen else reports
         if all(report.passed for report in reports):
             raise
         return _Outcome(basis, (*reports, Report("weights", "cannot be opened", findings_of(target, error), ran=False)))
+    if seen:  # at last, as the weights' reading has hashed most of it
+        outcome = replace(outcome, reports=(*_check_bytes(asked, manifest, seen), *outcome.reports))
     return _with_logits(outcome, source, made, asked) if asked.level == "logits" else outcome
 
 
@@ -239,11 +244,11 @@ def _policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: 
     return default, "the default"
 
 
-def _check_bytes(asked: _Audit, manifest: Mapping[str, Any] | None) -> Report:
+def _check_bytes(asked: _Audit, manifest: Mapping[str, Any] | None, seen: Seen | None = None) -> tuple[Report, ...]:
     """The first level, with a bar."""
     total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
     with progress_bar(total, "bytes", asked.quiet) as progress:
-        return verify_bytes(asked.target, manifest=manifest, jobs=asked.jobs, progress=progress)
+        return (verify_bytes(asked.target, manifest=manifest, seen=seen, jobs=asked.jobs, progress=progress),)
 
 
 def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Report:

@@ -55,10 +55,10 @@ def stored(file: Storage, offset: int, shape: Sequence[int], dtype: DType) -> La
     Reading it raises CheckpointError where the file is cut short.
     """
     tail = tuple(shape[1:])
-    row = dtype.size(math.prod(tail))
+    rows, row = shape[0] if shape else 1, dtype.size(math.prod(tail))
 
     def read(start: int, stop: int) -> Array:
-        data = file.read(offset + start * row, (stop - start) * row)
+        data = file.read(offset + start * row, (stop - start) * row, (rows - stop) * row)
         if dtype.block > 1:
             return data.reshape(stop - start, row)
         return data.view(dtype.numpy).reshape(stop - start, *tail)

@@ -98,7 +98,7 @@ def submit_to(pool: Executor, plan: Plan, work: Work) -> Submit:
     """What gives steps to workers that see the same files under the same paths."""
     origin = origin_of(plan)
 
-    def submit(step: Step) -> Future[Digests]:
+    def send(step: Step) -> Future[Digests]:
         errand = Errand(
             origin=origin,
             number=step.number,
@@ -109,7 +109,7 @@ def submit_to(pool: Executor, plan: Plan, work: Work) -> Submit:
         )
         return pool.submit(run_errand, errand)
 
-    return submit
+    return lambda steps: {send(step): step for step in steps}
 
 
 def origin_of(plan: Plan) -> _Origin:

@@ -12,6 +12,8 @@ from neoxconv.words import size
 _MIB = 1 << 20
 _BASE = 200 * _MIB  # what Python, numpy, the kernels and a tokenizer take before the first weight (measured: 170)
 _COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
+_WAITING = 3  # of a slab that is held by each further target of several while it is not its turn
+KEPT = 4  # slabs for each worker of what was read last far away, for the other targets
 SLAB = 2 * _MIB  # larger ones leave the caches, and malloc gives their pages back each time: half the speed
 _SMALLEST_SLAB = _MIB
 DEFAULT_MEMORY = 512 * _MIB
@@ -24,11 +26,12 @@ class Budget:
     jobs: int
     slab: int
     kept: int  # bytes that a worker holds until a tensor is done
+    copies: int = _COPIES  # of a slab that a worker may hold at once
 
     @property
     def peak(self) -> int:
         """Bytes expected at most."""
-        return _BASE + self.jobs * (_COPIES * self.slab + self.kept)
+        return _BASE + self.jobs * (self.copies * self.slab + self.kept)
 
 
 def threads_for(checkpoint: Checkpoint, jobs: int | None) -> int:
@@ -36,23 +39,26 @@ def threads_for(checkpoint: Checkpoint, jobs: int | None) -> int:
     return jobs or at_once(checkpoint.index.folder)
 
 
-def _least_of(kept: int) -> int:
-    """The fewest bytes that one worker does with."""
-    return _COPIES * _SMALLEST_SLAB + kept
-
-
-def check_memory(memory: int, kept: int = 0) -> None:
+def check_memory(memory: int, kept: int = 0, abreast: int = 1) -> None:
     """Raise PlanError where not even one worker keeps within `memory` bytes."""
-    if memory - _BASE < _least_of(kept):
-        needed = -(-(_BASE + _least_of(kept)) // _MIB)
+    least = _copies(abreast) * _SMALLEST_SLAB + kept
+    if memory - _BASE < least:
+        needed = -(-(_BASE + least) // _MIB)
         raise PlanError(f"--memory {size(memory)} is too little; at least {needed} MiB are needed.")
 
 
-def budget_for(jobs: int, memory: int, kept: int = 0) -> Budget:
+def budget_for(jobs: int, memory: int, kept: int = 0, abreast: int = 1) -> Budget:
     """As many jobs as wanted and slabs of 2 MiB at most, within `memory` bytes; each worker has `kept` besides slabs.
 
-    Jobs fall before a slab gets under 1 MiB. Raises PlanError where not even one fits.
+    A worker takes steps of `abreast` targets in turn. Jobs fall before a slab gets under 1 MiB. Raises PlanError where
+    not even one fits.
     """
-    check_memory(memory, kept)
-    workers = min(jobs, (memory - _BASE) // _least_of(kept))
-    return Budget(workers, min(SLAB, ((memory - _BASE) // workers - kept) // _COPIES), kept)
+    check_memory(memory, kept, abreast)
+    copies, free = _copies(abreast), memory - _BASE
+    workers = min(jobs, free // (copies * _SMALLEST_SLAB + kept))
+    return Budget(workers, min(SLAB, (free // workers - kept) // copies), kept, copies)
+
+
+def _copies(abreast: int) -> int:
+    """How many slabs a worker may hold at once."""
+    return _COPIES + (KEPT + _WAITING * (abreast - 1) if abreast > 1 else 0)

@@ -106,7 +106,7 @@ class DiskTarget:
             with cluster.connected(crew.executor) as pool:
                 submit = cluster.submit_to(pool, self.plan, work)
                 return run_steps(self.plan.steps, submit, journal, work.progress)
-        with threads(work, crew.jobs) as submit:
+        with threads(work, crew) as submit:
             return run_steps(self.plan.steps, submit, journal)
 
     def publish(self, described: Sequence[Described]) -> None:

@@ -24,11 +24,12 @@ from neoxconv.engine.memory import DEFAULT_MEMORY, Budget, budget_for, threads_f
 from neoxconv.engine.plan import Plan, check_sources, resume_key
 from neoxconv.engine.publish import DiskTarget, room
 from neoxconv.engine.steps import Progress, Work
+from neoxconv.engine.target_place import target_of
 from neoxconv.engine.upload import StoreTarget
-from neoxconv.engine.workers import Crew
+from neoxconv.engine.workers import Crew, Seat
 from neoxconv.engine.workplace import locked, made_in, work_of
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.storage import Place, is_far, place
+from neoxconv.storage import Place, is_far
 from neoxconv.words import size
 
 
@@ -93,7 +94,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class _Done:
+class Done:
     """A target that was made, and how many weights of each tensor were cut to the largest number of its type."""
 
     target: Place
@@ -145,15 +146,18 @@ def prepare(
     verify: bool = False,
     executor: str | None = None,
     dry: bool = False,
+    beside: Sequence[Plan] = (),
 ) -> Conversion:
     """The first half of `run`: everything checked and nothing written. Raises PlanError where `run` would.
 
-    What a killed run of ours left beside its published target is taken away, unless the run is `dry`.
+    What a killed run of ours left beside its published target is taken away, unless the run is `dry`. `beside` are the
+    other plans that are carried out at the same time, within the same memory.
     """
+    kept = sum(each.kept for each in (plan, *beside))
     conversion = Conversion(
         plan=plan,
-        target=as_target(target),
-        budget=budget_for(threads_for(plan.checkpoint, jobs), memory, plan.kept),
+        target=target_of(plan, target),
+        budget=budget_for(threads_for(plan.checkpoint, jobs), memory, kept, 1 + len(beside)),
         checks=checks_of(allow_nonfinite=allow_nonfinite, verify=verify),
         executor=executor,
         overwrite=overwrite,
@@ -165,14 +169,6 @@ def prepare(
     return conversion
 
 
-def as_target(target: Place | str) -> Place:
-    """The place itself that a target is to have. Raises PlanError where that has no name, as `/` has none."""
-    where = place(target).resolve()
-    if not where.name:
-        raise PlanError(f"{where}: is no place for a target; give the name of a file or a folder in it.")
-    return where
-
-
 def _destination_of(conversion: Conversion) -> _Destination:
     """How the target is made where it is to be."""
     plan, target = conversion.plan, conversion.target
@@ -181,14 +177,15 @@ def _destination_of(conversion: Conversion) -> _Destination:
     return DiskTarget(plan, Path(str(target)))
 
 
-def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -> _Done:
+def carry_out(conversion: Conversion, progress: Progress = lambda count: None, seat: Seat | None = None) -> Done:
     """The second half of `run`, alone in its folder: make what is not made yet, and publish.
 
-    Raises NeoxconvError when the disk or a value stops it, PlanError where another run is at work there.
+    With a `seat` it shares its threads with other runs. Raises NeoxconvError when the disk or a value stops it,
+    PlanError where another run is at work there.
     """
     plan, budget = conversion.plan, conversion.budget
     plan.checkpoint.refuse_doubts()
-    crew, destination = Crew(budget.jobs, conversion.executor), _destination_of(conversion)
+    crew, destination = Crew(budget.jobs, conversion.executor, seat), _destination_of(conversion)
     folder = destination.work
     try:
         destination.check_room(crew)
@@ -212,7 +209,7 @@ def carry_out(conversion: Conversion, progress: Progress = lambda count: None) -
             destination.publish(entries)
     except OSError as error:
         raise NeoxconvError(_explain(error, destination)) from error
-    return _Done(destination.target, overflows(entries))
+    return Done(destination.target, overflows(entries))
 
 
 @contextmanager

@@ -6,9 +6,10 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -42,11 +43,24 @@ class Work:
     stop: threading.Event = field(default_factory=threading.Event)
 
 
+Writing = Generator[None, None, Digests]  # a step under way: a band of rows each time, at last the digests of its slots
+
+
 def run_step(work: Work, step: Step) -> Digests:
     """One tensor written, or found written already: the digests of its slots."""
+    writing = begin_step(work, step)
+    while True:
+        try:
+            next(writing)
+        except StopIteration as end:
+            return cast(Digests, end.value)
+
+
+def begin_step(work: Work, step: Step) -> Writing:
+    """One tensor to be written band by band, or found written already."""
     descriptor = os.open(work.folder / step.file.name, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        digests = written(step, descriptor, work) or write_step(step, descriptor, work)
+        digests = written(step, descriptor, work) or (yield from write_step(step, descriptor, work))
     finally:
         os.close(descriptor)
     return dict(zip(step.keys, digests, strict=True))
@@ -75,7 +89,7 @@ def _hashed(step: Step, slot: Slot, descriptor: int, work: Work) -> Digest:
     return tally.digest()
 
 
-def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
+def write_step(step: Step, descriptor: int, work: Work) -> Generator[None, None, list[Digest]]:
     """Write one tensor at its planned places; the digests of their bytes."""
     entry, name = step.entry, step.file.name
     tallies = [_Tally(step.file.crcs) for _ in step.slots]
@@ -93,6 +107,7 @@ def write_step(step: Step, descriptor: int, work: Work) -> list[Digest]:
         write_all(descriptor, piece.data, step.slots[piece.number].offset + tally.count)
         tally.add(piece.data)
         work.progress(piece.data.size)
+        yield
     if bad and FINITE in work.checks:
         raise NeoxconvError(
             f"{work.source or name}: {entry.unified} has {bad} values that are not finite as {entry.encoding.name}. "

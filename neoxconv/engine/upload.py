@@ -171,12 +171,12 @@ class StoreTarget:
         if crew.executor:
             made = self.make_on_workers(files, work, crew.executor)
         else:
-            made = self.make_here(files, work, crew.jobs, journal)
+            made = self.make_here(files, work, crew, journal)
         for described in made:
             self.sent.add(described, self.object_of(described["name"]))
             yield described
 
-    def make_here(self, files: Sequence[FileLayout], work: Work, jobs: int, journal: Journal) -> Iterator[Described]:
+    def make_here(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
         """Make files one after the other; while one is made, the one before it is sent."""
 
         def post(file: FileLayout, described: Described) -> Described:
@@ -184,7 +184,7 @@ class StoreTarget:
             (work.folder / file.name).unlink()
             return described
 
-        with ThreadPoolExecutor(1) as postman, threads(work, jobs) as submit:
+        with ThreadPoolExecutor(1) as postman, threads(work, crew) as submit:
             under_way: list[Future[Described]] = []
             for file in files:
                 begin_file(file, work.folder)

@@ -2,7 +2,7 @@
 
 from neoxconv.storage.address import place
 from neoxconv.storage.bounded import check_size, read_bounded
-from neoxconv.storage.files import Storage, Stream, open_storage, opener_of, size_of, stream_of, write_all
+from neoxconv.storage.files import Storage, Stream, open_storage, opener_of, size_of, stream_of, watched, write_all
 from neoxconv.storage.places import (
     Place,
     anew,
@@ -12,6 +12,9 @@ from neoxconv.storage.places import (
     is_file,
     is_folder,
     is_here,
+    is_shared,
+    keep_bands,
+    origin_of,
     together,
     without_dots,
 )
@@ -30,13 +33,17 @@ __all__ = [
     "is_file",
     "is_folder",
     "is_here",
+    "is_shared",
+    "keep_bands",
     "open_storage",
     "opener_of",
+    "origin_of",
     "place",
     "read_bounded",
     "size_of",
     "stream_of",
     "together",
+    "watched",
     "without_dots",
     "write_all",
 ]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,6 +29,20 @@ from neoxconv.storage.requests import FILE, Facts
 _POINTER, _LARGEST_POINTER = b"version https://git-lfs", 1024  # bytes
 
 
+Watch = Callable[[Place, int, Bytes], None]  # of a file's bytes from an offset on, each time that some are read
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(watch: Watch | None) -> Iterator[None]:
+    """Files that are opened meanwhile tell `watch` of what is read of them, then and later."""
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
+
+
 @dataclass(frozen=True)
 class Storage:
     """A source file of `size` bytes at `path`; `version` is what a store calls its content."""
@@ -34,13 +50,17 @@ class Storage:
     path: Place
     size: int
     version: str = ""
+    watch: Watch | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         return self.path.name
 
-    def read(self, offset: int, length: int) -> Bytes:
-        """`length` bytes from `offset` on, as uint8. Raises CheckpointError where the file does not hold them all."""
+    def read(self, offset: int, length: int, ahead: int = 0) -> Bytes:
+        """`length` bytes from `offset` on, as uint8; the `ahead` that follow them will be wanted next.
+
+        Raises CheckpointError where the file does not hold them all.
+        """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
                 f"{self.path}: bytes {offset} to {offset + length} are wanted but the file has {self.size}. "
@@ -48,9 +68,16 @@ class Storage:
             )
         data = np.empty(length, np.uint8)
         if isinstance(self.path, Remote):
-            data[:] = np.frombuffer(self.path.read(offset, length, self.facts), np.uint8)
-            return data
-        view, done = data.data, 0
+            data[:] = np.frombuffer(self.path.read(offset, length, self.facts, ahead), np.uint8)
+        else:
+            self._read_into(data, offset)
+        if self.watch:
+            self.watch(self.path, offset, data)
+        return data
+
+    def _read_into(self, data: Bytes, offset: int) -> None:
+        """Fill `data` with the bytes of a file on a disk."""
+        view, done, length = data.data, 0, data.size
         try:
             with open(str(self.path), "rb", buffering=0) as file:
                 while done < length:
@@ -63,7 +90,6 @@ class Storage:
                     done += count
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error.strerror}).") from error
-        return data
 
     @property
     def facts(self) -> Facts:
@@ -105,7 +131,7 @@ def open_storage(path: Place) -> Storage:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}).") from error
     if not path.is_file():
         raise CheckpointError(f"{path}: is not a file; give one.")
-    return Storage(path, size)
+    return Storage(path, size, watch=_WATCH.get())
 
 
 def _open_remote(path: Remote) -> Storage:
@@ -117,7 +143,7 @@ def _open_remote(path: Remote) -> Storage:
         )
     if facts.size is None:
         raise CheckpointError(f"{path}: the server does not tell its size; download it, or put it on another server.")
-    return Storage(path, facts.size, facts.version)
+    return Storage(path, facts.size, facts.version, _WATCH.get())
 
 
 def size_of(path: Place) -> int:

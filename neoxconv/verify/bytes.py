@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
+from neoxconv.dtypes import Bytes
 from neoxconv.engine.manifest import (
     MANIFEST,
     Range,
@@ -17,23 +21,73 @@ from neoxconv.engine.manifest import (
     read_manifest,
 )
 from neoxconv.errors import CheckpointError
-from neoxconv.storage import Place, at_once, is_file, opener_of, place, size_of, stream_of
+from neoxconv.storage import Place, at_once, is_file, is_shared, opener_of, place, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
 _Progress = Callable[[int], None]
+
+
+class Seen:
+    """What is read of a target meanwhile, hashed: the digests of its manifest's ranges that were read from end to end.
+
+    A range is hashed as far as it is read in order; what was read before is skipped.
+    """
+
+    def __init__(self, target: Place, manifest: Mapping[str, Any]) -> None:
+        self.ranges = {str(_path_of(target, file)): _Ranges(file["ranges"]) for file in manifest["files"]}
+
+    def __call__(self, path: Place, offset: int, data: Bytes) -> None:
+        """Take note of a file's bytes."""
+        ranges = self.ranges.get(str(path))
+        if ranges is None:
+            return
+        number = bisect_right(ranges.starts, offset) - 1
+        while 0 <= number < len(ranges.starts) and ranges.starts[number] < offset + data.size:
+            ranges.hashing[number].add(offset, data)
+            number += 1
+
+    def digest(self, path: Place, number: int) -> str | None:
+        """The SHA-256 of a file's range of that number, if all of it was read."""
+        found = self.ranges[str(path)].hashing[number]
+        return found.sha256.hexdigest() if found.next == found.end else None
+
+
+class _Ranges:
+    """The ranges of a file, in the order of their offsets."""
+
+    def __init__(self, entries: Sequence[Any]) -> None:
+        self.starts = [entry["offset"] for entry in entries]
+        self.hashing = [_Hashing(entry["offset"], entry["offset"] + entry["bytes"]) for entry in entries]
+
+
+class _Hashing:
+    """A range that has been hashed from its begin to `next`."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        self.next, self.end, self.sha256, self.lock = begin, end, hashlib.sha256(), threading.Lock()
+
+    def add(self, offset: int, data: Bytes) -> None:
+        """Go on with a file's bytes from `offset` on, if they hold the next one."""
+        with self.lock:
+            if offset <= self.next < offset + data.size:
+                new = data[self.next - offset : self.end - offset]
+                self.sha256.update(new.data)
+                self.next += new.size
 
 
 def verify_bytes(
     target: Place | str,
     *,
     manifest: Mapping[str, Any] | None = None,
+    seen: Seen | None = None,
     jobs: int | None = None,
     progress: _Progress = lambda count: None,
 ) -> Report:
     """Whether the files of `target` are byte for byte those that its manifest describes.
 
-    Raises CheckpointError where the target or its manifest is missing. `manifest` spares reading it here; `jobs` ranges
-    are hashed at a time, by default as many as read the target best; `progress` gets counts of bytes read.
+    Raises CheckpointError where the target or its manifest is missing. `manifest` spares reading it here, and `seen`
+    the ranges that were read for something else; `jobs` ranges are hashed at a time, by default as many as read the
+    target best; `progress` gets counts of bytes.
     """
     target = place(target)
     if not target.exists():
@@ -46,8 +100,8 @@ def verify_bytes(
         )
     files = manifest["files"]
     with ThreadPoolExecutor(jobs or at_once(target)) as pool:
-        findings = [finding for file in files for finding in _check_file(target, file, pool, progress)]
-    if target.is_dir():
+        findings = [finding for file in files for finding in _check_file(target, file, seen, pool, progress)]
+    if target.is_dir() and not is_shared(target):
         known = {file["name"] for file in files} | {MANIFEST}
         present = sorted(inside(path, target) for path in target.rglob("*") if path.is_file())
         findings += [Finding(name, "is not in the manifest") for name in present if name not in known]
@@ -75,9 +129,16 @@ def inside(path: Place, folder: Place) -> str:
     return str(PurePosixPath(str(path)).relative_to(str(folder)))
 
 
-def _check_file(target: Place, file: dict[str, Any], pool: Executor, progress: _Progress) -> Iterator[Finding]:
+def _path_of(target: Place, file: Mapping[str, Any]) -> Place:
+    """Where a file of the manifest lies."""
+    return target / file["name"] if target.is_dir() else target
+
+
+def _check_file(
+    target: Place, file: dict[str, Any], seen: Seen | None, pool: Executor, progress: _Progress
+) -> Iterator[Finding]:
     """What is wrong with one file."""
-    path = target / file["name"] if target.is_dir() else target
+    path = _path_of(target, file)
     name = file["name"] if target.is_dir() else target.name
     if target.is_dir() and not PurePosixPath(str(path.resolve())).is_relative_to(str(target.resolve())):
         yield Finding(name, "lies outside the target")
@@ -91,13 +152,15 @@ def _check_file(target: Place, file: dict[str, Any], pool: Executor, progress: _
         yield Finding(name, "the manifest's digest of the file does not fit those of its ranges")
     opener, parts = opener_of(path), [part_of(entry) for entry in file["ranges"]]
 
-    def hashed(part: Range) -> str:
-        with opener() as stream:
-            digest = hash_range(stream, part)
-        progress(part.length)
+    def hashed(number: int) -> str:
+        digest = seen.digest(path, number) if seen else None
+        if digest is None:
+            with opener() as stream:
+                digest = hash_range(stream, parts[number])
+        progress(parts[number].length)
         return digest
 
-    for entry, part, digest in zip(file["ranges"], parts, pool.map(hashed, parts), strict=True):
+    for entry, part, digest in zip(file["ranges"], parts, pool.map(hashed, range(len(parts))), strict=True):
         if digest != entry["sha256"]:
             where = f"bytes {part.offset} to {part.offset + part.length}"
             yield Finding(name, f"{part.name or 'header or padding'} ({where}) differs from what was written")

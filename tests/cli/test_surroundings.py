@@ -74,7 +74,10 @@ def test_in_a_removed_folder_absolute_paths_work(source: Path, tmp_path: Path) -
     assert json.loads(answer.stdout) == {"error": GONE.removeprefix("neoxconv: ").strip(), "code": 1}
 
 
-@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">&- 2>&-"])
+ONE_BY_ONE = [pytest.param(streams, marks=pytest.mark.slow) for streams in ("<&-", ">&-", "2>&-", ">&- 2>&-")]
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", *ONE_BY_ONE])
 def test_closed_streams_get_nothing_into_a_target(streams: str, source: Path, tmp_path: Path) -> None:
     words = ["--to", "gguf", "--type", "F16"]
     assert in_shell("%s", ["convert", source, tmp_path / "a.gguf", *words], tmp_path).returncode == 0

@@ -293,6 +293,7 @@ def digest_of_whole_numbers() -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_the_bytes_are_the_same_on_a_plain_processor() -> None:
     script = "from tests.quant import test_feedback as t; print(t.digest_of_whole_numbers())"
     assert printed(script) == digest_of_whole_numbers()

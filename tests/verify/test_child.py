@@ -120,7 +120,11 @@ def test_a_package_that_is_not_there_is_told_as_such(
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    (signal.SIGKILL, -9),
+])  # fmt: skip
 def test_it_ends_with_ours(
     number: signal.Signals, code: int, files: tuple[Path, Path], faked: Faked, tmp_path: Path
 ) -> None:
@@ -202,6 +206,7 @@ def test_transformers_is_asked_twice_and_loaded_once(tmp_path: Path, monkeypatch
         assert found.figures.mean < 1e-9 and not found.layers
 
 
+@pytest.mark.slow
 def test_transformers_sits_the_exam(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -222,7 +222,9 @@ def test_what_is_no_text_is_told(
     assert line.startswith(f"neoxconv: {tmp_path / 'x'}: {message}")
 
 
-@pytest.mark.parametrize("content", ["\0 a \0\0 b", "\ufeffhello", "\U0010ffff\ufffd", "\r\r\n\n", "<|endoftext|>" * 9])
+@pytest.mark.parametrize(
+    "content", ["\ufeffhello\0 a \0\0 b\U0010ffff\ufffd\r\r\n\n" + "<|endoftext|>" * 9, "\r\r\n\n"]
+)
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.oracle
 def test_strange_texts_reach_the_programs_as_they_are(kind: str, content: str, made: Pair, text: Written) -> None:
