@@ -27,6 +27,7 @@ from neoxconv.cli.values import (
 )
 from neoxconv.names import (
     DTYPES,
+    ENGINES,
     FORMATS,
     GROUPS,
     MIXES,
@@ -295,11 +296,14 @@ _of_logits = _options(
     ),
     _choice_option(
         "--engine",
-        choices=("native", "transformers", "llama.cpp", "ctranslate2"),
+        choices=ENGINES,
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits, and --text: what runs TARGET: native, transformers, llama.cpp or ctranslate2.",
+        help=f"logits, and --text: what runs TARGET: {', '.join(ENGINES[:-1])} or {ENGINES[-1]}.",
+    ),
+    click.option(
+        "--engine-python", type=PATH, metavar="FILE", help="The Python that has the engine.  [default: neoxconv's]"
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),

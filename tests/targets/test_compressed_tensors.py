@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from neoxconv import Recipe, open_checkpoint
 from neoxconv.cli.main import main
-from neoxconv.errors import CheckpointError, PlanError
+from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
 from neoxconv.names import GROUPS
 from neoxconv.targets.compressed_tensors import RECIPES
+from neoxconv.verify.engines import child
 from neoxconv.verify.logits.compare import compare_predictions
+from neoxconv.verify.logits.trial import Engine
 from tests.fixtures import real
-from tests.oracles import causal_logits, program, vllm_loss
+from tests.oracles import causal_logits, program, skip, vllm_python
 from tests.scaled import (
     CONFIG,
     FILE,
@@ -156,10 +158,15 @@ def test_vllm_predicts_as_the_weights_that_are_read_back(asymmetric: bool, tmp_p
     model = real("trained_tp2_pp4")
     target = made(model / "checkpoints", tmp_path / "x", Recipe("compressed-tensors", asymmetric=asymmetric))
     tokens = np.load(model / "reference" / "tokens.npy")[:2, :64]
-    theirs = vllm_loss(target, tokens)
     read = open_checkpoint(target)
-    ours = compare_predictions(read, read, tokens).figures.perplexity.candidate
-    assert abs(theirs - np.log(ours)) < 0.01  # in bfloat16
+    try:
+        with child.program(Engine("vllm", vllm_python()), target, read) as ask:
+            logits = ask(tokens)
+    except NeoxconvError as error:
+        if "wna16" in str(error).lower():
+            skip("vLLM has no kernel for packed weights on this processor")
+        raise
+    assert compare_predictions(read, read, tokens, engine="vllm", logits=logits).figures.mean < 1e-5  # in float16
 
 
 def test_groups_that_do_not_divide_the_columns_are_refused(tmp_path: Path) -> None:
