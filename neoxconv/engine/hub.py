@@ -22,7 +22,7 @@ from neoxconv.engine.sent import Sent, check_room_for_two, made_and_sent
 from neoxconv.engine.steps import Work
 from neoxconv.engine.workers import Crew
 from neoxconv.engine.workplace import SENT, made_in, work_of
-from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
+from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.storage import Remote, commits
 from neoxconv.storage.commits import Large
 from neoxconv.storage.hub import Entry, Repository, head, listing, repository
@@ -73,9 +73,6 @@ class HubTarget:
         target, where = self.target, self.where
         if where.revision:
             raise PlanError(f"{target}: names a revision; a target is committed to the main branch, so leave @ out.")
-        if self.plan.single and not where.inside:
-            name = f"{target}/{target.name}.{self.plan.recipe.format}"
-            raise PlanError(f"{target}: {self.plan.recipe.format} writes one file, so give its name, such as {name}.")
         if not commits.has_token():
             raise PlanError(f"{target}: needs a token that may write; log in with `hf auth login`, or set HF_TOKEN.")
         ours.check_work(self.work)
@@ -165,21 +162,21 @@ class HubTarget:
         Raises PlanError where others have committed files of these names meanwhile, NeoxconvError where the repository
         does not hold afterwards what was sent.
         """
-        now = self.head()
-        parent = now[0] if now else ""
-        if parent:
-            self.check_free(parent, overwrite=self.overwrite)
         small = {self.path_of(name): data for name, data in self.plan.sidecars.items()}
         local = {self.path_of(name): made_in(self.work) / name for name in self.here}
         content = {**local, **small, self.manifest: manifest(self.plan, described)}
         message = " ".join(filter(None, (f"neoxconv {__version__}:", self.plan.recipe.format, self.plan.recipe.type)))
+
+        def commit() -> None:
+            """Commit after what is there now: where another commit comes between, it is looked at and tried again."""
+            now = self.head()
+            if now:
+                self.check_free(now[0], overwrite=self.overwrite)
+            commits.commit(self.where, content, self.large, message=message, parent=now[0] if now else "")
+
         try:
-            retrying(
-                self.target,
-                lambda: commits.commit(self.where, content, self.large, message=message, parent=parent),
-                "written",
-            )
-        except CheckpointError:
+            retrying(self.target, commit, "written")
+        except NeoxconvError:
             if not self.is_published():  # else only the answer was lost
                 raise
         if not self.is_published():

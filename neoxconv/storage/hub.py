@@ -91,7 +91,7 @@ def told() -> Iterator[None]:
         if type(error).__name__ == "OfflineModeIsEnabled":
             raise Unusable("may not be asked for: HF_HUB_OFFLINE is set; unset it", again=False) from None
         if status == 412:
-            raise Unusable("was committed to by others meanwhile; run the same command again", again=False) from None
+            raise Unusable("others commit to it all the time; run the same command again to continue") from None
         raise
     except ValueError as error:
         raise Unusable(f"is refused by huggingface_hub: {error}", again=False) from None

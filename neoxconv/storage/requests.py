@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from neoxconv.errors import CheckpointError
+from neoxconv.errors import CheckpointError, NeoxconvError
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each repetition of a request
 TIMEOUT = 60.0  # seconds that an answer may take
@@ -79,6 +79,8 @@ def retrying(where: object, request: Callable[[], Answered], deed: str = "read")
     for count, pause in enumerate((*PAUSES, None), 1):
         try:
             return request()
+        except NeoxconvError:
+            raise
         except Exception as error:
             what, again = _judged(error, deed)
             if (status := status_of(error)) in _MISSING + _REFUSED:

@@ -12,7 +12,7 @@ import pytest
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_bytes
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.workplace import work_of
-from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
+from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.storage import commits, place, requests
 from neoxconv.storage import hub as storage
 from tests.helpers import cli, digests
@@ -60,9 +60,11 @@ def test_a_repository_gives_the_same_bytes_and_is_listed_once(hub: Hub, source: 
     where = hub.add("org/shards", source)
     for far, target in (("hf://org/shards", "far"), (str(source), "here")):
         run(make_plan(open_checkpoint(far), Recipe("slim")), tmp_path / target)
-    assert without(digests(tmp_path / "far"), "manifest.json") == without(digests(tmp_path / "here"), "manifest.json")
+    told_apart = "manifest.json", "README.md"  # which say where the model is from
+    assert without(digests(tmp_path / "far"), *told_apart) == without(digests(tmp_path / "here"), *told_apart)
     told, local = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("far", "here"))
-    assert told.pop("origin") == {"url": "hf://org/shards", "revision": where.commits[-1][0]} and told == local
+    assert told.pop("origin") == {"url": "hf://org/shards", "revision": where.commits[-1][0]}
+    assert "origin" not in local and told["sources"] == local["sources"]
     assert [request.path for request in hub.asked("/api/models")] == [
         "/api/models/org/shards", f"/api/models/org/shards/tree/{where.commits[-1][0]}"
     ]  # fmt: skip
@@ -75,8 +77,7 @@ def test_a_repository_is_read_at_the_commit_that_it_had(hub: Hub, source: Path, 
     checkpoint = open_checkpoint("hf://org/model")
     first.commit(dict.fromkeys(first.files, b"another"))
     run(make_plan(checkpoint, ONE), tmp_path / "far.gguf")
-    run(make_plan(open_checkpoint(tmp_path / "hf"), ONE), tmp_path / "here.gguf")
-    assert digests(tmp_path / "far.gguf") == digests(tmp_path / "here.gguf")
+    assert cli("verify", tmp_path / "hf", tmp_path / "far.gguf") == 0
     assert {re.split("/resolve/|/", request.path)[3] for request in hub.asked("/resolve/")} == {first.commits[0][0]}
     assert cli("inspect", "hf://org/model") == 1
     assert cli("inspect", f"hf://org/model@{first.commits[0][0]}") == 0
@@ -209,8 +210,8 @@ def test_the_command_line_publishes_inspects_and_verifies(hub: Hub, source: Path
     assert cli("verify", "hf://org/new", "hf://org/new/q.gguf") == 0
     assert [len(files) for _, files in hub.repositories["org/new"].commits][1:] == [9, 11]
     capsys.readouterr()
-    assert cli("convert", source, "hf://org/other", "--to", "gguf") == 1
-    assert "gguf writes one file, so give its name, such as hf://org/other/other.gguf" in capsys.readouterr().err
+    assert cli("convert", source, "hf://org/other", "--to", "gguf") == 0  # by its default name
+    assert sum(name.endswith(".gguf") for name in hub.repositories["org/other"].files) == 1
     assert cli("convert", source, "x.gguf", "--to", "gguf", "--private") == 1
     assert "--private is for repositories of the Hugging Face Hub" in capsys.readouterr().err
 
@@ -276,20 +277,33 @@ def test_what_others_have_there_is_left_alone(hub: Hub, plan: Plan, tmp_path: Pa
     assert verify_bytes("hf://org/theirs").passed
 
 
-def test_others_who_commit_meanwhile_are_not_overwritten(hub: Hub, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    send = commits.commit
+@pytest.mark.parametrize("theirs", ["config.json", "notes.txt"])
+def test_others_who_commit_meanwhile_are_not_overwritten(
+    theirs: str, hub: Hub, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, came = commits.commit, list[str]()
 
     def late(where: Any, *given: Any, **more: Any) -> None:
         found = hub.repositories["org/new"]
-        found.commit({**found.files, "config.json": b"theirs"})
-        send(where, *given, **more)
+        if not came:
+            came.append(found.commit({**found.files, theirs: b"theirs"}))
+        commit(where, *given, **more)
 
     monkeypatch.setattr(commits, "commit", late)
-    with pytest.raises(CheckpointError, match="was committed to by others meanwhile; run the same command again"):
+    if theirs == "config.json":
+        with pytest.raises(PlanError, match=r"the repository has config\.json already"):
+            run(plan, "hf://org/new")
+    else:
         run(plan, "hf://org/new")
-    with pytest.raises(PlanError, match=r"the repository has config\.json already"):
-        run(plan, "hf://org/new")
-    assert hub.repositories["org/new"].files["config.json"] == b"theirs"
+    assert hub.repositories["org/new"].files[theirs] == b"theirs"
+    assert len(hub.asked("/commit/")) == 2 - (theirs == "config.json")
+
+
+def test_several_files_come_one_after_the_other(hub: Hub, source: Path) -> None:
+    assert cli("convert", source, "hf://org/new", "--to", "gguf", "--type", "F16,Q8_0") == 0
+    names = [name for name in hub.repositories["org/new"].files if name.endswith(".gguf")]
+    assert len(names) == 2
+    assert all(cli("verify", f"hf://org/new/{name}") == 0 for name in names)
 
 
 def test_a_commit_whose_answer_was_lost_is_found(hub: Hub, plan: Plan) -> None:
