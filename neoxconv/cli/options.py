@@ -27,6 +27,7 @@ from neoxconv.cli.values import (
 )
 from neoxconv.names import (
     DTYPES,
+    ENGINES,
     FORMATS,
     GROUPS,
     MIXES,
@@ -223,6 +224,7 @@ of_convert = _options(
     ),
     check,
     click.option("--overwrite", is_flag=True, help="Replace DST where it exists."),
+    click.option("--private", is_flag=True, help="hf://: make DST's repository a private one."),
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Write infinities and NaN as they are."),
     click.option("--verify", is_flag=True, help="Decode what is encoded in the same pass, and compare it with SRC."),
     click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing."),
@@ -294,11 +296,14 @@ _of_logits = _options(
     ),
     _choice_option(
         "--engine",
-        choices=("native", "transformers", "llama.cpp", "ctranslate2"),
+        choices=ENGINES,
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits, and --text: what runs TARGET: native, transformers, llama.cpp or ctranslate2.",
+        help=f"logits, and --text: what runs TARGET: {', '.join(ENGINES[:-1])} or {ENGINES[-1]}.",
+    ),
+    click.option(
+        "--engine-python", type=PATH, metavar="FILE", help="The Python that has the engine.  [default: neoxconv's]"
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),

@@ -93,6 +93,12 @@ def is_shared(path: Place) -> bool:
     return isinstance(path, Remote) and path.is_shared
 
 
+def keep_bands(path: Place, nbytes: int) -> None:
+    """Keep so many of the last bytes that were read of a source far away; of one here the system keeps them."""
+    if isinstance(path, Remote):
+        path.keep_bands(nbytes)
+
+
 def anew(path: Place) -> Place:
     """The place with nothing kept of what its store said of it before."""
     return path.anew() if isinstance(path, Remote) else path

@@ -10,7 +10,7 @@ import io
 import posixpath
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,20 +22,49 @@ from neoxconv.storage.hub import HUB, HUB_FILES, repository
 from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, write_object
 from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retrying
 
-_BLOCK, _BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
 _SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
 _DEEPEST, _MOST_PLACES = 8, 1 << 16  # of folders in one another; of files and folders in all
 THREADS = 16  # requests at the same time
 
 
 @dataclass
+class _Blocks:
+    """The last blocks that were read of files, `most` of them of `size` bytes: what is kept is not fetched again."""
+
+    size: int
+    most: int
+    kept: OrderedDict[tuple[str, int], bytes] = field(default_factory=OrderedDict)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def read(self, path: str, wanted: range, size: int, fetch: Callable[[int, int], bytes]) -> bytes:
+        """Bytes of a file of `size`; the blocks that are not kept come in one request."""
+        first = wanted.start // self.size * self.size
+        found = {start: self.kept.get((path, start)) for start in range(first, wanted.stop, self.size)}
+        missing = [start for start, data in found.items() if data is None]
+        if missing:
+            end = min(missing[-1] + self.size, size)
+            data = fetch(missing[0], end)
+            found |= {start: data[start - missing[0] :][: self.size] for start in range(missing[0], end, self.size)}
+        with self.lock:
+            for start, block in found.items():
+                self.kept[path, start] = block or b""
+                self.kept.move_to_end((path, start))
+            while len(self.kept) > self.most:
+                self.kept.popitem(last=False)
+        return b"".join(block or b"" for block in found.values())[wanted.start - first :][: len(wanted)]
+
+
+@dataclass
 class _Cache:
-    """What was learnt of the places in one source: nothing is asked twice, and of headers a few blocks are kept."""
+    """What was learnt of the places in one source: nothing is asked twice, and of headers a few blocks are kept.
+
+    Of `bands` of tensors nothing is kept, unless several targets are made of them at once.
+    """
 
     facts: dict[str, Facts | None] = field(default_factory=dict)
     folders: dict[str, dict[str, Facts]] = field(default_factory=dict)
-    blocks: OrderedDict[tuple[str, int], bytes] = field(default_factory=OrderedDict)
-    lock: Any = field(default_factory=threading.Lock)
+    headers: _Blocks = field(default_factory=lambda: _Blocks(16 << 10, 256))
+    bands: _Blocks = field(default_factory=lambda: _Blocks(256 << 10, 0))
 
 
 @dataclass(frozen=True, order=True, repr=False)
@@ -237,44 +266,34 @@ class Remote:
     def read(self, offset: int, length: int, known: Facts, ahead: int = 0) -> bytes:
         """Bytes of the file that is `known`, of which `ahead` more will be wanted next.
 
-        Few at a time come from blocks that are fetched once. Raises CheckpointError where the store does not give them,
-        or has another file by now.
+        Few at a time come from blocks that are fetched once, and so do more of them where several readers take turns.
+        Raises CheckpointError where the store does not give them, or has another file by now.
         """
-        if length > _SMALL:
-            end = offset + length
-            cuts = ((start, min(start + LARGEST, end)) for start in range(offset, end, LARGEST))
-            return b"".join(self.fetch(start, stop, known, end + ahead - stop) for start, stop in cuts)
-        first = offset // _BLOCK * _BLOCK
-        return self.blocks(first, offset + length, known)[offset - first : offset - first + length]
+        end = offset + length
+        blocks = self.cache.headers if length <= _SMALL else self.cache.bands
+        if not blocks.most:
+            return self.fetch(offset, end, known, ahead)
+        wanted = end + ahead
 
-    def blocks(self, first: int, stop: int, known: Facts) -> bytes:
-        """The blocks that bytes `first` to `stop` lie in; those that are not kept come in one request."""
-        kept = self.cache.blocks
-        found = {start: kept.get((self.path, start)) for start in range(first, stop, _BLOCK)}
-        missing = [start for start, data in found.items() if data is None]
-        if missing:
-            end = min(missing[-1] + _BLOCK, known.size or 0)
-            data = self.fetch(missing[0], end, known)
-            cut = range(missing[0], end, _BLOCK)
-            found |= {start: data[start - missing[0] :][:_BLOCK] for start in cut}
-        with self.cache.lock:
-            for start, block in found.items():
-                kept[self.path, start] = block or b""
-                kept.move_to_end((self.path, start))
-            while len(kept) > _BLOCKS:
-                kept.popitem(last=False)
-        return b"".join(block or b"" for block in found.values())
+        def fetch(start: int, stop: int) -> bytes:
+            return self.fetch(start, stop, known, 0 if blocks is self.cache.headers else max(wanted - stop, 0))
+
+        return blocks.read(self.path, range(offset, end), known.size or 0, fetch)
+
+    def keep_bands(self, nbytes: int) -> None:
+        """Keep the last bytes that were read of files of this source, so many, as several readers take turns."""
+        self.cache.bands.most = nbytes // self.cache.bands.size
 
     def fetch(self, start: int, stop: int, known: Facts, ahead: int = 0) -> bytes:
-        """Bytes from the store."""
-        if start >= stop:
-            return b""
+        """Bytes from the store, LARGEST at a time."""
+        cuts = ((cut, min(cut + LARGEST, stop)) for cut in range(start, stop, LARGEST))
 
-        def read() -> bytes:
-            return read_range(self.fs, self.address, start=start, stop=stop, known=known, ahead=ahead)
+        def read(cut: int, to: int) -> bytes:
+            rest = stop + ahead - to
+            return read_range(self.fs, self.address, start=cut, stop=to, known=known, ahead=rest)
 
         try:
-            return retrying(self, read)
+            return b"".join(retrying(self, partial(read, *cut)) for cut in cuts)
         except Absent as error:
             raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 

@@ -12,12 +12,12 @@ from neoxconv.engine.side_file import whole
 from neoxconv.errors import PlanError
 from neoxconv.storage import Place
 from neoxconv.targets.stand_in import as_the_targets
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.bisect import bisect
-from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
 from neoxconv.verify.logits.limits import Limit, judged, type_of
 from neoxconv.verify.logits.tokens import speller, tokens_for
-from neoxconv.verify.logits.trial import Sample, Trial
+from neoxconv.verify.logits.trial import Engine, Sample, Trial
 from neoxconv.verify.page.page import page
 from neoxconv.verify.report import Finding, Report, verdicts
 from neoxconv.verify.tasks.exam import examine
@@ -49,11 +49,11 @@ def verify_logits(
     engine, device = trial.engine, trial.device
     logits = _logits_of(engine, target, candidate, tokens)
     predictions = compare_predictions(
-        source, candidate, tokens, device=device, progress=progress, engine=engine, logits=logits
+        source, candidate, tokens, device=device, progress=progress, engine=engine.name, logits=logits
     )
     limits = judged(predictions, source, candidate, trial.limits)
     findings = _found_wrong(predictions, limits, target)
-    if trial.bisect and findings and engine == "native":
+    if trial.bisect and findings and engine.native:
         suspect = bisect(as_the_targets(source, candidate), candidate, predictions.broken, tokens, device=device)
         findings.append(Finding("bisect", str(suspect)))
     facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
@@ -62,7 +62,7 @@ def verify_logits(
         exam = examine(source, candidate, trial.task, target=target, engine=engine, device=device)
         facts["task"] = asdict(exam)
         told.append(table("<<<", [(f"task on {exam.data}", "reference", "target"), *exam.rows]))
-    checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine}"
+    checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine.name}"
     report = Report("logits", checked, tuple(findings), lines=tuple(told), facts=facts)
     if trial.html:
         shown = _page_facts(source, predictions, limits, target=target, reports=(*before, report))
@@ -100,9 +100,9 @@ def _check_window(length: int, source: Checkpoint, candidate: Checkpoint, sample
         )
 
 
-def _logits_of(engine: str, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:
+def _logits_of(engine: Engine, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:
     """Another engine's logits of the target; None for the native engine, which makes them layer by layer."""
-    if engine == "native":
+    if engine.native:
         return None
     with program(engine, target, candidate) as ask:
         return ask(tokens)

@@ -13,11 +13,11 @@ from neoxconv.dtypes import Doubles
 from neoxconv.errors import PlanError
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.storage import Place
-from neoxconv.verify.logits.child import program
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.compare import run_both
 from neoxconv.verify.logits.metrics import Softmax, as_array
 from neoxconv.verify.logits.tokens import blamed, library
-from neoxconv.verify.logits.trial import Task
+from neoxconv.verify.logits.trial import NATIVE, Engine, Task
 from neoxconv.verify.tasks.questions import Marks, Requests, read_task, requests, score
 
 TOGETHER = 1 << 14  # tokens that one pass over the weights serves; a stream of the 20B model is then 400 MB
@@ -52,7 +52,7 @@ def examine(
     task: Task,
     *,
     target: Place,
-    engine: str = "native",
+    engine: Engine = NATIVE,
     device: str = "cpu",
 ) -> _Exam:
     """Both sides' scores on a task, the candidate's, which lies at `target`, by `engine`.
@@ -67,7 +67,7 @@ def examine(
         questions = read_task(task.name, task.data, made, context=source.config.context, limit=task.limit)
     asked = requests(questions)
     parts = []
-    with nullcontext() if engine == "native" else program(engine, target, candidate) as ask:
+    with nullcontext() if engine.native else program(engine, target, candidate) as ask:
         for band in bands(asked):
             following = np.where(band.scored, band.next, -1)
             logits = ask(band.tokens) if ask else None
