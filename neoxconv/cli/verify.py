@@ -196,7 +196,7 @@ def audit(asked: _Audit) -> _Outcome:
     try:
         with watched(seen):
             made = open_target(target, asked.reading.preset)
-        reports += () if alone else (_check_weights(source, made, asked),)
+        reports += () if alone else (_check_weights(source, made, asked, foreign=manifest is None),)
         outcome = _with_tokenizer(_Outcome(basis, reports), source, made, asked)
     except CheckpointError as error:
         reports = (*_check_bytes(asked, manifest, seen), *reports) if seen else reports
@@ -251,12 +251,13 @@ def _check_bytes(asked: _Audit, manifest: Mapping[str, Any] | None, seen: Seen |
         return (verify_bytes(asked.target, manifest=manifest, seen=seen, jobs=asked.jobs, progress=progress),)
 
 
-def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Report:
-    """The second level, with a bar."""
+def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit, *, foreign: bool) -> Report:
+    """The second level, with a bar; what has no manifest of ours may be another program's (`foreign`)."""
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", asked.quiet) as progress:
         threads = max(threads_for(checkpoint, asked.jobs) for checkpoint in (source, made))
-        return verify_weights(source, made, calibration=asked.calibration, jobs=threads, progress=progress)
+        options: Any = {"calibration": asked.calibration, "foreign": foreign, "jobs": threads}
+        return verify_weights(source, made, **options, progress=progress)
 
 
 def _check_logits(source: Checkpoint, made: Checkpoint, asked: _Audit, before: Sequence[Report]) -> Report:

@@ -133,7 +133,7 @@ TARGETS: dict[str, Target] = {
             recipes=ctranslate2.RECIPES,
             programs="CTranslate2",
             loading=loading.CTRANSLATE2,
-            options=("type", "metadata", "set"),
+            options=("type", "calibration", "metadata", "set"),
         ),
     )
 }

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.targets import TARGETS
 from neoxconv.targets.source_card import parsed
-from neoxconv.verify import verify_bytes
+from neoxconv.verify.bytes import verify_bytes
 from tests.helpers import cli
 from tests.targets.test_metadata import CARD, hugging_face
 
