@@ -273,6 +273,7 @@ def requests(source: Place, plans: Mapping[Place, Plan] | Mapping[Place | str, P
             allow_nonfinite=bool(given["allow_nonfinite"]),
             verify=given["verify"],
             executor=given["executor"],
+            private=given["private"],
             dry=given["dry_run"],
             beside=[other for other in targets.values() if other is not plan],
         )

@@ -73,9 +73,9 @@ def convert(source: Place, target: str, **given: Any) -> None:
     """Convert SRC into DST. Interrupted, the same command continues.
 
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
-    or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
-    gguf, here or in an object store (s3://, gs://, ...). Where DST is a folder already, or ends with a slash, such a
-    file goes into it as NAME-SIZE-TYPE.gguf.
+    or a .gguf file, here or at a URL (hf://ORG/NAME, https://, s3://, ...). DST is a folder, or the file itself for
+    safetensors and gguf, here, in an object store (s3://, gs://, ...) or in a repository (hf://ORG/NAME). Where DST is
+    a folder already, or ends with a slash, such a file goes into it as NAME-SIZE-TYPE.gguf.
 
     With several types, as in --type Q8_0,Q4_K_M, DST is a folder, in which each target has a name of its own.
     """

@@ -224,6 +224,7 @@ of_convert = _options(
     ),
     check,
     click.option("--overwrite", is_flag=True, help="Replace DST where it exists."),
+    click.option("--private", is_flag=True, help="hf://: make DST's repository a private one."),
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Write infinities and NaN as they are."),
     click.option("--verify", is_flag=True, help="Decode what is encoded in the same pass, and compare it with SRC."),
     click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing."),

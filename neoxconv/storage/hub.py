@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from neoxconv.errors import PlanError
-from neoxconv.storage.requests import FILE, FOLDER, TIMEOUT, Refused, Unusable
+from neoxconv.storage.requests import FILE, FOLDER, TIMEOUT, Refused, Unusable, status_of
 from neoxconv.storage.windows import Windows
 
 HUB = "hf"
@@ -84,15 +84,17 @@ def told() -> Iterator[None]:
     """Failures in it that only huggingface_hub can explain are raised so that `retrying` can tell what to do."""
     try:
         yield
-    except OSError as error:
-        status = getattr(getattr(error, "response", None), "status_code", 0)
+    except (OSError, RuntimeError) as error:
+        status = status_of(error)
         if status in (401, 403):
             raise Refused(status, _what_to_do(type(error).__name__, status)) from None
+        if type(error).__name__ == "OfflineModeIsEnabled":
+            raise Unusable("may not be asked for: HF_HUB_OFFLINE is set; unset it", again=False) from None
         if status == 412:
-            raise Unusable(
-                "somebody else has committed to it meanwhile; run the same command again", again=False
-            ) from None
+            raise Unusable("others commit to it all the time; run the same command again to continue") from None
         raise
+    except ValueError as error:
+        raise Unusable(f"is refused by huggingface_hub: {error}", again=False) from None
 
 
 def _what_to_do(kind: str, status: int) -> str:
@@ -183,14 +185,16 @@ class Hub:
 @contextmanager
 def _opened(path: str, start: int, stop: int) -> Iterator[Iterator[bytes]]:
     """The bytes of a file from `start` to `stop` as they come. Raises Unusable where others would."""
+    import huggingface_hub.utils
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    utils: Any = huggingface_hub.utils
 
     where, client = repository(pinned(path)), api()
     url = hf_hub_url(where.name, where.inside, repo_type=where.kind, revision=where.revision, endpoint=client.endpoint)
-    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as answer:
-        hf_raise_for_status(answer)
+    headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with utils.get_session().stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as answer:
+        utils.hf_raise_for_status(answer)
         expected = f"bytes {start}-{stop - 1}/"
         if answer.status_code != 206 or not answer.headers.get("Content-Range", "").startswith(expected):
             raise Unusable(f"bytes {start} to {stop} were asked for, and others came")

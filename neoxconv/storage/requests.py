@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from neoxconv.errors import CheckpointError
+from neoxconv.errors import CheckpointError, NeoxconvError
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each repetition of a request
 TIMEOUT = 60.0  # seconds that an answer may take
@@ -79,9 +79,11 @@ def retrying(where: object, request: Callable[[], Answered], deed: str = "read")
     for count, pause in enumerate((*PAUSES, None), 1):
         try:
             return request()
+        except NeoxconvError:
+            raise
         except Exception as error:
             what, again = _judged(error, deed)
-            if (status := _status_of(error)) in _MISSING + _REFUSED:
+            if (status := status_of(error)) in _MISSING + _REFUSED:
                 raise Absent(f"{where}: {what}.", refused=status in _REFUSED) from None
             if not again or pause is None:
                 tries = f" ({count} times asked; run the same command again to continue)" if count > 1 else ""
@@ -97,7 +99,7 @@ def retrying(where: object, request: Callable[[], Answered], deed: str = "read")
 
 def _judged(error: Exception, deed: str) -> tuple[str, bool]:
     """What went wrong, in words that hold nothing of the request, and whether it may pass."""
-    status, kind = _status_of(error), type(error).__name__
+    status, kind = status_of(error), type(error).__name__
     if isinstance(error, Unusable):
         return str(error), error.again
     if status in _MISSING:
@@ -121,7 +123,7 @@ def _judged(error: Exception, deed: str) -> tuple[str, bool]:
 def _wait_of(error: Exception) -> int:
     """The seconds after which a server that has enough of requests takes the next one; 0 where it does not tell."""
     told = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
-    if _status_of(error) not in (429, 503) or not isinstance(told, Mapping):
+    if status_of(error) not in (429, 503) or not isinstance(told, Mapping):
         return 0
     given = {name.lower(): str(value) for name, value in told.items()}
     rate, after = _RATE.search(given.get("ratelimit", "")), given.get("retry-after", "").strip()
@@ -129,7 +131,7 @@ def _wait_of(error: Exception) -> int:
     return int(seconds) + 1 if re.fullmatch("[0-9]{1,9}", seconds) else 0
 
 
-def _status_of(error: BaseException | None) -> int:
+def status_of(error: BaseException | None) -> int:
     """The HTTP status that an error of any library stands for; 0 where it stands for none."""
     if error is None or isinstance(error, Unusable):
         return 0
@@ -143,7 +145,7 @@ def _status_of(error: BaseException | None) -> int:
         return _MISSING[0]
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return _REFUSED[1]
-    return _status_of(error.__cause__)
+    return status_of(error.__cause__)
 
 
 def call(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:

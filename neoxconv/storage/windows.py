@@ -19,6 +19,7 @@ from neoxconv.storage.requests import Unusable
 LONGEST = 64 << 20  # bytes of one request
 _IN_A_ROW = 2  # reads that go on where the last one ended, until more is asked for with the next
 _MOST = 64  # connections that wait for their readers; huggingface_hub's client has 100
+_KNOWN = 4096  # reads of which it is known where they ended
 _IDLE = 10.0  # seconds after which another may have a connection's place
 Open = Callable[[str, int, int], AbstractContextManager[Iterator[bytes]]]  # of a path's bytes from one to another
 
@@ -30,7 +31,7 @@ class _Window:
     position: int
     stop: int
     row: int = 0  # reads that went on where the last one ended
-    chunks: Iterator[bytes] = iter(())
+    chunks: Iterator[bytes] = field(default_factory=lambda: iter(()))
     left: bytes = b""  # of the last chunk
     connection: ExitStack = field(default_factory=ExitStack)
     since: float = field(default_factory=time.monotonic)
@@ -87,7 +88,7 @@ class Windows:
         return found
 
     def _has_room(self) -> bool:
-        """Whether one more connection may wait for its reader; the one that waits longest makes room where it is idle."""
+        """Whether one more connection may wait for its reader; one that has waited long makes room for it."""
         with self.lock:
             open_now = [key for key, window in self.waiting.items() if window.position < window.stop]
             if len(open_now) < _MOST:
@@ -103,6 +104,5 @@ class Windows:
         window.since = time.monotonic()
         with self.lock:
             self.waiting[key] = window
-            ended = [old for old, each in self.waiting.items() if each.position == each.stop]
-            for old in ended[:-_MOST]:
-                del self.waiting[old]
+            if len(self.waiting) > _KNOWN:
+                self.waiting.popitem(last=False)
