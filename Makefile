@@ -14,7 +14,7 @@ INSTALL := $(VENV)/bin/pip install -q -c constraints.txt
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check bench fuzz verify-table oracles clean
+.PHONY: help demo test lint check docs dist image bench fuzz verify-table oracles clean
 
 help:     ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
@@ -29,8 +29,25 @@ lint:     $(VENV)/.dev ## check format, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy --strict neoxconv
+	! test -x $(VENV)/bin/hadolint || $(VENV)/bin/hadolint Dockerfile
 
 check:    lint test ## all that CI checks
+
+docs:     $(VENV)/.docs ## build the documentation's site into build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+dist:     $(VENV)/.dev ## build sdist and wheel, check both, and run the demo from the wheel outside of this folder
+	rm -rf dist
+	$(VENV)/bin/python -m build --quiet
+	$(VENV)/bin/twine check --strict dist/*
+	$(VENV)/bin/python -m tests.dist dist
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(VENV)/bin/python -m venv "$$folder/venv" && \
+	  "$$folder/venv/bin/pip" install -q -c constraints.txt dist/*.whl && \
+	  cd "$$folder" && env -u PYTHONPATH venv/bin/neoxconv demo
+
+image:    ## build the Docker image, and run the demo in it on a read-only file system
+	docker build --tag neoxconv .
+	docker run --rm --read-only --tmpfs /tmp --tmpfs /cache:mode=1777 neoxconv demo /tmp/demo
 
 bench:    $(VENV)/.run ## measure speed and memory
 	@for name in encoders page memory; do echo "== $$name"; $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
@@ -55,7 +72,7 @@ $(VENV)/.run: $(PINS) | $(VENV)/bin/pip
 	$(INSTALL) -e '.[logits]'
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/bin/pip
+$(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(PINS) | $(VENV)/bin/pip
 	$(INSTALL) -e '.[$*]'
 	@touch $@
 

@@ -4,10 +4,11 @@
 
 The simple blocks' bytes are ggml's. Of super-blocks the errors' ratios are printed, ours over ggml's: with each
 weight's error weighted as ggml's encoder does without an importance matrix / plain, on normal, Laplace and Student (3)
-weights and, where one is given, on all of a trained checkpoint's. Then the same with an importance matrix, by it.
-Both encode the same rows in turns, and processor time is measured, so that a busy machine slows both alike; the
-medians' ratio is what to compare between machines. ggml comes with llama-cpp-python (`make oracles`, or pip install
-llama-cpp-python); without it only our own speed is printed.
+weights and, where one is given, on all of a trained checkpoint's. Then the same with an importance matrix, by it; there
+IQ1, IQ2 and IQ3 too, and MXFP4 and NVFP4, whose encoders in ggml pass over a matrix. Both encode the same rows in
+turns, and processor time is measured, so that a busy machine slows both alike; the medians' ratio is what to compare
+between machines. ggml comes with llama-cpp-python (`make oracles`, or pip install llama-cpp-python); without it only
+our own speed is printed.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from neoxconv.quant.ggml.searches import SEARCHES
 from tests.golden.make_blocks import NAMES as SIMPLE
 from tests.golden.make_blocks import ggml, ggml_encode
 from tests.superblocks import NAMES as SUPER
-from tests.superblocks import columns, errors, trained, weighted, weights
+from tests.superblocks import SPREAD, columns, errors, trained, weighted, weights
 
 ROUNDS = 7
 SHAPE = (341, 6144)  # a slab of 8 MiB
+SLOW = [name for name in SPREAD if name not in SEARCHES]  # codebooks and 4-bit floating point
 
 
 def seconds(task: Callable[[], object]) -> float:
@@ -109,6 +111,8 @@ def main() -> None:
             print("\nwith an importance matrix (log-normal): the same, errors by it")
             for name in SEARCHES:
                 print(by_importance(name, rows[:85]), flush=True)
+            for name in SLOW:  # in ggml
+                print(by_importance(name, rows[:17]), flush=True)
         else:
             print("ggml is absent: run `make oracles`, or pip install llama-cpp-python")
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.formats import RECIPES, option_of
-from neoxconv.verify.logits.child import program
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.compare import compare_predictions
+from neoxconv.verify.logits.trial import Engine
 
 PROGRAMS = {  # MLX's types in float32 alone
     "bnb": "transformers",
@@ -43,7 +44,7 @@ def main() -> None:
             made = open_checkpoint(target)
             means = [compare_predictions(reference, made, tokens).figures.mean]
             if engine := PROGRAMS[recipe.format]:
-                with program(engine, target, made) as ask:
+                with program(Engine(engine), target, made) as ask:
                     logits = ask(tokens)
                 as_run = compare_predictions(reference, made, tokens, engine=engine, logits=logits)
                 means.append(as_run.figures.mean)

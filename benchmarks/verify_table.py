@@ -17,10 +17,10 @@ from typing import Any
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.formats import RECIPES, option_of
 from neoxconv.errors import PlanError
-from neoxconv.verify.logits.child import program
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.compare import compare_predictions
 from neoxconv.verify.logits.tokens import tokens_for
-from neoxconv.verify.logits.trial import Sample
+from neoxconv.verify.logits.trial import Engine, Sample
 
 ENGINE = {"hf": "transformers", "gguf": "llama.cpp", "bnb": "transformers", "float8": "transformers"}
 ROWS = (
@@ -44,7 +44,7 @@ def row(source: Path, recipe: Recipe, norms: str, tokens: Any, folder: Path) -> 
     other = ""
     if engine := ENGINE.get(recipe.format):
         try:
-            with program(engine, target, made) as ask:
+            with program(Engine(engine), target, made) as ask:
                 logits = ask(tokens)
             mean = compare_predictions(reference, made, tokens, engine=engine, logits=logits).figures.mean
             other = f"{mean:.2e} ({engine})"

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from neoxconv.engine.together import run_all
     from neoxconv.sources.checkpoint import open_checkpoint
     from neoxconv.targets.recipe import Recipe
-    from neoxconv.verify import verify_bytes, verify_weights
+    from neoxconv.verify.bytes import verify_bytes
+    from neoxconv.verify.weights import verify_weights
 
 # Loaded when first used, so that `neoxconv --help` answers at once.
 PUBLIC = {
@@ -21,8 +22,8 @@ PUBLIC = {
     "make_plan": "neoxconv.engine.plan",
     "run": "neoxconv.engine.run",
     "run_all": "neoxconv.engine.together",
-    "verify_bytes": "neoxconv.verify",
-    "verify_weights": "neoxconv.verify",
+    "verify_bytes": "neoxconv.verify.bytes",
+    "verify_weights": "neoxconv.verify.weights",
 }
 __all__ = ["Recipe", "__version__", "make_plan", "open_checkpoint", "run", "run_all", "verify_bytes", "verify_weights"]
 

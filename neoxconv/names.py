@@ -22,6 +22,7 @@ TARGET_TYPES = tuple(dict.fromkeys(
     (*MIXES, *BNB_TYPES, *FLOAT8_TYPES, *PACKED_TYPES, *MLX_TYPES, *CTRANSLATE2_TYPES)
 ))  # of any target  # fmt: skip
 SCALES = ("none", "tensor", "channel")
+ENGINES = ("native", "transformers", "llama.cpp", "ctranslate2", "mlx", "vllm")  # what runs a target
 GROUPS = ("32", "64", "128", "channel")  # columns that share a scale
 DTYPES = ("F16", "BF16", "F32")
 NORMS = ("mean", "fold", "rank0")

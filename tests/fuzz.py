@@ -44,7 +44,7 @@ from neoxconv.formats.tokenizer import Tokenizer, charsmap, spiece
 from neoxconv.formats.tokenizer.from_spiece import of_spiece
 from neoxconv.sources.checkpoint import open_checkpoint
 from neoxconv.storage import open_storage
-from neoxconv.verify import verify_bytes
+from neoxconv.verify.bytes import verify_bytes
 from tests.fuzz_inputs import STORAGES, model, nth_input, seeds
 
 SECONDS, MEMORY = 5.0, 64 << 20

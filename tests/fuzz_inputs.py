@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from random import Random
@@ -449,6 +449,7 @@ LAYER = "gpt_neox.layers.0."
 QUANTIZED = {
     f"{LAYER}attention.query_key_value.": "NF4_DQ", f"{LAYER}attention.dense.": "INT8",
     f"{LAYER}mlp.dense_h_to_4h.": "E4M3_CHANNEL", f"{LAYER}mlp.dense_4h_to_h.": "FP4",
+    "gpt_neox.layers.1.mlp.dense_4h_to_h.": "W4A16_G32_ASYM", "gpt_neox.layers.2.mlp.dense_4h_to_h.": "MLX_4BIT_32",
 }  # fmt: skip
 STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [24, 8]}
 NESTED = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
@@ -477,8 +478,9 @@ def model() -> dict[str, bytes]:
 
 def model_with(state: bytes) -> dict[str, bytes]:
     """The folder with other JSON beside its first quantized weight."""
+    config = replace(CONFIG, layers=3)
     weights = [
-        (weight.unified, tuple(CONFIG.sizes[size] for size in weight.shape)) for _, weight in GPT_NEOX.names(CONFIG)
+        (weight.unified, tuple(config.sizes[size] for size in weight.shape)) for _, weight in GPT_NEOX.names(config)
     ]
     parts = [part for name, shape in weights for part in parts_of(name, shape)]
     tables = {"weight.quant_map": struct.pack("<16f", *NF4_TABLE), "nested_quant_map": nested_table().tobytes()}
@@ -486,11 +488,14 @@ def model_with(state: bytes) -> dict[str, bytes]:
     for part in parts:
         if "quant_state" in part.name:
             contents[part.name] = state if part.name.endswith("nf4") else json.dumps(OTHER_STATE).encode()
+        if part.name.endswith("weight_shape"):
+            contents[part.name] = struct.pack("<2q", *dict(weights)[part.name.removesuffix("_shape")])
     shards = {ONE: parts[:12], TWO: parts[12:]}
     files = {name: with_length(Random(0), list(safetensors_pieces(*placed(shards[name], contents)))) for name in shards}
     places = {part.name: name for name, inside in shards.items() for part in inside}
     files[INDEX] = json.dumps({"metadata": {"total_size": 1}, "weight_map": places}).encode()
-    return {**files, SETTINGS: json.dumps(GPT_NEOX.to_hf(CONFIG, "float16") | {"quantization_config": {}}).encode()}
+    told = {"quantization_config": {}, "quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
+    return {**files, SETTINGS: json.dumps(GPT_NEOX.to_hf(config, "float16") | told).encode()}
 
 
 def in_folder(name: str) -> Callable[[Random, list[bytes]], bytes]:

@@ -157,7 +157,7 @@ def llama_logits(gguf: Path, tokens: Tokens) -> Logits:
 def llama_sequences(gguf: Path, tokens: Tokens) -> Iterator[Logits]:
     """The same, each sequence's [time, vocab] when it is asked for."""
     llama = program("llama_cpp")
-    from neoxconv.verify.logits.programs import llama_model, one_sequence
+    from neoxconv.verify.engines.llama_cpp import llama_model, one_sequence
 
     llama.llama_log_set(silent(llama), ctypes.c_void_p(0))
     model = llama_model(llama, gguf)
@@ -295,33 +295,12 @@ def pinned(package: str) -> str:
 # --- vLLM -----------------------------------------------------------------------------------------------------------
 
 
-def vllm_loss(folder: Path, tokens: Tokens) -> float:
-    """The mean of -log p of the tokens of sequences, but for each first one, in vLLM in bfloat16.
-
-    NEOXCONV_VLLM is a Python of its own that has vLLM: it wants another torch than the tests.
-    """
+def vllm_python() -> Path:
+    """A Python of its own that has vLLM, which wants another torch than the tests."""
     python = os.environ.get("NEOXCONV_VLLM")
     if not python:
         skip("vLLM is not installed; set NEOXCONV_VLLM to a Python that has it")
-    source, call = folder.with_suffix(".npy"), "from tests import oracles; import sys; oracles.vllm_main(*sys.argv[1:])"
-    np.save(source, tokens)
-    settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [str(python), "-c", call, str(folder), str(source)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
-    if "cpu_gemm_wna16" in done.stderr:
-        skip("vLLM has no kernel for packed weights on this processor")
-    assert done.returncode == 0, f"vLLM failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return float(re.findall(r"^loss (\S+)$", done.stdout, re.MULTILINE)[-1])
-
-
-def vllm_main(folder: str, tokens_npy: str) -> None:
-    vllm, tokens = import_module("vllm"), np.load(tokens_npy)
-    model = vllm.LLM(folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, dtype="bfloat16")
-    asked = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    found = model.generate([{"prompt_token_ids": row.tolist()} for row in tokens], asked)
-    losses = [-each[int(token)].logprob for answer, row in zip(found, tokens, strict=True)
-              for each, token in zip(answer.prompt_logprobs[1:], row[1:], strict=True)]  # fmt: skip
-    print(f"loss {np.mean(losses)}")
+    return Path(str(python))
 
 
 # --- MLX ------------------------------------------------------------------------------------------------------------
@@ -338,18 +317,10 @@ def mlx_convert_main(hf_folder: str, out: str, bits: str, group: str, mode: str)
     convert(hf_folder, out, quantize=True, q_bits=int(bits), q_group_size=int(group), q_mode=mode)
 
 
-def mlx_logits(folder: Path, tokens: Tokens, out_npy: Path) -> Logits:
-    """Load a folder strictly with mlx_lm and run it on the CPU; the logits stay in `out_npy`."""
-    source = out_npy.with_suffix(".tokens.npy")
-    np.save(source, tokens)
-    run_in_mlx("mlx_logits_main", folder, source, out_npy)
-    return np.asarray(np.load(out_npy), np.float32)
-
-
-def mlx_logits_main(folder: str, tokens_npy: str, out_npy: str) -> None:
-    core, utils = on_cpu(), import_module("mlx_lm.utils")
-    model, _ = utils.load_model(Path(folder))
-    np.save(out_npy, np.array(model(core.array(np.load(tokens_npy))).astype(core.float32)))
+def mlx_python() -> Path:
+    """The Python that has MLX."""
+    require(MLX / ".oracles", "MLX (run `make oracles`)")
+    return MLX / "bin" / "python"
 
 
 def mlx_quantize(weights: npt.NDArray[np.float32], kinds: Mapping[str, tuple[str, int, int]], out_npz: Path) -> Any:

@@ -54,8 +54,8 @@ def made(source: Path, target: Path, recipe: Recipe, norms: str = "mean", **opti
     return run(make_plan(open_checkpoint(source, norms=norms), recipe), target, **options)
 
 
-def compared(source: Path, target: Path, norms: str = "mean") -> Report:
-    return verify_weights(open_checkpoint(source, norms=norms), open_checkpoint(target))
+def compared(source: Path, target: Path, norms: str = "mean", *, foreign: bool = False) -> Report:
+    return verify_weights(open_checkpoint(source, norms=norms), open_checkpoint(target), foreign=foreign)
 
 
 def edited(target: Path, folder: Path, change: Change) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 from neoxconv import open_checkpoint
 from neoxconv.core.encoding import Encoding
 from neoxconv.dtypes import Bytes, Floats
+from neoxconv.quant.ggml import codebooks
 from neoxconv.quant.ggml.searches import SEARCHES
 
 NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL")
@@ -63,6 +64,7 @@ def columns(kind: str) -> Floats:
 # Source: quantize_row_*_impl in ggml-quants.c; Q2_K's is ours, as ggml's 1 makes the weights smaller than they are.
 SPREAD = dict.fromkeys(SEARCHES, (2, 256)) | {"Q2_K": (0.1, 256), "IQ4_NL": (2, 32), "Q6_K": None}
 SPREAD |= dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1"), (1, COLUMNS))
+SPREAD |= {form.name: (form.spread, 256) for form in codebooks.FORMS} | dict.fromkeys(("MXFP4", "NVFP4"))
 
 
 def spread_by(rows: Floats, share: float, group: int) -> Floats:

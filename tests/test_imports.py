@@ -22,7 +22,19 @@ LAYERS = (
     "__init__ __main__",
 )
 LAYER = {unit: height for height, units in enumerate(LAYERS) for unit in units.split()}
-HEAVY = {"torch", "numba", "transformers", "bitsandbytes", "fsspec", "aiohttp", "s3fs", "dask", "gguf", "tokenizers"}
+HEAVY = {
+    "torch",
+    "numba",
+    "transformers",
+    "bitsandbytes",
+    "fsspec",
+    "aiohttp",
+    "s3fs",
+    "dask",
+    "gguf",
+    "tokenizers",
+    "huggingface_hub",
+}
 
 
 def module_of(file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,9 +14,11 @@ from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine import run as engine
+from neoxconv.engine.cards import check_card, write_card
 from neoxconv.engine.checks import DECODED
 from neoxconv.engine.memory import check_memory
 from neoxconv.engine.plan import Plan, make_plan
+from neoxconv.engine.target_place import target_of
 from neoxconv.engine.workplace import free_for, work_of
 from neoxconv.errors import CheckpointError, PlanError, escaped, raise_all
 from neoxconv.sources import SOURCES, integrity
@@ -62,6 +65,7 @@ class Request:
     reading: Reading
     conversion: engine.Conversion
     done: int  # steps
+    card: bool = False  # to be written beside the target
     check: integrity.Integrity | None = None  # of the source, where it was asked for
 
     @property
@@ -179,7 +183,13 @@ class Request:
                 made = engine.carry_out(self.conversion, progress)
             except KeyboardInterrupt as stop:
                 raise type(stop)(f"{self.target}: not finished; run the same command again to continue.") from stop
+        self.write_card()
         return self.result(made, time.monotonic() - begin)
+
+    def write_card(self) -> None:
+        """Write the card beside a single file, where it was asked for; a folder has its own in it."""
+        if self.card:
+            write_card(Path(str(self.target)), self.plan.card)
 
     def result(self, made: engine.Done, seconds: float) -> dict[str, Any]:
         """What came of it, as plain values."""
@@ -218,7 +228,7 @@ class Request:
         )
 
 
-def prepare(source: Place, target: Place, given: Given) -> Request:
+def prepare(source: Place, target: Place | str, given: Given) -> Request:
     """The plan for a conversion. Raises UsageError, CheckpointError or PlanError where it cannot be carried out."""
     recipe = recipe_of(given)
     plan = make_plan(source_as_asked(source, given), recipe)
@@ -242,15 +252,17 @@ def source_as_asked(source: Place, given: Given) -> Checkpoint:
     return opened(source, chosen(Reading, given))
 
 
-def requests(source: Place, plans: Mapping[Place, Plan], given: Given) -> list[Request]:
+def requests(source: Place, plans: Mapping[Place, Plan] | Mapping[Place | str, Plan], given: Given) -> list[Request]:
     """Conversions of one source that may be carried out, side by side.
 
     Raises CheckpointError where the source is damaged, PlanError where a target cannot be made.
     """
     checkpoint = next(iter(plans.values())).checkpoint
-    targets = {engine.as_target(target): plan for target, plan in plans.items()}
+    targets = {target_of(plan, target): plan for target, plan in plans.items()}
     for target, plan in targets.items():
-        _check_apart(checkpoint, source, target, (plan.recipe.imatrix, plan.recipe.calibration))
+        _check_apart(checkpoint, source, target, (plan.recipe.imatrix, plan.recipe.calibration, plan.recipe.metadata))
+        if given["card"] and plan.single:
+            check_card(target)
     conversions = [
         engine.prepare(
             plan,
@@ -261,6 +273,7 @@ def requests(source: Place, plans: Mapping[Place, Plan], given: Given) -> list[R
             allow_nonfinite=bool(given["allow_nonfinite"]),
             verify=given["verify"],
             executor=given["executor"],
+            private=given["private"],
             dry=given["dry_run"],
             beside=[other for other in targets.values() if other is not plan],
         )
@@ -273,7 +286,14 @@ def requests(source: Place, plans: Mapping[Place, Plan], given: Given) -> list[R
     checkpoint.refuse_doubts()
     reading = chosen(Reading, given)
     return [
-        Request(source=source, reading=reading, conversion=conversion, done=count, check=check)
+        Request(
+            source=source,
+            reading=reading,
+            conversion=conversion,
+            done=count,
+            check=check,
+            card=bool(given["card"]) and conversion.plan.single,
+        )
         for conversion, count in zip(conversions, done, strict=True)
     ]
 

@@ -14,7 +14,8 @@ from neoxconv.errors import PlanError, escaped
 from neoxconv.sources.checkpoint import open_checkpoint
 from neoxconv.synthetic import Synthetic, write_checkpoint
 from neoxconv.targets.recipe import Recipe
-from neoxconv.verify import verify_bytes, verify_weights
+from neoxconv.verify.bytes import verify_bytes
+from neoxconv.verify.weights import verify_weights
 from neoxconv.words import shell, size, table
 
 _MODEL = Synthetic(layers=8, hidden=256, heads=8, rows=1024, tp=2, pp=4, context=512)

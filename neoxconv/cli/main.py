@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from neoxconv.cli.options import of_calibrate, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
+from neoxconv.cli.options import of_calibrate, of_card, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
 from neoxconv.cli.printing import say
 from neoxconv.cli.values import FOLDER_GONE
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError, one_line
 from neoxconv.version import __version__
-from neoxconv.words import table
+from neoxconv.words import plural, table
 
 if TYPE_CHECKING:
     from neoxconv.storage import Place
@@ -69,22 +69,24 @@ def inspect(source: Place, **given: Any) -> int:
 
 @commands.command()
 @of_convert
-def convert(source: Place, target: Place, **given: Any) -> None:
+def convert(source: Place, target: str, **given: Any) -> None:
     """Convert SRC into DST. Interrupted, the same command continues.
 
     SRC is a gpt-neox checkpoint (its folder, its global_stepN or a file in it), a Hugging Face folder, a .safetensors
-    or a .gguf file, here or at a URL (https://, s3://, ...). DST is a folder, or the file itself for safetensors and
-    gguf, here or in an object store (s3://, gs://, ...).
+    or a .gguf file, here or at a URL (hf://ORG/NAME, https://, s3://, ...). DST is a folder, or the file itself for
+    safetensors and gguf, here, in an object store (s3://, gs://, ...) or in a repository (hf://ORG/NAME). Where DST is
+    a folder already, or ends with a slash, such a file goes into it as NAME-SIZE-TYPE.gguf.
 
     With several types, as in --type Q8_0,Q4_K_M, DST is a folder, in which each target has a name of its own.
     """
     from neoxconv.cli.convert import prepare
     from neoxconv.cli.several import is_several, prepare_several
-    from neoxconv.storage import is_here
+    from neoxconv.storage import is_here, place
 
-    if click.get_current_context().find_root().obj["gone"] and not is_here(target):  # made in the working folder
+    where = place(target)
+    if click.get_current_context().find_root().obj["gone"] and not is_here(where):  # made in the working folder
         raise PlanError(FOLDER_GONE)
-    request = (prepare_several if is_several(given) else prepare)(source, target, given)
+    request = prepare_several(source, where, given) if is_several(given) else prepare(source, target, given)
     if given["dry_run"]:
         if given["json"] or not given["quiet"]:
             say(json.dumps(request.facts) if given["json"] else request.listing)
@@ -97,6 +99,21 @@ def convert(source: Place, target: Place, **given: Any) -> None:
         say(json.dumps(result))
     elif not quiet:
         say(request.farewell(result))
+
+
+@commands.command()
+@of_card
+def card(folder: Path) -> None:
+    """Make the table of a card anew: FOLDER's README.md, as `convert` wrote it.
+
+    It tells every target in FOLDER by its manifest. What `verify --level logits --json` printed of TARGET is looked for
+    in TARGET.verify.json, for the column with the KL divergence.
+    """
+    from neoxconv.engine.cards import refresh
+
+    path, rows = refresh(folder)
+    measured = sum(row.kl is not None for row in rows)
+    say(f"{path}: {plural(len(rows), 'target')}, {measured} with a measured divergence")
 
 
 @commands.command()

@@ -7,13 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from neoxconv.cli.values import BITS, COUNT, LENGTH, PATH, OneOrMore, byte_count, limit, location, override, scheduler
+from neoxconv.cli.values import (
+    COUNT,
+    DESTINATION,
+    LENGTH,
+    LOCATION,
+    PATH,
+    OneOrMore,
+    among,
+    byte_count,
+    limit,
+    override,
+    scheduler,
+    setting,
+)
 from neoxconv.names import (
     DTYPES,
+    ENGINES,
     FORMATS,
     GROUPS,
     MIXES,
@@ -28,9 +42,6 @@ from neoxconv.names import (
     WEIGHTS,
 )
 
-if TYPE_CHECKING:
-    pass
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -41,7 +52,7 @@ def _size_option(name: str, **settings: Any) -> Callable[[Command], Command]:
 
 def _choice_option(*names: str, choices: Sequence[str], **settings: Any) -> Callable[[Command], Command]:
     """An option that takes one of `choices`, in any case."""
-    shown = {"metavar": "|".join(choices)} | settings
+    shown: dict[str, Any] = {"metavar": "|".join(choices), "shell_complete": among(choices)} | settings
     return click.option(*names, type=click.Choice(choices, case_sensitive=False), **shown)
 
 
@@ -69,7 +80,7 @@ verbose = click.option(
 )
 _as_json = click.option("--json", is_flag=True, help="Print one JSON object for machines.")
 quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
-source = click.argument("source", type=location, metavar="SRC")
+source = click.argument("source", type=LOCATION, metavar="SRC")
 configuration = _options(
     click.option("--config", type=PATH, multiple=True, metavar="FILE", help="The training YAML; repeat for several."),
     _choice_option("--preset", choices=PRESETS, metavar="NAME", help="A released model, such as 20B or pythia-1b."),
@@ -114,7 +125,10 @@ _of_gguf = _options(
     ),
     click.option("--imatrix", type=PATH, metavar="FILE", help="gguf: llama.cpp's importance matrix, .gguf or .dat."),
     click.option(
-        "--bits", type=BITS, metavar="X", help="gguf: types by what they cost, at most X bits a weight in all."
+        "--bits",
+        type=click.FloatRange(min=1, max=32),
+        metavar="X",
+        help="gguf: types by what they cost, at most X bits a weight in all.",
     ),
     _size_option("--size", help="gguf: the same, for a file of at most this size."),
     _choice_option("--types", choices=TYPES, multiple=True, metavar="TYPE", help="gguf: types that --bits may choose."),
@@ -130,13 +144,25 @@ _as_family = _choice_option(
     "--as", "as_family", choices=STAND_INS, metavar="NAME",
     help="gguf, slim: write SRC as another family where the format lacks its own (docs/formats.md).",
 )  # fmt: skip
+_of_words = _options(
+    click.option("--metadata", type=PATH, metavar="FILE", help="What card and GGUF keys say of the model: JSON."),
+    click.option(
+        "--set",
+        type=setting,
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="The same, key by key: general.author=NAME; an empty value takes a key away.",
+    ),
+    click.option("--card", is_flag=True, default=None, help="gguf, safetensors: write README.md beside the file too."),
+)
 of_convert = _options(
     source,
-    click.argument("target", type=location, metavar="DST"),
+    click.argument("target", type=DESTINATION, metavar="DST"),
     _choice_option("--to", "format", choices=FORMATS, help="The format of DST."),
     click.option(
         "--type",
         type=OneOrMore(TARGET_TYPES, case_sensitive=False),
+        shell_complete=among(TARGET_TYPES),
         metavar="TYPE[,TYPE...]",
         help="gguf: F16, Q8_0, Q4_K_M, ...; bnb: NF4, FP4, INT8; float8: E4M3, E5M2; compressed-tensors: W4A16, W8A16, "
         "FP8_DYNAMIC; mlx: 4bit, mxfp4, ...; ctranslate2: INT8, FLOAT16, ... See `neoxconv formats`. Of several types "
@@ -190,6 +216,7 @@ of_convert = _options(
         "--shard-size", help="hf, bnb, float8, compressed-tensors, mlx: bytes of a file at most.  [default: 5GB]"
     ),
     _size_option("--split-size", help="gguf: DST is a folder of files of this size at most."),
+    _of_words,
     jobs,
     _size_option("--memory", default="512MiB", show_default=True, help="Memory to keep within."),
     click.option(
@@ -197,6 +224,7 @@ of_convert = _options(
     ),
     check,
     click.option("--overwrite", is_flag=True, help="Replace DST where it exists."),
+    click.option("--private", is_flag=True, help="hf://: make DST's repository a private one."),
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Write infinities and NaN as they are."),
     click.option("--verify", is_flag=True, help="Decode what is encoded in the same pass, and compare it with SRC."),
     click.option("--dry-run", is_flag=True, help="Print the whole plan and write nothing."),
@@ -204,6 +232,8 @@ of_convert = _options(
     quiet,
     verbose,
 )
+
+of_card = _options(click.argument("folder", type=PATH, metavar="FOLDER"), verbose)
 
 of_calibrate = _options(
     source,
@@ -268,11 +298,14 @@ _of_logits = _options(
     click.option("--shots-data", type=PATH, metavar="FILE", help="logits: what they are taken from, like --data."),
     _choice_option(
         "--engine",
-        choices=("native", "transformers", "llama.cpp", "ctranslate2"),
+        choices=ENGINES,
         default="native",
         show_default=True,
         metavar="NAME",
-        help="logits, and --text: what runs TARGET: native, transformers, llama.cpp or ctranslate2.",
+        help=f"logits, and --text: what runs TARGET: {', '.join(ENGINES[:-1])} or {ENGINES[-1]}.",
+    ),
+    click.option(
+        "--engine-python", type=PATH, metavar="FILE", help="The Python that has the engine.  [default: neoxconv's]"
     ),
     click.option("--device", metavar="NAME", help="logits: cpu or cuda, for native.  [default: cpu]"),
     click.option("--max-kl", type=limit, metavar="X", help="logits: mean KL divergence.  [default: by TARGET's type]"),
@@ -283,7 +316,7 @@ _of_logits = _options(
     click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page."),
 )
 of_verify = _options(
-    click.argument("paths", type=location, nargs=-1, required=True, metavar="[SRC] TARGET..."),
+    click.argument("paths", type=LOCATION, nargs=-1, required=True, metavar="[SRC] TARGET..."),
     _choice_option(
         "--level",
         choices=("bytes", "tokenizer", "weights", "logits"),

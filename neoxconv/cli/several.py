@@ -24,11 +24,11 @@ from neoxconv.engine.plan import Plan, make_plan
 from neoxconv.engine.together import carry_out_all, is_made
 from neoxconv.errors import NeoxconvError, PlanError, escaped
 from neoxconv.storage import Place
-from neoxconv.targets import TARGETS
 from neoxconv.targets.recipe import Recipe
 from neoxconv.words import size, table
 
 _OF_A_TARGET = ("format", *Recipe.__dataclass_fields__)  # options that a recipe may have
+_OF_ALL = ("metadata", "set")  # of these, what may be said of all targets at once
 
 
 def is_several(given: Given) -> bool:
@@ -48,7 +48,7 @@ def prepare_several(source: Place, folder: Place, given: Given) -> _Several:
     plans: dict[Place, Plan] = {}
     for name, recipe in asked:
         plan = make_plan(checkpoint, recipe)
-        target = folder / (name or default_name(plan))
+        target = folder / (name or plan.name)
         if target in plans:
             raise PlanError(f"{target.name}: two targets have this name; give one of them a `name` in a --recipe file.")
         plans[target] = plan
@@ -68,7 +68,7 @@ def _asked_for(given: Given) -> Iterator[tuple[str | None, Given]]:
 
 def _in_file(path: Path, given: Given) -> Iterator[tuple[str | None, Given]]:
     """The targets of a file of recipes, read as the command line is. Raises UsageError for what it does not know."""
-    if extra := [name for name in _OF_A_TARGET if given[name] not in (None, ())]:
+    if extra := [name for name in _OF_A_TARGET if name not in _OF_ALL and given[name] not in (None, ())]:
         raise click.UsageError(f"--recipe says what each target is; write {', '.join(extra)} into {path}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -86,7 +86,8 @@ def _in_file(path: Path, given: Given) -> Iterator[tuple[str | None, Given]]:
             options = _parsed(entry)
         except click.UsageError as error:
             raise click.UsageError(f"{path}: target {number}: {error.format_message()}") from error
-        yield name and str(name), {**given, **{option: options[option] for option in _OF_A_TARGET}}
+        own = {option: options[option] for option in _OF_A_TARGET if option not in _OF_ALL or options[option]}
+        yield name and str(name), {**given, **own}
 
 
 def _parsed(entry: Mapping[str, Any]) -> Given:
@@ -103,14 +104,6 @@ def _parsed(entry: Mapping[str, Any]) -> Given:
         else:
             words += [word for each in (value if isinstance(value, list) else [value]) for word in (option, str(each))]
     return context.command.make_context("convert", words, parent=context.parent).params
-
-
-def default_name(plan: Plan) -> str:
-    """What a target is called by default: the model, and what its weights have become."""
-    recipe = plan.recipe
-    kind = recipe.type or recipe.dtype or recipe.format
-    stem = f"{plan.checkpoint.index.folder.name}-{kind}"
-    return f"{stem}.{recipe.format}" if TARGETS[recipe.format].single else f"{stem}-{recipe.format}"
 
 
 @dataclass(frozen=True)
@@ -184,6 +177,8 @@ class _Several:
         if errors:
             raise type(errors[0])(*map(str, errors), f"{escaped(self.folder)}: the other targets are made.")
         seconds = time.monotonic() - begin
+        for each in sorted(self.requests, key=lambda each: each.plan.total):  # the smallest gives the card its head
+            each.write_card()
         told = zip(self.requests, outcomes, strict=True)
         results = [each.result(made, seconds) for each, made in told if not isinstance(made, NeoxconvError)]
         return {"made": list(map(str, self.made)), "targets": results, "seconds": round(seconds, 3)}

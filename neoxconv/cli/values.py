@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,42 @@ def location(text: str) -> Place:
     return found
 
 
+class _Location(click.Path):
+    """A path or a URL; shells complete it as a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return location(value)
+
+
+class _Destination(click.Path):
+    """A path or a URL as it was typed: a slash at its end tells a folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        location(value)
+        return value
+
+
+LOCATION, DESTINATION = _Location(), _Destination()
+
+
+def setting(text: str) -> tuple[str, str]:
+    """The key and the value that `--set` joins with `=`."""
+    key, equals, value = text.partition("=")
+    if not (key.strip() and equals):
+        raise click.BadParameter(f"{text!r} is no KEY=VALUE, such as general.author=NAME.")
+    return key.strip(), value.strip()
+
+
+def among(words: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """How a shell completes one of `words`, or the last of several that commas join: begun in any case, as spelt."""
+
+    def complete(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+        before, comma, last = begun.rpartition(",")
+        return [f"{before}{comma}{word}" for word in words if word.lower().startswith(last.lower())]
+
+    return complete
+
+
 def byte_count(text: str) -> int:
     """The bytes that an option's value means."""
     count = parse_size(text)
@@ -99,6 +136,3 @@ def scheduler(text: str) -> str:
     if not 1 <= int(found[1]) <= 65535:
         raise click.BadParameter(f"{text!r}: {found[1]} is no port; they go from 1 to 65535.")
     return text
-
-
-BITS = click.FloatRange(min=1, max=32)

@@ -20,13 +20,13 @@ from neoxconv.engine.side_file import check_side_file
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError, VerifyError
 from neoxconv.sources.checkpoint import open_checkpoint, read_index
 from neoxconv.storage import Place, watched
-from neoxconv.verify import verify_bytes, verify_weights
 from neoxconv.verify.beside import verify_beside
-from neoxconv.verify.bytes import Seen, sha256sums
+from neoxconv.verify.bytes import Seen, sha256sums, verify_bytes
 from neoxconv.verify.ids import verify_ids
-from neoxconv.verify.logits.trial import Limits, Sample, Task, Trial
+from neoxconv.verify.logits.trial import Engine, Limits, Sample, Task, Trial
 from neoxconv.verify.report import Report, findings_of, together
 from neoxconv.verify.subject import Subject
+from neoxconv.verify.weights import verify_weights
 
 _LOGITS_ONLY = (
     "tokens", "length", "sequences", "task", "data", "shots", "shots_data", "device",
@@ -69,7 +69,7 @@ def asked_for(paths: Sequence[Place], given: Given) -> _Audit:
     trial = Trial(
         sample=chosen(Sample, given),
         limits=chosen(Limits, given),
-        engine=given["engine"],
+        engine=Engine(given["engine"], given["engine_python"]),
         device=given["device"] or "cpu",
         bisect=given["bisect"],
         task=task,
@@ -93,6 +93,8 @@ def _check_logits_options(level: str, given: Given) -> None:
         )
     if level != "logits" and given["engine"] != "native" and not given["text"]:
         raise click.UsageError("--engine is for --level logits, or for the ids of a text (--text).")
+    if given["engine_python"] and given["engine"] == "native":
+        raise click.UsageError("--engine-python is where a program runs; name one with --engine.")
     if given["text"] and given["tokens"]:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
     if given["bisect"] and given["engine"] != "native":
@@ -153,7 +155,7 @@ def _earlier(asked: _Audit, target: Place) -> tuple[Outcome, Subject | None]:
     try:
         with watched(seen):
             made = open_target(target, asked.reading.preset)
-        reports += () if alone else (_check_weights(source, made, asked),)
+        reports += () if alone else (_check_weights(source, made, asked, foreign=manifest is None),)
         outcome = _with_tokenizer(Outcome(target, basis, reports, model=made), source, made, asked)
     except CheckpointError as error:
         reports = (*_check_bytes(asked, target, manifest, seen), *reports) if seen else reports
@@ -223,7 +225,7 @@ def _check_logits(subjects: Sequence[Subject], asked: _Audit) -> Sequence[Report
     """The third level, with a bar that counts layers; a page where one was asked for."""
     from neoxconv.verify.logits.level import verify_logits
 
-    sides = 1 + (len(subjects) if asked.trial.engine == "native" else 0)
+    sides = 1 + (len(subjects) if asked.trial.engine.native else 0)
     layers = subjects[0].source.config.layers + 1
     with progress_bar(sides * layers, "layers", asked.quiet, "layer") as progress:
         try:
@@ -250,12 +252,13 @@ def _check_bytes(
         return (verify_bytes(target, manifest=manifest, seen=seen, jobs=asked.jobs, progress=progress),)
 
 
-def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit) -> Report:
-    """The second level, with a bar."""
+def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit, *, foreign: bool) -> Report:
+    """The second level, with a bar; what has no manifest of ours may be another program's (`foreign`)."""
     total = sum(tensor.nbytes for tensor in source.tensors.values())
     with progress_bar(total, "weights", asked.quiet) as progress:
         threads = max(threads_for(checkpoint, asked.jobs) for checkpoint in (source, made))
-        return verify_weights(source, made, calibration=asked.calibration, jobs=threads, progress=progress)
+        options: Any = {"calibration": asked.calibration, "foreign": foreign, "jobs": threads}
+        return verify_weights(source, made, **options, progress=progress)
 
 
 def open_target(target: Place, preset: str | None) -> Checkpoint:

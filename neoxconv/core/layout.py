@@ -158,3 +158,6 @@ class Content:
     sidecars: dict[str, bytes]
     notes: tuple[str, ...] = ()
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""  # what the type of its matrices is called
+    name: str = ""  # what a file or a folder of it is called where nobody says: NAME-SIZE-TYPE
+    card: bytes = b""  # what its README.md says

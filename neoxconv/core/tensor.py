@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from neoxconv.dtypes import F32, Array, DType, Floats, widen
+from neoxconv.dtypes import F32, Array, Bools, DType, Floats, widen
 from neoxconv.storage import Storage
 
 Read = Callable[[int, int], Array]
+# Which of rows [n, columns] cannot have become the values that are read from row `start` on: rows, values, start.
+Misfits = Callable[[Floats, Floats, int], Bools]
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class LazyTensor:
     `read` returns [stop - start, *shape[1:]] of `dtype.numpy`; for a block type [stop - start, row bytes] of uint8.
     `native` is the number type in which the source holds the values: what a writer keeps unless told otherwise.
     It differs from `dtype` where reading computes (a mean in F32 of F16 ranks). A 1-D tensor has rows of one number.
+    `misfits` judges by the scales that lie beside codes, where others than ours may have been chosen.
     """
 
     shape: tuple[int, ...]
     dtype: DType
     read: Read
     native: DType
+    misfits: Misfits | None = None
 
     @property
     def rows(self) -> int:
@@ -55,10 +59,10 @@ def stored(file: Storage, offset: int, shape: Sequence[int], dtype: DType) -> La
     Reading it raises CheckpointError where the file is cut short.
     """
     tail = tuple(shape[1:])
-    row = dtype.size(math.prod(tail))
+    rows, row = shape[0] if shape else 1, dtype.size(math.prod(tail))
 
     def read(start: int, stop: int) -> Array:
-        data = file.read(offset + start * row, (stop - start) * row)
+        data = file.read(offset + start * row, (stop - start) * row, (rows - stop) * row)
         if dtype.block > 1:
             return data.reshape(stop - start, row)
         return data.view(dtype.numpy).reshape(stop - start, *tail)
@@ -90,7 +94,12 @@ def zeros(count: int, like: LazyTensor) -> LazyTensor:
 
 def band(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Rows `start` to `stop` as a tensor."""
-    return replace(tensor, shape=(stop - start, *tensor.shape[1:]), read=lambda a, b: tensor.read(start + a, start + b))
+    return replace(
+        tensor,
+        shape=(stop - start, *tensor.shape[1:]),
+        read=lambda a, b: tensor.read(start + a, start + b),
+        misfits=None,
+    )
 
 
 def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
@@ -103,7 +112,7 @@ def reordered(tensor: LazyTensor, order: Array) -> LazyTensor:
         runs = [tensor.read(int(order[a]), int(order[a]) + b - a) for a, b in itertools.pairwise(borders)]
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
-    return replace(tensor, shape=(len(order), *tensor.shape[1:]), read=read)
+    return replace(tensor, shape=(len(order), *tensor.shape[1:]), read=read, misfits=None)
 
 
 @dataclass(frozen=True)

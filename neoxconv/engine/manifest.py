@@ -52,12 +52,15 @@ def manifest(plan: Plan, described: Sequence[Described]) -> bytes:
         "recipe": plan.recipe.facts,
         "norms": plan.checkpoint.norms,
         **plan.checkpoint.unusual,
+        "type": plan.kind,
+        "parameters": plan.checkpoint.parameters,
         "config": plan.checkpoint.config.facts,
         "notes": list(plan.notes),
         "tokenizer": {**plan.tokenizer, "file": name} if (name := _file_name(plan)) else None,
+        **({"origin": plan.origin} if plan.origin else {}),
         "sources": plan.sources,
         "dropped": list(plan.checkpoint.dropped),
-        "files": [*described, *(_describe_sidecar(name, data) for name, data in plan.sidecars.items())],
+        "files": [*described, *(describe_sidecar(name, data) for name, data in plan.sidecars.items())],
     }
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -85,7 +88,7 @@ def overflows(described: Sequence[Described]) -> dict[str, int]:
     return {entry["name"]: entry["overflow"] for entry in ranges if "overflow" in entry}
 
 
-def _describe_sidecar(name: str, data: bytes) -> Described:
+def describe_sidecar(name: str, data: bytes) -> Described:
     """A small file: one range."""
     sha256 = hashlib.sha256(data).hexdigest()
     return {

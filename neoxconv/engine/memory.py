@@ -13,6 +13,7 @@ _MIB = 1 << 20
 _BASE = 200 * _MIB  # what Python, numpy, the kernels and a tokenizer take before the first weight (measured: 170)
 _COPIES = 6  # of a slab that one worker may hold at once: stored rows, float32, parts being joined, encoded bytes
 _WAITING = 3  # of a slab that is held by each further target of several while it is not its turn
+KEPT = 4  # slabs for each worker of what was read last far away, for the other targets
 SLAB = 2 * _MIB  # larger ones leave the caches, and malloc gives their pages back each time: half the speed
 _SMALLEST_SLAB = _MIB
 DEFAULT_MEMORY = 512 * _MIB
@@ -60,4 +61,4 @@ def budget_for(jobs: int, memory: int, kept: int = 0, abreast: int = 1) -> Budge
 
 def _copies(abreast: int) -> int:
     """How many slabs a worker may hold at once."""
-    return _COPIES + _WAITING * (abreast - 1)
+    return _COPIES + (KEPT + _WAITING * (abreast - 1) if abreast > 1 else 0)

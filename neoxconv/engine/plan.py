@@ -17,8 +17,8 @@ from typing import Any
 from neoxconv.core.layout import Entry, FileLayout, Slot
 from neoxconv.core.model import Checkpoint
 from neoxconv.errors import CheckpointError, PlanError, raise_all
-from neoxconv.storage import together
-from neoxconv.targets import TARGETS
+from neoxconv.storage import origin_of, together
+from neoxconv.targets import TARGETS, content_of
 from neoxconv.targets.recipe import Recipe
 from neoxconv.version import __version__
 from neoxconv.words import plural
@@ -69,6 +69,9 @@ class Plan:
     notes: tuple[str, ...]
     tokenizer: Mapping[str, Any]  # the one that was chosen, as the content says
     single: bool
+    name: str  # of the file or folder where nobody gives one
+    kind: str  # what the type of its matrices is called
+    card: bytes  # what its README.md says
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -115,6 +118,11 @@ class Plan:
             {"name": file.storage.name, "bytes": file.storage.size, "checksum": file.checksum}
             for file in self.checkpoint.index.files
         ]
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The URL and the commit of a source on the Hub; nothing of others."""
+        return origin_of(self.checkpoint.opening.path)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,7 +173,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if recipe.format not in TARGETS:
         raise PlanError(f"--to {recipe.format}: expected one of {', '.join(TARGETS)}.")
     target = TARGETS[recipe.format]
-    content = target.make(checkpoint, recipe)
+    content = content_of(checkpoint, recipe)
     entries = [slot.entry for file in content.files for slot in file.slots if slot.number == 0]
     return Plan(
         checkpoint=checkpoint,
@@ -174,6 +182,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         sidecars=content.sidecars,
         notes=(*checkpoint.notes, *content.notes, *_lossy_notes(checkpoint, entries)),
         tokenizer=content.tokenizer,
+        name=content.name,
+        kind=content.kind,
+        card=content.card,
         single=target.single and len(content.files) == 1 and not recipe.split_size,
     )
 

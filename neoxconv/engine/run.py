@@ -2,7 +2,8 @@
 
 All work happens in TARGET.partial/, whose journal lists the plan's fingerprint and the written slots. Run again, the
 journal is only a hint: the bytes are hashed, what matches is kept, the rest is redone. How files are made and get their
-names differs on a disk (publish.py: a rename) and in a store (upload.py: whole objects, the manifest last).
+names differs on a disk (publish.py: a rename), in a store (upload.py: whole objects, the manifest last) and on the
+Hugging Face Hub (hub.py: one commit).
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from typing import Protocol
 from neoxconv.core.layout import FileLayout
 from neoxconv.engine import ours
 from neoxconv.engine.checks import Checks, checks_of
+from neoxconv.engine.hub import HubTarget
 from neoxconv.engine.journal import Journal, is_of_another, read_journal
 from neoxconv.engine.manifest import MANIFEST, Described, overflows
 from neoxconv.engine.memory import DEFAULT_MEMORY, Budget, budget_for, threads_for
 from neoxconv.engine.plan import Plan, check_sources, resume_key
 from neoxconv.engine.publish import DiskTarget, room
 from neoxconv.engine.steps import Progress, Work
+from neoxconv.engine.target_place import target_of
 from neoxconv.engine.upload import StoreTarget
 from neoxconv.engine.workers import Crew, Seat
 from neoxconv.engine.workplace import locked, made_in, work_of
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.storage import Place, is_far, place
+from neoxconv.storage import Place, is_far, is_shared
 from neoxconv.words import size
 
 
@@ -76,6 +79,7 @@ class Conversion:
     checks: Checks
     executor: str | None
     overwrite: bool = False
+    private: bool = False  # of a repository that is made
 
     @property
     def begins_anew(self) -> bool:
@@ -110,11 +114,14 @@ def run(
     allow_nonfinite: bool = False,
     verify: bool = False,
     executor: str | None = None,
+    private: bool = False,
     progress: Progress = lambda count: None,
 ) -> Place:
     """Make `target` as planned and return its path; after an interruption, continue.
 
     A target in an object store is sent file by file, the manifest last, and what is done is kept in NAME.partial here.
+    One on the Hugging Face Hub is sent so too and becomes one commit; a repository that is missing is made, `private`
+    or for all to see.
     With `verify` all that is encoded is decoded again at once and held against its weights, as `verify_weights` does.
     `executor` is dask://HOST:PORT, a scheduler whose workers see the same files, instead of threads here; `jobs` and
     `memory` are then a worker's. `progress` is called with counts of bytes written (or found written already). Raises
@@ -130,6 +137,7 @@ def run(
         allow_nonfinite=allow_nonfinite,
         verify=verify,
         executor=executor,
+        private=private,
     )
     return carry_out(conversion, progress).target
 
@@ -144,6 +152,7 @@ def prepare(
     allow_nonfinite: bool = False,
     verify: bool = False,
     executor: str | None = None,
+    private: bool = False,
     dry: bool = False,
     beside: Sequence[Plan] = (),
 ) -> Conversion:
@@ -155,12 +164,15 @@ def prepare(
     kept = sum(each.kept for each in (plan, *beside))
     conversion = Conversion(
         plan=plan,
-        target=as_target(target),
+        target=target_of(plan, target),
         budget=budget_for(threads_for(plan.checkpoint, jobs), memory, kept, 1 + len(beside)),
         checks=checks_of(allow_nonfinite=allow_nonfinite, verify=verify),
         executor=executor,
         overwrite=overwrite,
+        private=private,
     )
+    if private and not is_shared(conversion.target):
+        raise PlanError(f"{conversion.target}: --private is for repositories of the Hugging Face Hub (hf://).")
     destination = _destination_of(conversion)
     if not dry:
         destination.tidy()
@@ -168,17 +180,12 @@ def prepare(
     return conversion
 
 
-def as_target(target: Place | str) -> Place:
-    """The place itself that a target is to have. Raises PlanError where that has no name, as `/` has none."""
-    where = place(target).resolve()
-    if not where.name:
-        raise PlanError(f"{where}: is no place for a target; give the name of a file or a folder in it.")
-    return where
-
-
 def _destination_of(conversion: Conversion) -> _Destination:
     """How the target is made where it is to be."""
     plan, target = conversion.plan, conversion.target
+    if is_far(target) and target.is_shared:
+        given = {"private": conversion.private, "overwrite": conversion.overwrite}
+        return HubTarget(plan, target, conversion.checks, **given)
     if is_far(target):
         return StoreTarget(plan, target, conversion.checks)
     return DiskTarget(plan, Path(str(target)))

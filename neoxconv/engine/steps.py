@@ -60,7 +60,7 @@ def begin_step(work: Work, step: Step) -> Writing:
     """One tensor to be written band by band, or found written already."""
     descriptor = os.open(work.folder / step.file.name, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        digests = written(step, descriptor, work) or (yield from _write(step, descriptor, work))
+        digests = written(step, descriptor, work) or (yield from write_step(step, descriptor, work))
     finally:
         os.close(descriptor)
     return dict(zip(step.keys, digests, strict=True))
@@ -89,7 +89,7 @@ def _hashed(step: Step, slot: Slot, descriptor: int, work: Work) -> Digest:
     return tally.digest()
 
 
-def _write(step: Step, descriptor: int, work: Work) -> Generator[None, None, list[Digest]]:
+def write_step(step: Step, descriptor: int, work: Work) -> Generator[None, None, list[Digest]]:
     """Write one tensor at its planned places; the digests of their bytes."""
     entry, name = step.entry, step.file.name
     tallies = [_Tally(step.file.crcs) for _ in step.slots]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from neoxconv.engine.manifest import read_manifest
-from neoxconv.engine.memory import DEFAULT_MEMORY
+from neoxconv.engine.memory import DEFAULT_MEMORY, KEPT
 from neoxconv.engine.plan import Plan
 from neoxconv.engine.publish import room
 from neoxconv.engine.run import Conversion, Done, carry_out, prepare
@@ -20,7 +20,7 @@ from neoxconv.engine.steps import Progress
 from neoxconv.engine.workers import Joint, Seat
 from neoxconv.engine.workplace import nearest_folder, work_of
 from neoxconv.errors import NeoxconvError, PlanError, raise_all
-from neoxconv.storage import Place, is_far
+from neoxconv.storage import Place, is_far, keep_bands
 from neoxconv.words import size
 
 Outcome = Done | NeoxconvError
@@ -82,7 +82,10 @@ def _side_by_side(conversions: Sequence[Conversion], progress: Progress) -> list
     """What came of each, all of them run at the same time."""
     if not conversions:
         return []
-    joint = Joint(min(each.budget.jobs for each in conversions), len(conversions))
+    budget = conversions[0].budget  # all have the same
+    for file in conversions[0].plan.checkpoint.index.files:
+        keep_bands(file.storage.path, budget.jobs * KEPT * budget.slab)
+    joint = Joint(budget.jobs, len(conversions))
     with ThreadPoolExecutor(len(conversions)) as pool:
         try:
             seated = zip(conversions, joint.seats, strict=True)

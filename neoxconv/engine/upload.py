@@ -8,14 +8,11 @@ holds the file at work, its journal, and in `sent` the manifest's entry for ever
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import quote
 
 from neoxconv.core.layout import FileLayout
 from neoxconv.engine import cluster, ours
@@ -23,70 +20,12 @@ from neoxconv.engine.checks import Checks
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
 from neoxconv.engine.plan import Plan, resume_key
+from neoxconv.engine.sent import Note, Sent, check_room_for_two, made_and_sent
 from neoxconv.engine.steps import Work
-from neoxconv.engine.target_file import begin_file, finish_file
-from neoxconv.engine.workers import Crew, run_steps, threads
-from neoxconv.engine.workplace import SENT, free_for, held, made_in, open_own, work_of
+from neoxconv.engine.workers import Crew
+from neoxconv.engine.workplace import SENT, work_of
 from neoxconv.errors import NeoxconvError, PlanError, raise_all
 from neoxconv.storage import Remote
-from neoxconv.words import size
-
-_BEGUN = ".begun"
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """Notes on the files that are in the store, in a folder; those of another run do not count.
-
-    Neither do those of a run without one of the `checks`.
-    """
-
-    folder: Path
-    key: str
-    checks: Checks
-
-    @property
-    def begun(self) -> bool:
-        """Whether this very run has begun before, so that what is in the store may be its own."""
-        mark = self.folder / _BEGUN
-        return mark.is_file() and mark.read_text() == self.key
-
-    def begin(self) -> None:
-        """Note that this run has begun."""
-        self.folder.mkdir(exist_ok=True)
-        _write(self.folder / _BEGUN, self.key)
-
-    def path(self, name: str) -> Path:
-        """Where the note on a file lies."""
-        return self.folder / quote(name, safe="")
-
-    def add(self, described: Described, there: Remote) -> None:
-        """Note that a file is in the store, and what the store calls its content."""
-        path, facts = self.path(described["name"]), there.facts_now()
-        version = facts.version if facts else ""
-        note = {"key": self.key, "checks": sorted(self.checks), "version": version, "file": described}
-        _write(path.with_suffix(".new"), json.dumps(note))
-        os.replace(path.with_suffix(".new"), path)
-
-    def find(self, file: FileLayout, there: Remote) -> Described | None:
-        """The entry of a file that was sent, if the store still has it."""
-        try:
-            note = json.loads(self.path(file.name).read_text())
-        except (OSError, ValueError):
-            return None
-        if note["key"] != self.key or not self.checks.issubset(note.get("checks", ())):
-            return None
-        facts = there.facts_now()
-        if facts is None or facts.size != file.size or facts.version != note["version"]:
-            return None
-        found: Described = note["file"]
-        return found
-
-
-def _write(path: Path, text: str) -> None:
-    """A note, whole."""
-    with open_own(path, "wb") as stream:
-        stream.write(text.encode())
 
 
 @dataclass(frozen=True)
@@ -106,11 +45,11 @@ class StoreTarget:
         return self.work
 
     @cached_property
-    def sent(self) -> _Sent:
+    def sent(self) -> Sent:
         """The notes of the run of this plan to this target, which has one name with others of other stores."""
         where = (self.target.protocol, self.target.path, self.target.options)
         key = hashlib.sha256(f"{resume_key(self.plan)} {where}".encode()).hexdigest()
-        return _Sent(self.work / SENT, key, self.checks)
+        return Sent(self.work / SENT, key, self.checks)
 
     @property
     def manifest(self) -> Remote:
@@ -146,20 +85,17 @@ class StoreTarget:
         """Raise PlanError where the disk here cannot hold the file at work and the one that is being sent."""
         if crew.executor:
             return  # the workers have disks of their own
-        done = self.find_sent()
-        left = sorted((file.size for file in self.plan.files if file.name not in done), reverse=True)
-        needed, free = sum(left[:2]), free_for(self.work)
-        if needed > free + held(made_in(self.work)):
-            raise PlanError(
-                f"{self.work}: two files are made here at a time, {size(needed)}, and {size(free)} are free; "
-                "make room, work in another folder, or make smaller files with --shard-size or --split-size."
-            )
+        check_room_for_two(self.plan, self.work, self.find_sent())
 
     def find_sent(self) -> dict[str, Described]:
         """The files that were sent and that the store still has."""
-        sent = self.sent
-        found = {file.name: sent.find(file, self.object_of(file.name)) for file in self.plan.files}
-        return {name: described for name, described in found.items() if described}
+        noted = {file.name: self.sent.find(file.name) for file in self.plan.files}
+        return {name: note.file for name, note in noted.items() if note and self.is_there(note)}
+
+    def is_there(self, note: Note) -> bool:
+        """Whether the store has a file as it was sent."""
+        facts = self.object_of(note.file["name"]).facts_now()
+        return facts is not None and (facts.size, facts.version) == (note.file["bytes"], note.version)
 
     def begin(self) -> dict[str, Described]:
         """Note that what will be in the store is this run's; the files that are there already."""
@@ -171,30 +107,25 @@ class StoreTarget:
         if crew.executor:
             made = self.make_on_workers(files, work, crew.executor)
         else:
-            made = self.make_here(files, work, crew, journal)
-        for described in made:
-            self.sent.add(described, self.object_of(described["name"]))
+            made = made_and_sent(self.plan, files, (work, crew, journal), self.send)
+        for described, version in made:
+            self.sent.add(described, version)
             yield described
 
-    def make_here(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
-        """Make files one after the other; while one is made, the one before it is sent."""
+    def send(self, name: str, work: Work) -> str:
+        """Put a file that was made into the store, and remove it here; what the store calls its content."""
+        self.object_of(name).put(work.folder / name, work.stop)
+        (work.folder / name).unlink()
+        return self.version_of(name)
 
-        def post(file: FileLayout, described: Described) -> Described:
-            self.object_of(file.name).put(work.folder / file.name, work.stop)
-            (work.folder / file.name).unlink()
-            return described
+    def version_of(self, name: str) -> str:
+        """What the store calls the content of a file that it has."""
+        facts = self.object_of(name).facts_now()
+        return facts.version if facts else ""
 
-        with ThreadPoolExecutor(1) as postman, threads(work, crew) as submit:
-            under_way: list[Future[Described]] = []
-            for file in files:
-                begin_file(file, work.folder)
-                digests = run_steps(self.plan.steps_of(file), submit, journal)
-                described = finish_file(file, work.folder, digests)
-                yield from (future.result() for future in under_way)
-                under_way = [postman.submit(post, file, described)]
-            yield from (future.result() for future in under_way)
-
-    def make_on_workers(self, files: Sequence[FileLayout], work: Work, executor: str) -> Iterator[Described]:
+    def make_on_workers(
+        self, files: Sequence[FileLayout], work: Work, executor: str
+    ) -> Iterator[tuple[Described, str]]:
         """Have workers of a cluster make files, each on a disk of its own, and send them."""
         origin, numbers = cluster.origin_of(self.plan), {file.name: n for n, file in enumerate(self.plan.files)}
         with cluster.connected(executor) as pool:
@@ -210,7 +141,7 @@ class StoreTarget:
                 futures[pool.submit(cluster.deliver, delivery)] = file
             try:
                 for future in as_completed(futures):
-                    yield future.result()
+                    yield future.result(), self.version_of(futures[future].name)
                     work.progress(self.plan.nbytes_of(futures[future].name))
             finally:
                 for future in futures:

@@ -5,7 +5,7 @@
     model-0000N-of-0000M.safetensors    shards, and
     model.safetensors.index.json        {"metadata": {...}, "weight_map": {tensor: file}}; without it the names of the
                                         shards must make a whole series
-    generation_config.json, README.md   and the tokenizer's files, which tokenizer.py makes
+    generation_config.json              and the tokenizer's files, which tokenizer.py makes
 
 Source: transformers' utils/__init__.py (names of files) and modeling_utils.py; huggingface_hub's serialization/.
 """
@@ -241,9 +241,3 @@ def generation_config(config: Mapping[str, Any]) -> bytes:
     said = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     value = {"_from_model_config": True, **said}
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def model_card(title: str, family: str, facts: Sequence[tuple[str, str]], *, library: str) -> bytes:
-    """README.md: what the model is, its family as Hugging Face tags it, what loads it, and where it comes from."""
-    head = ["---", f"library_name: {library}", f"tags: [{family}]", "---", "", f"# {title}", ""]
-    return "\n".join([*head, *(f"- {name}: {value}" for name, value in facts), ""]).encode()

@@ -27,6 +27,7 @@ from neoxconv.formats.gguf import read as gguf
 from neoxconv.storage import Storage, open_storage
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+_DATASETS, _CHUNKS, _LENGTH = (f"imatrix.{name}" for name in ("datasets", "chunk_count", "chunk_size"))
 # Far above any model.
 _BAND = 16 << 20  # bytes
 _MAX_ENTRIES, _MAX_NAME, _MAX_COLUMNS = 1 << 16, 1 << 10, 1 << 24  # MAX_NAME in bytes
@@ -40,6 +41,7 @@ class Matrix:
     path: Path
     entries: dict[str, Floats]  # [columns] each, with a mean of 1
     chunks: int  # of text that it was made with; 0 where the file does not say
+    dataset: str = ""  # the text's name, of several the first
 
     @cached_property
     def sha256(self) -> str:
@@ -51,13 +53,13 @@ def read(path: Path) -> Matrix:
     """The matrix in a file of either form. Raises CheckpointError where it is damaged or holds no importances."""
     file = open_storage(path)
     if file.text(0, min(4, file.size)) == gguf.MAGIC:
-        found, chunks = _read_gguf(file)
+        found, chunks, dataset = _read_gguf(file)
     else:
-        found, chunks = _read_dat(file, _whole(file))
+        found, chunks, dataset = _read_dat(file, _whole(file))
     if not found:
         raise CheckpointError(f"{path}: holds no importances; make it with llama-imatrix.")
     entries = {name: _with_mean_1(path, name, values) for name, values in found.items()}
-    return Matrix(path, entries, chunks)
+    return Matrix(path, entries, chunks, dataset)
 
 
 def _whole(file: Storage) -> bytes:
@@ -92,8 +94,10 @@ def _with_mean_1(path: Path, name: str, values: Floats) -> Floats:
     return (values / mean if mean else values).astype(np.float32)
 
 
-def _read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
-    """The entries of the GGUF form, and the number of chunks. A tensor that saw no token counts as all alike.
+def _read_gguf(file: Storage) -> tuple[dict[str, Floats], int, str]:
+    """The entries of the GGUF form, the number of chunks, and the text's name.
+
+    A tensor that saw no token counts as all alike.
 
     Raises CheckpointError where the file is another kind of GGUF, or an entry is not what it must be.
     """
@@ -117,8 +121,10 @@ def _read_gguf(file: Storage) -> tuple[dict[str, Floats], int]:
                     f"{file.path}: {entry}: has {count.size} matrices, expected 1; experts are not supported."
                 )
             entries[entry] = sums if count[0] > 0 else np.ones_like(sums)
-    chunks = header.keys.get("imatrix.chunk_count", 0)
-    return entries, chunks if type(chunks) is int else 0
+    chunks = header.keys.get(_CHUNKS, 0)
+    names = header.keys.get(_DATASETS, [])
+    dataset = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    return entries, chunks if type(chunks) is int else 0, dataset
 
 
 def numbers(file: Storage, tensor: LazyTensor | None, name: str) -> Floats:
@@ -134,8 +140,8 @@ def numbers(file: Storage, tensor: LazyTensor | None, name: str) -> Floats:
     return tensor.floats(0, tensor.rows).reshape(-1)
 
 
-def _read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int]:
-    """The entries of the .dat form, and the number of chunks, which older files lack.
+def _read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int, str]:
+    """The entries of the .dat form, the number of chunks and the text's name, which older files lack.
 
     Raises CheckpointError where the bytes cannot be them.
     """
@@ -150,7 +156,10 @@ def _read_dat(file: Storage, data: bytes) -> tuple[dict[str, Floats], int]:
             f"{file.path}: is no importance matrix, in neither the GGUF nor the .dat form, or is damaged ({what}); "
             "make it again."
         ) from error
-    return entries, struct.unpack_from("<i", data, end)[0] if len(data) >= end + 4 else 0
+    if len(data) < end + 8:
+        return entries, struct.unpack_from("<i", data, end)[0] if len(data) >= end + 4 else 0, ""
+    chunks, length = struct.unpack_from("<2i", data, end)
+    return entries, chunks, data[end + 8 : end + 8 + max(length, 0)].decode(errors="replace")
 
 
 def _dat_entries(data: bytes) -> Iterator[tuple[str, Floats, int]]:
@@ -177,9 +186,6 @@ def _count_at(data: bytes, offset: int, limit: int) -> int:
     if not 1 <= count <= limit:
         raise ValueError(f"a count of {count} at byte {offset}")
     return count
-
-
-_DATASETS, _CHUNKS, _LENGTH = (f"imatrix.{name}" for name in ("datasets", "chunk_count", "chunk_size"))
 
 
 def facts(text: str, tokens: Numbers) -> dict[str, Any]:

@@ -15,17 +15,19 @@ import numpy as np
 
 from neoxconv.core.encoding import Part, Scaled
 from neoxconv.core.model import Index
-from neoxconv.core.tensor import LazyTensor
+from neoxconv.core.tensor import LazyTensor, Misfits
 from neoxconv.dtypes import F16, FLOATS, I32, I64, PLAIN, TORCH_NAMES, U8, Array, DType
 from neoxconv.errors import CheckpointError, raise_all
 from neoxconv.quant import SCALED
 from neoxconv.quant.scaled import fourbit
 from neoxconv.quant.scaled.affine import SCALES
+from neoxconv.quant.scaled.float8 import FORM_E4M3, FORM_E5M2
+from neoxconv.quant.scaled.float8 import misfits as misfits_of_float8
 from neoxconv.quant.scaled.fourbit import BLOCK, STATE
 from neoxconv.quant.scaled.int8 import FORMAT
 from neoxconv.quant.scaled.mlx import MLX
 from neoxconv.quant.scaled.nested import NESTED
-from neoxconv.quant.scaled.packed import BITS, ORDER, PACKED, ROW, TENSOR, PackedForm, packed
+from neoxconv.quant.scaled.packed import BITS, ORDER, PACKED, ROW, TENSOR, PackedForm, misfits, packed
 from neoxconv.sources import SOURCES
 from neoxconv.sources.naming import home
 from neoxconv.storage import Place
@@ -155,7 +157,14 @@ def float8(module: _Module) -> _Joined:
     encoding = SCALED.get(f"{codes.dtype.name.removeprefix('F8_')}_{by}")
     if encoding is None:
         raise module.error("weight", f"is of type {codes.dtype.name} with scales; expected F8_E4M3 or F8_E5M2.")
-    return _joined(module, encoding, codes.shape, module.native)
+    form = FORM_E4M3 if codes.dtype is FORM_E4M3.dtype else FORM_E5M2
+    joined = _joined(module, encoding, codes.shape, module.native)
+    return _judged(joined, misfits_of_float8(form, module.tensors, module.native))
+
+
+def _judged(joined: _Joined, misfits: Misfits | None) -> _Joined:
+    """The same, to be judged by the scales that are stored where another program chose them."""
+    return replace(joined, tensor=replace(joined.tensor, misfits=misfits))
 
 
 def _packed(module: _Module) -> _Joined:
@@ -173,6 +182,7 @@ def _packed(module: _Module) -> _Joined:
     if ordered and order.max() >= form.groups(shape[1]):
         raise module.error(ORDER, f"has groups beyond the {form.groups(shape[1])} that have scales; download it again.")
     joined = _joined(module, packed(form), shape, module.native)
+    joined = _judged(joined, misfits(form, module.tensors, module.native))
     return replace(joined, parts=(*joined.parts, ORDER)) if len(order) and not ordered else joined
 
 

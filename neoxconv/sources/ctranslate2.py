@@ -25,6 +25,7 @@ from neoxconv.quant.scaled.ctranslate2 import CODES, SCALE
 from neoxconv.storage import Place
 
 _INT8 = SCALED["CT2_INT8"]
+_OURS = "neoxconv_"  # what we say of how codes were chosen
 _ENDS = ("bos", "eos")  # the tokens that config.json names by their texts, and Hugging Face's by their ids
 _TIED = (HEAD, EMBEDDING)
 
@@ -46,7 +47,7 @@ def index(folder: Place) -> Index:
         folder=folder,
         files=(SourceFile(model.file, model.checksum),),
         ranks=(_unified(model, tensors, architecture, config),),
-        settings=told | _ids(folder, settings),
+        settings=told | _ids(folder, settings) | {name: settings[name] for name in settings if name.startswith(_OURS)},
     )
 
 

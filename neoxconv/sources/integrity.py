@@ -213,7 +213,8 @@ def read_stretch(stretch: _Stretch, progress: _Progress) -> Found:
     crc, done, end = 0, 0, stretch.offset + stretch.size
     try:
         for start in range(stretch.offset, end, SLAB):
-            data = stretch.file.read(start, min(SLAB, end - start))
+            size = min(SLAB, end - start)
+            data = stretch.file.read(start, size, end - start - size)
             crc = zlib.crc32(data.data, crc) if stretch.record else 0
             done += len(data)
             progress(len(data))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from neoxconv.errors import PlanError
+from neoxconv.storage.hub import HUB, pinned, repository
 from neoxconv.storage.places import Place
 from neoxconv.storage.protocols import WEB
 from neoxconv.storage.remote import Remote
+from neoxconv.storage.requests import Absent, retrying
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 _LOCAL = ("file", "local")
@@ -22,6 +25,8 @@ def place(text: Place | str) -> Place:
 
     Raises PlanError where a package is missing that the protocol needs.
     """
+    if isinstance(text, Remote) and text.is_moving:
+        return _on_the_hub(text.path)
     if not isinstance(text, str):
         return text
     match = URL.match(text)
@@ -36,12 +41,24 @@ def place(text: Place | str) -> Place:
     if {".", ".."} & set(url.path.split("/")):
         raise PlanError(f"{protocol}: a store knows no `.` and no `..`; write the URL without them.")
     shown = f"{protocol}://{(url.netloc.rpartition('@')[2] + url.path).rstrip('/')}"
+    if protocol == HUB:
+        return _on_the_hub(shown.partition("://")[2])
     kind = _file_system(protocol, shown)
     if protocol in WEB:
         return Remote(shown, protocol, f"{protocol}://{url.netloc}{url.path}".rstrip("/"), query=url.query)
     options = {key: value for key, value in kind._get_kwargs_from_urls(text).items() if isinstance(value, str | int)}
     found = Remote(shown, protocol, kind._strip_protocol(text).rstrip("/"), options=tuple(sorted(options.items())))
     return found.anew()  # fsspec may know it from earlier
+
+
+def _on_the_hub(path: str) -> Remote:
+    """A place in a repository, at the commit that it has now; where none is to be seen, as it was written."""
+    where = repository(path)
+    asked = Remote(f"{HUB}://{where.path}", HUB, where.path)
+    try:
+        return replace(asked, path=retrying(asked, lambda: pinned(asked.path)))
+    except Absent:
+        return asked
 
 
 def _parse_url(text: str) -> SplitResult | None:

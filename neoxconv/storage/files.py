@@ -56,8 +56,11 @@ class Storage:
     def name(self) -> str:
         return self.path.name
 
-    def read(self, offset: int, length: int) -> Bytes:
-        """`length` bytes from `offset` on, as uint8. Raises CheckpointError where the file does not hold them all."""
+    def read(self, offset: int, length: int, ahead: int = 0) -> Bytes:
+        """`length` bytes from `offset` on, as uint8; the `ahead` that follow them will be wanted next.
+
+        Raises CheckpointError where the file does not hold them all.
+        """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
                 f"{self.path}: bytes {offset} to {offset + length} are wanted but the file has {self.size}. "
@@ -65,7 +68,7 @@ class Storage:
             )
         data = np.empty(length, np.uint8)
         if isinstance(self.path, Remote):
-            data[:] = np.frombuffer(self.path.read(offset, length, self.facts), np.uint8)
+            data[:] = np.frombuffer(self.path.read(offset, length, self.facts, ahead), np.uint8)
         else:
             self._read_into(data, offset)
         if self.watch:

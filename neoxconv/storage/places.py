@@ -83,6 +83,22 @@ def holds(folder: Place, path: Place) -> bool:
     return Path(str(folder)).resolve() in (resolved := Path(str(path)).resolve(), *resolved.parents)
 
 
+def origin_of(path: Place) -> dict[str, str]:
+    """The URL of a place and the commit that is read there, of the Hub; nothing of others, which may change."""
+    return path.origin if isinstance(path, Remote) else {}
+
+
+def is_shared(path: Place) -> bool:
+    """Whether others put files beside a target's."""
+    return isinstance(path, Remote) and path.is_shared
+
+
+def keep_bands(path: Place, nbytes: int) -> None:
+    """Keep so many of the last bytes that were read of a source far away; of one here the system keeps them."""
+    if isinstance(path, Remote):
+        path.keep_bands(nbytes)
+
+
 def anew(path: Place) -> Place:
     """The place with nothing kept of what its store said of it before."""
     return path.anew() if isinstance(path, Remote) else path

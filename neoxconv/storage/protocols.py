@@ -14,6 +14,7 @@ from html import unescape
 from typing import Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
+from neoxconv.storage.hub import Hub
 from neoxconv.storage.requests import CHANGED, FILE, FOLDER, VERSIONS, Facts, Unusable, call, changed, wait_for
 
 WEB = ("http", "https")  # a web server's listings may lack what it has
@@ -55,15 +56,17 @@ def entries(fs: Any, path: str) -> dict[str, Facts]:
     return dict(sorted(found.items()))
 
 
-def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts) -> bytes:
+def read_range(fs: Any, path: str, *, start: int, stop: int, known: Facts, ahead: int = 0) -> bytes:
     """The bytes of a file from `start` to `stop`, of the file that is `known` and of no other.
 
-    Raises Unusable where others came, or not all of them.
+    `ahead` more are wanted next, which may be asked for at once. Raises Unusable where others came, or not all of them.
     """
     if _is_http(fs):
         data, found = wait_for(fs, _http_range, fs, path, start, stop)
     elif hasattr(fs, "_call_s3"):
         data, found = wait_for(fs, _s3_range, fs, path, start, stop)
+    elif isinstance(fs, Hub):
+        data, found = fs.cat_file(path, start, stop, ahead), known
     elif fs.async_impl:
         data, found = call(fs, "cat_file", path, start=start, end=stop), known
     else:  # fsspec's own opens the file, and would read ahead

@@ -10,7 +10,7 @@ import io
 import posixpath
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,23 +18,53 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.storage.hub import HUB, HUB_FILES, repository
 from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, write_object
 from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retrying
 
-_BLOCK, _BLOCKS = 16 << 10, 256  # bytes that a small read fetches, and how many of those are kept
 _SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
 _DEEPEST, _MOST_PLACES = 8, 1 << 16  # of folders in one another; of files and folders in all
 THREADS = 16  # requests at the same time
 
 
 @dataclass
+class _Blocks:
+    """The last blocks that were read of files, `most` of them of `size` bytes: what is kept is not fetched again."""
+
+    size: int
+    most: int
+    kept: OrderedDict[tuple[str, int], bytes] = field(default_factory=OrderedDict)
+    lock: Any = field(default_factory=threading.Lock)
+
+    def read(self, path: str, wanted: range, size: int, fetch: Callable[[int, int], bytes]) -> bytes:
+        """Bytes of a file of `size`; the blocks that are not kept come in one request."""
+        first = wanted.start // self.size * self.size
+        found = {start: self.kept.get((path, start)) for start in range(first, wanted.stop, self.size)}
+        missing = [start for start, data in found.items() if data is None]
+        if missing:
+            end = min(missing[-1] + self.size, size)
+            data = fetch(missing[0], end)
+            found |= {start: data[start - missing[0] :][: self.size] for start in range(missing[0], end, self.size)}
+        with self.lock:
+            for start, block in found.items():
+                self.kept[path, start] = block or b""
+                self.kept.move_to_end((path, start))
+            while len(self.kept) > self.most:
+                self.kept.popitem(last=False)
+        return b"".join(block or b"" for block in found.values())[wanted.start - first :][: len(wanted)]
+
+
+@dataclass
 class _Cache:
-    """What was learnt of the places in one source: nothing is asked twice, and of headers a few blocks are kept."""
+    """What was learnt of the places in one source: nothing is asked twice, and of headers a few blocks are kept.
+
+    Of `bands` of tensors nothing is kept, unless several targets are made of them at once.
+    """
 
     facts: dict[str, Facts | None] = field(default_factory=dict)
     folders: dict[str, dict[str, Facts]] = field(default_factory=dict)
-    blocks: OrderedDict[tuple[str, int], bytes] = field(default_factory=OrderedDict)
-    lock: Any = field(default_factory=threading.Lock)
+    headers: _Blocks = field(default_factory=lambda: _Blocks(16 << 10, 256))
+    bands: _Blocks = field(default_factory=lambda: _Blocks(256 << 10, 0))
 
 
 @dataclass(frozen=True, order=True, repr=False)
@@ -62,7 +92,9 @@ class Remote:
 
     @property
     def fs(self) -> Any:
-        """The file system, which fsspec makes once for each process."""
+        """The file system, which fsspec makes once for each process; of the Hub ours."""
+        if self.protocol == HUB:
+            return HUB_FILES
         import fsspec
 
         return fsspec.filesystem(self.protocol, **dict(self.options))
@@ -74,7 +106,8 @@ class Remote:
 
     @property
     def name(self) -> str:
-        return self.shown.rpartition("/")[2]
+        name = self.shown.rpartition("/")[2]
+        return repository(self.path).name.rpartition("/")[2] if self.protocol == HUB and self.is_root else name
 
     @property
     def stem(self) -> str:
@@ -86,10 +119,10 @@ class Remote:
 
     @property
     def parent(self) -> Remote:
-        """The folder that holds it; of a server or a bucket itself."""
-        shown, path = (text.rpartition("/")[0] for text in (self.shown, self.path))
-        if shown.endswith("/") or not shown:
+        """The folder that holds it; of a server, a bucket or a repository itself."""
+        if self.is_root:
             return self
+        shown, path = (text.rpartition("/")[0] for text in (self.shown, self.path))
         return replace(self, shown=shown, path=path)
 
     def __truediv__(self, name: str) -> Remote:
@@ -132,8 +165,34 @@ class Remote:
 
     @property
     def is_root(self) -> bool:
-        """Whether it is a server or a bucket itself."""
-        return self.parent is self
+        """Whether it is a server, a bucket or a repository itself."""
+        if self.protocol == HUB:
+            return not repository(self.path).inside
+        above = self.shown.rpartition("/")[0]
+        return above.endswith("/") or not above
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether it is in a repository, at no commit of it."""
+        return self.protocol == HUB and not repository(self.path).commit
+
+    @property
+    def moving(self) -> Remote:
+        """The same place as something to write to: of a repository its main branch."""
+        return replace(self, path=self.shown.partition("://")[2]) if self.protocol == HUB else self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others put files beside ours, as in a repository, which has some that the Hub makes."""
+        return self.protocol == HUB
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where in the world it is: of the Hub, where a commit never changes, its URL and the commit."""
+        if self.protocol != HUB:
+            return {}
+        where = repository(self.path)
+        return {"url": f"{HUB}://{replace(where, revision='').path}", "revision": where.commit}
 
     def facts_now(self) -> Facts | None:
         """What is here now."""
@@ -158,7 +217,8 @@ class Remote:
 
     @property
     def kind(self) -> str:
-        if listed := self.cache.folders.get(self.parent.path, {}).get(self.name):
+        listed = None if self.is_root else self.cache.folders.get(self.parent.path, {}).get(self.name)
+        if listed:
             return listed.kind
         try:
             found = self.facts()
@@ -203,41 +263,37 @@ class Remote:
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
-    def read(self, offset: int, length: int, known: Facts) -> bytes:
-        """Bytes of the file that is `known`; few at a time come from blocks that are fetched once.
+    def read(self, offset: int, length: int, known: Facts, ahead: int = 0) -> bytes:
+        """Bytes of the file that is `known`, of which `ahead` more will be wanted next.
 
+        Few at a time come from blocks that are fetched once, and so do more of them where several readers take turns.
         Raises CheckpointError where the store does not give them, or has another file by now.
         """
-        if length > _SMALL:
-            starts = range(offset, offset + length, LARGEST)
-            return b"".join(self.fetch(start, min(start + LARGEST, offset + length), known) for start in starts)
-        first = offset // _BLOCK * _BLOCK
-        return self.blocks(first, offset + length, known)[offset - first : offset - first + length]
+        end = offset + length
+        blocks = self.cache.headers if length <= _SMALL else self.cache.bands
+        if not blocks.most:
+            return self.fetch(offset, end, known, ahead)
+        wanted = end + ahead
 
-    def blocks(self, first: int, stop: int, known: Facts) -> bytes:
-        """The blocks that bytes `first` to `stop` lie in; those that are not kept come in one request."""
-        kept = self.cache.blocks
-        found = {start: kept.get((self.path, start)) for start in range(first, stop, _BLOCK)}
-        missing = [start for start, data in found.items() if data is None]
-        if missing:
-            end = min(missing[-1] + _BLOCK, known.size or 0)
-            data = self.fetch(missing[0], end, known)
-            cut = range(missing[0], end, _BLOCK)
-            found |= {start: data[start - missing[0] :][:_BLOCK] for start in cut}
-        with self.cache.lock:
-            for start, block in found.items():
-                kept[self.path, start] = block or b""
-                kept.move_to_end((self.path, start))
-            while len(kept) > _BLOCKS:
-                kept.popitem(last=False)
-        return b"".join(block or b"" for block in found.values())
+        def fetch(start: int, stop: int) -> bytes:
+            return self.fetch(start, stop, known, 0 if blocks is self.cache.headers else max(wanted - stop, 0))
 
-    def fetch(self, start: int, stop: int, known: Facts) -> bytes:
-        """Bytes from the store."""
-        if start >= stop:
-            return b""
+        return blocks.read(self.path, range(offset, end), known.size or 0, fetch)
+
+    def keep_bands(self, nbytes: int) -> None:
+        """Keep the last bytes that were read of files of this source, so many, as several readers take turns."""
+        self.cache.bands.most = nbytes // self.cache.bands.size
+
+    def fetch(self, start: int, stop: int, known: Facts, ahead: int = 0) -> bytes:
+        """Bytes from the store, LARGEST at a time."""
+        cuts = ((cut, min(cut + LARGEST, stop)) for cut in range(start, stop, LARGEST))
+
+        def read(cut: int, to: int) -> bytes:
+            rest = stop + ahead - to
+            return read_range(self.fs, self.address, start=cut, stop=to, known=known, ahead=rest)
+
         try:
-            return retrying(self, lambda: read_range(self.fs, self.address, start=start, stop=stop, known=known))
+            return b"".join(retrying(self, partial(read, *cut)) for cut in cuts)
         except Absent as error:
             raise error if error.refused else CheckpointError(f"{self}: was there when it was opened.") from None
 

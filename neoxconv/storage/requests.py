@@ -6,15 +6,19 @@ error of theirs is chained to ours.
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from neoxconv.errors import CheckpointError
+from neoxconv.errors import CheckpointError, NeoxconvError
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each repetition of a request
 TIMEOUT = 60.0  # seconds that an answer may take
+_LONGEST_WAIT = 600  # seconds, if a server asks for it; the Hub counts requests over 300
+_RATE = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # of RateLimit: none remain for so many seconds
 FOLDER, FILE = "directory", "file"
 # What tells one content from another under the same name: the first that a store gives is kept.
 VERSIONS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime", "created")
@@ -22,6 +26,7 @@ CHANGED = "has changed since it was opened; run the command again, on a source t
 _AGAIN = (408, 425, 429)  # besides all from 500 on
 _REFUSED = (401, 403, 407)
 _MISSING = (404, 410)
+_LOG = logging.getLogger(__name__)
 Answered = TypeVar("Answered")
 
 
@@ -50,6 +55,14 @@ class Unusable(Exception):
         self.again = again
 
 
+class Refused(Exception):
+    """A request that a store refuses with `status`, and what to do."""
+
+    def __init__(self, status: int, what_to_do: str) -> None:
+        super().__init__(what_to_do)
+        self.status = status
+
+
 def changed(before: Facts, now: Facts) -> bool:
     """Whether a file is not the one that it was, as far as the store tells."""
     if before.version and now.version and before.version != now.version:
@@ -60,31 +73,40 @@ def changed(before: Facts, now: Facts) -> bool:
 def retrying(where: object, request: Callable[[], Answered], deed: str = "read") -> Answered:
     """What `request` gives, sent again after a pause where a failure may pass; `deed` is what it does.
 
-    Raises CheckpointError: Absent where there is nothing, or nothing for us.
+    Where the server says how long to wait, that long. Raises CheckpointError: Absent where there is nothing, or nothing
+    for us.
     """
     for count, pause in enumerate((*PAUSES, None), 1):
         try:
             return request()
+        except NeoxconvError:
+            raise
         except Exception as error:
             what, again = _judged(error, deed)
-            if (status := _status_of(error)) in _MISSING + _REFUSED:
+            if (status := status_of(error)) in _MISSING + _REFUSED:
                 raise Absent(f"{where}: {what}.", refused=status in _REFUSED) from None
             if not again or pause is None:
                 tries = f" ({count} times asked; run the same command again to continue)" if count > 1 else ""
                 raise CheckpointError(f"{where}: {what}{tries}.") from None
-        time.sleep(pause)
+            wait = _wait_of(error)
+            if wait > _LONGEST_WAIT:
+                raise CheckpointError(f"{where}: {what}, and asks to wait {wait} seconds; continue then.") from None
+            if wait:
+                _LOG.warning("%s: %s, and asks to wait %d seconds", where, what, wait)
+        time.sleep(wait or pause)
     raise AssertionError(where)
 
 
 def _judged(error: Exception, deed: str) -> tuple[str, bool]:
     """What went wrong, in words that hold nothing of the request, and whether it may pass."""
-    status, kind = _status_of(error), type(error).__name__
+    status, kind = status_of(error), type(error).__name__
     if isinstance(error, Unusable):
         return str(error), error.again
     if status in _MISSING:
         return f"is not there ({status}); correct the address", False
     if status in _REFUSED:
-        return f"may not be {deed} ({status}); give credentials that may, in the way fsspec takes them", False
+        told = str(error) if isinstance(error, Refused) else "give credentials that may, in the way fsspec takes them"
+        return f"may not be {deed} ({status}); {told}", False
     if status == 416:
         return CHANGED, False  # what was asked for lay inside of it
     if status:
@@ -98,7 +120,18 @@ def _judged(error: Exception, deed: str) -> tuple[str, bool]:
     return f"the connection fails ({kind})", True
 
 
-def _status_of(error: BaseException | None) -> int:
+def _wait_of(error: Exception) -> int:
+    """The seconds after which a server that has enough of requests takes the next one; 0 where it does not tell."""
+    told = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
+    if status_of(error) not in (429, 503) or not isinstance(told, Mapping):
+        return 0
+    given = {name.lower(): str(value) for name, value in told.items()}
+    rate, after = _RATE.search(given.get("ratelimit", "")), given.get("retry-after", "").strip()
+    seconds = rate[1] if rate else after
+    return int(seconds) + 1 if re.fullmatch("[0-9]{1,9}", seconds) else 0
+
+
+def status_of(error: BaseException | None) -> int:
     """The HTTP status that an error of any library stands for; 0 where it stands for none."""
     if error is None or isinstance(error, Unusable):
         return 0
@@ -112,7 +145,7 @@ def _status_of(error: BaseException | None) -> int:
         return _MISSING[0]
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         return _REFUSED[1]
-    return _status_of(error.__cause__)
+    return status_of(error.__cause__)
 
 
 def call(fs: Any, method: str, *arguments: Any, **options: Any) -> Any:

@@ -22,6 +22,7 @@ from neoxconv.formats.json_text import as_json
 from neoxconv.formats.tokenizer import END, Tokenizer, hf_files
 from neoxconv.names import CTRANSLATE2_TYPES
 from neoxconv.quant import SCALED, decoded
+from neoxconv.targets.calibrated import SETTING, Calibration, calibration_for
 from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
 from neoxconv.targets.hf import kept
 from neoxconv.targets.recipe import Recipe
@@ -34,8 +35,12 @@ _EIGHT_BITS = "INT8"
 
 
 def to_ctranslate2(checkpoint: Checkpoint, recipe: Recipe) -> Content:
-    """The folder, its tensors equal to those that ctranslate2's own converter makes of the Hugging Face conversion."""
+    """The folder, its tensors equal to those that ctranslate2's own converter makes of the Hugging Face conversion.
+
+    With --calibration the codes of a row are its own: chosen together.
+    """
     entries = ctranslate2_entries(checkpoint, recipe)
+    calibration = _calibration(checkpoint, recipe, entries)
     config, family = _sayable(checkpoint), checkpoint.architecture.name
     beside = carried(checkpoint, recipe.tokenizer)
     if beside.tokenizer is None or not beside.tokenizer.ids:
@@ -50,6 +55,7 @@ def to_ctranslate2(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         EPSILON_KEY: epsilon_setting(config),
         CONTEXT_KEY: config.context,  # CTranslate2 does not know of it
         "multi_query_attention": True,  # of all models, as its converter has it
+        **({SETTING: calibration.digest} if calibration else {}),
     }
     sidecars = {
         CONFIG: as_json(dict(sorted(told.items()))),
@@ -57,8 +63,19 @@ def to_ctranslate2(checkpoint: Checkpoint, recipe: Recipe) -> Content:
         **hf_files(beside.tokenizer, config.context),
         **({GENERATION: beside.generation} if beside.generation else {}),
     }
-    file = write.layout(entries, scalars_of(family, config), tied)
-    return Content((file,), sidecars, beside.notes, tokenizer_facts(checkpoint, beside.tokenizer))
+    held = calibration.applied(entries) if calibration else entries
+    file = write.layout(held, scalars_of(family, config), tied)
+    notes = (*beside.notes, *(calibration.notes if calibration else ()))
+    return Content((file,), sidecars, notes, tokenizer_facts(checkpoint, beside.tokenizer))
+
+
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, entries: list[Entry]) -> Calibration | None:
+    """What was asked for. Raises PlanError where it does not fit, or no matrix is in 8 bits."""
+    if recipe.calibration is None:
+        return None
+    if not any(isinstance(entry.encoding, Scaled) for entry in entries):
+        raise PlanError(f"--calibration is for the types of 8 bits; found {recipe.type}.")
+    return calibration_for(checkpoint, recipe.calibration, entries)
 
 
 def ctranslate2_entries(checkpoint: Checkpoint, recipe: Recipe) -> list[Entry]:

@@ -19,30 +19,24 @@ from neoxconv.formats.calibration.read import digest_of, gradients_in, moments_i
 from neoxconv.formats.gguf import write
 from neoxconv.formats.gguf.read import ALIGNMENT
 from neoxconv.formats.imatrix import Matrix
-from neoxconv.formats.tokenizer import differences, gguf_keys
-from neoxconv.formats.tokenizer.from_keys import Keys
-from neoxconv.formats.tokenizer.gguf import KEYS, PREFIX, told
 from neoxconv.quant import ENCODINGS
-from neoxconv.targets.about import size_label, title
 from neoxconv.targets.budget import ROLES, TYPES, Chosen, Known, choose_within, costs_of, line
 from neoxconv.targets.calibrated import KEY, check_aims, notes_on_source, with_contexts
-from neoxconv.targets.carried import GENERATION, Carried, carried, kept_tokenizer_facts, tokenizer_facts
+from neoxconv.targets.carried import carried, generation, kept_tokenizer_facts, tokenizer_facts
+from neoxconv.targets.gguf_words import TOKENS, is_kept, kept_keys, notes_beside, tokenizer_keys, unsaid
+from neoxconv.targets.metadata import file_stem, words_of
 from neoxconv.targets.mixes import MIXES, Choice, GgufTensor, check_patterns, choose, needs_matrix, wanted
 from neoxconv.targets.recipe import Recipe
 from neoxconv.targets.stand_in import written_as
 from neoxconv.words import plural
 
 # llama-quantize's words for an importance matrix, and ours: a file's checker must know what its encoder could choose.
+_FILE_KEY, _TEXT_KEY = "quantize.imatrix.file", "quantize.imatrix.dataset"
 _ENTRIES_KEY, _CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 _EFFORT_KEY = "neoxconv.effort"
 AIMED = "neoxconv.aimed"  # names of tensors that are not rounded weights, but what a calibration has in their place
 _BESIDE_CHOSEN = "Q4_K_M"
 SEARCHED = (_ENTRIES_KEY, _EFFORT_KEY)
-_TOKENS = PREFIX + "tokens"
-_COMPOSED = ("olmo", "mpt")  # names in `pre` of tokenizers that compose characters first
-_NFC = "llama.cpp composes no characters (NFC): decomposed accents and jamo give it other ids than transformers"
-_THE_SOURCES = ("general.type", "general.name")  # keys that we make only where the source has none
-_OF_ONE_FILE = ("split.", "quantize.", "neoxconv.", "general.alignment")  # keys of a file, not of its model
 RECIPES = tuple(Recipe("gguf", type=mix) for mix in MIXES)  # all that `formats` lists
 OPTIONS = (  # what changes the mix, and what may be written of the tokenizer
     "mix", "pure", "output_type", "embedding_type", "tensor_type", "imatrix", "calibration", "bits", "size", "types",
@@ -55,8 +49,9 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     own = checkpoint
     checkpoint, stands_in = written_as(own, "gguf", recipe.as_family)
     choice = _choice_of(checkpoint, recipe)
-    kept = _kept_keys(checkpoint, recipe)
-    beside = None if _TOKENS in kept else carried(own, recipe.tokenizer)
+    kept = kept_keys(checkpoint, recipe)
+    words = words_of(own, recipe, generation(own, {}))
+    beside = None if TOKENS in kept else carried(own, recipe.tokenizer)
     matrix, moments = _importances(recipe)
     entries = with_contexts(gguf_entries(checkpoint, recipe), matrix, moments, recipe)
     searched = any(entry.context for entry in entries)
@@ -65,18 +60,17 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     keys = {
         "general.architecture": checkpoint.architecture.gguf_name,
         "general.type": "model",
-        "general.name": title(own),
-        "general.size_label": size_label(own.parameters),
+        **words.keys,
         **_hyperparameters(checkpoint),
         "general.file_type": MIXES[choice.mix].file_type,
         "general.quantization_version": 2,
-        **(_tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
-        **({_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks} if matrix and searched else {}),
+        **(tokenizer_keys(checkpoint, beside, recipe) if beside else {}),
+        **(_matrix_keys(matrix) if matrix and searched else {}),
         **({_EFFORT_KEY: recipe.effort} if recipe.effort != "normal" and searched else {}),
         **({KEY: digest} if digest else {}),
         **({AIMED: list(aims)} if aims else {}),
     }
-    keys |= {key: value for key, value in kept.items() if key not in keys or key in _THE_SOURCES}
+    keys |= {key: value for key, value in kept.items() if is_kept(key, keys, words, checkpoint)}
     chosen = _within_budget(entries, keys, moments, matrix, checkpoint, recipe)
     if chosen:
         entries = [replace(entry, encoding=chosen.encoding(entry)) for entry in entries]
@@ -85,57 +79,36 @@ def to_gguf(checkpoint: Checkpoint, recipe: Recipe) -> Content:
     _check_matrix(checkpoint, choice, entries)
     notes = (
         *stands_in,
+        *words.notes,
         *([line(chosen, recipe)] if chosen else []),
         *_gguf_notes(checkpoint, choice, entries, chosen),
         *(_matrix_notes(matrix, entries, digest) if matrix else ()),
         *(notes_on_source(checkpoint, recipe.calibration) if recipe.calibration else ()),
-        *(_notes_beside(beside, keys, recipe) if beside else _unsaid(checkpoint)),
+        *(notes_beside(beside, keys, words, recipe) if beside else unsaid(checkpoint)),
     )
     tokenizer = tokenizer_facts(checkpoint, beside.tokenizer) if beside else kept_tokenizer_facts(checkpoint)
-    return Content(write.layout("model", keys, entries, recipe.split_size), {}, notes, tokenizer)
+    kind = _kind(entries, own) if chosen else choice.mix
+    files = write.layout(file_stem(words.keys, kind), keys, entries, recipe.split_size)
+    return Content(files, {}, notes, tokenizer, kind)
+
+
+def _kind(entries: Sequence[Entry], checkpoint: Checkpoint) -> str:
+    """What types that were chosen by their costs are called together: 4_5BPW for 4.5 bits a weight."""
+    bits = 8 * sum(entry.nbytes for entry in entries) / checkpoint.parameters
+    return f"{bits:.1f}BPW".replace(".", "_")
+
+
+def _matrix_keys(matrix: Matrix) -> dict[str, Any]:
+    """What llama-quantize tells of an importance matrix; of its file the name alone."""
+    told = {_FILE_KEY: matrix.path.name, _TEXT_KEY: matrix.dataset}
+    counts = {_ENTRIES_KEY: len(matrix.entries), _CHUNKS_KEY: matrix.chunks}
+    return {key: text for key, text in told.items() if text} | counts
 
 
 def _hyperparameters(checkpoint: Checkpoint) -> dict[str, Any]:
     """The keys of a family that GGUF has."""
     assert checkpoint.architecture.to_gguf
     return checkpoint.architecture.to_gguf(checkpoint.config)
-
-
-def _kept_keys(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, bytes]:
-    """The keys of a GGUF source that no conversion decides, as it has them; with --tokenizer not its tokenizer's."""
-    replaced = ("tokenizer.",) if recipe.tokenizer else ()
-    others = (*_OF_ONE_FILE, *replaced)
-    return {key: value for key, value in checkpoint.index.typed.items() if not key.startswith(others)}
-
-
-def _tokenizer_keys(checkpoint: Checkpoint, beside: Carried, recipe: Recipe) -> dict[str, Any]:
-    """The tokenizer's keys; raises PlanError where there is none."""
-    if beside.tokenizer is None:
-        raise PlanError(
-            f"{checkpoint.index.folder}: GGUF needs a tokenizer and none was found near it; "
-            "give its tokenizer.json with --tokenizer FILE."
-        )
-    return gguf_keys(beside.tokenizer, checkpoint.config.rows, beside.ids, others=recipe.allow_other_tokens)
-
-
-def _unsaid(checkpoint: Checkpoint) -> list[str]:
-    """Notes on what an old GGUF source does not say of its tokenizer."""
-    return Keys(checkpoint.index.settings, str(checkpoint.index.where)).unsaid
-
-
-def _notes_beside(beside: Carried, keys: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Notes on the tokenizer, on ends that contradict each other, and on what GGUF has no place for."""
-    notes = [*beside.notes]
-    for name, said in beside.ids.items():
-        written = keys.get(PREFIX + KEYS[name.removesuffix("_token_id")])
-        if type(said) is int and written not in (None, said):
-            notes.append(f"{name} is {said} in the source, {written} by the tokenizer's settings, which GGUF takes")
-    if keys.get(PREFIX + "pre") in _COMPOSED:
-        notes.append(_NFC)
-    notes += told(beside.tokenizer) if beside.tokenizer else []
-    faults = differences(beside.tokenizer) if beside.tokenizer and recipe.allow_other_tokens else []  # else refused
-    notes += [f"llama.cpp gives some texts other ids than the source's tokenizer: it has no {f}" for f in faults]
-    return notes + ([f"{GENERATION} has no place in GGUF: left out"] if beside.generation else [])
 
 
 def _choice_of(checkpoint: Checkpoint, recipe: Recipe) -> Choice:

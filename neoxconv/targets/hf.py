@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ from neoxconv.formats.tokenizer import hf_files
 from neoxconv.names import DTYPES
 from neoxconv.quant import ENCODINGS, decoded
 from neoxconv.sources.coverage import PARTIAL
-from neoxconv.targets.about import provenance, title
 from neoxconv.targets.carried import GENERATION, Carried, carried, tokenizer_facts
 from neoxconv.targets.recipe import Recipe
 
@@ -79,18 +77,16 @@ def hf_folder(
     *,
     library: str = LIBRARY,
 ) -> Content:
-    """A folder with sharded safetensors, configuration (with `settings` added), tokenizer, model card for `library`."""
+    """A folder with sharded safetensors for `library`, configuration (with `settings` added), tokenizer."""
     files = hf.layout(entries, recipe.shard_size, {"format": _FORMATS[library]})
     beside = carried(checkpoint, recipe.tokenizer)
     tokenizer = beside.tokenizer
     config = _configuration(checkpoint, beside, main_dtype(entries))
     config |= {**(settings or {}), **({PARTIAL: list(recipe.only)} if recipe.only else {})}
     part = _partly(checkpoint, recipe, entries)
-    facts = [*provenance(checkpoint), ("Tensors", held(entries)), *(("Note", note) for note in part)]
     sidecars = {
         "config.json": as_json(config),
         GENERATION: beside.generation or hf.generation_config(config),
-        "README.md": hf.model_card(title(checkpoint), checkpoint.architecture.name, facts, library=library),
         **({"model.safetensors.index.json": hf.weight_index(files)} if len(files) > 1 else {}),
         **(hf_files(tokenizer, checkpoint.config.context) if tokenizer else {}),
     }
@@ -105,11 +101,6 @@ def _configuration(checkpoint: Checkpoint, beside: Carried, dtype: str) -> dict[
     silent = {name for name in ("bos_token_id", "eos_token_id") if name not in beside.ids}
     further = {name: value for name, value in beside.config.items() if name not in made or name in _UNDECIDED}
     return {**{name: value for name, value in made.items() if name not in silent}, **further, **beside.ids}
-
-
-def held(entries: Sequence[Entry]) -> str:
-    """How many tensors have each type."""
-    return ", ".join(f"{count} {name}" for name, count in Counter(entry.encoding.name for entry in entries).items())
 
 
 def to_safetensors(checkpoint: Checkpoint, recipe: Recipe) -> Content:

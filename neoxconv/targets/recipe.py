@@ -38,10 +38,12 @@ class Recipe:
     asymmetric: bool = False  # compressed-tensors: a zero for each group
     only: tuple[str, ...] = ()  # hf, safetensors: patterns of the unified names that the target holds; else all
     tokenizer: Path | None = None
+    metadata: Path | None = None  # what is said of the model in names and cards: a JSON file of GGUF's keys
+    set: tuple[tuple[str, str], ...] = ()  # the same key by key, above the file
     as_family: str | None = None  # gguf, slim: the family to write the model as, where the format lacks its own
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides the target's bytes; tokenizer and matrix act through what they hold, not where they are."""
-        files = ("tokenizer", "imatrix", "calibration")
+        """What decides the target's bytes; files act through what they hold, not where they are."""
+        files = ("tokenizer", "imatrix", "calibration", "metadata")
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in files}

@@ -21,7 +21,7 @@ from neoxconv.engine.manifest import (
     read_manifest,
 )
 from neoxconv.errors import CheckpointError
-from neoxconv.storage import Place, at_once, is_file, opener_of, place, size_of, stream_of
+from neoxconv.storage import Place, at_once, is_file, is_shared, opener_of, place, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
 _Progress = Callable[[int], None]
@@ -101,7 +101,7 @@ def verify_bytes(
     files = manifest["files"]
     with ThreadPoolExecutor(jobs or at_once(target)) as pool:
         findings = [finding for file in files for finding in _check_file(target, file, seen, pool, progress)]
-    if target.is_dir():
+    if target.is_dir() and not is_shared(target):
         known = {file["name"] for file in files} | {MANIFEST}
         present = sorted(inside(path, target) for path in target.rglob("*") if path.is_file())
         findings += [Finding(name, "is not in the manifest") for name in present if name not in known]

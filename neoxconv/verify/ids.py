@@ -16,9 +16,9 @@ from neoxconv.formats.tokenizer import Tokenizer
 from neoxconv.formats.tokenizer.gguf import PREFIX
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.storage import Place
-from neoxconv.verify.logits.child import ids_by, runs
+from neoxconv.verify.engines.child import ids_by, runs
 from neoxconv.verify.logits.tokens import blamed, library
-from neoxconv.verify.logits.trial import Sample
+from neoxconv.verify.logits.trial import NATIVE, Engine, Sample
 from neoxconv.verify.report import Finding, Report, findings_of
 
 _MOST = 1 << 20  # characters of a text that are compared: the library takes some 500 bytes of memory for each
@@ -60,7 +60,7 @@ class _Reading:
 
 
 def verify_ids(
-    source: Checkpoint, candidate: Checkpoint, sample: Sample, *, target: Place, engine: str = "native"
+    source: Checkpoint, candidate: Checkpoint, sample: Sample, *, target: Place, engine: Engine = NATIVE
 ) -> Report:
     """Whether the text of the sample has the same ids on both sides, by the library and by `engine` where one is named.
 
@@ -79,7 +79,7 @@ def verify_ids(
     if not _has_tokenizer(candidate):
         return Report("tokenizer", f"no ids of {name}, as the target has no tokenizer", ())
     found = [_by_library(reading, candidate, target)]
-    if engine != "native":
+    if not engine.native:
         found.append(_by_program(reading, source, candidate, target=target, engine=engine))
     return _report(reading, found)
 
@@ -120,18 +120,18 @@ def _by_library(reading: _Reading, candidate: Checkpoint, target: Place) -> _Com
 
 
 def _by_program(
-    reading: _Reading, source: Checkpoint, candidate: Checkpoint, *, target: Place, engine: str
+    reading: _Reading, source: Checkpoint, candidate: Checkpoint, *, target: Place, engine: Engine
 ) -> _Compared:
     """The ids by the program that will run the target; what it does not load is a finding."""
     try:
         theirs = ids_by(engine, target, candidate, reading.text)
     except VerifyError as error:
-        return _Compared(engine, None, findings_of(target, error))
+        return _Compared(engine.name, None, findings_of(target, error))
     ours = reading.ours
-    if runs(engine, source):
+    if runs(engine.name, source):
         ids = ids_by(engine, source.index.where, source, reading.text)
         ours = _Encoded(ids, ours.spans if ids == list(ours.ids) else ())
-    return reading.compared(engine, ours, theirs, target)
+    return reading.compared(engine.name, ours, theirs, target)
 
 
 def _encoded(words: Tokenizer, text: str) -> _Encoded:

@@ -13,7 +13,7 @@ import numpy as np
 from neoxconv.core.encoding import Comparison, Encoding, Moments, Scaled
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.table import Weight
-from neoxconv.core.tensor import LazyTensor, slabs
+from neoxconv.core.tensor import LazyTensor, Misfits, slabs
 from neoxconv.dtypes import PLAIN, Array, Floats, Numbers, narrow
 from neoxconv.engine.memory import SLAB
 from neoxconv.errors import PlanError
@@ -29,32 +29,13 @@ from neoxconv.targets.calibrated import chosen_by
 from neoxconv.targets.gguf import AIMED, SEARCHED
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.report import Finding, Report, TensorError
+from neoxconv.verify.settings import compare_settings
 
 _Progress = Callable[[int], None]
 _CHOSEN_SLAB = 4 << 20  # bytes of float32: the more rows, the more use is made of moments that were read
 _BLOCK = 32  # weights
 _LOOSE = 0.8  # relative error of types that are only read (docs/verification.md, "Thresholds")
-# What must agree for the two to be one function. GGUF does not say which GELU (llama.cpp computes the tanh form), nor
-# of a window (llama.cpp has none). CTranslate2 is given models whose window is no shorter than their context.
-_COMPARED = (
-    "layers",
-    "hidden",
-    "heads",
-    "key_heads",
-    "ff",
-    "rows",
-    "context",
-    "rotary_dims",
-    "rotary_base",
-    "norm",
-    "norm_eps",
-    "parallel_residual",
-    "activation",
-    "tied",
-    "window",
-)
 _SIZES = ("layers", "hidden", "ff", "rows")
-_UNSAID = {"gguf": ("activation", "tied", "window"), "ctranslate2": ("window",)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,8 @@ class _Pair:
     `joined`: the target's was computed from its ranks' (a mean, a sum), each of which holds its `native` type;
     `weighted`: its encoder knew which columns matter, or searched for other scales than llama.cpp's; `together`: it
     chose codes together, by the `moments` of the inputs and perhaps the `outputs`, those of gradients, where they are
-    at hand; `aimed`: it rounded an aim that lies with the moments, so that little can be said without them.
+    at hand; `aimed`: it rounded an aim that lies with the moments, so that little can be said without them;
+    `foreign`: another program made it, whose scales are taken as they are stored.
     """
 
     name: str
@@ -76,6 +58,7 @@ class _Pair:
     moments: Moments | None = None
     outputs: Moments | None = None
     aimed: bool = False
+    foreign: bool = False
 
 
 def verify_weights(
@@ -83,6 +66,7 @@ def verify_weights(
     target: Checkpoint,
     *,
     calibration: Path | None = None,
+    foreign: bool = False,
     jobs: int = 2,
     progress: _Progress = lambda count: None,
 ) -> Report:
@@ -90,23 +74,39 @@ def verify_weights(
 
     `source` must have been opened with the target's norms policy; where the target's format lacks its family, it is
     compared as the one that stands in. `calibration` is the file by which codes were chosen together, without which
-    these have bounds only. `progress` gets counts of source bytes compared. Raises CheckpointError where its settings
-    are in doubt.
+    these have bounds only. `foreign`: another program made the target, whose scales need not be those that ours would
+    be: codes must be the nearest by the scales that are stored. `progress` gets counts of source bytes compared. Raises
+    CheckpointError where its settings are in doubt.
     """
     source.refuse_doubts()
     source = as_the_targets(source, target)
-    differences = list(_compare_configs(source, target))
+    differences = list(compare_settings(source, target))
     if any(getattr(source.config, size) != getattr(target.config, size) for size in _SIZES):
         return Report("weights", "no tensor, because the models have other shapes", tuple(differences))
     pairs, findings = _pair_up(source, target)
-    pairs = _with_moments(pairs, source, target, calibration)
+    pairs = [replace(pair, foreign=foreign) for pair in _with_moments(pairs, source, target, calibration)]
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda pair: compare(pair, progress), pairs))
     findings += [finding for _, finding in results if finding]
     findings += differences
     tensors = tuple(error for error, _ in results)
     part = f" of {len(source.tensors)}, all that the target is to hold" if is_partial(target.index) else ""
-    return Report("weights", f"{len(pairs)} tensors{part}", tuple(findings), tensors)
+    told = tuple(_told_of_scales(pairs))
+    return Report("weights", f"{len(pairs)} tensors{part}", tuple(findings), tensors, lines=told)
+
+
+def _told_of_scales(pairs: Sequence[_Pair]) -> Iterator[str]:
+    """What is not proven of a target that another program made."""
+    if count := sum(_by_stored(pair) is not None for pair in pairs):
+        yield (
+            f"  the scales of {count} tensors are taken as they are stored, as another program made the target: their "
+            "codes are proven to be the nearest by them, not that other scales would not be better"
+        )
+
+
+def _by_stored(pair: _Pair) -> Misfits | None:
+    """What tells which weights cannot have been stored so, by the target's own scales; None where these are judged."""
+    return pair.target.misfits if pair.foreign and not pair.together else None
 
 
 def _pair_up(source: Checkpoint, target: Checkpoint) -> tuple[list[_Pair], list[Finding]]:
@@ -193,7 +193,7 @@ def compare(pair: _Pair, progress: _Progress) -> tuple[TensorError, Finding | No
         largest, squares, power = max(largest, sums.largest), squares + sums.squares, power + sums.power
         progress((stop - start) * pair.source.dtype.size(pair.source.columns))
     result = TensorError(pair.name, encoding, largest, (squares / power) ** 0.5 if power else float(squares > 0))
-    if pair.weighted and result.relative > _LOOSE:
+    if (pair.weighted or pair.foreign) and result.relative > _LOOSE:
         return result, Finding(pair.name, f"is {result.relative:.2g} of its size away from the source's weights")
     return result, Finding(pair.name, wrong.told(encoding)) if wrong.count > _slips(pair, encoding) else None
 
@@ -226,6 +226,8 @@ _Compared = Callable[[Floats, Array, int], Comparison]  # of weights, what is st
 
 def _comparing(pair: _Pair, encoding: str) -> tuple[int, _Compared]:
     """How the slabs of a pair are compared, and of how many rows, or a multiple, they must be."""
+    if misfits := _by_stored(pair):
+        return 1, lambda rows, values, start: Comparison(misfits(rows, values, start), lambda: values)
     if encoding in SCALED:
         return _comparing_scaled(pair, SCALED[encoding])
     if encoding not in ENCODINGS:
@@ -292,14 +294,3 @@ def _sums(rows: Floats, values: Floats) -> _Sums:
 
     largest, squares, power = tally(*(np.ascontiguousarray(each).reshape(-1) for each in (rows, values)))
     return _Sums(float(largest), squares, power)
-
-
-def _compare_configs(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
-    """Hyperparameters that differ, as far as the target's format can say the source's."""
-    own, made = source.config, target.config
-    if target.index.format != "neox":
-        own = source.architecture.sayable(own)
-    for name in _COMPARED:
-        ours, theirs = getattr(own, name), getattr(made, name)
-        if ours != theirs and name not in _UNSAID.get(target.index.format, ()):
-            yield Finding("configuration", f"{name} is {theirs} in the target and {ours} in the source")

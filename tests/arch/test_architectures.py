@@ -99,7 +99,7 @@ def test_another_architecture_needs_its_row_only(format: str, tmp_path: Path) ->
     if format == "float8":
         assert again.index.settings["quantization_config"]["ignore"] == ["lm_head"]
     if format == "hf":
-        assert "tags: [other]" in (target / "README.md").read_text()
+        assert "tags:\n- other\n" in (target / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("two")

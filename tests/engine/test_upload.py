@@ -307,12 +307,12 @@ def test_a_cluster_sends_whole_files(s3: Any, cluster: Cluster, tmp_path: Path) 
 
 
 def test_a_full_disk_here_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neoxconv.engine import upload
+    from neoxconv.engine import sent
 
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(upload, "begin_file", full)
+    monkeypatch.setattr(sent, "begin_file", full)
     with pytest.raises(NeoxconvError, match="make room and run the same command again") as caught:
         run(plan, "memory://full/hf")
     assert str(caught.value).startswith(f"{work_of(place('memory://full/hf'))}: No space left on device: ")

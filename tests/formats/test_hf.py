@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -174,15 +173,6 @@ def test_the_generation_config_is_read_by_transformers(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_bytes(hf.generation_config({"bos_token_id": 0, "eos_token_id": 7}))
     config = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (config.bos_token_id, config.eos_token_id) == (0, 7)
-
-
-def test_the_model_card_begins_with_yaml_and_tells_every_fact() -> None:
-    card = hf.model_card(
-        "Model", "gpt_neox", [("source", "shards"), ("norms", "mean")], library="transformers"
-    ).decode()
-    _, head, body = card.split("---\n")
-    assert yaml.safe_load(head)["library_name"] == "transformers"
-    assert body == "\n# Model\n\n- source: shards\n- norms: mean\n"
 
 
 # --- bad folders -----------------------------------------------------------------------------------------------------

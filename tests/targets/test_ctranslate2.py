@@ -275,6 +275,25 @@ def test_planted_faults_are_found(tmp_path: Path, target: Path) -> None:
         assert len(findings) == 1, (head, findings)
 
 
+def test_codes_chosen_together_are_proved_and_a_moved_one_is_found(tmp_path: Path, target: Path) -> None:
+    source, by = tmp_path / "toy", tmp_path / "cal.gguf"
+    np.save(tmp_path / "tokens.npy", (np.arange(6 * 64) * 7 % 256).reshape(6, 64))
+    assert cli("calibrate", source, "-o", by, "--tokens", tmp_path / "tokens.npy", "--covariance", "--quiet") == 0
+    chosen = made(source, tmp_path / "chosen", calibration=by)
+    plain, ours = (values(read_model(folder / MODEL)) for folder in (target, chosen))
+    changed = {name for name in plain if plain[name] != ours[name]}
+    assert len(changed) == 9 and "decoder/embeddings/weight" not in changed  # of 2 layers and the head, the codes alone
+    opened = open_checkpoint(source)
+    assert verify_weights(opened, open_checkpoint(chosen), calibration=by).passed
+    data, head = (chosen / MODEL).read_bytes(), b"layer_0/ffn/linear_1/weight\0"
+    at = data.index(head) + len(head) + 14 + 200
+    (chosen / MODEL).write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    [finding] = verify_weights(opened, open_checkpoint(chosen), calibration=by).findings
+    assert finding.where == "gpt_neox.layers.0.mlp.dense_4h_to_h.weight"
+    with pytest.raises(PlanError, match="--calibration is for the types of 8 bits; found FLOAT16"):
+        made(source, tmp_path / "x", "FLOAT16", calibration=by)
+
+
 def test_it_goes_on_to_other_formats_and_back(tmp_path: Path, target: Path) -> None:
     back = made(hf(target, tmp_path / "hf"), tmp_path / "back")
     assert (back / MODEL).read_bytes() == (target / MODEL).read_bytes()

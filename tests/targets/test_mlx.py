@@ -23,10 +23,12 @@ from neoxconv.dtypes import PLAIN, Floats, narrow, widen
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.names import MLX_TYPES
 from neoxconv.quant.scaled.mlx import BITS, GROUPS, MLX
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.compare import compare_predictions
+from neoxconv.verify.logits.trial import Engine
 from tests.fixtures import real
 from tests.helpers import cli
-from tests.oracles import mlx_convert, mlx_logits, mlx_quantize
+from tests.oracles import mlx_convert, mlx_python, mlx_quantize
 from tests.scaled import CONFIG, FILE, compared, made
 from tests.toy import toy
 
@@ -248,10 +250,10 @@ def test_mlx_lm_runs_the_folder_to_our_logits(kind: str, tmp_path: Path) -> None
     trained = real("trained_tp2_pp4")
     tokens = np.load(trained / "reference" / "tokens.npy")[:1, :64]
     target = made(trained / "checkpoints", tmp_path / "mlx", Recipe("mlx", type=kind))
-    logits = torch.from_numpy(mlx_logits(target, tokens, tmp_path / "logits.npy"))
     opened = open_checkpoint(target)
-    found = compare_predictions(opened, opened, tokens, logits=lambda start, stop: logits[..., start:stop])
-    assert found.figures.mean < 1e-4
+    with program(Engine("mlx", mlx_python()), target, opened) as ask:
+        logits = ask(tokens)
+    assert compare_predictions(opened, opened, tokens, engine="mlx", logits=logits).figures.mean < 1e-9
 
 
 def test_the_table_of_types_is_what_is_offered() -> None:

@@ -18,9 +18,10 @@ import pytest
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.main import main
 from neoxconv.errors import VerifyError
-from neoxconv.verify.logits import programs
-from neoxconv.verify.logits.child import program
+from neoxconv.verify.engines import serve
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.compare import compare_predictions
+from neoxconv.verify.logits.trial import Engine
 from neoxconv.verify.tasks import exam
 from tests.toy import toy
 
@@ -113,7 +114,10 @@ def test_a_package_that_is_not_there_is_told_as_such(
         target, engine = run(make_plan(open_checkpoint(source), Recipe("hf")), tmp_path / "hf"), "transformers"
     monkeypatch.syspath_prepend(folder)
     assert main(command(source, target, "--engine", engine)) == 1
-    assert f"{package} is not installed; pip install {package}, or leave --engine out." in capfd.readouterr().err
+    assert (
+        f"{package} is not installed; pip install {package}, name a Python that has it with --engine-python, or "
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [
@@ -154,7 +158,7 @@ def test_a_file_of_logits_is_written_by_the_sequence(tmp_path: Path) -> None:
         sizes.append((tmp_path / "a.npy").stat().st_size)
         return np.asfortranarray(np.outer(row, np.arange(5000.0)), np.float64)
 
-    programs.run_all(made, tokens, tmp_path / "a.npy")
+    serve.run_all(made, tokens, tmp_path / "a.npy")
     assert np.array_equal(np.load(tmp_path / "a.npy"), tokens[..., None] * np.arange(5000, dtype=np.float32))
     assert sizes[2] > 4 * 4 * 5000
 
@@ -163,7 +167,26 @@ def test_a_full_disk_is_told_with_what_to_do() -> None:
     with pytest.raises(
         VerifyError, match=r"/dev/full: has no room for 1 x 4 tokens' logits .*; name a folder .*TMPDIR"
     ):
-        programs.run_all(lambda row: np.zeros((4, 5000), np.float32), np.zeros((1, 4), np.int64), Path("/dev/full"))
+        serve.run_all(lambda row: np.zeros((4, 5000), np.float32), np.zeros((1, 4), np.int64), Path("/dev/full"))
+
+
+def test_a_python_that_is_none_is_told_as_such(files: tuple[Path, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    words = command(*files, "--engine", "llama.cpp", "--engine-python")
+    assert main([*words, "/nowhere/python"]) == 1
+    assert "--engine-python /nowhere/python: cannot be run (No such file or directory); give" in capfd.readouterr().err
+    assert main([*command(*files), "--engine-python", sys.executable]) == 2
+
+
+def test_another_python_has_its_own_modules(
+    files: tuple[Path, Path], faked: Faked, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of this process's it gets neoxconv's files alone."""
+    deed = "raise RuntimeError(sorted({'torch', 'click', 'neoxconv'} & {*sys.modules}), sys.flags.optimize)"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={faked(deed)} exec {sys.executable} -O "$@"\n')
+    python.chmod(0o755)
+    assert main(command(*files, "--engine", "llama.cpp", "--engine-python", str(python))) == 1
+    assert "llama.cpp cannot run it (RuntimeError: (['neoxconv'], 1)); leave" in capfd.readouterr().err
 
 
 # --- the real ones ----------------------------------------------------------------------------------------------------
@@ -174,7 +197,7 @@ def test_transformers_is_asked_twice_and_loaded_once(tmp_path: Path, monkeypatch
     source = open_checkpoint(toy(tmp_path, norm_noise=0.0))
     target = run(make_plan(source, Recipe("hf", dtype="F32")), tmp_path / "hf")
     made, tokens = open_checkpoint(target), np.arange(96, dtype=np.int64).reshape(2, 2, 24) * 7 % 512
-    with program("transformers", target, made) as ask:
+    with program(Engine("transformers"), target, made) as ask:
         first = ask(tokens[0])
         (target / "config.json").rename(tmp_path / "away")  # it cannot be loaded again
         second = ask(tokens[1])

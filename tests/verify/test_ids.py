@@ -13,7 +13,7 @@ import pytest
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.verify import ids
-from neoxconv.verify.logits.trial import Sample
+from neoxconv.verify.logits.trial import Engine, Sample
 from neoxconv.verify.report import Report
 from tests.helpers import cli
 from tests.oracles import program
@@ -62,7 +62,8 @@ def text(tmp_path: Path) -> Callable[[str], Path]:
 def compared(source: Path, target: Path, text: Path, engine: str = "native") -> Report:
     if engine != "native":
         program(PACKAGES[engine])
-    return ids.verify_ids(open_checkpoint(source), open_checkpoint(target), Sample(text), target=target, engine=engine)
+    opened = open_checkpoint(source), open_checkpoint(target)
+    return ids.verify_ids(*opened, Sample(text), target=target, engine=Engine(engine))
 
 
 def told(report: Report) -> list[str]:

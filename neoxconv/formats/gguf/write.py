@@ -23,7 +23,10 @@ _RANGES = {_U32: (0, 2**32 - 1), I32: (-(2**31), 2**31 - 1), _U64: (0, 2**64 - 1
 # Whole numbers take the first type that holds them; gguf-py gives single ones U32 and those of lists I32.
 _SINGLE, _LISTED = (_U32, I32, _U64, I64), (I32, _U32, I64, _U64)
 # Keys whose type is not what their value suggests.
-_KEY_TYPES = {"split.no": _U16, "split.count": _U16, "split.tensors.count": I32}
+_KEY_TYPES = {
+    "split.no": _U16, "split.count": _U16, "split.tensors.count": I32, "general.sampling.top_k": I32,
+    "general.sampling.penalty_last_n": I32, "general.sampling.mirostat": I32,
+}  # fmt: skip
 _ITEM_TYPES = {"tokenizer.ggml.precompiled_charsmap": _U8}  # the same of the items of a list
 _SECTIONS = {"general": 0, "tokenizer": 2}  # the architecture's keys stand between
 _MAX_PARTS = 0xFFFF  # what split.count, a U16, holds

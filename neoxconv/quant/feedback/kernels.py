@@ -17,6 +17,8 @@ _TILE = 256  # rows and columns of a part of a matrix that stays in the second c
 _RUN = 64  # columns that are passed over at once where no code changes
 _TURNED = 32  # the same of a matrix that is turned over
 
+Span = tuple[int, int]  # of rows or columns: the first, and the one after the last
+
 
 @part
 def _plus_eight(
@@ -250,6 +252,34 @@ def _finish_corner(corner: Floats) -> int:
     return int(p)
 
 
+@part
+def _taken(matrix: Floats, rows: Span, columns: Span) -> Floats:
+    """A copy of a tile. It is written as loops, here and below: numba compiles slices of slices for seconds."""
+    tile = np.empty((rows[1] - rows[0], columns[1] - columns[0]), np.float32)
+    for r in range(tile.shape[0]):
+        for c in range(tile.shape[1]):
+            tile[r, c] = matrix[rows[0] + r, columns[0] + c]
+    return tile
+
+
+@part
+def _put(matrix: Floats, row: int, column: int, tile: Floats) -> None:
+    """A tile back in its place."""
+    for r in range(tile.shape[0]):
+        for c in range(tile.shape[1]):
+            matrix[row + r, column + c] = tile[r, c]
+
+
+@part
+def _upside_down(rows: Floats) -> Floats:
+    """Rows in reverse order."""
+    turned = np.empty(rows.shape, np.float32)
+    for r in range(rows.shape[0]):
+        for c in range(rows.shape[1]):
+            turned[r, c] = rows[rows.shape[0] - 1 - r, c]
+    return turned
+
+
 @kernel
 def factor(matrix: Floats) -> int:
     """The lower triangle of a symmetric matrix [n, n] becomes L with L^T L = matrix; what is above it is lost.
@@ -260,26 +290,29 @@ def factor(matrix: Floats) -> int:
     n = matrix.shape[0]
     for last in range(n, 0, -_PANEL):
         first = max(0, last - _PANEL)
-        corner = matrix[first:last, first:last].copy()
+        panel = (first, last)
+        corner = _taken(matrix, panel, panel)
         made = _finish_corner(corner)
         if made < last - first:
             return int(n - last + made)
-        matrix[first:last, first:last] = corner
-        left = np.empty((first, last - first), np.float32)  # the panel's columns, its last row first
+        _put(matrix, first, first, corner)
+        left = np.empty((first, last - first), np.float32)  # minus the panel's columns, its last row first
         for start in range(0, first, _TILE):
             stop = min(start + _TILE, first)
-            rows = matrix[first:last, start:stop].copy()
+            rows = _taken(matrix, panel, (start, stop))
             _finish_rows(rows, corner)
-            matrix[first:last, start:stop] = rows
-            left[start:stop] = -rows[::-1].T
+            _put(matrix, first, start, rows)
+            for c in range(start, stop):
+                for r in range(last - first):
+                    left[c, r] = -rows[last - first - 1 - r, c - start]
         for start in range(0, first, _TILE):
             stop = min(start + _TILE, first)
-            right = matrix[first:last, start:stop][::-1].copy()
+            right = _upside_down(_taken(matrix, panel, (start, stop)))
             for r in range(start, first, _TILE):
                 s = min(r + _TILE, first)
-                tile = matrix[r:s, start:stop].copy()
+                tile = _taken(matrix, (r, s), (start, stop))
                 add_product(tile, left[r:s], right)
-                matrix[r:s, start:stop] = tile
+                _put(matrix, r, start, tile)
     return int(n)
 
 

@@ -51,7 +51,8 @@ class CodebookForm:
     stored, are those of seven of eight weights if their count is `even`. `shift`, if any, is added to the entries of as
     many groups as `shifts` say, or taken away. `kept`: ggml keeps entries when it fits the scale to them. `grid` is
     where the search puts a block's largest weight; errors matter as importance * sqrt(w^2 + `spread` of the mean of w^2
-    over the super-block).
+    over the super-block). Steps are made larger by `stretch` at last: what errs least is smaller than the weights are
+    (with IQ1_S by an eighth), and of all errors only this one is the same everywhere, so that it adds up in a model.
     """
 
     name: str
@@ -69,6 +70,7 @@ class CodebookForm:
     even: bool = False
     kept: bool = False
     shift: float = 0.0
+    stretch: float = 1.0
 
 
 @cache
@@ -146,13 +148,13 @@ def _pack(form: CodebookForm, found: Found) -> Bytes:
     """Super-blocks [n, bytes] of what was found."""
     supers = len(found.scales) * form.block // _SUPER
     stored = np.zeros((supers, form.nbytes), np.uint8)
-    steps = found.steps[:: _SUPER // form.block, None].astype(np.float16).view(np.uint16)
+    steps = found.steps[:: _SUPER // form.block, None] * np.float32(form.stretch)
     negative = (found.shifts < 0).reshape(supers, found.shifts.size // max(supers, 1))
     if form.shifts:
         negative = negative[:, :: max(1, negative.shape[1] // form.shifts[0].runs[1])]
     for places, numbers in (
-        (form.step, steps), (form.entries, found.entries), (form.signs, found.signs), (form.scales, found.scales),
-        (form.shifts, negative),
+        (form.step, steps.astype(np.float16).view(np.uint16)), (form.entries, found.entries), (form.signs, found.signs),
+        (form.scales, found.scales), (form.shifts, negative),
     ):  # fmt: skip
         put(stored, places, np.ascontiguousarray(numbers, np.uint32).reshape(supers, numbers.size // max(supers, 1)))
     return stored
@@ -259,11 +261,13 @@ FORMS = (
         name="IQ1_S", nbytes=50, block=32, unit=1, grid=steps(0.7, 2.8, 12), spread=2.0, kept=True, multiples=8,
         entries=(row(2 * 8, 8, 32, 8), Bits(34 * 8, 3, (8, 4), (16, 3), low=8)),
         scales=(row(34 * 8 + 12, 3, 8, 16),), shift=0.125, shifts=(row(34 * 8 + 15, 1, 8, 16),),
+        stretch=1.08,
     ),
     CodebookForm(
         name="IQ1_M", nbytes=56, block=16, unit=1, grid=steps(0.7, 2.8, 12), spread=2.0, kept=True, multiples=8,
         entries=(row(0, 8, 32, 8), row(32 * 8, 3, 32, 4, low=8)),
         scales=(Bits(48 * 8, 3, (4, 4), (16, 3)),), shift=0.125, shifts=(row(32 * 8 + 3, 1, 32, 4),),
+        stretch=1.08,
         step=tuple(row(48 * 8 + 12 + 16 * i, 4, 1, 0, low=4 * i) for i in range(4)),
     ),
 )  # fmt: skip

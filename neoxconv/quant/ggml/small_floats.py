@@ -19,10 +19,12 @@ import numpy as np
 from neoxconv.core.encoding import Comparison, Context, Encoding
 from neoxconv.dtypes import Array, Bytes, DType, Floats, Numbers
 from neoxconv.quant.ggml.blocks import Blocks, values_of, whole_blocks
+from neoxconv.quant.ggml.search import importance_in_lanes
 from neoxconv.quant.ggml.searches import check_columns
 
 if TYPE_CHECKING:
     from neoxconv.quant.ggml.check_kernels import Meaning
+    from neoxconv.quant.ggml.small_float_kernels import Scales
 
 _NOTHING = Context()
 _VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # ggml-common.h
@@ -62,28 +64,43 @@ def scales_of(form: _FloatForm) -> Floats:
 def _needed(form: _FloatForm, weights: Floats) -> Numbers:
     """The byte of the least scale [n] with which no weight of blocks [n, block] is cut, or the highest."""
     largest = np.nan_to_num(np.abs(weights), nan=0, posinf=0).max(axis=1, initial=0)
-    with np.errstate(over="ignore"):
-        most = scales_of(form)[: form.highest + 1] * _VALUES[7]
-    needed: Numbers = np.minimum(np.searchsorted(most, largest), form.highest)
+    needed: Numbers = np.minimum(np.searchsorted(_most(form), largest), form.highest)
     return needed
+
+
+@cache
+def _most(form: _FloatForm) -> Floats:
+    """The largest weight that is not cut, of each scale."""
+    with np.errstate(over="ignore"):
+        most: Floats = scales_of(form)[: form.highest + 1] * _VALUES[7]
+    return most
 
 
 def encode(form: _FloatForm, rows: Floats, context: Context = _NOTHING) -> Bytes:
     """Rows [n, columns] as blocks [n, bytes]. Raises PlanError where they do not divide the columns."""
-    from neoxconv.quant.ggml.small_float_kernels import choose
+    from neoxconv.quant.ggml.small_float_kernels import search
 
     check_columns(form.name, form.weights, rows)
     weights = np.ascontiguousarray(rows, np.float32).reshape(-1, form.block)
-    importance = np.ones(rows.shape[1], np.float32) if context.importance is None else context.importance
-    scales, codes = np.empty(len(weights), np.uint8), np.empty(weights.shape, np.uint8)
-    tried = _needed(form, weights)[:, None] + np.array(form.tried)
-    tried = np.clip(tried, 0, form.highest).astype(np.uint8)
-    choose(weights, importance.reshape(-1, form.block), tried, scales_of(form), scales, codes)
-    stored = np.zeros(len(weights) // form.subs, form.layout)
+    scales, codes = np.empty(len(weights), np.uint8), np.empty((len(weights), form.block // 8), np.uint32)
+    worth, _ = importance_in_lanes(context.importance, weights, 1, 0)
+    search(weights, worth, _scales(form), scales, codes)
+    stored = np.empty(len(weights) // form.subs, form.layout)
     stored["scales"] = scales.reshape(-1, form.subs)
-    halves = codes.reshape(-1, form.subs, 2, form.block // 2)
-    stored["codes"] = halves[:, :, 0] | halves[:, :, 1] << 4
+    stored["codes"] = codes.view(np.uint8).reshape(-1, form.subs, form.block // 2)
     return stored.view(np.uint8).reshape(len(rows), rows.shape[1] // form.weights * form.layout.itemsize)
+
+
+@cache
+def _scales(form: _FloatForm) -> Scales:
+    """The bytes of scales as the search takes them."""
+    from neoxconv.quant.ggml.small_float_kernels import Scales
+
+    values, most = np.zeros(258, np.float32), np.full(258, np.inf, np.float32)
+    values[:256], most[: form.highest + 1] = scales_of(form), _most(form)
+    sizes = (np.arange(2048, dtype=np.uint32) << 20).view(np.float32)  # up to infinities and NaNs, which are no weights
+    first = np.searchsorted(_most(form), np.nan_to_num(sizes, nan=np.inf)).astype(np.uint8)
+    return Scales(values, most, first, np.array(form.tried), form.highest)
 
 
 def _take_apart(form: _FloatForm, stored: Bytes) -> tuple[Bytes, Blocks]:

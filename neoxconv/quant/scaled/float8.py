@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neoxconv import dtypes
-from neoxconv.core.encoding import Bound, Encoding, Part, Scaled, Scales
-from neoxconv.core.tensor import LazyTensor, Read
+from neoxconv.core.encoding import EXACT, Bound, Encoding, Part, Scaled, Scales
+from neoxconv.core.tensor import LazyTensor, Misfits, Read
 from neoxconv.dtypes import F32, Array, Bools, Bytes, DType, Floats
 from neoxconv.quant.plain import compare
 from neoxconv.quant.scaled.check import checked
 from neoxconv.quant.scaled.groups import RowGroups, TensorGroup, largest
+from neoxconv.quant.scaled.rounding import as_native, digits
 
 if TYPE_CHECKING:
     from neoxconv.quant.scaled.float8_kernels import Limits
@@ -176,6 +177,19 @@ def check(form: Float8Form, weights: Floats, values: Floats, scales: Scales, wid
     from neoxconv.quant.scaled.check_kernels import Even
 
     return checked(Even(np.float32(form.largest), True, limits(form)), weights, values, scales, width)
+
+
+def misfits(form: Float8Form, stored: Mapping[str, LazyTensor], native: DType) -> Misfits:
+    """What judges weights by the scales that are stored, over which they may have been rounded to the model's type."""
+    scale, near = stored["weight_scale"], max(EXACT, 0.5 ** digits(native))
+
+    def found(rows: Floats, values: Floats, start: int) -> Bools:
+        scales = scale.floats(start, start + len(rows)) if scale.rows > 1 else scale.floats(0, 1)
+        tops = np.broadcast_to(scales.reshape(-1), len(rows)) * np.float32(form.largest)
+        by = Scales(tops, tops, np.zeros_like(tops), near=near)
+        return check(form, as_native(native, rows), values, by, rows.shape[1])
+
+    return found
 
 
 def finite(form: Float8Form) -> tuple[Floats, Bytes]:

@@ -24,7 +24,7 @@ from functools import partial
 import numpy as np
 
 from neoxconv.core.encoding import Bound, Part, Scaled, Scales, scale_and_least
-from neoxconv.core.tensor import LazyTensor, Read
+from neoxconv.core.tensor import LazyTensor, Misfits, Read
 from neoxconv.dtypes import I8, I32, I64, Array, Bools, Bytes, DType, Floats, narrow
 from neoxconv.quant.scaled.groups import BlockGroups, RowGroups, TensorGroup, ends, largest
 from neoxconv.quant.scaled.rounding import as_native, digits, rounding_to
@@ -148,6 +148,20 @@ def decode(form: PackedForm, stored: Mapping[str, LazyTensor], shape: tuple[int,
         return values
 
     return read
+
+
+def misfits(form: PackedForm, stored: Mapping[str, LazyTensor], native: DType) -> Misfits | None:
+    """What judges weights by the scales and zeros that are stored; None where groups are no neighbours."""
+
+    def found(rows: Floats, values: Floats, start: int) -> Bools:
+        stop = start + len(rows)
+        scales, zeros = _scales_of(form, stored, start, stop), _zeros_of(form, stored, start, stop)
+        tops, width = scales.reshape(-1) * np.float32(form.top), rows.shape[1] // scales.shape[1]
+        known = tops if form.symmetric else np.stack([tops, (zeros * scales).reshape(-1)], axis=1)
+        by = Scales(known, known, np.zeros_like(tops), native)
+        return check(form, as_native(native, rows), values, by, width)
+
+    return None if form.ordered else found
 
 
 def _scales_of(form: PackedForm, stored: Mapping[str, LazyTensor], start: int, stop: int) -> Floats:

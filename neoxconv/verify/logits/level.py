@@ -11,13 +11,13 @@ from neoxconv.engine.side_file import whole
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.stand_in import as_the_targets
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.bisect import bisect
-from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits, Predictions, check_sizes, compare_all
 from neoxconv.verify.logits.limits import Limit, judged, type_of
 from neoxconv.verify.logits.outcome import Outcome
 from neoxconv.verify.logits.tokens import speller, tokens_for
-from neoxconv.verify.logits.trial import Sample, Trial
+from neoxconv.verify.logits.trial import Engine, Sample, Trial
 from neoxconv.verify.page.facts import page_facts
 from neoxconv.verify.page.page import page
 from neoxconv.verify.report import Finding, Report, layer_name
@@ -69,7 +69,7 @@ def _check_alike(subjects: Sequence[Subject]) -> None:
             )
 
 
-def _ready(source: Checkpoint, subject: Subject, engine: str, tokens: Numbers) -> Logits | None:
+def _ready(source: Checkpoint, subject: Subject, engine: Engine, tokens: Numbers) -> Logits | None:
     """Another engine's logits of a target; None for the native engine, which makes them layer by layer.
 
     Raises NeoxconvError where the target cannot be compared, or the engine dies.
@@ -79,7 +79,7 @@ def _ready(source: Checkpoint, subject: Subject, engine: str, tokens: Numbers) -
             f"{subject.target}: holds a part of the model only (--only), which predicts nothing; leave --level out."
         )
     check_sizes(source, subject.candidate)
-    if engine == "native":
+    if engine.native:
         return None
     with program(engine, subject.target, subject.candidate) as ask:
         return ask(tokens)
@@ -97,7 +97,7 @@ def _outcomes(
     engine, device = trial.engine, trial.device
     given = [each for each in logits if each]
     models = [each.candidate for each in subjects]
-    compared = compare_all(source, models, tokens, device=device, progress=progress, engine=engine, logits=given)
+    compared = compare_all(source, models, tokens, device=device, progress=progress, engine=engine.name, logits=given)
     exams: Sequence[Exam | None] = [None] * len(subjects)
     if trial.task:
         exams = examine(source, [(s.target, s.candidate) for s in subjects], trial.task, engine=engine, device=device)
@@ -109,7 +109,7 @@ def _outcome(subject: Subject, predictions: Predictions, exam: Exam | None, tria
     source, candidate = subject.source, subject.candidate
     limits = judged(predictions, source, candidate, trial.limits)
     findings = _found_wrong(predictions, limits, subject)
-    if trial.bisect and findings and trial.engine == "native":
+    if trial.bisect and findings and trial.engine.native:
         aligned = as_the_targets(source, candidate)
         suspect = bisect(aligned, candidate, predictions.broken, predictions.tokens, device=trial.device)
         findings.append(Finding("bisect", str(suspect)))

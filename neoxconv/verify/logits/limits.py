@@ -20,6 +20,8 @@ _SERIAL = 2e-8  # more, where every rank has a stream of its own
 _MAIN = {"Q2_K": "Q2_K", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
 _ROUNDING = {"F32": 0.0, "F16": 7e-8, "BF16": 4e-6}
 _ROOM = 2.0
+# What a program's own arithmetic adds where it runs packed weights in the model's type.
+_ARITHMETIC = {("vllm", "F16"): 1.3e-6, ("vllm", "BF16"): 9e-5}
 # The figures above and DIVERGENCES are those of a model of 10.5 M parameters. A released one of 135 M (SmolLM2) moves
 # further by the same rounding: 15 times (BF16) to 50 times (Q4_K_M); run by llama.cpp up to 115 times (Q8_0), and F32,
 # which is not rounded at all, by 4.7e-7.
@@ -76,7 +78,9 @@ def _default_divergence(source: Checkpoint, candidate: Checkpoint, engine: str =
     names |= {DYNAMIC} if _rounds_inputs(candidate) else set()
     usual = DIVERGENCES["Q2_K"]  # of types that were not measured
     rounding = max(known.get(name, usual) for name in names)
-    usual_figure = _ROOM * ((joining if joined else 0.0) + rounding) + 1e-12
+    native = {tensor.native.name for tensor in candidate.tensors.values() if tensor.dtype.quantized}
+    arithmetic = max((_ARITHMETIC.get((engine, name), 0.0) for name in native), default=0.0)
+    usual_figure = _ROOM * ((joining if joined else 0.0) + rounding + arithmetic) + 1e-12
     if source.parameters < _SMALL:
         return usual_figure
     return _LARGER * usual_figure if engine == "native" else _LARGER_ELSEWHERE * usual_figure + _ELSEWHERE

@@ -66,12 +66,27 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What runs the target: our own forward pass, or the program of this name (a key of PROGRAMS) in a Python."""
+
+    name: str = "native"
+    python: Path | None = None  # of the program; None: this one
+
+    @property
+    def native(self) -> bool:
+        return self.name == "native"
+
+
+NATIVE = Engine()
+
+
+@dataclass(frozen=True)
 class Trial:
     """What both sides are put to, what may come of it, and what is made of it."""
 
     sample: Sample = Sample()
     limits: Limits = Limits()
-    engine: str = "native"  # or the program that runs the target: a key of PROGRAMS
+    engine: Engine = NATIVE
     device: str = "cpu"  # of the native engine
     bisect: bool = False  # look for the tensor that breaks a layer
     task: Task | None = None

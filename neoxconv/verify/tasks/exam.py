@@ -13,12 +13,12 @@ from neoxconv.dtypes import Doubles, Numbers
 from neoxconv.errors import PlanError
 from neoxconv.sources.tokenizer import tokenizer_of
 from neoxconv.storage import Place
+from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.alone import predicted
-from neoxconv.verify.logits.child import program
 from neoxconv.verify.logits.compare import Logits
 from neoxconv.verify.logits.metrics import Softmax, as_array
 from neoxconv.verify.logits.tokens import blamed, library
-from neoxconv.verify.logits.trial import Task
+from neoxconv.verify.logits.trial import NATIVE, Engine, Task
 from neoxconv.verify.tasks.questions import Marks, Requests, read_task, requests
 from neoxconv.verify.tasks.scores import score
 
@@ -54,7 +54,7 @@ def examine(
     candidates: Sequence[tuple[Place, Checkpoint]],
     task: Task,
     *,
-    engine: str = "native",
+    engine: Engine = NATIVE,
     device: str = "cpu",
 ) -> list[Exam]:
     """The source's scores on a task beside every candidate's; these, with where they lie, are run by `engine`.
@@ -75,7 +75,7 @@ def examine(
 
     ours, found = scores(source), []
     for target, candidate in candidates:
-        with nullcontext() if engine == "native" else program(engine, target, candidate) as ask:
+        with nullcontext() if engine.native else program(engine, target, candidate) as ask:
             sides = {"reference": ours, "candidate": scores(candidate, ask)}
         found.append(Exam(task.name, task.data.name, task.shots, sides))
     return found

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -24,19 +24,25 @@ from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError
 from neoxconv.storage import Place
-from neoxconv.verify.logits.programs import IDS, LOGITS, PROGRAMS, TEXT, TOKENS
+from neoxconv.verify.engines.programs import PROGRAMS
+from neoxconv.verify.engines.serve import IDS, LOGITS, TEXT, TOKENS
+from neoxconv.verify.logits.trial import Engine
 
 if TYPE_CHECKING:
     from neoxconv.verify.logits.compare import Logits
 
-# The child looks for modules where this process does, and not in the folder that it happens to be started in.
+# The child looks for modules where this process does, and not in the folder that it happens to be started in. Another
+# Python has its own, and of ours this package alone, without what lies beside it.
 _BEGIN = """
-import sys
+import sys, types
 at = sys.argv.index("--")
-sys.path[:] = sys.argv[1:at]
-from neoxconv.verify.logits.programs import main
+sys.path[:] = sys.argv[2:at] or sys.path[1:]
+sys.modules["neoxconv"] = package = types.ModuleType("neoxconv")
+package.__path__ = [sys.argv[1]]
+from neoxconv.verify.engines.serve import main
 main(*sys.argv[at + 1 :])
 """
+_PACKAGE = Path(__file__).parents[2]
 _SAID = "said.txt"  # what the program printed
 _TAIL = 4096  # bytes of it that are read
 _KINDS: dict[str, type[NeoxconvError]] = {"PlanError": PlanError, "VerifyError": VerifyError}
@@ -47,34 +53,47 @@ _REASONS: dict[int, str] = {
 
 
 @contextmanager
-def program(name: str, target: Place, candidate: Checkpoint) -> Iterator[Callable[[Numbers], Logits]]:
+def program(engine: Engine, target: Place, candidate: Checkpoint) -> Iterator[Callable[[Numbers], Logits]]:
     """What gives the logits of tokens [batch, time]: a program with the target's model, loaded once for all questions.
 
     It ends with this block. Raises PlanError where it is not installed or is for other targets; asking raises
     NeoxconvError where it dies.
     """
-    with _started(name, LOGITS, target, candidate) as child:
+    with _started(engine, LOGITS, target, candidate) as child:
         yield child.logits
 
 
-def ids_by(name: str, target: Place, candidate: Checkpoint, text: str) -> list[int]:
+def ids_by(engine: Engine, target: Place, candidate: Checkpoint, text: str) -> list[int]:
     """The ids of a text by a program with the target's tokenizer. Raises as `program` and asking it do."""
-    with _started(name, IDS, target, candidate) as child:
+    with _started(engine, IDS, target, candidate) as child:
         return child.ids(text)
 
 
 @contextmanager
-def _started(name: str, answers: str, target: Place, candidate: Checkpoint) -> Iterator[_Child]:
+def _started(engine: Engine, answers: str, target: Place, candidate: Checkpoint) -> Iterator[_Child]:
     """The program in a process of its own, which writes files named `answers`; it ends with this block."""
-    path = _model_for(name, target, candidate)
+    path = _model_for(engine.name, target, candidate)
     with TemporaryDirectory(prefix="neoxconv-") as folder, open(Path(folder, _SAID), "wb") as said:
-        command = [sys.executable, "-c", _BEGIN, *sys.path, "--", name, answers, str(path), folder]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=said) as process:
+        python, modules = (engine.python, ()) if engine.python else (sys.executable, sys.path)
+        begin = [str(python), "-c", _BEGIN, str(_PACKAGE), *modules]
+        command = [*begin, "--", engine.name, answers, str(path), folder]
+        with _process(command, said) as process:
             try:
-                yield _Child(name, target, process, Path(folder))
+                yield _Child(engine.name, target, process, Path(folder))
             finally:
                 process.kill()
+
+
+def _process(command: list[str], said: IO[bytes]) -> subprocess.Popen[bytes]:
+    """The process of a command. Raises PlanError where its Python cannot be run."""
+    pipe = subprocess.PIPE
+    try:
+        return subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=said)
+    except OSError as error:
+        raise PlanError(
+            f"--engine-python {command[0]}: cannot be run ({error.strerror}); give the path of a Python, such as "
+            "FOLDER/bin/python of a virtual environment."
+        ) from error
 
 
 def runs(name: str, checkpoint: Checkpoint) -> bool:
