@@ -63,7 +63,10 @@ def repository(path: str) -> Repository:
 
 
 def api() -> Any:
-    """huggingface_hub's client, which finds endpoint and token itself. Raises PlanError where it is missing or old."""
+    """huggingface_hub's client, which finds its endpoint and token by itself.
+
+    Raises PlanError where it is missing or too old.
+    """
     try:
         import huggingface_hub
     except ImportError:
