@@ -161,8 +161,9 @@ def formats(**given: Any) -> None:
 def verify(paths: tuple[Place, ...], **given: Any) -> int:
     """Check TARGET: its bytes, with SRC every weight, and with --level logits what it predicts.
 
-    SRC is then run as it was trained, rank by rank, and TARGET beside it, streamed from disk layer by layer. The last
-    line says which levels ran and whether they passed; the exit code is 3 where anything differs.
+    SRC is then run as it was trained, rank by rank, and TARGET beside it, streamed from disk layer by layer. Of several
+    targets each is checked; SRC is run once for all of them. The last line says which levels ran and whether they
+    passed; the exit code is 3 where anything differs.
     """
     from neoxconv.cli.verify import asked_for, audit, digests
 

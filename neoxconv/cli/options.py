@@ -289,11 +289,13 @@ _of_logits = _options(
     click.option("--length", type=LENGTH, metavar="N", help="logits: tokens in a sequence.  [default: 256]"),
     click.option("--sequences", type=COUNT, metavar="N", help="logits: sequences, and questions, at most."),
     _choice_option(
-        "--task", choices=("lambada", "piqa", "hellaswag"), help="logits: also answer questions, both sides."
+        "--task", choices=("lambada", "piqa", "hellaswag", "mmlu"), help="logits: also answer questions, both sides."
     ),
     click.option(
         "--data", type=PATH, metavar="FILE", help="logits: the task's questions, .jsonl with the task's fields."
     ),
+    click.option("--shots", type=COUNT, metavar="N", help="logits: examples with answers before each question."),
+    click.option("--shots-data", type=PATH, metavar="FILE", help="logits: what they are taken from, like --data."),
     _choice_option(
         "--engine",
         choices=ENGINES,
@@ -314,7 +316,7 @@ _of_logits = _options(
     click.option("--html", type=PATH, metavar="FILE", help="logits: write a report as one page."),
 )
 of_verify = _options(
-    click.argument("paths", type=LOCATION, nargs=-1, required=True, metavar="[SRC] TARGET"),
+    click.argument("paths", type=LOCATION, nargs=-1, required=True, metavar="[SRC] TARGET..."),
     _choice_option(
         "--level",
         choices=("bytes", "tokenizer", "weights", "logits"),

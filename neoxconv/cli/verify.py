@@ -12,118 +12,60 @@ import click
 
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.source import Given, Reading, chosen, opened
+from neoxconv.cli.verdicts import Outcome, Outcomes
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine.manifest import read_manifest
 from neoxconv.engine.memory import threads_for
 from neoxconv.engine.side_file import check_side_file
 from neoxconv.errors import CheckpointError, NeoxconvError, PlanError, VerifyError
 from neoxconv.sources.checkpoint import open_checkpoint, read_index
-from neoxconv.sources.coverage import is_partial
 from neoxconv.storage import Place, watched
 from neoxconv.verify.beside import verify_beside
 from neoxconv.verify.bytes import Seen, sha256sums, verify_bytes
 from neoxconv.verify.ids import verify_ids
 from neoxconv.verify.logits.trial import Engine, Limits, Sample, Task, Trial
-from neoxconv.verify.report import Report, TensorError, findings_of, together, verdicts
+from neoxconv.verify.report import Report, findings_of, together
+from neoxconv.verify.subject import Subject
 from neoxconv.verify.weights import verify_weights
-from neoxconv.words import first_of, table
 
 _LOGITS_ONLY = (
-    "tokens", "length", "sequences", "task", "data", "device",
+    "tokens", "length", "sequences", "task", "data", "shots", "shots_data", "device",
     "max_kl", "max_kl_p99", "min_top1", "max_ppl_ratio", "bisect", "html",
 )  # fmt: skip
+_UNTOLD = ("qkv_layout", "rmsnorm")  # how to read a source that does not say it
 
 
 @dataclass(frozen=True)
 class _Audit:
-    """What `verify` is asked to do: the paths are the target's alone, or the source's and the target's."""
+    """What `verify` is asked to do with targets, and the source that they were made from unless they stand alone."""
 
-    paths: tuple[Place, ...]
+    source: Place | None
+    targets: tuple[Place, ...]
     level: str  # the last that is run: bytes, tokenizer (by itself), weights or logits
     reading: Reading  # of the source
     trial: Trial  # of the logits level
-    calibration: Path | None  # by which the target's codes were chosen
+    calibration: Path | None  # by which the targets' codes were chosen
     jobs: int | None
     quiet: bool  # no bars
 
     @property
-    def target(self) -> Place:
-        return self.paths[-1]
-
-    @property
-    def files(self) -> tuple[Path | None, ...]:
-        """What the logits level reads besides the two models."""
-        task = self.trial.task
-        return self.trial.sample.text, self.trial.sample.tokens, task.data if task else None
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What every level found; `basis` says how the source was read."""
-
-    basis: Mapping[str, str]
-    reports: tuple[Report, ...]
-    error: str = ""  # why the last level could not be carried out, which is no fault of the target
-
-    @property
-    def passed(self) -> bool:
-        return not self.error and all(report.passed for report in self.reports)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The outcome as plain values."""
-        levels = [
-            {
-                "level": report.level,
-                "passed": report.passed,
-                "checked": report.checked,
-                "findings": [str(finding) for finding in report.findings],
-                "relative_error": report.relative,
-                **report.facts,
-            }
-            for report in self.reports
-        ]
-        failure = {"error": self.error, "code": 1} if self.error else {}
-        return {"passed": self.passed, "levels": levels, **self.basis, **failure}
-
-    @property
-    def listing(self) -> str:
-        """The outcome in lines, the last of which is the verdict."""
-        lines = [table("<<", [*self.basis.items()])] if self.basis else []
-        for report in self.reports:
-            lines += [f"  {report.level}: {report.checked}", *findings(report), *report.lines]
-            lines += [errors(report)] if report.tensors else []
-        return "\n".join([*lines, self.verdict])
-
-    @property
-    def verdict(self) -> str:
-        """Which levels ran, and whether they passed."""
-        return f"{'PASS' if self.passed else 'FAIL'}: {verdicts(self.reports)}"
-
-
-def findings(report: Report) -> list[str]:
-    """What is wrong, up to twenty lines of it."""
-    return first_of(report.findings)
-
-
-def errors(report: Report) -> str:
-    """The worst tensor of each encoding: relative and largest absolute error."""
-    worst: dict[str, TensorError] = {}
-    for tensor in sorted(report.tensors, key=lambda tensor: tensor.relative):
-        worst[tensor.encoding] = tensor
-    rows = [(name, f"{t.relative:.3g}", f"{t.largest:.3g}", t.name) for name, t in sorted(worst.items())]
-    return table("<>><", [("encoding", "relative error", "largest", "in the worst tensor"), *rows])
+    def read(self) -> tuple[Place | None, ...]:
+        """What is read: the models, and what the logits level takes besides them."""
+        sample, task = self.trial.sample, self.trial.task
+        of_task = (task.data, task.shots_data) if task else ()
+        return self.source, *self.targets, sample.text, sample.tokens, *of_task
 
 
 def asked_for(paths: Sequence[Place], given: Given) -> _Audit:
     """The request that the options make. Raises UsageError where they do not go together."""
-    if len(paths) > 2:
-        raise click.UsageError(f"expected TARGET or SRC TARGET, found {len(paths)} paths.")
-    level = given["level"] or ("weights" if len(paths) == 2 else "bytes")
-    if level != "bytes" and len(paths) == 1:
+    source, targets = (paths[0], tuple(paths[1:])) if len(paths) > 1 else (None, tuple(paths))
+    level = given["level"] or ("weights" if source else "bytes")
+    if level != "bytes" and source is None:
         raise click.UsageError(f"--level {level} needs the source too: neoxconv verify SRC TARGET.")
     _check_logits_options(level, given)
-    task = Task(given["task"], given["data"], given["sequences"]) if given["task"] else None
+    _check_task_options(given)
+    shots = given["shots"] or 0, given["shots_data"]
+    task = Task(given["task"], given["data"], given["sequences"], *shots) if given["task"] else None
     trial = Trial(
         sample=chosen(Sample, given),
         limits=chosen(Limits, given),
@@ -135,7 +77,9 @@ def asked_for(paths: Sequence[Place], given: Given) -> _Audit:
     )
     quiet = given["json"] or given["quiet"]
     plain = {"calibration": given["calibration"], "jobs": given["jobs"], "quiet": quiet}
-    return _Audit(tuple(paths), level, chosen(Reading, given), trial=trial, **plain)
+    if len(set(targets)) < len(targets):
+        raise click.UsageError("a TARGET is given twice; give each once.")
+    return _Audit(source, targets, level, reading=chosen(Reading, given), trial=trial, **plain)
 
 
 def _check_logits_options(level: str, given: Given) -> None:
@@ -155,8 +99,14 @@ def _check_logits_options(level: str, given: Given) -> None:
         raise click.UsageError("--text and --tokens exclude each other; give one of them.")
     if given["bisect"] and given["engine"] != "native":
         raise click.UsageError("--bisect needs the native engine, which sees the layers; leave --engine out.")
+
+
+def _check_task_options(given: Given) -> None:
+    """Raise UsageError where options of a task are given without their companions."""
     if bool(given["task"]) != bool(given["data"]):
         raise click.UsageError("--task and --data belong together; give both.")
+    if bool(given["shots"]) != bool(given["shots_data"]) or (given["shots"] and not given["task"]):
+        raise click.UsageError("--shots and --shots-data belong together, and to a --task; give all of them.")
 
 
 def digests(paths: Sequence[Place], given: Given) -> Iterator[str]:
@@ -169,49 +119,70 @@ def digests(paths: Sequence[Place], given: Given) -> Iterator[str]:
     return (f"{digest}  {name}" for name, digest in sha256sums(paths[0]))
 
 
-def audit(asked: _Audit) -> _Outcome:
-    """The levels up to the one asked for: bytes (where the target has a manifest), then against the source."""
+def audit(asked: _Audit) -> Outcomes:
+    """The levels up to the one asked for, for each target: bytes (where it has a manifest), then against the source."""
     if asked.trial.sample.text:
         _ = asked.trial.sample.content  # what cannot be read fails here, and not after an hour of weights
     if asked.level == "logits":
         import_module("neoxconv.verify.logits.level")  # and so does a torch that is missing
-    target = asked.target
+    if asked.trial.html:
+        check_side_file(asked.trial.html, asked.read)
+    earlier = [_tried(asked, target) for target in asked.targets]
+    if asked.level != "logits":
+        return Outcomes(tuple(outcome for outcome, _ in earlier))
+    return Outcomes(tuple(_with_logits(earlier, asked)))
+
+
+def _tried(asked: _Audit, target: Place) -> tuple[Outcome, Subject | None]:
+    """The levels before the logits of a target; one of several that cannot be checked leaves the others theirs."""
+    try:
+        return _earlier(asked, target)
+    except NeoxconvError as problem:
+        if len(asked.targets) == 1:
+            raise
+        return Outcome(target, error=str(problem)), None
+
+
+def _earlier(asked: _Audit, target: Place) -> tuple[Outcome, Subject | None]:
+    """What the levels before the logits found of a target, and the target beside its source if it could be opened."""
     manifest = read_manifest(target) if target.exists() else None
-    if asked.level == "bytes":
-        return _Outcome({}, _check_bytes(asked, manifest))
+    if asked.source is None or asked.level == "bytes":
+        return Outcome(target, {}, _check_bytes(asked, target, manifest)), None
     alone = asked.level == "tokenizer"
     seen = Seen(target, manifest) if manifest and not alone else None
-    norms, whence = _policy("norms", "mean", manifest, asked.reading.norms)
-    weights, told = _policy("weights", "stored", manifest, asked.reading.weights)
-    untold: dict[str, Any] = {
-        name: getattr(asked.reading, name) or (manifest or {}).get(name) for name in ("qkv_layout", "rmsnorm")
-    }
-    source = opened(asked.paths[0], replace(asked.reading, norms=norms, weights=weights, **untold))
-    settings = asked.reading.preset or ", ".join(path.name for path in source.index.configs) or "the source's own"
-    basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
-    basis |= {"weights": f"{weights} ({told})"} if weights != "stored" else {}
-    if asked.trial.html:
-        check_side_file(asked.trial.html, (*asked.paths, *asked.files))
+    source, basis = _opened(asked.source, asked.reading, manifest)
     reports: tuple[Report, ...] = ()
     try:
         with watched(seen):
             made = open_target(target, asked.reading.preset)
         reports += () if alone else (_check_weights(source, made, asked, foreign=manifest is None),)
-        outcome = _with_tokenizer(_Outcome(basis, reports), source, made, asked)
+        outcome = _with_tokenizer(Outcome(target, basis, reports, model=made), source, made, asked)
     except CheckpointError as error:
-        reports = (*_check_bytes(asked, manifest, seen), *reports) if seen else reports
+        reports = (*_check_bytes(asked, target, manifest, seen), *reports) if seen else reports
         if all(report.passed for report in reports):
             raise
-        return _Outcome(basis, (*reports, Report("weights", "cannot be opened", findings_of(target, error), ran=False)))
+        undone = Report("weights", "cannot be opened", findings_of(target, error), ran=False)
+        return Outcome(target, basis, (*reports, undone)), None
     if seen:  # at last, as the weights' reading has hashed most of it
-        outcome = replace(outcome, reports=(*_check_bytes(asked, manifest, seen), *outcome.reports))
-    return _with_logits(outcome, source, made, asked) if asked.level == "logits" else outcome
+        outcome = replace(outcome, reports=(*_check_bytes(asked, target, manifest, seen), *outcome.reports))
+    return outcome, Subject(source, made, target, manifest=manifest, before=outcome.reports, basis=basis)
 
 
-def _with_tokenizer(before: _Outcome, source: Checkpoint, made: Checkpoint, asked: _Audit) -> _Outcome:
+def _opened(place: Place, how: Reading, manifest: Mapping[str, Any] | None) -> tuple[Checkpoint, dict[str, str]]:
+    """The source as a target's manifest says that it was read, unless options say otherwise, and how that is."""
+    norms, whence = _policy("norms", "mean", manifest, how.norms)
+    weights, told = _policy("weights", "stored", manifest, how.weights)
+    untold: dict[str, Any] = {name: getattr(how, name) or (manifest or {}).get(name) for name in _UNTOLD}
+    source = opened(place, replace(how, norms=norms, weights=weights, **untold))
+    settings = how.preset or ", ".join(path.name for path in source.index.configs) or "the source's own"
+    basis = {"norms": f"{norms} ({whence})" if len(source.index.ranks) > 1 else "one rank", "configuration": settings}
+    return source, basis | ({"weights": f"{weights} ({told})"} if weights != "stored" else {})
+
+
+def _with_tokenizer(before: Outcome, source: Checkpoint, made: Checkpoint, asked: _Audit) -> Outcome:
     """The outcome with what lies beside the weights, and the ids of a text or why they could not be compared."""
     found, error = [*filter(None, [verify_beside(source, made)])], ""
-    trial, target = asked.trial, asked.target
+    trial, target = asked.trial, before.target
     try:
         if trial.sample.text:
             found.append(verify_ids(source, made, trial.sample, target=target, engine=trial.engine))
@@ -223,16 +194,44 @@ def _with_tokenizer(before: _Outcome, source: Checkpoint, made: Checkpoint, aske
     return replace(before, reports=(*before.reports, *([together(found)] if found else [])), error=error)
 
 
-def _with_logits(before: _Outcome, source: Checkpoint, made: Checkpoint, asked: _Audit) -> _Outcome:
-    """The outcome with the last level, or with why it could not be carried out: the others' verdicts stand."""
-    error = before.error
-    if not error:
-        try:
-            return replace(before, reports=(*before.reports, _check_logits(source, made, asked, before.reports)))
-        except NeoxconvError as problem:
-            error = str(problem)
+def _with_logits(earlier: Sequence[tuple[Outcome, Subject | None]], asked: _Audit) -> list[Outcome]:
+    """The outcomes with the last level, or with why it could not be carried out: the others' verdicts stand."""
+    subjects = [subject for outcome, subject in earlier if subject and not outcome.error]
+    found = iter(_check_logits(subjects, asked) if subjects else [])
+    return [
+        _concluded(outcome, next(found)) if subject and not outcome.error else _undone(outcome, outcome.error)
+        for outcome, subject in earlier
+    ]
+
+
+def _concluded(before: Outcome, found: Report | NeoxconvError) -> Outcome:
+    """The outcome with the last level's report, or with why there is none."""
+    if isinstance(found, VerifyError):
+        found = Report("logits", "cannot be compared", findings_of(before.target, found), ran=False)
+    if isinstance(found, NeoxconvError):
+        return _undone(before, str(found))
+    return replace(before, reports=(*before.reports, found))
+
+
+def _undone(before: Outcome, error: str) -> Outcome:
+    """The outcome without the last level; no error where an earlier one found that the target cannot be opened."""
+    if not error and not before.passed:
+        return before
     undone = Report("logits", "could not be carried out", (), ran=False)
-    return _Outcome(before.basis, (*before.reports, undone), error)
+    return replace(before, reports=(*before.reports, undone), error=error)
+
+
+def _check_logits(subjects: Sequence[Subject], asked: _Audit) -> Sequence[Report | NeoxconvError]:
+    """The third level, with a bar that counts layers; a page where one was asked for."""
+    from neoxconv.verify.logits.level import verify_logits
+
+    sides = 1 + (len(subjects) if asked.trial.engine.native else 0)
+    layers = subjects[0].source.config.layers + 1
+    with progress_bar(sides * layers, "layers", asked.quiet, "layer") as progress:
+        try:
+            return verify_logits(subjects, asked.trial, progress=progress)
+        except NeoxconvError as error:
+            return [error] * len(subjects)
 
 
 def _policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: str | None) -> tuple[str, str]:
@@ -244,11 +243,13 @@ def _policy(name: str, default: str, manifest: Mapping[str, Any] | None, asked: 
     return default, "the default"
 
 
-def _check_bytes(asked: _Audit, manifest: Mapping[str, Any] | None, seen: Seen | None = None) -> tuple[Report, ...]:
+def _check_bytes(
+    asked: _Audit, target: Place, manifest: Mapping[str, Any] | None, seen: Seen | None = None
+) -> tuple[Report, ...]:
     """The first level, with a bar."""
     total = sum(file["bytes"] for file in manifest["files"]) if manifest else 0
     with progress_bar(total, "bytes", asked.quiet) as progress:
-        return (verify_bytes(asked.target, manifest=manifest, seen=seen, jobs=asked.jobs, progress=progress),)
+        return (verify_bytes(target, manifest=manifest, seen=seen, jobs=asked.jobs, progress=progress),)
 
 
 def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit, *, foreign: bool) -> Report:
@@ -258,22 +259,6 @@ def _check_weights(source: Checkpoint, made: Checkpoint, asked: _Audit, *, forei
         threads = max(threads_for(checkpoint, asked.jobs) for checkpoint in (source, made))
         options: Any = {"calibration": asked.calibration, "foreign": foreign, "jobs": threads}
         return verify_weights(source, made, **options, progress=progress)
-
-
-def _check_logits(source: Checkpoint, made: Checkpoint, asked: _Audit, before: Sequence[Report]) -> Report:
-    """The third level, with a bar that counts layers; a page where one was asked for."""
-    from neoxconv.verify.logits.level import verify_logits
-
-    target = asked.target
-    if is_partial(made.index):
-        raise PlanError(
-            f"{target}: holds a part of the model only (--only), which predicts nothing; leave --level out."
-        )
-    with progress_bar(2 * (source.config.layers + 1), "layers", asked.quiet, "layer") as progress:
-        try:
-            return verify_logits(source, made, asked.trial, target=target, before=before, progress=progress)
-        except VerifyError as error:
-            return Report("logits", "cannot be compared", findings_of(target, error), ran=False)
 
 
 def open_target(target: Place, preset: str | None) -> Checkpoint:

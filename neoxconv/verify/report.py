@@ -62,6 +62,11 @@ def findings_of(target: Place, error: NeoxconvError) -> tuple[Finding, ...]:
     return tuple(Finding(where, what) if what else Finding(str(target), where) for where, _, what in parts)
 
 
+def layer_name(number: int) -> str:
+    """What a layer is called; -1 is the embedding."""
+    return f"layer {number}" if number >= 0 else "the embedding"
+
+
 def together(reports: Sequence[Report]) -> Report:
     """Reports of one level as one, which ran where all of them did, or where one found something."""
     return Report(

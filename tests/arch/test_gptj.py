@@ -22,6 +22,8 @@ from neoxconv.verify.logits.compare import compare_predictions
 from neoxconv.verify.logits.importance import calibrate
 from neoxconv.verify.logits.level import verify_logits
 from neoxconv.verify.logits.trial import Trial
+from neoxconv.verify.report import Report
+from neoxconv.verify.subject import Subject
 from tests.helpers import cli
 from tests.oracles import llama_logits, program, transformers_logits
 from tests.relatives import (
@@ -220,7 +222,8 @@ def test_what_breaks_is_named(tmp_path: Path) -> None:
     target = run(
         make_plan(open_checkpoint(saved(model, tmp_path / "broken")), Recipe("gguf", type="F32")), tmp_path / "x"
     )
-    report = verify_logits(source, open_checkpoint(target), Trial(bisect=True), target=target)
+    (report,) = verify_logits([Subject(source, open_checkpoint(target), target)], Trial(bisect=True))
+    assert isinstance(report, Report)
     assert "gpt_neox.layers.1.mlp.dense_4h_to_h.weight" in str(report.findings[-1])
 
 

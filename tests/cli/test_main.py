@@ -35,7 +35,7 @@ VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "current
           "bits": ["4"], "size": ["1MB"], "types": ["q4_k"], "effort": ["high"], "double_quant": [],
           "compute_dtype": ["f16"],
           "scale": ["none"], "group": ["64"], "asymmetric": [], "allow_other_tokens": [], "as_family": ["gpt2"],
-          "allow_nonfinite": []}  # fmt: skip
+          "allow_nonfinite": [], "metadata": ["m.json"], "set": ["a.b=c"], "card": []}  # fmt: skip
 
 
 @pytest.fixture

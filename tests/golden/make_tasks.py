@@ -11,11 +11,12 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -74,26 +75,69 @@ HELLASWAG = [
 ]
 
 
+# Examples that stand before a question are drawn from these; more than are asked for.
+HELLASWAG_SHOTS = [
+    ("Skating", "A girl laces her skates.", "she", ["glides off.", "eats them."], 0),
+    ("Ice", "[header] How to cut ice [title] Saw it [step]", "", ["[step] Saw.", "Sing.", "Nap.  Then saw."], 2),
+    ("Bread", "A man cuts bread.", "HE", ["weeps.", "butters it."], 1),
+    ("Ladder", "Two boys lean a ladder on a wall.", "one", ["climbs — slowly.", "sleeps."], 0),
+]
+MMLU = [
+    ("astronomy", "Which of these is a star?", ["Io", "Mars", "Vega", "Ceres"], 2),
+    ("astronomy", "  The moon\n shows us ", ["one side", "two sides", "its back", " none "], 0),  # white space
+    ("astronomy", "Light takes 8 minutes from", ["Sirius", "the sun", "Io", "the lamp"], 1),
+    ("us_foreign_policy", "Who bought Alaska?", ["Texas", "Spain", "Zoë", "the United States"], 3),
+    ("us_foreign_policy", "A treaty needs the", ["senate", "mayor", "press", "fleet"], 0),
+]
+MMLU_SHOTS = [  # the first of a subject are taken, in their order
+    ("us_foreign_policy", "Containment was aimed at", ["trade", "the USSR", "Peru", "rain"], 1),
+    ("astronomy", "A year is a turn around the", ["sun", "moon", "pole", "town"], 0),
+    ("astronomy", " Rings are seen at ", ["Io", "Mars", "Vega", "Saturn"], 3),
+    ("us_foreign_policy", "NATO was founded in", ["1949", "1812", "1776", "2001"], 0),
+    ("astronomy", "Tides follow the", ["wind", "moon", "fish", "clock"], 1),
+]
+
+
 def documents(lines: list[Any], *names: str) -> list[dict[str, Any]]:
     """The lines with their fields named."""
     return [dict(zip(names, line, strict=True)) for line in lines]
 
 
+def endings(lines: list[Any]) -> list[dict[str, Any]]:
+    """Lines as hellaswag has them, whose labels are text."""
+    return documents([(*line, str(label)) for *line, label in lines], *WORDS, "endings", "label")
+
+
+MMLU_FIELDS = ("subject", "question", "choices", "answer")
 # The harness's name of each task, the part of the data that it takes, and our data.
 TASKS = {
     "lambada": ("lambada_openai", "test", [{"text": text} for text in LAMBADA]),
     "piqa": ("piqa", "validation", documents(PIQA, "goal", "sol1", "sol2", "label")),
-    "hellaswag": (
-        "hellaswag",
-        "validation",
-        documents([(*line, str(label)) for *line, label in HELLASWAG], *WORDS, "endings", "label"),
-    ),
+    "hellaswag": ("hellaswag", "validation", endings(HELLASWAG)),
 }
 
 
-def jsonl(name: str) -> str:
-    """The task's data as it stands in a file."""
-    return "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in TASKS[name][2])
+class Shots(NamedTuple):
+    """A task with examples before each question: how many, our questions, and what the examples are taken from."""
+
+    task: str
+    count: int
+    data: list[dict[str, Any]]
+    pool: list[dict[str, Any]]
+
+
+SHOTS = {
+    "lambada-2": Shots("lambada", 2, TASKS["lambada"][2][:3], TASKS["lambada"][2][:3]),
+    "piqa-1": Shots("piqa", 1, TASKS["piqa"][2][:6], TASKS["piqa"][2][:3]),  # questions among the examples
+    "hellaswag-2": Shots("hellaswag", 2, TASKS["hellaswag"][2][:5], endings(HELLASWAG_SHOTS)),
+    "mmlu-0": Shots("mmlu", 0, documents(MMLU, *MMLU_FIELDS), []),
+    "mmlu-2": Shots("mmlu", 2, documents(MMLU, *MMLU_FIELDS), documents(MMLU_SHOTS, *MMLU_FIELDS)),
+}
+
+
+def jsonl(documents: list[dict[str, Any]]) -> str:
+    """Data as it stands in a file."""
+    return "".join(json.dumps(fields, ensure_ascii=False) + "\n" for fields in documents)
 
 
 def model() -> Any:
@@ -147,11 +191,12 @@ def logits(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 @contextmanager
 def watched(lm: Any) -> Iterator[dict[str, list[Any]]]:
     """What the harness asks `lm` for, what it answers, and the rows that its model is given one by one."""
-    seen: dict[str, list[Any]] = {"asked": [], "answers": [], "rows": []}
+    seen: dict[str, list[Any]] = {"texts": [], "asked": [], "answers": [], "rows": []}
     ask, call = lm._loglikelihood_tokens, lm._model_call
 
     def answer(requests: Any, **options: Any) -> Any:
         found = ask(requests, **options)
+        seen["texts"] += [texts for texts, _, _ in requests]
         seen["asked"] += [(list(before), list(after)) for _, before, after in requests]
         seen["answers"] += found
         return found
@@ -165,30 +210,55 @@ def watched(lm: Any) -> Iterator[dict[str, list[Any]]]:
     lm._loglikelihood_tokens, lm._model_call = ask, call
 
 
-def oracle(name: str, folder: Path, **options: Any) -> dict[str, Any]:
-    """The harness's own task on our data: its requests and answers in order, the rows it ran, and its metrics."""
-    import lm_eval
+def harness(folder: Path, **options: Any) -> Any:
+    """The harness's way to our model and its tokenizer."""
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
-    task, split, _ = TASKS[name]
-    data, words = folder / f"{name}.jsonl", folder / "tokenizer.json"
-    data.write_text(jsonl(name), encoding="utf-8")
+    words = folder / "tokenizer.json"
     words.write_bytes(tiny().data)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(words), bos_token=END, eos_token=END)
-    lm = HFLM(pretrained=model(), tokenizer=tokenizer, backend="causal", device="cpu", **options)
-    theirs = next(Path(lm_eval.__file__).parent.glob(f"tasks/*/{task}.yaml"))
-    source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {split: str(data)}}}
-    source["training_split"] = None
-    ours = folder / f"{task}_here.yaml"
-    ours.write_text(json.dumps({"include": str(theirs), "task": f"{task}_here", **source}))
+    return HFLM(pretrained=model(), tokenizer=tokenizer, backend="causal", device="cpu", **options)
+
+
+def here(task: str, folder: Path, **parts: str) -> str:
+    """The harness's own task as `task`_here, on data of ours: each part of the data by its name."""
+    import lm_eval
+
+    files = {part: folder / f"{task}_{part}.jsonl" for part in parts}
+    for part, file in files.items():
+        file.write_text(parts[part], encoding="utf-8")
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    theirs = next(chain(tasks.glob(f"*/{task}.yaml"), tasks.glob(f"*/default/{task}.yaml")))
+    source = {"dataset_path": "json", "dataset_name": None}
+    source |= {"dataset_kwargs": {"data_files": {part: str(file) for part, file in files.items()}}}
+    training = "train" if "train" in parts else None
+    settings = {"include": str(theirs), "task": f"{task}_here", **source, "training_split": training}
+    (folder / f"{task}_here.yaml").write_text(json.dumps(settings))
+    return f"{task}_here"
+
+
+def evaluated(lm: Any, folder: Path, task: str, shots: int | None = None) -> dict[str, Any]:
+    """What the harness asks for a task of `folder`, what is answered, and its metrics."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     with watched(lm) as seen:
-        found = lm_eval.simple_evaluate(lm, tasks=[str(ours)], bootstrap_iters=2, log_samples=False)
+        found = lm_eval.simple_evaluate(
+            lm, tasks=[task], num_fewshot=shots, task_manager=manager, bootstrap_iters=2, log_samples=False
+        )
     assert found
-    (metrics,) = found["results"].values()
+    metrics = (found["groups"] if task in found.get("groups", {}) else found["results"])[task]
     drawn_by_lot = "perplexity_stderr,none"
     kept = {key: value for key, value in metrics.items() if isinstance(value, float | int) and key != drawn_by_lot}
     return {**seen, "metrics": kept}
+
+
+def oracle(name: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """The harness's own task on our data: its requests and answers in order, the rows it ran, and its metrics."""
+    task, split, data = TASKS[name]
+    return evaluated(harness(folder, **options), folder, here(task, folder, **{split: jsonl(data)}))
 
 
 def golden(name: str, folder: Path) -> dict[str, Any]:
@@ -200,21 +270,68 @@ def golden(name: str, folder: Path) -> dict[str, Any]:
     whole = [(before + after)[-CONTEXT - 1 : -1] for before, after in found["asked"]]
     assert sorted(whole) == sorted(found["rows"])
     return {
-        "data": jsonl(name),
+        "data": jsonl(TASKS[name][2]),
         "contexts": [before for before, _ in found["asked"]],
         "continuations": [after for _, after in found["asked"]],
+        **told(found),
+    }
+
+
+def golden_shots(name: str, folder: Path) -> dict[str, Any]:
+    """The harness's results with examples; the texts that it asks, each context once for all its continuations."""
+    task, count, data, pool = SHOTS[name]
+    lm = harness(folder, batch_size=1, logits_cache=False)
+    if task == "mmlu":
+        asked = subjects(folder, data, pool)
+    else:
+        theirs, split, _ = TASKS[task]
+        parts = {"train": jsonl(pool)} if task != "lambada" else {}
+        asked = here(theirs, folder, **{split: jsonl(data)}, **parts)
+    found = evaluated(lm, folder, asked, count)
+    contexts, continuations = zip(*found["texts"], strict=True)
+    return {
+        "data": jsonl(data),
+        "pool": jsonl(pool),
+        "contexts": list(dict.fromkeys(contexts)),
+        "continuations": continuations,
+        **told(found),
+    }
+
+
+def subjects(folder: Path, data: list[dict[str, Any]], pool: list[dict[str, Any]]) -> str:
+    """mmlu: a task for each subject, and their group, as the harness's own `mmlu` is one."""
+    members = []
+    for subject in dict.fromkeys(fields["subject"] for fields in data):
+        test, dev = ([fields for fields in part if fields["subject"] == subject] for part in (data, pool or data))
+        members.append(here(f"mmlu_{subject}", folder, test=jsonl(test), dev=jsonl(dev)))
+    metrics = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "mmlu_here", "task": members, "aggregate_metric_list": metrics, "metadata": {"version": 2}}
+    (folder / "mmlu_here.yaml").write_text(json.dumps(group))
+    return "mmlu_here"
+
+
+def told(found: dict[str, Any]) -> dict[str, Any]:
+    """What was answered, and what that comes to."""
+    return {
         "loglikelihoods": [total for total, _ in found["answers"]],
         "greedy": [exact for _, exact in found["answers"]],
         "metrics": found["metrics"],
     }
 
 
+def made_in(folder: Path, make: Callable[[str, Path], dict[str, Any]]) -> dict[str, Any]:
+    """The results of the task that a new folder is named for."""
+    folder.mkdir()
+    return make(folder.name, folder)
+
+
 def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = folder
-        tasks = {name: golden(name, Path(folder)) for name in TASKS}
-    made = {"lm_eval": version("lm_eval"), "context": CONTEXT, "tasks": tasks}
+        tasks = {name: made_in(Path(folder, name), golden) for name in TASKS}
+        shots = {name: made_in(Path(folder, name), golden_shots) for name in SHOTS}
+    made = {"lm_eval": version("lm_eval"), "context": CONTEXT, "tasks": tasks, "shots": shots}
     GOLDEN.write_text(json.dumps(made, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 

@@ -12,8 +12,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.targets import TARGETS
 from neoxconv.targets.source_card import parsed
 from neoxconv.verify.bytes import verify_bytes
+from tests.carded import CARD, hugging_face
 from tests.helpers import cli
-from tests.targets.test_metadata import CARD, hugging_face
 
 QUANTIZED = {"bnb": "NF4", "float8": "E4M3", "compressed-tensors": "W8A16", "mlx": "4bit", "ctranslate2": "INT8"}
 

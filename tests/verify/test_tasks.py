@@ -15,17 +15,23 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.cli.main import main
 from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.synthetic import tiny
+from neoxconv.verify.logits.trial import Task
 from neoxconv.verify.tasks import questions as tasks
-from tests.golden.make_tasks import CONTEXT, GOLDEN, golden, jsonl, logits
+from neoxconv.verify.tasks.exercises import TASKS, exercises
+from neoxconv.verify.tasks.scores import score
+from tests.golden import make_tasks
+from tests.golden.make_tasks import CONTEXT, GOLDEN, golden, golden_shots, jsonl, logits
 from tests.toy import toy
 
 NAMES = ("lambada", "piqa", "hellaswag")
+SHOTS = tuple(make_tasks.SHOTS)
 METRICS = {"accuracy": "acc", "accuracy_error": "acc_stderr", "accuracy_norm": "acc_norm"}
 METRICS |= {"accuracy_norm_error": "acc_norm_stderr", "perplexity": "perplexity"}
 GOOD = {
     "lambada": {"text": "It is what it is"},
     "piqa": {"goal": "sleep", "sol1": "lie down", "sol2": "run", "label": 0},
     "hellaswag": {"activity_label": "A", "ctx_a": "B.", "ctx_b": "", "endings": ["c", "d", "e"], "label": "2"},
+    "mmlu": {"subject": "tea", "question": "Hot?", "choices": ["no", "yes", "a", "b"], "answer": 1},
 }
 each = pytest.mark.parametrize("name", NAMES)
 
@@ -34,9 +40,9 @@ def tokenizer() -> Any:
     return pytest.importorskip("tokenizers").Tokenizer.from_str(tiny().data.decode())
 
 
-def recorded(name: str) -> dict[str, Any]:
+def recorded(name: str, part: str = "tasks") -> dict[str, Any]:
     """What the harness made of our data."""
-    found: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))["tasks"][name]
+    found: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))[part][name]
     return found
 
 
@@ -44,7 +50,16 @@ def read(name: str, text: str | bytes, folder: Path, *, context: int = CONTEXT, 
     """The questions of data with this text."""
     data = folder / "data.jsonl"
     data.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return tasks.read_task(name, data, tokenizer(), context=context, limit=limit)
+    return tasks.read_task(Task(name, data, limit), tokenizer(), context=context)
+
+
+def with_shots(name: str, folder: Path) -> Task:
+    """A task with examples before its questions, as it was recorded."""
+    task, count, _, pool = make_tasks.SHOTS[name]
+    data, examples = folder / "data.jsonl", folder / "pool.jsonl"
+    data.write_text(recorded(name, "shots")["data"], encoding="utf-8")
+    examples.write_text(recorded(name, "shots")["pool"], encoding="utf-8")
+    return Task(task, data, shots=count, shots_data=examples if pool else None)
 
 
 def changed(name: str, **changes: Any) -> str:
@@ -63,7 +78,7 @@ def check_metrics(found: dict[str, float], metrics: dict[str, float]) -> None:
 def test_the_harness_asks_the_same(name: str, tmp_path: Path) -> None:
     questions, theirs = read(name, recorded(name)["data"], tmp_path), recorded(name)
     ours = [(list(before), list(after)) for question in questions for before, after in question.pairs]
-    assert recorded(name)["data"] == jsonl(name)
+    assert recorded(name)["data"] == jsonl(make_tasks.TASKS[name][2])
     asked = zip(theirs["contexts"], theirs["continuations"], strict=True)
     assert ours == [(before[-(CONTEXT + 1 - len(after)) :], after) for before, after in asked]
     assert any(len(before) < len(whole) for (before, _), whole in zip(ours, theirs["contexts"], strict=True))
@@ -88,7 +103,7 @@ def test_the_harnesses_likelihoods_make_its_metrics(name: str, tmp_path: Path) -
     first = asked.scored & (asked.scored.cumsum(axis=1) == 1)
     logprob = np.where(first, np.array(theirs["loglikelihoods"])[:, None], np.where(asked.scored, 0.0, np.nan))
     greedy = np.where(first, np.array(theirs["greedy"])[:, None], asked.scored)
-    check_metrics(tasks.score(name, questions, asked, logprob=logprob, greedy=greedy), theirs["metrics"])
+    check_metrics(score(name, questions, asked, logprob=logprob, greedy=greedy), theirs["metrics"])
 
 
 @each
@@ -96,13 +111,45 @@ def test_a_model_scores_as_in_the_harness(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     questions, theirs = read(name, recorded(name)["data"], tmp_path), recorded(name)
     asked = tasks.requests(questions)
+    logprob, greedy = answered(asked)
+    assert np.where(asked.scored, logprob, 0).sum(axis=1) == pytest.approx(theirs["loglikelihoods"], rel=1e-5)
+    assert (greedy | ~asked.scored).all(axis=1).tolist() == theirs["greedy"]
+    check_metrics(score(name, questions, asked, logprob=logprob, greedy=greedy), theirs["metrics"])
+
+
+def answered(asked: tasks.Requests) -> tuple[Any, Any]:
+    """The recorded model's answers: the log-probability of each right word, and whether it is the likeliest."""
     found = logits(asked.tokens)
     all_logprob = found - np.logaddexp.reduce(found, axis=-1, keepdims=True)
     logprob = np.take_along_axis(all_logprob, asked.next[..., None], axis=-1)[..., 0]
-    greedy = found.argmax(axis=-1) == asked.next
+    return logprob, found.argmax(axis=-1) == asked.next
+
+
+@pytest.mark.parametrize("name", SHOTS)
+def test_the_harness_shows_the_same_examples_and_asks_the_same(name: str, tmp_path: Path) -> None:
+    theirs, found = recorded(name, "shots"), [exercise for _, exercise in exercises(with_shots(name, tmp_path))]
+    assert [exercise.context for exercise in found] == theirs["contexts"]
+    assert [f" {choice}" for exercise in found for choice in exercise.choices.values()] == theirs["continuations"]
+
+
+@pytest.mark.parametrize("name", SHOTS)
+def test_a_model_with_examples_scores_as_in_the_harness(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    task, theirs = with_shots(name, tmp_path), recorded(name, "shots")
+    questions = tasks.read_task(task, tokenizer(), context=CONTEXT)
+    asked = tasks.requests(questions)
+    logprob, greedy = answered(asked)
     assert np.where(asked.scored, logprob, 0).sum(axis=1) == pytest.approx(theirs["loglikelihoods"], rel=1e-5)
-    assert (greedy | ~asked.scored).all(axis=1).tolist() == theirs["greedy"]
-    check_metrics(tasks.score(name, questions, asked, logprob=logprob, greedy=greedy), theirs["metrics"])
+    check_metrics(score(task.name, questions, asked, logprob=logprob, greedy=greedy), theirs["metrics"])
+
+
+def test_too_few_examples_are_told(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(GOOD["mmlu"]))
+    with pytest.raises(CheckpointError, match="has 1 example of tea, expected 2 or more; give another file, or fewer"):
+        exercises(Task("mmlu", data, shots=2, shots_data=data))
+    with pytest.raises(PlanError, match="3 examples before each question: give a file"):
+        exercises(Task("mmlu", data, shots=3))
 
 
 @each
@@ -119,6 +166,16 @@ def test_the_harness_makes_the_same_again(name: str, tmp_path: Path) -> None:
     found, before = golden(name, tmp_path), recorded(name)
     for key in ("data", "contexts", "continuations", "greedy"):
         assert found[key] == before[key]
+    assert found["loglikelihoods"] == pytest.approx(before["loglikelihoods"], rel=1e-5)
+    assert found["metrics"] == pytest.approx(before["metrics"], rel=1e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", SHOTS)
+def test_the_harness_shows_the_same_again(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    found, before = golden_shots(name, tmp_path), recorded(name, "shots")
+    assert found["contexts"] == before["contexts"]
     assert found["loglikelihoods"] == pytest.approx(before["loglikelihoods"], rel=1e-5)
     assert found["metrics"] == pytest.approx(before["metrics"], rel=1e-5)
 
@@ -180,6 +237,8 @@ def test_a_label_is_a_number_or_its_text(name: str, label: int | str, tmp_path: 
         ("hellaswag", {"endings": "abc"}, "endings is 'abc', expected a list of two or more texts, none empty"),
         ("hellaswag", {"endings": ["a"]}, "endings is ['a'], expected a list of two or more texts, none empty"),
         ("hellaswag", {"endings": ["a", ""]}, "endings is ['a', ''], expected a list of two or more texts, none empty"),
+        ("mmlu", {"choices": ["a", "b"]}, "choices is ['a', 'b'], expected a list of 4 texts, none empty"),
+        ("mmlu", {"answer": 4}, "answer is 4, expected a number from 0 to 3"),
         ("hellaswag", {"endings": ["a", 1]}, "endings is ['a', 1], expected a list of two or more texts, none empty"),
     ],
 )
@@ -205,29 +264,29 @@ def test_what_is_no_jsonl_is_refused(text: bytes, found: str, tmp_path: Path) ->
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="'arc' is no task; choose one of lambada, piqa, hellaswag"):
+    with pytest.raises(PlanError, match="'arc' is no task; choose one of lambada, piqa, hellaswag, mmlu"):
         read("arc", "", tmp_path)
     with pytest.raises(PlanError, match="a limit of 0 leaves no questions"):
         read("piqa", changed("piqa"), tmp_path, limit=0)
     with pytest.raises(CheckpointError, match=r"absent\.jsonl: cannot be opened"):
-        tasks.read_task("piqa", tmp_path / "absent.jsonl", tokenizer(), context=CONTEXT)
+        tasks.read_task(Task("piqa", tmp_path / "absent.jsonl"), tokenizer(), context=CONTEXT)
 
 
 def test_extreme_scores(tmp_path: Path) -> None:
     questions = read("lambada", changed("lambada"), tmp_path, limit=1)
     asked = tasks.requests(questions)
-    found = tasks.score("lambada", questions, asked, logprob=np.full(asked.next.shape, -1e3), greedy=asked.scored)
+    found = score("lambada", questions, asked, logprob=np.full(asked.next.shape, -1e3), greedy=asked.scored)
     assert (found["questions"], found["accuracy"], found["perplexity"]) == (1, 1.0, math.inf)
     assert math.isnan(found["accuracy_error"])
     with pytest.raises(CheckpointError, match="lambada: the likelihood of row 0 is nan, expected a number"):
-        tasks.score("lambada", questions, asked, logprob=np.full(asked.next.shape, np.nan), greedy=asked.scored)
+        score("lambada", questions, asked, logprob=np.full(asked.next.shape, np.nan), greedy=asked.scored)
 
 
 def test_both_sides_sit_the_exam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = toy(tmp_path)
     target = run(make_plan(open_checkpoint(source), Recipe("hf", dtype="F32")), tmp_path / "hf")
     data = tmp_path / "data.jsonl"
-    for name in NAMES:
+    for name in TASKS:
         data.write_text("\n".join(json.dumps(GOOD[name]) for _ in range(3)))
         command = [
             "verify",
@@ -247,3 +306,5 @@ def test_both_sides_sit_the_exam(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert name != "lambada" or ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
     assert main([*command[:5], "--task", "piqa"]) == 2
     assert "--task and --data belong together" in capsys.readouterr().err
+    assert main([*command, "--shots", "1"]) == 2
+    assert "--shots and --shots-data belong together" in capsys.readouterr().err

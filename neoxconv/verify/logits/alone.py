@@ -1,9 +1,10 @@
-"""One model alone, streamed from disk as it was trained: its loss on tokens, and the logits that its files hold."""
+"""One model alone, streamed from disk as it was trained: what it predicts, and the logits that its files hold."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,12 +13,32 @@ from torch import Tensor
 from neoxconv.core.model import Checkpoint
 from neoxconv.core.tensor import LazyTensor
 from neoxconv.dtypes import FLOATS, Numbers
+from neoxconv.verify.logits.compare import WORDS, Logits
+from neoxconv.verify.logits.metrics import Softmax
 from neoxconv.verify.logits.stream import Side, running, side
 
-_WORDS = 1024  # logits at a time
 # What gpt-neox saves with `checkpoint_validation_with_forward_pass`: for the tokens 0, 1, 2, ... the last stage's
 # logits [time, words of this rank], in that stage's mp_rank files (megatron/checkpointing.py, do_forward_pass).
 _STORED = "checkpoint_validation_logits"
+
+
+def predicted(
+    checkpoint: Checkpoint, tokens: Numbers, following: Numbers, *, device: str = "cpu", logits: Logits | None = None
+) -> Softmax:
+    """A model's predictions for tokens, where `following` comes after each (-1: nothing), both [batch, time].
+
+    `logits` are the model's where another engine has computed them. Raises PlanError where the device is not there.
+    """
+    with running(tokens, device) as (pool, ids):
+        found = Softmax(torch.from_numpy(following.reshape(-1)).to(device))
+        if logits is None:
+            model = side(checkpoint, pool, device=device)
+            normed = _through_layers(checkpoint, model, ids)
+            logits = partial(model.logits, normed)
+        for start in range(0, checkpoint.config.rows, WORDS):
+            stop = min(start + WORDS, checkpoint.config.rows)
+            found.add(start, logits(start, stop).reshape(-1, stop - start).to(device).double())
+    return found
 
 
 def loss_of(checkpoint: Checkpoint, tokens: Numbers) -> float:
@@ -28,8 +49,8 @@ def loss_of(checkpoint: Checkpoint, tokens: Numbers) -> float:
         following = ids[:, 1:]
         total = torch.full(following.shape, -torch.inf)
         right = torch.zeros(following.shape)
-        for start in range(0, checkpoint.config.rows, _WORDS):
-            stop = min(start + _WORDS, checkpoint.config.rows)
+        for start in range(0, checkpoint.config.rows, WORDS):
+            stop = min(start + WORDS, checkpoint.config.rows)
             logits = model.logits(normed, start, stop)[:, :-1]
             total = torch.logaddexp(total, logits.logsumexp(-1))
             inside = (following >= start) & (following < stop)
@@ -56,7 +77,7 @@ def off_stored(checkpoint: Checkpoint) -> float | None:
     with running(np.arange(time)[None], "cpu") as (pool, ids):
         model = side(checkpoint, pool)
         normed = _through_layers(checkpoint, model, ids)
-        bands = [(start, min(start + _WORDS, config.rows)) for start in range(0, config.rows, _WORDS)]
+        bands = [(start, min(start + WORDS, config.rows)) for start in range(0, config.rows, WORDS)]
         found = torch.cat([model.logits(normed, start, stop)[0] for start, stop in bands], dim=-1)
     return float(np.abs(found.numpy() - expected).max())
 

@@ -1,7 +1,7 @@
 """The third level: the target's predictions are the trained model's, layer by layer and at the end.
 
-The reference is the source as it was trained, rank by rank; the candidate is the target. Both are streamed from disk,
-side by side, for the same tokens.
+The reference is the source as it was trained, rank by rank; the candidates are targets. All are streamed from disk,
+side by side, for the same tokens, so that the reference is run once for all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from neoxconv.errors import VerifyError
 from neoxconv.verify.logits.metrics import Comparison, Figures, Softmax, figures
 from neoxconv.verify.logits.stream import Side, running, side
 
-_WORDS = 1024  # logits compared at a time
+WORDS = 1024  # logits at a time
 _SIZES = ("layers", "hidden", "heads", "ff", "rows")
 _WORST = 10
 # When a layer's own error stands out. Where these numbers are from: docs/verification.md, "Thresholds".
@@ -116,51 +116,55 @@ def compare_predictions(
     engine: str = "native",
     logits: Logits | None = None,
 ) -> Predictions:
-    """Run both models on tokens [batch, time]; `progress` is told of every layer of a side, and of the heads.
+    """The same as `compare_all` for one candidate; `logits` are its, where another engine has computed them."""
+    given = (logits,) if logits else ()
+    (found,) = compare_all(
+        reference, [candidate], tokens, device=device, progress=progress, engine=engine, logits=given
+    )
+    return found
 
-    `logits` are the candidate's where another engine has computed them; then its layers are not compared. Raises
+
+def compare_all(
+    reference: Checkpoint,
+    candidates: Sequence[Checkpoint],
+    tokens: Numbers,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+    engine: str = "native",
+    logits: Sequence[Logits] = (),
+) -> list[Predictions]:
+    """Run all models on tokens [batch, time]; `progress` is told of every layer of a side, and of the heads.
+
+    `logits` are the candidates' where another engine has computed them; then their layers are not compared. Raises
     VerifyError where the models have other sizes, PlanError where the device is not there.
     """
     following = np.full(tokens.shape, -1)
     following[:, :-1] = tokens[:, 1:]
-    layers, comparison = run_both(
-        reference, candidate, tokens, following, device=device, progress=progress, logits=logits
-    )
-    found = figures(comparison)
-    return Predictions(engine, tokens, layers, found, comparison.divergence, worst(comparison, tokens))
-
-
-def run_both(
-    reference: Checkpoint,
-    candidate: Checkpoint,
-    tokens: Numbers,
-    following: Numbers,
-    *,
-    device: str = "cpu",
-    progress: Callable[[int], None] = lambda count: None,
-    logits: Logits | None = None,
-) -> tuple[tuple[_LayerError, ...], Comparison]:
-    """How far the streams are apart after every layer, and the predictions.
-
-    `tokens` and `following`, what comes after each (-1: nothing), are [batch, time]; the rest as for
-    `compare_predictions`, which says what is raised.
-    """
-    check_sizes(reference, candidate)
+    for candidate in candidates:
+        check_sizes(reference, candidate)
     with running(tokens, device) as (pool, ids):
-        models = [reference] if logits else [reference, candidate]
-        sides = [side(model, pool, device=device) for model in models]
+        sides = [side(model, pool, device=device) for model in (reference, *(() if logits else candidates))]
         streams = [each.embed(ids) for each in sides]
-        layers = [] if logits else [layer_error(-1, *streams)]
+        layers = [_apart(-1, streams)]
         for number in range(reference.config.layers):
             for at, each in enumerate(sides):
                 streams[at] = each.layer(number, streams[at])
                 progress(1)
-            if not logits:
-                layers.append(layer_error(number, *streams))
-        heads = [head(each, stream) for each, stream in zip(sides, streams, strict=True)]
-        comparison = _compare_heads(following, reference.config.rows, heads[0], logits or heads[1], device=device)
+            layers.append(_apart(number, streams))
+        ours, *theirs = [head(each, stream) for each, stream in zip(sides, streams, strict=True)]
+        compared = _compare_heads(following, reference.config.rows, ours, logits or theirs, device=device)
     progress(len(sides))
-    return tuple(layers), comparison
+    errors = list(zip(*layers, strict=True)) or [()] * len(logits)
+    return [
+        Predictions(engine, tokens, found, figures(each), each.divergence, worst(each, tokens))
+        for found, each in zip(errors, compared, strict=True)
+    ]
+
+
+def _apart(number: int, streams: Sequence[list[Tensor]]) -> list[_LayerError]:
+    """How far every candidate's streams are from the first, the reference's."""
+    return [layer_error(number, streams[0], theirs) for theirs in streams[1:]]
 
 
 def check_sizes(reference: Checkpoint, candidate: Checkpoint) -> None:
@@ -188,14 +192,17 @@ def head(model: Side, streams: list[Tensor]) -> Logits:
     return lambda start, stop: model.logits(normed, start, stop)
 
 
-def _compare_heads(following: Numbers, rows: int, reference: Logits, candidate: Logits, *, device: str) -> Comparison:
-    """Both sides' logits of `rows` words, band by band; `following` [batch, time] are the right ones."""
-    comparison = Comparison(following.reshape(-1), device)
-    for start in range(0, rows, _WORDS):
-        stop = min(start + _WORDS, rows)
-        bands = [logits(start, stop).reshape(-1, stop - start) for logits in (reference, candidate)]
-        comparison.add(start, *bands)
-    return comparison
+def _compare_heads(
+    following: Numbers, rows: int, reference: Logits, candidates: Sequence[Logits], *, device: str
+) -> list[Comparison]:
+    """All sides' logits of `rows` words, band by band; `following` [batch, time] are the right ones."""
+    found = [Comparison(following.reshape(-1), device) for _ in candidates]
+    for start in range(0, rows, WORDS):
+        stop = min(start + WORDS, rows)
+        ours, *theirs = [logits(start, stop).reshape(-1, stop - start) for logits in (reference, *candidates)]
+        for comparison, band in zip(found, theirs, strict=True):
+            comparison.add(start, ours, band)
+    return found
 
 
 def worst(comparison: Comparison, tokens: Numbers) -> tuple[Position, ...]:

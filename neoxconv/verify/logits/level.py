@@ -1,98 +1,143 @@
-"""`verify --level logits`: the comparison, its verdict, and what people and machines are told of it."""
+"""`verify --level logits`: the comparison of targets with their source, and its verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.dtypes import Numbers
 from neoxconv.engine.side_file import whole
-from neoxconv.errors import PlanError
-from neoxconv.storage import Place
+from neoxconv.errors import NeoxconvError, PlanError
+from neoxconv.sources.coverage import is_partial
 from neoxconv.targets.stand_in import as_the_targets
 from neoxconv.verify.engines.child import program
 from neoxconv.verify.logits.bisect import bisect
-from neoxconv.verify.logits.compare import Logits, Position, Predictions, check_sizes, compare_predictions
+from neoxconv.verify.logits.compare import Logits, Predictions, check_sizes, compare_all
 from neoxconv.verify.logits.limits import Limit, judged, type_of
+from neoxconv.verify.logits.outcome import Outcome
 from neoxconv.verify.logits.tokens import speller, tokens_for
 from neoxconv.verify.logits.trial import Engine, Sample, Trial
+from neoxconv.verify.page.facts import page_facts
 from neoxconv.verify.page.page import page
-from neoxconv.verify.report import Finding, Report, verdicts
-from neoxconv.verify.tasks.exam import examine
-from neoxconv.words import table
-
-_LAYERS_SHOWN = 12
-_CONTEXT = 40  # tokens shown before a position
+from neoxconv.verify.report import Finding, Report, layer_name
+from neoxconv.verify.subject import Subject
+from neoxconv.verify.tasks.exam import Exam, examine
 
 
 def verify_logits(
-    source: Checkpoint,
-    candidate: Checkpoint,
+    subjects: Sequence[Subject],
     trial: Trial,
     *,
-    target: Place,
-    before: Sequence[Report] = (),
     progress: Callable[[int], None] = lambda count: None,
-) -> Report:
-    """The report of the third level on `candidate`, which lies at `target`; `before` are those of the other levels.
+) -> list[Report | NeoxconvError]:
+    """For each target of one source the report of the third level, or why there is none.
 
-    `progress` is told of every layer of a side, and of the heads. Raises VerifyError where the two cannot be compared
-    or the engine dies, PlanError or CheckpointError where the trial cannot be done.
+    The source is run once for all of them, and so is a task that it answers. `progress` is told of every layer of a
+    side, and of the heads. Raises PlanError or CheckpointError where the trial cannot be done with any target.
     """
-    source.refuse_doubts()
-    source = _as_short(source, candidate)
-    tokens, text = tokens_for(_within_windows(source, candidate, trial.sample), trial.sample)
-    check_sizes(source, candidate)
-    _check_window(tokens.shape[1], source, candidate, trial.sample)
-    engine, device = trial.engine, trial.device
-    logits = _logits_of(engine, target, candidate, tokens)
-    predictions = compare_predictions(
-        source, candidate, tokens, device=device, progress=progress, engine=engine.name, logits=logits
-    )
-    limits = judged(predictions, source, candidate, trial.limits)
-    findings = _found_wrong(predictions, limits, target)
-    if trial.bisect and findings and engine.native:
-        suspect = bisect(as_the_targets(source, candidate), candidate, predictions.broken, tokens, device=device)
-        findings.append(Finding("bisect", str(suspect)))
-    facts = predictions.facts | {"text": text, "limits": [asdict(limit) for limit in limits]}
-    told = lines(predictions, limits)
-    if trial.task:
-        exam = examine(source, candidate, trial.task, target=target, engine=engine, device=device)
-        facts["task"] = asdict(exam)
-        told.append(table("<<<", [(f"task on {exam.data}", "reference", "target"), *exam.rows]))
-    checked = f"{len(tokens)} x {tokens.shape[1]} tokens of {text}, {type_of(candidate)} by {engine.name}"
-    report = Report("logits", checked, tuple(findings), lines=tuple(told), facts=facts)
+    subjects[0].source.refuse_doubts()
+    _check_alike(subjects)
+    source = _as_short(subjects)
+    tokens, text = tokens_for(_within_windows(source, subjects, trial.sample), trial.sample)
+    for each in subjects:
+        _check_window(tokens.shape[1], each, trial.sample)
+    ready: list[tuple[Subject, Logits | None]] = []
+    found: dict[int, Report | NeoxconvError] = {}
+    for at, each in enumerate(subjects):
+        try:
+            ready.append((each, _ready(source, each, trial.engine, tokens)))
+        except NeoxconvError as error:
+            found[at] = error
+    outcomes = _outcomes(source, ready, tokens, trial, progress) if ready else []
+    told = iter([outcome.report(text) for outcome in outcomes])
     if trial.html:
-        shown = _page_facts(source, predictions, limits, target=target, reports=(*before, report))
+        facts = page_facts(subjects, outcomes, found, text=text, spell=speller(source))
         with whole(trial.html) as partial:
-            partial.write_text(page({"text": text} | shown), "utf-8")
-    return report
+            partial.write_text(page(facts), "utf-8")
+    return [found[at] if at in found else next(told) for at in range(len(subjects))]
 
 
-def _as_short(source: Checkpoint, candidate: Checkpoint) -> Checkpoint:
-    """The source with the target's context where that is shorter: a family that stands in may have room for less."""
-    context = min(source.config.context, candidate.config.context)
+def _check_alike(subjects: Sequence[Subject]) -> None:
+    """Raise PlanError where the targets say that their sources were read differently: one run cannot serve both."""
+    usual = subjects[0].source.unusual
+    for each in subjects:
+        if each.source.unusual != usual:
+            raise PlanError(
+                f"{each.target}: was made with {each.source.unusual or 'the usual weights'} of the source, "
+                f"{subjects[0].target} with {usual or 'the usual ones'}; verify them one by one."
+            )
+
+
+def _ready(source: Checkpoint, subject: Subject, engine: Engine, tokens: Numbers) -> Logits | None:
+    """Another engine's logits of a target; None for the native engine, which makes them layer by layer.
+
+    Raises NeoxconvError where the target cannot be compared, or the engine dies.
+    """
+    if is_partial(subject.candidate.index):
+        raise PlanError(
+            f"{subject.target}: holds a part of the model only (--only), which predicts nothing; leave --level out."
+        )
+    check_sizes(source, subject.candidate)
+    if engine.native:
+        return None
+    with program(engine, subject.target, subject.candidate) as ask:
+        return ask(tokens)
+
+
+def _outcomes(
+    source: Checkpoint,
+    ready: Sequence[tuple[Subject, Logits | None]],
+    tokens: Numbers,
+    trial: Trial,
+    progress: Callable[[int], None],
+) -> list[Outcome]:
+    """What comes of the targets that can be compared."""
+    subjects, logits = zip(*ready, strict=True)
+    engine, device = trial.engine, trial.device
+    given = [each for each in logits if each]
+    models = [each.candidate for each in subjects]
+    compared = compare_all(source, models, tokens, device=device, progress=progress, engine=engine.name, logits=given)
+    exams: Sequence[Exam | None] = [None] * len(subjects)
+    if trial.task:
+        exams = examine(source, [(s.target, s.candidate) for s in subjects], trial.task, engine=engine, device=device)
+    return [_outcome(*each, trial) for each in zip(subjects, compared, exams, strict=True)]
+
+
+def _outcome(subject: Subject, predictions: Predictions, exam: Exam | None, trial: Trial) -> Outcome:
+    """A target's figures held against its limits; what is wrong is looked for where that was asked."""
+    source, candidate = subject.source, subject.candidate
+    limits = judged(predictions, source, candidate, trial.limits)
+    findings = _found_wrong(predictions, limits, subject)
+    if trial.bisect and findings and trial.engine.native:
+        aligned = as_the_targets(source, candidate)
+        suspect = bisect(aligned, candidate, predictions.broken, predictions.tokens, device=trial.device)
+        findings.append(Finding("bisect", str(suspect)))
+    return Outcome(subject, predictions, tuple(limits), tuple(findings), type_of(candidate), exam)
+
+
+def _as_short(subjects: Sequence[Subject]) -> Checkpoint:
+    """The source with the targets' context where that is shorter: a family that stands in may have room for less."""
+    source = subjects[0].source
+    context = min(source.config.context, *(each.candidate.config.context for each in subjects))
     return replace(source, config=replace(source.config, context=context))
 
 
-def _common(source: Checkpoint, candidate: Checkpoint) -> int | None:
+def _common(subject: Subject) -> int | None:
     """Tokens in a row up to which the two are one function, though one of them has another window; None for all."""
-    windows = source.config.window, candidate.config.window
+    windows = subject.source.config.window, subject.candidate.config.window
     return None if windows[0] == windows[1] else min(filter(None, windows))
 
 
-def _within_windows(source: Checkpoint, candidate: Checkpoint, sample: Sample) -> Checkpoint:
-    """The source with no more context than the two have in common, where sequences are cut from a text."""
-    common = None if sample.tokens else _common(source, candidate)
-    context = min(source.config.context, common or source.config.context)
-    return replace(source, config=replace(source.config, context=context))
+def _within_windows(source: Checkpoint, subjects: Sequence[Subject], sample: Sample) -> Checkpoint:
+    """The source with no more context than all have in common, where sequences are cut from a text."""
+    common = [] if sample.tokens else [most for each in subjects if (most := _common(each))]
+    return replace(source, config=replace(source.config, context=min([source.config.context, *common])))
 
 
-def _check_window(length: int, source: Checkpoint, candidate: Checkpoint, sample: Sample) -> None:
+def _check_window(length: int, subject: Subject, sample: Sample) -> None:
     """Raise PlanError where token ids in longer rows were given."""
-    most = _common(source, candidate)
+    most = _common(subject)
     if most is not None and length > most:
         raise PlanError(
             f"{sample.tokens}: has rows of {length} tokens; source and target have another window, so that they are "
@@ -100,88 +145,10 @@ def _check_window(length: int, source: Checkpoint, candidate: Checkpoint, sample
         )
 
 
-def _logits_of(engine: Engine, target: Place, candidate: Checkpoint, tokens: Numbers) -> Logits | None:
-    """Another engine's logits of the target; None for the native engine, which makes them layer by layer."""
-    if engine.native:
-        return None
-    with program(engine, target, candidate) as ask:
-        return ask(tokens)
-
-
-def _found_wrong(predictions: Predictions, limits: Sequence[Limit], target: Place) -> list[Finding]:
-    """The limits that do not hold; if any, also where it begins, as far as that stands out."""
-    findings = [Finding(str(target), str(limit)) for limit in limits if not limit.passed]
-    if findings and predictions.broken is not None:
-        where = f"layer {predictions.broken}" if predictions.broken >= 0 else "the embedding"
-        findings.append(Finding(where, "is the first whose output differs clearly more than the others'"))
-    return findings
-
-
-def lines(predictions: Predictions, limits: Sequence[Limit]) -> list[str]:
-    """The figures as tables."""
-    f = predictions.figures
-    ratio = f"{f.perplexity.ratio:.6f} +- {f.perplexity.ratio_error:.6f}"
-    rows = [
-        ("KL divergence", f"mean {f.mean:.3g}, median {f.median:.3g}, 99 % {f.p99:.3g}, largest {f.largest:.3g}"),
-        ("limit", "; ".join(str(limit) for limit in limits)),
-        ("same first choice", f"{100 * f.top1:.2f} %; of the first five {100 * f.top5:.2f} %"),
-        ("largest difference", f"{f.largest_difference:.3g} of a logit"),
-        ("perplexity", f"{f.perplexity.reference:.4f} and {f.perplexity.candidate:.4f}, ratio {ratio}"),
-        ("right token", f"its probability changes by {100 * f.rms_probability:.3g} % (RMS)"),
-    ]
-    result = [table("<<", rows)]
-    if predictions.layers:
-        result.append(table("<>>", [("after", "relative error", "cosine"), *_layer_rows(predictions)]))
-    return result
-
-
-def _layer_rows(predictions: Predictions) -> list[tuple[str, str, str]]:
-    """The layers' errors; of many layers some, the broken one and the last included."""
-    layers = predictions.layers
-    step = max(1, len(layers) // _LAYERS_SHOWN)
-    shown = [x for i, x in enumerate(layers) if i % step == 0 or x is layers[-1] or x.layer == predictions.broken]
-    names = {-1: "embedding"}
-    return [(names.get(x.layer, f"layer {x.layer}"), f"{x.error:.3g}", f"{x.cosine:.9f}") for x in shown]
-
-
-def _page_facts(
-    source: Checkpoint,
-    predictions: Predictions,
-    limits: Sequence[Limit],
-    *,
-    target: Place,
-    reports: Sequence[Report],
-) -> dict[str, Any]:
-    """What the page shows, as plain values; `reports` are those of all levels."""
-    f, spell = predictions.figures, speller(source)
-    findings = [f"{report.level}: {finding}" for report in reports for finding in report.findings]
-    return predictions.facts | {
-        "source": str(source.index.folder),
-        "target": str(target),
-        "passed": not findings,
-        "verdict": verdicts(reports),
-        "kl": {"mean": f.mean, "median": f.median, "p99": f.p99, "max": f.largest},
-        "kl_values": predictions.divergences.tolist(),
-        "tensors": [
-            {"name": tensor.name, "encoding": tensor.encoding, "relative": tensor.relative}
-            for report in reports
-            for tensor in report.tensors
-        ],
-        "worst": [_position_facts(position, predictions, spell) for position in predictions.worst],
-        "limits": [asdict(limit) | {"passed": limit.passed} for limit in limits],
-        "findings": findings,
-    }
-
-
-def _position_facts(at: Position, predictions: Predictions, spell: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """A position in context: what comes before it, what follows, what each side expected."""
-    row = predictions.tokens[at.sequence].tolist()
-    return {
-        "kl": at.divergence,
-        "sequence": at.sequence,
-        "position": at.position,
-        "before": spell(row[max(0, at.position - _CONTEXT) : at.position + 1]),
-        "token": spell(row[at.position + 1 : at.position + 2]),
-        "reference": [[spell([word]), share] for word, share in at.reference],
-        "candidate": [[spell([word]), share] for word, share in at.candidate],
-    }
+def _found_wrong(predictions: Predictions, limits: Sequence[Limit], subject: Subject) -> list[Finding]:
+    """The limits that do not hold; if any, first of all where it begins, as far as that stands out."""
+    findings = [Finding(str(subject.target), str(limit)) for limit in limits if not limit.passed]
+    if not findings or predictions.broken is None:
+        return findings
+    begin = Finding(layer_name(predictions.broken), "is the first whose output differs clearly more than the others'")
+    return [begin, *findings]

@@ -6,6 +6,7 @@ two heads can be multiplied side by side, once. The figures are defined as llama
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,10 +99,15 @@ class _Perplexity:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the predictions at all positions come to. KL in nats; shares and probabilities from 0 to 1."""
+    """What the predictions at all positions come to. KL in nats; shares and probabilities from 0 to 1.
+
+    `mean_error` is the standard error of the mean KL. `unigram` is the perplexity of the right words to somebody who
+    knows how often each of them comes up, and nothing else.
+    """
 
     positions: int
     mean: float
+    mean_error: float
     median: float
     p99: float
     largest: float
@@ -110,6 +116,7 @@ class Figures:
     largest_difference: float
     perplexity: _Perplexity
     rms_probability: float
+    unigram: float
 
 
 def figures(comparison: Comparison) -> Figures:
@@ -122,6 +129,7 @@ def figures(comparison: Comparison) -> Figures:
     return Figures(
         len(divergence),
         float(divergence.mean()),
+        float(divergence.std(ddof=1) / np.sqrt(len(divergence))) if len(divergence) > 1 else math.nan,
         float(np.median(divergence)),
         float(np.percentile(divergence, 99)),
         float(divergence.max()),
@@ -130,7 +138,14 @@ def figures(comparison: Comparison) -> Figures:
         comparison.largest,
         perplexity(p, q),
         float(np.sqrt(np.square(np.exp(p) - np.exp(q)).mean())) if p.size else 0.0,
+        _unigram(ours.right.cpu().numpy()[known]),
     )
+
+
+def _unigram(words: Numbers) -> float:
+    """exp of the entropy of the words' own shares."""
+    shares = np.unique(words, return_counts=True)[1] / max(1, len(words))
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def perplexity(reference: Doubles, candidate: Doubles) -> _Perplexity:

@@ -53,11 +53,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions that both sides answer: the task's name, the .jsonl file, and how many are asked at most."""
+    """Questions that both sides answer: the task's name, the .jsonl file, and how many are asked at most.
+
+    Before each stand `shots` examples with their answers, which are taken from a file like it.
+    """
 
     name: str
     data: Path
     limit: int | None = None
+    shots: int = 0
+    shots_data: Path | None = None
 
 
 @dataclass(frozen=True)

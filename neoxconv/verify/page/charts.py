@@ -1,8 +1,7 @@
-"""The charts of a verification's page as inline SVG, and how numbers and text are written on it."""
+"""The charts of a target: the error of each layer and tensor, and how the KL divergence is distributed."""
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections import Counter
@@ -11,97 +10,26 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from neoxconv.verify.page.svg import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    LogAxis,
+    axis_name,
+    largest,
+    line,
+    number,
+    shown,
+    steps,
+    svg,
+    text,
+)
+from neoxconv.verify.report import layer_name
 from neoxconv.words import plural
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 480, 286, 58, 460, 240  # of a chart, and of what is plotted in it
 _SLOT, _GAP = 28.0, 28.0  # the width of a bar that lies outside the logarithmic scale, and how far outside
 _TINY = 1e-10  # a smaller KL divergence is rounding
-_SIGNS = {"\n": "↵", "\t": "⇥"}
 LAYERED = re.compile(r"(|.*?\.)(\d+)\.(.+)")
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for people: 1.16e-3, 0.0812, 12.34, 4e5, ∞, NaN; one digit more from 1 on."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
-    if value == 0 or 0.01 <= abs(value) < 9999.5:
-        return f"{value + 0.0:.{digits + (abs(value) >= 1)}g}"  # -0.0 + 0.0 is 0.0
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage that says 100 only where it is all, and 0 only where it is none."""
-    if not math.isfinite(share):
-        return number(share)
-    if 0.9985 < share < 1:
-        return f"{min(100 * share, 99.999):.3f} %"
-    return f"{100 * share:.1f} %" if 0.001 <= share < 1 else f"{number(100 * share)} %"
-
-
-def shown(text: object) -> str:
-    """Text for HTML in which every character can be seen: a return arrow for a newline, codes for the invisible."""
-    seen = (_SIGNS.get(sign) or (sign if sign.isprintable() else f"\\u{ord(sign):04x}") for sign in str(text))
-    return html.escape("".join(seen))
-
-
-def largest(values: Iterable[float]) -> float:
-    """The largest value, NaN where there is one, 0 where there are none."""
-    return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
-
-
-def steps(first: int, last: int, most: int) -> range:
-    """The multiples of 1, 2, 5, 10, 20, ... from `first` to `last`, about `most` of them at the most."""
-    least = max((last - first) / most, 1)
-    power = 10 ** int(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= least)
-    return range(-(-first // step) * step, last + 1, step)
-
-
-@dataclass(frozen=True)
-class _LogAxis:
-    """A logarithmic axis from 10**low to 10**high, drawn from one place to another."""
-
-    low: int
-    high: int
-    start: float
-    end: float
-
-    @classmethod
-    def over(cls, values: Iterable[float], start: float, end: float) -> _LogAxis:
-        """The axis of whole decades that holds all positive finite values."""
-        powers = [math.log10(value) for value in values if 0 < value < math.inf] or [-6.0, 0.0]
-        low = max(math.floor(min(powers)), -300)  # floats end soon after 1e-300 and 1e300
-        return cls(low, max(min(math.ceil(max(powers)), 300), low + 1), start, end)
-
-    def at(self, value: float) -> float:
-        share = (math.log10(value) - self.low) / (self.high - self.low)
-        return self.start + (self.end - self.start) * min(max(share, 0.0), 1.0)
-
-    def ticks(self) -> list[float]:
-        """The decades, not all where they are many, with 2 and 5 times them where they are few."""
-        if self.high - self.low > 2:
-            return [10.0**power for power in steps(self.low, self.high, 7)]
-        between = [factor * 10.0**power for power in range(self.low, self.high) for factor in (1, 2, 5)]
-        return [*between, 10.0**self.high]
-
-
-def svg(label: str, parts: Iterable[str]) -> str:
-    """A chart, with what it shows in words."""
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{shown(label)}">{"".join(parts)}</svg>'
-
-
-def text(x: float, y: float, label: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{label}</text>'
-
-
-def line(y: float, label: str) -> str:
-    """A line across the plot with its label at the left."""
-    return f'<path class="rule" d="M{_LEFT},{y:.1f}H{_RIGHT}"/>' + text(_LEFT - 8, y + 4.5, label, "end")
-
-
-def _axis_name(label: str) -> str:
-    return text((_LEFT + _RIGHT) / 2, _HEIGHT - 5, label)
 
 
 def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -110,23 +38,32 @@ def layer_chart(layers: Sequence[Mapping[str, Any]]) -> str:
     first, last = int(found[0]["layer"]), int(found[-1]["layer"])
     errors = [float(layer["error"]) for layer in found]
     zeros = any(error <= 0 for error in errors)
-    axis = _LogAxis.over(errors, _BOTTOM - 26 if zeros else _BOTTOM, 28)
-    wide = (_RIGHT - _LEFT) / (last - first + 1)
-    places = [_LEFT + wide * (int(layer["layer"]) - first + 0.5) for layer in found]
+    axis = LogAxis.over(errors, BOTTOM - 26 if zeros else BOTTOM, 28)
+    wide = (RIGHT - LEFT) / (last - first + 1)
+    places = [LEFT + wide * (int(layer["layer"]) - first + 0.5) for layer in found]
     points = [(x, _height(error, axis)) for x, error in zip(places, errors, strict=True)]
     parts = [line(axis.at(tick), number(tick)) for tick in axis.ticks()]
-    parts += [line(_BOTTOM, "0")] if zeros else []
-    parts += [text(_LEFT + wide * (layer - first + 0.5), _BOTTOM + 20, str(layer)) for layer in steps(first, last, 9)]
+    parts += [line(BOTTOM, "0")] if zeros else []
+    parts += _layer_labels(first, last, wide)
     parts += [_joined(errors, points), *(_spot(*pair, wide) for pair in zip(found, points, strict=True))]
-    label = f"Relative error after layers {first} to {last}, the largest {number(largest(errors))}"
-    return svg(label, [*parts, _axis_name("layer")])
+    span = f"{layer_name(first)} to {layer_name(last)}"
+    label = f"Relative error after {span}, the largest {number(largest(errors))}"
+    return svg(label, [*parts, axis_name("layer")])
 
 
-def _height(error: float, axis: _LogAxis) -> float:
+def _layer_labels(first: int, last: int, wide: float) -> list[str]:
+    """The numbers below the layers, not all where they are many; the embedding's name, and none beside it."""
+    embedding = first < 0
+    near = [layer for layer in steps(first, last, 9) if not embedding or wide * (layer - first) > 26]
+    labels = [(first, "emb."), *((layer, str(layer)) for layer in near)] if embedding else [(n, str(n)) for n in near]
+    return [text(LEFT + wide * (layer - first + 0.5), BOTTOM + 20, label) for layer, label in labels]
+
+
+def _height(error: float, axis: LogAxis) -> float:
     """Where an error is drawn: on the scale, below it for zero, above it for what is no finite number."""
     if not math.isfinite(error):
         return 12
-    return axis.at(error) if error > 0 else _BOTTOM
+    return axis.at(error) if error > 0 else BOTTOM
 
 
 def _joined(errors: Sequence[float], points: Sequence[tuple[float, float]]) -> str:
@@ -143,12 +80,12 @@ def _joined(errors: Sequence[float], points: Sequence[tuple[float, float]]) -> s
 def _spot(layer: Mapping[str, Any], point: tuple[float, float], wide: float) -> str:
     """A layer's point, hollow for zero and a cross for no finite number, and the column that shows its values."""
     (x, y), error, cosine = point, float(layer["error"]), float(layer["cosine"])
-    values = f"layer {layer['layer']}: error {number(error)}, cosine distance {number(max(1 - cosine, 0.0))}"
+    values = f"{layer_name(int(layer['layer']))}: error {number(error)}, cosine distance {number(max(1 - cosine, 0.0))}"
     kind = "zero" if error <= 0 else "dot"
     sign = f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
     if not math.isfinite(error):
         sign = f'<path class="odd" d="M{x - 4:.1f},{y - 4}l8,8m0,-8l-8,8"/>'
-    column = f'<rect class="hit" x="{x - wide / 2:.1f}" y="0" width="{wide:.1f}" height="{_BOTTOM + 6}"/>'
+    column = f'<rect class="hit" x="{x - wide / 2:.1f}" y="0" width="{wide:.1f}" height="{BOTTOM + 6}"/>'
     return f"<g><title>{shown(values)}</title>{column}{sign}</g>"
 
 
@@ -156,9 +93,9 @@ def kl_chart(values: Sequence[float], marks: Mapping[str, float]) -> str:
     """How many positions have which KL divergence; tiny and not finite values have bars of their own at the sides."""
     odd = sum(not math.isfinite(value) for value in values)
     scaled = [value for value in values if _TINY <= value < math.inf]
-    axis = _LogAxis.over(scaled, _LEFT + _SLOT + _GAP, _RIGHT - _SLOT - _GAP if odd else _RIGHT)
-    bars = [_Bar("below 1e-10", _LEFT, _SLOT, len(values) - len(scaled) - odd), *_binned(scaled, axis)]
-    bars += [_Bar("not finite", _RIGHT - _SLOT, _SLOT, odd)] if odd else []
+    axis = LogAxis.over(scaled, LEFT + _SLOT + _GAP, RIGHT - _SLOT - _GAP if odd else RIGHT)
+    bars = [_Bar("below 1e-10", LEFT, _SLOT, len(values) - len(scaled) - odd), *_binned(scaled, axis)]
+    bars += [_Bar("not finite", RIGHT - _SLOT, _SLOT, odd)] if odd else []
     words = ", ".join(f"{name} {number(value)}" for name, value in marks.items())
     label = f"KL divergence of {plural(len(values), 'position')}: {words}"
     return svg(label, [*_plotted(bars), *_kl_labels(axis, bool(odd)), *drawn(marks, axis)])
@@ -181,14 +118,14 @@ def _plotted(bars: Sequence[_Bar]) -> list[str]:
     return lines + [_drawn_bar(each, most) for each in bars]
 
 
-def _kl_labels(axis: _LogAxis, odd: bool) -> list[str]:
+def _kl_labels(axis: LogAxis, odd: bool) -> list[str]:
     """What is written below the bars."""
-    ticks = [(_LEFT + _SLOT / 2, "≈ 0"), *((axis.at(tick), number(tick)) for tick in axis.ticks())]
-    ticks += [(_RIGHT - _SLOT / 2, "NaN")] if odd else []
-    return [*(text(x, _BOTTOM + 20, label) for x, label in ticks), _axis_name("KL divergence of a position")]
+    ticks = [(LEFT + _SLOT / 2, "≈ 0"), *((axis.at(tick), number(tick)) for tick in axis.ticks())]
+    ticks += [(RIGHT - _SLOT / 2, "NaN")] if odd else []
+    return [*(text(x, BOTTOM + 20, label) for x, label in ticks), axis_name("KL divergence of a position, in nats")]
 
 
-def _binned(values: Sequence[float], axis: _LogAxis) -> Iterable[_Bar]:
+def _binned(values: Sequence[float], axis: LogAxis) -> Iterable[_Bar]:
     """The bins of the scale that have values."""
     each = max(4, 16 // (axis.high - axis.low))  # of a decade
     last = each * (axis.high - axis.low) - 1
@@ -201,30 +138,30 @@ def _binned(values: Sequence[float], axis: _LogAxis) -> Iterable[_Bar]:
 
 def _raised(count: int, most: int) -> float:
     """Where a bar of `count` ends; even one position can be seen."""
-    return _BOTTOM - max((_BOTTOM - 66) * count / most, 2) if count else _BOTTOM
+    return BOTTOM - max((BOTTOM - 66) * count / most, 2) if count else BOTTOM
 
 
 def _drawn_bar(bar: _Bar, most: int) -> str:
     """A bar, the highest being of `most` values, that says what it stands for."""
     y = _raised(bar.count, most)
-    place = f'x="{bar.x + 0.5:.1f}" y="{y:.1f}" width="{max(bar.wide - 1, 0.5):.1f}" height="{_BOTTOM - y:.1f}"'
+    place = f'x="{bar.x + 0.5:.1f}" y="{y:.1f}" width="{max(bar.wide - 1, 0.5):.1f}" height="{BOTTOM - y:.1f}"'
     return f'<g><title>{shown(bar.label)}: {plural(bar.count, "position")}</title><rect class="bar" {place}/></g>'
 
 
-def drawn(marks: Mapping[str, float], axis: _LogAxis) -> Iterable[str]:
+def drawn(marks: Mapping[str, float], axis: LogAxis) -> Iterable[str]:
     """The marks from right to left, each labelled at its left in a row of its own, so that no line crosses a label."""
     places = {name: _reached(value, axis) for name, value in marks.items()}
     for row, name in enumerate(sorted(places, key=lambda name: -places[name])):
-        x, y, near = places[name], 14 + 17 * row, places[name] < _LEFT + 90
+        x, y, near = places[name], 14 + 17 * row, places[name] < LEFT + 90
         label = text(x + (5 if near else -5), y, f"{name} {number(marks[name])}", "start" if near else "end")
-        yield f'<path class="mark m{list(marks).index(name)}" d="M{x:.1f},{y - 11}V{_BOTTOM}"/>{label}'
+        yield f'<path class="mark m{list(marks).index(name)}" d="M{x:.1f},{y - 11}V{BOTTOM}"/>{label}'
 
 
-def _reached(value: float, axis: _LogAxis) -> float:
+def _reached(value: float, axis: LogAxis) -> float:
     """Where a value is on the scale or beside it."""
     if not math.isfinite(value):
-        return _RIGHT - _SLOT / 2
-    return axis.at(value) if value >= _TINY else _LEFT + _SLOT / 2
+        return RIGHT - _SLOT / 2
+    return axis.at(value) if value >= _TINY else LEFT + _SLOT / 2
 
 
 def heat_map(tensors: Sequence[Mapping[str, Any]]) -> str:
