@@ -50,7 +50,9 @@ def read_back(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", ["pythia-160m-deduped", "Tiny-Pythia-160K-v1.2-chat"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("pythia-160m-deduped", marks=pytest.mark.slow), "Tiny-Pythia-160K-v1.2-chat"]
+)
 def test_every_general_key_is_that_of_llama_cpps_converter(name: str, tmp_path: Path) -> None:
     gguf, source = program("gguf"), hugging_face(tmp_path / name)
     run(plan_of(source), tmp_path / "ours.gguf")
