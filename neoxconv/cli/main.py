@@ -106,8 +106,8 @@ def convert(source: Place, target: str, **given: Any) -> None:
 def card(folder: Path) -> None:
     """Make the table of a card anew: FOLDER's README.md, as `convert` wrote it.
 
-    It tells every target in FOLDER by its manifest. What `verify --level logits --json` printed of TARGET is looked for
-    in TARGET.verify.json, for the column with the KL divergence.
+    It tells every target in FOLDER by its manifest. What `verify --level logits --json` printed is looked for in
+    FOLDER/verify.json, for all targets there, and in TARGET.verify.json, for the column with the KL divergence.
     """
     from neoxconv.engine.cards import refresh
 
