@@ -70,7 +70,7 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("convert a b --to float8 --type int8", "float8, which has E4M3, E5M2"),
         ("convert a b --to bnb --type int8 --double-quant", "--double-quant is for bnb's NF4 and FP4"),
         ("convert a b --to bnb --type int8 --compute-dtype f16", "--compute-dtype is for bnb's NF4 and FP4"),
-        ("verify a b c", "3 paths"),
+        ("verify a b b", "a TARGET is given twice"),
         ("verify a --level weights", "verify SRC TARGET"),
         ("verify a --level logits", "verify SRC TARGET"),
         ("verify a b --level layers", "is not one of"),
