@@ -10,7 +10,11 @@ from typing import Any
 
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine.manifest import Range, hash_range, manifest_path
+from neoxconv.errors import CheckpointError
 from neoxconv.storage import Place, is_file, size_of, stream_of
+from neoxconv.targets.about import title
+from neoxconv.targets.metadata import NAME, words_of
+from neoxconv.targets.recipe import Recipe
 from neoxconv.verify.report import Report
 
 
@@ -59,8 +63,8 @@ def manifest_digest(target: Place) -> str | None:
 
 
 def name_of(source: Checkpoint) -> str:
-    """What the model is called: by its settings, else by its folder."""
-    settings = source.index.settings
-    told = settings.get("general.name") or settings.get("_name_or_path")
-    folder = source.index.where
-    return str(told or (folder.parent if folder.name.startswith("global_step") else folder).name)
+    """What the model is called in its targets' metadata; by its shapes where its card cannot be read."""
+    try:
+        return str(words_of(source, Recipe("gguf")).keys[NAME])
+    except CheckpointError:
+        return title(source)

@@ -71,6 +71,7 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("convert a b --to bnb --type int8 --double-quant", "--double-quant is for bnb's NF4 and FP4"),
         ("convert a b --to bnb --type int8 --compute-dtype f16", "--compute-dtype is for bnb's NF4 and FP4"),
         ("verify a b --level bytes --max-kl 1", "--max-kl is for --level logits"),
+        ("verify a b b", "a TARGET is given twice"),
         ("verify a --level weights", "verify SRC TARGET"),
         ("verify a --level logits", "verify SRC TARGET"),
         ("verify a b --level layers", "is not one of"),

@@ -50,14 +50,11 @@ def header(facts: Mapping[str, Any]) -> str:
     entries = {
         "Model": facts["model"],
         "Reference": facts["reference"]["place"],
-        "Target" if len(targets) == 1 else "Targets": "\n".join(each["place"] for each in targets),
+        **({"Target": targets[0]["place"]} if len(targets) == 1 else {}),
         "Engine": facts["engine"],
         "Tokens": tokens,
     }
-    listed = "".join(
-        f"<dt>{name}</dt>{''.join(f'<dd>{shown(line)}</dd>' for line in value.splitlines())}"
-        for name, value in entries.items()
-    )
+    listed = "".join(f"<dt>{name}</dt><dd>{shown(value)}</dd>" for name, value in entries.items())
     title = f"{verdict(facts['passed'], 'badge')}<h1>{shown(_title(targets))}</h1>"
     remark = f'<p class="remark">{shown(facts["remark"])}</p>' if facts["remark"] else ""
     return f"<header>{title}<dl>{listed}</dl>{remark}</header>\n"
@@ -73,7 +70,7 @@ def _title(targets: Sequence[Mapping[str, Any]]) -> str:
 
 def comparison(facts: Mapping[str, Any]) -> str:
     """The targets side by side, in a table and as a chart."""
-    heads = ("Target", "Type", "Size", "Bits per weight", "KL, nats", "Top-1", "Verdict")
+    heads = ("Target", "Type", "Size", "KL, nats", "Top-1", "Bits per weight", "Verdict")
     rows = [_row(each, at) for at, each in enumerate(facts["targets"])]
     chart = size_chart(facts["targets"])
     about = "Mean KL divergence in nats over size. The line joins the targets that no other beats in both."
@@ -84,11 +81,12 @@ def comparison(facts: Mapping[str, Any]) -> str:
 def _row(target: Mapping[str, Any], at: int) -> list[str]:
     """A target's line of the comparison, which leads to its own part."""
     name = f'<a href="#target-{at}">{shown(target["name"])}</a>'
-    sizes = [size(target["bytes"]), f"{target['bits_per_weight']:.2f}"]
+    bits = f"{target['bits_per_weight']:.2f}"
     if target.get("failed"):
-        return [name, "", *sizes, "not compared", "", verdict(False)]
+        return [name, "", size(target["bytes"]), "not compared", "", bits, verdict(False)]
     kl = f"{number(target['kl']['mean'])} ± {number(target['kl']['error'], 2)}"
-    return [name, shown(target["type"]), *sizes, kl, percent(target["top1"]), verdict(target["passed"])]
+    type_, top1 = shown(target["type"]), percent(target["top1"])
+    return [name, type_, size(target["bytes"]), kl, top1, bits, verdict(target["passed"])]
 
 
 def _folded(target: Mapping[str, Any], at: int) -> str:
@@ -96,6 +94,7 @@ def _folded(target: Mapping[str, Any], at: int) -> str:
     opened = "" if target["passed"] else " open"
     head = f"{verdict(target['passed'])} {shown(target['name'])}: {shown(target['verdict'])}"
     start = f'<details class="target" id="target-{at}"{opened}><summary>{head}</summary>'
+    start += f'<p class="soft">{shown(target["place"])}</p>'
     return f"{start}{findings(target)}{predictions(target)}</details>\n"
 
 

@@ -6,16 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from neoxconv.verify.page.svg import BOTTOM, LEFT, RIGHT, WIDTH, LogAxis, axis_name, line, number, shown, svg, text
+from neoxconv.verify.page.svg import LEFT, RIGHT, WIDTH, LogAxis, axis_name, line, number, shown, svg, text
 from neoxconv.words import size
 
-_TOP = 20
+_HEIGHT, _BOTTOM, _TOP = 366, 320, 20  # of the chart, and of what is plotted in it
 _SIGN, _HIGH = 8.8, 18.0  # a character's width and a label's height, at the larger size that narrow screens have
 _LEAST = 1e-9  # a smaller KL divergence is drawn here
 _ACROSS = 5  # sizes on the axis, about
+_NEAR = 10  # places in which a label rather lies beside the line than nearer to its point
 _LEADER = 12.0  # from this distance on a line leads from a point to its label
 # Where a label may stand beside its point, the best place first: how far away, and the share of it that lies left.
 _PLACES = [(9.0, 5.0, 0.0), (-9.0, 5.0, 1.0), (0.0, -10.0, 0.5), (0.0, 22.0, 0.5)] + [
@@ -97,16 +99,16 @@ def size_chart(targets: Sequence[Mapping[str, Any]]) -> str:
     found = [each for each in targets if each.get("kl") and math.isfinite(each["kl"]["mean"])]
     if not found:
         return ""
-    up = LogAxis.over([_kl(each) for each in found], BOTTOM - 6, _TOP)
+    up = LogAxis.over([_kl(each) for each in found], _BOTTOM - 6, _TOP)
     across = _Sizes.over([each["bytes"] for each in found])
     points = _points(found, across, up)
     ticks = [line(up.at(tick), number(tick)) for tick in up.ticks()]
-    ticks += [text(x, BOTTOM + 20, label) for x, label in across.ticks()]
+    ticks += [text(x, _BOTTOM + 20, label) for x, label in across.ticks()]
     frontier = " ".join(f"{point.x:.1f},{point.y:.1f}" for point in points if point.best)
     drawn = [f'<polyline class="line" points="{frontier}"/>', *(_drawn(point, up) for point in points)]
     words = ", ".join(f"{point.label} {size(point.target['bytes'])} {number(_kl(point.target))}" for point in points)
-    parts = [*ticks, axis_name(f"size of the files, {across.name}"), *drawn, *_labels(points)]
-    return svg(f"Size and mean KL divergence: {words}", parts)
+    parts = [*ticks, axis_name(f"size of the files, {across.name}", _HEIGHT), *drawn, *_labels(points)]
+    return svg(f"Size and mean KL divergence: {words}", parts, _HEIGHT)
 
 
 def _kl(target: Mapping[str, Any]) -> float:
@@ -144,16 +146,26 @@ def _drawn(point: _Point, up: LogAxis) -> str:
 
 
 def _labels(points: Sequence[_Point]) -> Iterator[str]:
-    """The points' labels, none over another or over a point, as long as there is room."""
-    taken = [point.box for point in points]
+    """The points' labels, none over another or a point as long as there is room, and off the line if possible."""
+    taken, line_of = [point.box for point in points], list(_along([point for point in points if point.best]))
     for point in points:
         options = [_box(point, place) for place in _PLACES]
-        plot = _Box(LEFT + 2, 0, WIDTH, BOTTOM)
+        plot = _Box(LEFT + 2, 0, WIDTH, _BOTTOM)
         free = [box for box in options if box.within(plot) and not any(box.hits(other) for other in taken)]
-        box = (free or options)[0]
+        clear = [box for box in free[:_NEAR] if not any(box.hits(other) for other in line_of)]
+        box = (clear or free or options)[0]
         taken.append(box)
         middle, base = (box.left + box.right) / 2, box.bottom - 5
         yield _leader(point, box) + text(middle, base, shown(point.label)).replace("<text", '<text class="label"')
+
+
+def _along(points: Sequence[_Point]) -> Iterator[_Box]:
+    """Small boxes along the line that joins points."""
+    for one, other in pairwise(points):
+        count = max(1, int(math.hypot(other.x - one.x, other.y - one.y) / 4))
+        for step in range(1, count):
+            x, y = (a + (b - a) * step / count for a, b in ((one.x, other.x), (one.y, other.y)))
+            yield _Box(x - 1, y - 1, x + 1, y + 1)
 
 
 def _box(point: _Point, place: tuple[float, float, float]) -> _Box:
@@ -170,4 +182,4 @@ def _leader(point: _Point, box: _Box) -> str:
     y = min(max(point.y, box.top), box.bottom)
     if math.hypot(x - point.x, y - point.y) < _LEADER:
         return ""
-    return f'<path class="rule" d="M{point.x:.1f},{point.y:.1f}L{x:.1f},{y:.1f}"/>'
+    return f'<path class="leader" d="M{point.x:.1f},{point.y:.1f}L{x:.1f},{y:.1f}"/>'

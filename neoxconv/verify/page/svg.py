@@ -77,9 +77,9 @@ class LogAxis:
         return [*between, 10.0**self.high]
 
 
-def svg(label: str, parts: Iterable[str]) -> str:
+def svg(label: str, parts: Iterable[str], height: int = HEIGHT) -> str:
     """A chart, with what it shows in words."""
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{shown(label)}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{shown(label)}">{"".join(parts)}</svg>'
 
 
 def text(x: float, y: float, label: str, anchor: str = "middle") -> str:
@@ -91,5 +91,6 @@ def line(y: float, label: str) -> str:
     return f'<path class="rule" d="M{LEFT},{y:.1f}H{RIGHT}"/>' + text(LEFT - 8, y + 4.5, label, "end")
 
 
-def axis_name(label: str) -> str:
-    return text((LEFT + RIGHT) / 2, HEIGHT - 5, label)
+def axis_name(label: str, height: int = HEIGHT) -> str:
+    """What the axis below the plot counts."""
+    return text((LEFT + RIGHT) / 2, height - 5, label)
