@@ -13,8 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.children import Cost, measure, median, neoxconv, show
-from benchmarks.conversion import fresh
+from benchmarks.children import Cost, fresh, measure, median, neoxconv, show
 from neoxconv.synthetic import Synthetic, write_checkpoint
 
 MODEL = Synthetic(layers=8, hidden=256, heads=8, rows=1024, tp=2, pp=4, context=512)  # the demo's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neoxconv.dtypes import Bytes, Floats
+from neoxconv.dtypes import Floats
 from neoxconv.quant.ggml import lanes as at
 from neoxconv.quant.kernels import ONE, ZERO, f32, kernel, part
 
@@ -49,7 +49,7 @@ def _keep_line(s: Floats) -> None:
         s[at.ERROR, i] = at.pick(fits, error * unit * unit, at.INFINITY)
         s[at.SCALE, i] = (ONE + slope) * unit
         s[at.LEAST, i] = (b - offset) * unit
-    at.keep(s, at.ERROR, at.BEST_ERROR)
+    at.keep(s, at.ERROR, at.BEST_ERROR, False)
 
 
 @part
@@ -67,17 +67,15 @@ def _search_line(x: Floats, w: Floats, s: Floats, n: int, top: np.float32, grid:
         s[at.BEST_SCALE, i] = s[at.SPAN, i] / top
         s[at.BEST_LEAST, i] = -s[at.LOW, i]
     at.forget(s)
-    for k in range(grid.size):
+    for k in range(grid.size + 1):  # one loop for all, as what is in it is compiled wherever it stands
+        last = k == grid.size
+        steps = ONE if last else grid[k]
         for i in range(at.LANES):
-            s[at.A, i] = at.pick(s[at.SPAN, i] > at.TINY, grid[k] / s[at.SPAN, i], ZERO)
-            s[at.B, i] = -s[at.LOW, i] * s[at.A, i]
+            size = at.pick(last, s[at.BEST_SCALE, i], s[at.SPAN, i])
+            s[at.A, i] = at.pick(size > at.TINY, steps / size, ZERO)
+            s[at.B, i] = at.pick(last, s[at.BEST_LEAST, i], -s[at.LOW, i]) * s[at.A, i]
         _sum_line(x, w, s, n, top)
         _keep_line(s)
-    for i in range(at.LANES):
-        s[at.A, i] = at.pick(s[at.BEST_SCALE, i] > at.TINY, ONE / s[at.BEST_SCALE, i], ZERO)
-        s[at.B, i] = s[at.BEST_LEAST, i] * s[at.A, i]
-    _sum_line(x, w, s, n, top)
-    _keep_line(s)
 
 
 @part
@@ -170,8 +168,7 @@ def lines(
     worth: at.Worth,
     form: tuple[int, float, float],
     candidates: tuple[Floats, Floats],
-    codes: Bytes,
-    numbers: Floats,
+    found: at.Found,
 ) -> None:
     """Encode blocks [m, n] by scale and minimum: their codes [m, n], and [m, 4] integers and steps of both.
 
@@ -187,4 +184,4 @@ def lines(
         _search_line(x, w, s, n, f32(top), grid)
         _round_lines(s, subs, f32(levels), trims)
         _line_codes(x, s, n, f32(top))
-        at.write_out(x, s, first, codes, numbers)
+        at.write_out(x, s, first, found)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from neoxconv.dtypes import Bytes, Floats
+from neoxconv.dtypes import Floats
 from neoxconv.quant.ggml import lanes as at
 from neoxconv.quant.ggml.searches import CURVE
 from neoxconv.quant.kernels import ONE, ZERO, f32, kernel, part
@@ -84,7 +84,7 @@ def _keep_scale(s: Floats) -> None:
         unit = at.pick(fits, ONE / a, ZERO)
         s[at.ERROR, i] = at.pick(fits, (ee - slope * eq) * unit * unit, at.INFINITY)
         s[at.SCALE, i] = (ONE + slope) * unit
-    at.keep(s, at.ERROR, at.BEST_ERROR)
+    at.keep(s, at.ERROR, at.BEST_ERROR, False)
 
 
 @part
@@ -110,13 +110,13 @@ def _search_scale(x: Floats, w: Floats, s: Floats, n: int, codes: _Codes, grid: 
     for i in range(at.LANES):
         s[at.BEST_SCALE, i] = s[at.SPAN, i] / low
     at.forget(s)
-    for k in range(grid.size):
+    for k in range(grid.size + 1):  # one loop for all, as what is in it is compiled wherever it stands
+        last = k == grid.size
+        place = ONE if last else grid[k]
         for i in range(at.LANES):
-            s[at.A, i] = at.pick(abs(s[at.SPAN, i]) > at.TINY, grid[k] / s[at.SPAN, i], ZERO)
+            size = at.pick(last, s[at.BEST_SCALE, i], s[at.SPAN, i])
+            s[at.A, i] = at.pick(abs(size) > at.TINY, place / size, ZERO)
         _try_scale(x, w, s, n, codes)
-    for i in range(at.LANES):
-        s[at.A, i] = at.pick(abs(s[at.BEST_SCALE, i]) > at.TINY, ONE / s[at.BEST_SCALE, i], ZERO)
-    _try_scale(x, w, s, n, codes)
 
 
 @part
@@ -169,8 +169,7 @@ def scales(
     worth: at.Worth,
     form: tuple[int, float, _Codes],
     candidates: tuple[Floats, Floats],
-    codes: Bytes,
-    numbers: Floats,
+    found: at.Found,
 ) -> None:
     """Encode blocks [m, n] by scale alone: their codes [m, n] from 0 on, and [m, 4] integer, -, step, -.
 
@@ -186,4 +185,4 @@ def scales(
         _search_scale(x, w, s, n, kind, grid)
         _round_scales(s, subs, f32(levels), trims)
         _scale_codes(x, s, n, kind)
-        at.write_out(x, s, first, codes, numbers)
+        at.write_out(x, s, first, found)

@@ -37,6 +37,7 @@ _Eights = npt.NDArray[np.uint64]
 
 # How much errors matter: kind, share; importance [m, n, LANES], which repeats itself, and spread [blocks], or empty.
 Worth = tuple[int, float, Floats, Floats]
+Found = tuple[npt.NDArray[np.uint32], Floats]  # codes [blocks, n / 4], four in each; integers and steps [blocks, 4]
 
 LANES, MOST = 64, 32  # blocks side by side; weights in a block at most
 MAGIC = f32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer
@@ -147,14 +148,15 @@ def take(s: Floats, new: int, best: int, rows: int) -> None:
 
 
 @part
-def keep(s: Floats, new: int, best: int) -> None:
+def keep(s: Floats, new: int, best: int, first: bool) -> None:
     """Take the rows between `new` and `best` for those from `best` on, in lanes where the first of them is less.
 
+    The `first` time take all of them.
     By way of spare rows: LLVM would make masked stores of a choice that goes where one side came from; AMD's are slow.
     """
     for row in range(best - new):
         for i in range(LANES):
-            s[_SPARE + row, i] = pick(s[new, i] < s[best, i], s[new + row, i], s[best + row, i])
+            s[_SPARE + row, i] = pick(first | (s[new, i] < s[best, i]), s[new + row, i], s[best + row, i])
     take(s, _SPARE, best, best - new)
 
 
@@ -176,10 +178,7 @@ def keep_total(s: Floats, subs: int, first: bool) -> None:
             total += s[TRY_ERROR, i]
         for i in range(group, group + subs):
             s[TRY_TOTAL, i] = total
-    if first:
-        take(s, TRY_TOTAL, BEST_TOTAL, BEST_TOTAL - TRY_TOTAL)
-    else:
-        keep(s, TRY_TOTAL, BEST_TOTAL)
+    keep(s, TRY_TOTAL, BEST_TOTAL, first)
 
 
 @part
@@ -195,19 +194,20 @@ def _byte(code: np.float32) -> np.int32:
 
 
 @part
-def write_out(x: Floats, s: Floats, first: int, codes: Bytes, numbers: Floats) -> None:
-    """The lanes' codes [blocks, n], and their integers and steps [blocks, 4].
+def write_out(x: Floats, s: Floats, first: int, found: Found) -> None:
+    """The lanes' codes, and their integers and steps.
 
     Four codes of a block are written as one integer (of a little-endian machine), which takes a third of the time.
     """
-    lanes, fours, four = min(LANES, codes.shape[0] - first), codes.view(np.uint32)[first:], np.empty(LANES, np.int32)
+    fours, numbers = found
+    lanes, four = min(LANES, fours.shape[0] - first), np.empty(LANES, np.int32)
     for k in range(fours.shape[1]):
         j = 4 * k
         for i in range(LANES):
             low = i32(_byte(x[j, i]) | i32(_byte(x[j + 1, i]) << i32(8)))
             four[i] = i32(low | i32(_byte(x[j + 2, i]) << i32(16)) | i32(_byte(x[j + 3, i]) << i32(24)))
         for i in range(lanes):
-            fours[i, k] = u32(four[i])
+            fours[first + i, k] = u32(four[i])
     for i in range(lanes):
         numbers[first + i, 0], numbers[first + i, 1] = s[PICK_SCALE, i], s[PICK_LEAST, i]
         numbers[first + i, 2], numbers[first + i, 3] = s[PICK_STEP, i], s[PICK_FLOOR, i]

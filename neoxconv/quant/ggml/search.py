@@ -27,12 +27,13 @@ def find(search: Search, rows: Floats, context: Context) -> tuple[Bytes, Floats]
     codes, numbers = np.empty(blocks.shape, np.uint8), np.empty((len(blocks), 4), np.float32)
     thorough = context.thorough or context.importance is not None
     candidates = np.array(search.wide if thorough else search.grid, np.float32), search.trims(thorough)
+    found = codes.view(np.uint32), numbers
     worth = search.kind, search.share, *_importance_of(search, blocks, rows.shape[1], context.importance)
     if search.least:
-        lines(blocks, worth, (search.subs, search.highest, search.levels), candidates, codes, numbers)
+        lines(blocks, worth, (search.subs, search.highest, search.levels), candidates, found)
     else:
         kind = (search.lowest, search.highest, search.curve)
-        scales(blocks, worth, (search.subs, search.levels, kind), candidates, codes, numbers)
+        scales(blocks, worth, (search.subs, search.levels, kind), candidates, found)
     return codes, numbers
 
 
