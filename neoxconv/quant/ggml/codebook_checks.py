@@ -166,8 +166,8 @@ def _mark_blocks(x: Floats, groups: Groups, b: int, books: tuple[Floats, Book], 
         for k in range(blocks):
             known, weights = _known(groups, b, k, bound), x[k * block : (k + 1) * block]
             fits = _fits(weights, known, bound)
-            if turn == 0:
-                marks[k] = not fits
+            for j in range(block if turn == 0 else 0):
+                marks[k, j] = not fits
             if fits and known.scale > ZERO and (turn == 0 or (counts[k] > 0 and 2 * suspect <= blocks)):
                 scale = known.scale * (bound.factors[turn - 1] if turn else ONE)
                 tried = Known(scale, known.rounding, known.apart, known.shift)
@@ -179,7 +179,8 @@ def _mark_blocks(x: Floats, groups: Groups, b: int, books: tuple[Floats, Book], 
                     suspect += 1 if count else 0
                 if turn == 0 or count < counts[k]:
                     counts[k] = count
-                    marks[k] = trial
+                    for j in range(block):  # a whole row at once takes 2 s to compile, for numba's message
+                        marks[k, j] = trial[j]
 
 
 @kernel
