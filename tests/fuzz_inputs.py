@@ -32,8 +32,10 @@ from neoxconv.formats.pt.pickling import TensorRef, dump_pickle
 from neoxconv.formats.pt.unpickle import Size
 from neoxconv.formats.pt.zip_headers import CENTRAL
 from neoxconv.quant import SCALED
+from neoxconv.quant.scaled import gptq
 from neoxconv.quant.scaled.fourbit import NF4_TABLE
 from neoxconv.quant.scaled.nested import nested_table
+from neoxconv.quant.scaled.packed import PackedForm
 
 Pieces = tuple[bytes, ...]
 Change = Callable[[Random, list[bytes], Sequence[Pieces]], None]
@@ -450,7 +452,9 @@ QUANTIZED = {
     f"{LAYER}attention.query_key_value.": "NF4_DQ", f"{LAYER}attention.dense.": "INT8",
     f"{LAYER}mlp.dense_h_to_4h.": "E4M3_CHANNEL", f"{LAYER}mlp.dense_4h_to_h.": "FP4",
     "gpt_neox.layers.1.mlp.dense_4h_to_h.": "W4A16_G32_ASYM", "gpt_neox.layers.2.mlp.dense_4h_to_h.": "MLX_4BIT_32",
+    "gpt_neox.layers.3.mlp.dense_4h_to_h.": "GPTQ",
 }  # fmt: skip
+ENCODINGS = SCALED | {"GPTQ": gptq.encoding(gptq.Reading(PackedForm(4, 32, False), less_one=True, indexed=True))}
 STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [24, 8]}
 NESTED = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
 OTHER_STATE = {**STATE, "quant_type": "fp4", "shape": [8, 32]}
@@ -466,7 +470,8 @@ def parts_of(name: str, shape: tuple[int, ...]) -> list[Part]:
     module = name.removesuffix("weight")
     if module not in QUANTIZED or module == name:
         return [Part(name, F16, shape)]
-    parts = SCALED[QUANTIZED[module]].parts(LazyTensor(shape, F16, unread, F16))
+    encoding = ENCODINGS[QUANTIZED[module]]
+    parts = encoding.parts(LazyTensor(shape, F16, unread, F16))
     return [Part(module + part.name, part.dtype, part.shape, part.late) for part in parts]
 
 
@@ -478,7 +483,7 @@ def model() -> dict[str, bytes]:
 
 def model_with(state: bytes) -> dict[str, bytes]:
     """The folder with other JSON beside its first quantized weight."""
-    config = replace(CONFIG, layers=3)
+    config = replace(CONFIG, layers=4)
     weights = [
         (weight.unified, tuple(config.sizes[size] for size in weight.shape)) for _, weight in GPT_NEOX.names(config)
     ]
@@ -494,7 +499,10 @@ def model_with(state: bytes) -> dict[str, bytes]:
     files = {name: with_length(Random(0), list(safetensors_pieces(*placed(shards[name], contents)))) for name in shards}
     places = {part.name: name for name, inside in shards.items() for part in inside}
     files[INDEX] = json.dumps({"metadata": {"total_size": 1}, "weight_map": places}).encode()
-    told = {"quantization_config": {}, "quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
+    told = {
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        "quantization": {"group_size": 32, "bits": 4, "mode": "affine"},
+    }
     return {**files, SETTINGS: json.dumps(GPT_NEOX.to_hf(config, "float16") | told).encode()}
 
 

@@ -297,7 +297,7 @@ def answer(hub: Hub, request: Request) -> Answer:
     """What the Hub itself answers."""
     for method, pattern, function in ROUTES:
         found = re.fullmatch(pattern, request.path)
-        if method == request.method and found:
+        if found and (request.method == method or (request.method, method) == ("HEAD", "GET")):
             words = [word for word in found.groups() if word is not None]
             return refused(hub, request, words[0] if function not in OPEN else "") or function(hub, request, *words)
     return error(501, message=f"{request.method} {request.path} is not served")
@@ -329,7 +329,7 @@ def answer_of_storage(hub: Hub, request: Request) -> Answer:
     """What the storage of large files answers, whose URLs are signed: a token in a request to it is a fault."""
     assert "authorization" not in request.headers
     oid = request.path.strip("/")
-    if request.method == "GET":
+    if request.method in ("GET", "HEAD"):
         return ranged(hub.storage[oid], request)
     if part := request.query.get("part"):
         hub.parts.setdefault(oid, {})[int(part[0])] = request.body
@@ -360,7 +360,7 @@ def handler(hub: Hub, answers: Callable[[Hub, Request], Answer]) -> type[BaseHTT
             for name, value in {**more, "Content-Length": str(len(data))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data if self.command != "HEAD" else b"")
 
         do_GET = do_POST = do_PUT = do_HEAD = reply
 

@@ -12,6 +12,7 @@ import pytest
 from neoxconv.cli.formats import row, shapes
 from neoxconv.cli.main import commands
 from neoxconv.names import FORMATS, TARGET_TYPES
+from neoxconv.storage import address
 from neoxconv.targets.recipe import Recipe
 from neoxconv.version import __version__
 from website.pages import command_page, made_pages
@@ -52,7 +53,8 @@ def command_lines() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "line"), [*command_lines()])
-def test_every_command_that_is_shown_can_be_typed(page: str, line: str) -> None:
+def test_every_command_that_is_shown_can_be_typed(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "pinned", lambda path: path)  # the Hub is not asked
     _, name, *words = shlex.split(line, comments=True)
     commands.commands[name].make_context(name, words)
 

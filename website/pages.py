@@ -30,6 +30,7 @@ READ_ON = {
     "calibrate": ("calibration",),
     "formats": ("targets",),
     "verify": ("verification", "checking"),
+    "card": ("publishing", "formats"),
     "demo": ("installing", "index"),
 }
 _PAGE = re.compile(r"\bdocs/(\w+)\.md\b")

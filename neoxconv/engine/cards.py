@@ -1,7 +1,8 @@
 """Cards of what is made already: beside single files, and made anew when files or measurements were added.
 
-A card tells every target in its folder by the manifests there. What `verify --level logits --json` printed of a target
-is looked for in TARGET.verify.json. Only a README.md that neoxconv made is changed, and in it only the table.
+A card tells every target in its folder by the manifests there. What `verify --level logits --json` printed of them is
+looked for in verify.json beside them, which may tell of all, and in TARGET.verify.json. Only a README.md that neoxconv
+made is changed, and in it only the table.
 """
 
 from __future__ import annotations
@@ -85,13 +86,18 @@ def _row(target: Path, path: Path, inside: str = "") -> Iterator[Row]:
 
 def _divergence(target: Path) -> float | None:
     """The mean KL divergence that a report beside a target tells, in nats a token; None where there is none."""
-    path = target.with_name(f"{target.name}.{_REPORT}")
-    if not path.is_file():
-        return None
-    levels = object_in(read_bounded(path, _LARGEST)).get("levels")
-    told = [level for level in levels if isinstance(level, Mapping)] if isinstance(levels, list) else []
-    found: list[Any] = [level["kl"].get("mean") for level in told if isinstance(level.get("kl"), Mapping)]
+    reports = (target.with_name(f"{target.name}.{_REPORT}"), target.with_name(_REPORT))
+    rows = (row for path in reports if path.is_file() for row in _told_in(path))
+    found: list[Any] = [row["kl"].get("mean") for row in rows if Path(str(row.get("target"))).name == target.name]
     return next((float(mean) for mean in found if isinstance(mean, int | float)), None)
+
+
+def _told_in(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The targets that a report tells of whose predictions were compared."""
+    rows = object_in(read_bounded(path, _LARGEST)).get("targets")
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, Mapping) and isinstance(row.get("kl"), Mapping):
+            yield row
 
 
 def _made_anew(card: str, folder: Path) -> str:

@@ -63,15 +63,20 @@ def repository(path: str) -> Repository:
 
 
 def api() -> Any:
-    """huggingface_hub's client, which finds its endpoint and token by itself. Raises PlanError where it is missing."""
+    """huggingface_hub's client, which finds its endpoint and token by itself.
+
+    Raises PlanError where it is missing or too old.
+    """
     try:
-        from huggingface_hub import HfApi
+        import huggingface_hub
     except ImportError:
         raise PlanError("hf:// needs huggingface_hub; pip install huggingface_hub.") from None
+    if (version := huggingface_hub.__version__).startswith("0."):
+        raise PlanError(f"hf:// needs huggingface_hub 1.0, found {version}; pip install -U huggingface_hub.")
     logger = logging.getLogger("huggingface_hub.utils._http")
     if _has_no_url not in logger.filters:
         logger.addFilter(_has_no_url)
-    return HfApi()
+    return huggingface_hub.HfApi()
 
 
 def _has_no_url(record: logging.LogRecord) -> bool:

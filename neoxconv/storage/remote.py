@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import posixpath
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from neoxconv.errors import CheckpointError
+from neoxconv.storage.blocks import Blocks
 from neoxconv.storage.hub import HUB, HUB_FILES, repository
 from neoxconv.storage.protocols import LARGEST, WEB, entries, facts_at, read_range, write_object
 from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retrying
@@ -25,33 +25,6 @@ from neoxconv.storage.requests import FILE, FOLDER, Absent, Facts, changed, retr
 _SMALL = 80 << 10  # bytes: what the end of a zip is looked for in, and more
 _DEEPEST, _MOST_PLACES = 8, 1 << 16  # of folders in one another; of files and folders in all
 THREADS = 16  # requests at the same time
-
-
-@dataclass
-class _Blocks:
-    """The last blocks that were read of files, `most` of them of `size` bytes: what is kept is not fetched again."""
-
-    size: int
-    most: int
-    kept: OrderedDict[tuple[str, int], bytes] = field(default_factory=OrderedDict)
-    lock: Any = field(default_factory=threading.Lock)
-
-    def read(self, path: str, wanted: range, size: int, fetch: Callable[[int, int], bytes]) -> bytes:
-        """Bytes of a file of `size`; the blocks that are not kept come in one request."""
-        first = wanted.start // self.size * self.size
-        found = {start: self.kept.get((path, start)) for start in range(first, wanted.stop, self.size)}
-        missing = [start for start, data in found.items() if data is None]
-        if missing:
-            end = min(missing[-1] + self.size, size)
-            data = fetch(missing[0], end)
-            found |= {start: data[start - missing[0] :][: self.size] for start in range(missing[0], end, self.size)}
-        with self.lock:
-            for start, block in found.items():
-                self.kept[path, start] = block or b""
-                self.kept.move_to_end((path, start))
-            while len(self.kept) > self.most:
-                self.kept.popitem(last=False)
-        return b"".join(block or b"" for block in found.values())[wanted.start - first :][: len(wanted)]
 
 
 @dataclass
@@ -63,8 +36,8 @@ class _Cache:
 
     facts: dict[str, Facts | None] = field(default_factory=dict)
     folders: dict[str, dict[str, Facts]] = field(default_factory=dict)
-    headers: _Blocks = field(default_factory=lambda: _Blocks(16 << 10, 256))
-    bands: _Blocks = field(default_factory=lambda: _Blocks(256 << 10, 0))
+    headers: Blocks = field(default_factory=lambda: Blocks(16 << 10, 256))
+    bands: Blocks = field(default_factory=lambda: Blocks(256 << 10, 0))
 
 
 @dataclass(frozen=True, order=True, repr=False)

@@ -1,8 +1,9 @@
 """Long ranges of files far away, read by and by: a request for each range, and never more of it here than is wanted.
 
 Tensors are read in bands of one or two MiB, and a store that counts requests would be asked tens of thousands of times.
-So where a thread goes on where it ended twice before, what it has not asked for yet is asked for with it, up to
-LONGEST bytes, and taken from the connection as it is read: what is not taken waits in the network's own buffers.
+So where a thread has read IN_A_ROW bytes without a gap, what it will want next is asked for with what it wants, up to
+LONGEST bytes, and taken from the connection as it is read: what is not taken waits in the network's own buffers. Rows
+in another order (query, key and value of GGUF) are read in runs that are shorter, and nothing more is asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from neoxconv.storage.requests import Unusable
 
 LONGEST = 64 << 20  # bytes of one request
-_IN_A_ROW = 2  # reads that go on where the last one ended, until more is asked for with the next
+IN_A_ROW = 2 << 20  # bytes
 _MOST = 64  # connections that wait for their readers; huggingface_hub's client has 100
 _KNOWN = 4096  # reads of which it is known where they ended
 _IDLE = 10.0  # seconds after which another may have a connection's place
@@ -30,7 +31,7 @@ class _Window:
 
     position: int
     stop: int
-    row: int = 0  # reads that went on where the last one ended
+    row: int = 0  # bytes that were read before `position` without a gap
     chunks: Iterator[bytes] = field(default_factory=lambda: iter(()))
     left: bytes = b""  # of the last chunk
     connection: ExitStack = field(default_factory=ExitStack)
@@ -47,6 +48,7 @@ class _Window:
             pieces.append(chunk[:missing])
             missing, self.left = missing - len(pieces[-1]), chunk[missing:]
         self.position += count
+        self.row += count
         return b"".join(pieces)
 
 
@@ -76,14 +78,15 @@ class Windows:
 
     def _going_on(self, window: _Window | None, path: str, start: int, stop: int, end: int) -> _Window:
         """The window that holds bytes `start` to `stop`: the last one where they are in it, else one asked for now."""
-        row = window.row + 1 if window and window.position == start else 0
+        row = window.row if window and window.position == start else 0
         if window and row and stop <= window.stop:
-            window.row = row
             return window
         if window:
             window.connection.close()
-        wide = row >= _IN_A_ROW and self._has_room()
-        found = _Window(start, max(stop, min(end, start + LONGEST)) if wide else stop, row)
+        length = stop - start
+        wide = row >= IN_A_ROW and self._has_room()
+        most = max(length, LONGEST // length * length) if wide else length  # whole reads
+        found = _Window(start, min(max(end, stop), start + most), row)
         found.chunks = found.connection.enter_context(self.opened(path, start, found.stop))
         return found
 

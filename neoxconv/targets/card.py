@@ -22,12 +22,12 @@ from neoxconv.dtypes import FLOATS
 from neoxconv.targets.about import provenance
 from neoxconv.targets.metadata import NAME, Words
 from neoxconv.targets.recipe import Recipe
+from neoxconv.targets.source_card import MARK, TASK, SourceCard
 from neoxconv.words import size
 
-_BEGIN, _END = "<!-- neoxconv: files -->", "<!-- neoxconv: end of files -->"
-_TABLE = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+_END = "<!-- neoxconv: end of files -->"
+_TABLE = re.compile(f"{MARK}.*?{_END}", re.DOTALL)
 _OWN = "## The source's own card"
-_TASK = "text-generation"
 _MEASURED = "model-index"  # what the source's own weights scored: quantized ones do not
 # What llama.cpp's converter reads of a card beside the Hub's fields, by our keys.
 _NAMES = ("name", "basename", "size_label", "finetune", "version")
@@ -82,7 +82,7 @@ def table_of(rows: Sequence[Row]) -> str:
     for row in rows:
         kl = "" if row.kl is None else f"{row.kl:.2g}"
         lines.append([row.name, row.kind, size(row.nbytes), f"{row.bits:.2f}", *([kl] if measured else [])])
-    return "\n".join([_BEGIN, *(f"| {' | '.join(line)} |" for line in lines), _END])
+    return "\n".join([MARK, *(f"| {' | '.join(line)} |" for line in lines), _END])
 
 
 def with_rows(card: str, rows: Sequence[Row]) -> str | None:
@@ -97,7 +97,7 @@ def card(words: Words, checkpoint: Checkpoint, content: Content, recipe: Recipe,
     row = Row(names_as_one(names), kind_of(content, recipe), total, checkpoint.parameters)
     only = [("A part of the model", f"tensors whose names hold {' or '.join(recipe.only)}")] if recipe.only else []
     facts = [*provenance(checkpoint), ("Tensors", _held(content)), *only]
-    text = _carried(words.card.text)
+    text = _carried(words.card)
     own = ["", _OWN, "", text] if text else []
     parts = [
         "---", front.rstrip("\n"), "---", "",
@@ -112,9 +112,9 @@ def card(words: Words, checkpoint: Checkpoint, content: Content, recipe: Recipe,
     return "\n".join(parts).encode()
 
 
-def _carried(text: str) -> str:
+def _carried(card: SourceCard) -> str:
     """Of the source's card what is carried on; of one of ours what that had carried on."""
-    return text.partition(_OWN)[2].strip() if _TABLE.search(text) else text
+    return card.text.partition(_OWN)[2].strip() if card.ours else card.text
 
 
 def _held(content: Content) -> str:
@@ -138,7 +138,7 @@ def _front(words: Words, checkpoint: Checkpoint, content: Content, loading: Load
     quantized = is_quantized(content)
     if quantized:
         carried.pop(_MEASURED, None)
-    task = carried.get("pipeline_tag", _TASK)
+    task = carried.get("pipeline_tag", TASK)
     tags = [*loading.tags, checkpoint.architecture.name, *(tag for tag in keys.get("general.tags", ()) if tag != task)]
     bases = _bases(words)
     made = {

@@ -20,8 +20,9 @@ from neoxconv.storage.hub import HUB, repository
 from neoxconv.targets.about import size_label, title
 from neoxconv.targets.given import above, given_keys, is_decided
 from neoxconv.targets.recipe import Recipe
-from neoxconv.targets.source_card import SourceCard, card_of
+from neoxconv.targets.source_card import TASK, SourceCard, card_of
 
+LIBRARY_TAGS = ("gguf", "gpt-neox", "bitsandbytes", "float8", "compressed-tensors", "mlx", "ctranslate2")
 NAME, SIZE = "general.name", "general.size_label"
 _WEB = "https://huggingface.co/"
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+(?:/|$)")
@@ -139,7 +140,7 @@ def _found(checkpoint: Checkpoint, card: SourceCard, name: str | None, generatio
     settings, total = checkpoint.index.settings, checkpoint.parameters
     said = settings.get("_name_or_path")
     usable = isinstance(said, str) and not said.startswith(("/", ".")) and "model_type" in settings
-    front = {key: _plain(value) for key, value in card.front.items()}
+    front = {key: _plain(value) for key, value in (_without_library(card) or _plainly(checkpoint)).items()}
     params = {"_name_or_path": said} if usable else {"_name_or_path": name} if name else {}
     found = Metadata.apply_metadata_heuristic(Metadata(), front, params, Path(name) if name else None, total)
     told = object_in(generation) if generation else {}
@@ -151,6 +152,18 @@ def _found(checkpoint: Checkpoint, card: SourceCard, name: str | None, generatio
     if found.name is None:
         found.name, found.basename = title(checkpoint), found.basename or checkpoint.architecture.title
     return _keys(found)
+
+
+def _without_library(card: SourceCard) -> dict[str, Any]:
+    """A card's front matter; of one of ours without the tags of what runs that target, which the model has not."""
+    tags = card.front.get("tags")
+    own = [tag for tag in tags if tag not in LIBRARY_TAGS] if card.ours and isinstance(tags, list) else tags
+    return {**card.front, **({"tags": own} if own else {})}
+
+
+def _plainly(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a card would say of a model that has none, so that a way by a folder of ours changes no key."""
+    return {"tags": [checkpoint.architecture.name], "pipeline_tag": TASK}
 
 
 def _keys(metadata: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from neoxconv.core.model import Index
 from neoxconv.storage import Place, is_file, open_storage
 
 CARD = "README.md"
+MARK = "<!-- neoxconv: files -->"  # where the table of a card of ours begins
+TASK = "text-generation"
 _LARGEST = 1 << 20  # bytes
 _WITH_CARD = ("hf", "ctranslate2", "neox")  # formats whose folders are one model's, so that a card in them is its own
 _FRONT = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)(?:^|\r?\n)---[ \t]*(?:\r?\n|$)", re.DOTALL | re.MULTILINE)
@@ -26,6 +28,11 @@ class SourceCard:
     front: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is one that neoxconv made."""
+        return MARK in self.text
 
 
 def card_of(index: Index) -> SourceCard:

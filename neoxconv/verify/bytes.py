@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from neoxconv.errors import CheckpointError
 from neoxconv.storage import Place, at_once, is_file, is_shared, opener_of, place, size_of, stream_of
 from neoxconv.verify.report import Finding, Report
 
+_OF_THE_HUB = re.compile(r"\.gitattributes$|\.cache/huggingface/")  # what the Hub and its downloads put beside files
 _Progress = Callable[[int], None]
 
 
@@ -104,7 +106,11 @@ def verify_bytes(
     if target.is_dir() and not is_shared(target):
         known = {file["name"] for file in files} | {MANIFEST}
         present = sorted(inside(path, target) for path in target.rglob("*") if path.is_file())
-        findings += [Finding(name, "is not in the manifest") for name in present if name not in known]
+        findings += [
+            Finding(name, "is not in the manifest")
+            for name in present
+            if name not in known and not _OF_THE_HUB.match(name)
+        ]
     return Report("bytes", f"{len(files)} files, {sum(file['bytes'] for file in files):,} bytes", tuple(findings))
 
 

@@ -99,8 +99,8 @@ def _told_of_scales(pairs: Sequence[_Pair]) -> Iterator[str]:
     """What is not proven of a target that another program made."""
     if count := sum(_by_stored(pair) is not None for pair in pairs):
         yield (
-            f"  the scales of {count} tensors are taken as they are stored, as another program made the target: their "
-            "codes are proven to be the nearest by them, not that other scales would not be better"
+            f"  the scales of {count} tensors are taken as they are stored, as there is no manifest: "
+            "every code must be the nearest by them; whether others would be better is not judged"
         )
 
 

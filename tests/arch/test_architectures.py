@@ -65,6 +65,7 @@ def folder_of_other(tmp_path: Path) -> Path:
     save_file({renamed(k): v for k, v in load_file(folder / "model.safetensors").items()}, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "other"}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").unlink()  # it names the family
     return folder
 
 

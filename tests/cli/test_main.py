@@ -35,7 +35,7 @@ VALUES = {"type": ["q8_0"], "dtype": ["f32"], "tp": ["1"], "pp": ["1"], "current
           "bits": ["4"], "size": ["1MB"], "types": ["q4_k"], "effort": ["high"], "double_quant": [],
           "compute_dtype": ["f16"],
           "scale": ["none"], "group": ["64"], "asymmetric": [], "allow_other_tokens": [], "as_family": ["gpt2"],
-          "allow_nonfinite": []}  # fmt: skip
+          "allow_nonfinite": [], "metadata": ["m.json"], "set": ["a.b=c"], "card": []}  # fmt: skip
 
 
 @pytest.fixture
@@ -70,6 +70,7 @@ def test_an_option_of_another_format_is_a_usage_error(
         ("convert a b --to float8 --type int8", "float8, which has E4M3, E5M2"),
         ("convert a b --to bnb --type int8 --double-quant", "--double-quant is for bnb's NF4 and FP4"),
         ("convert a b --to bnb --type int8 --compute-dtype f16", "--compute-dtype is for bnb's NF4 and FP4"),
+        ("verify a b --level bytes --max-kl 1", "--max-kl is for --level logits"),
         ("verify a b b", "a TARGET is given twice"),
         ("verify a --level weights", "verify SRC TARGET"),
         ("verify a --level logits", "verify SRC TARGET"),

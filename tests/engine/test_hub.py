@@ -200,6 +200,23 @@ def test_a_repository_gets_the_same_bytes_in_one_commit(
     assert bool(hub.asked("/lfs-complete")) == bool(chunk)
 
 
+def test_what_was_downloaded_is_verified(hub: Hub, plan: Plan, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    run(plan, "hf://org/new")
+    huggingface_hub.snapshot_download("org/new", local_dir=tmp_path / "there")
+    assert (tmp_path / "there" / ".gitattributes").exists() and (tmp_path / "there" / ".cache").exists()
+    assert verify_bytes(tmp_path / "there").passed
+    (tmp_path / "there" / "more").touch()
+    assert not verify_bytes(tmp_path / "there").passed
+
+
+def test_an_old_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.__version__", "0.36.0")
+    with pytest.raises(PlanError, match=r"hf:// needs huggingface_hub 1\.0, found 0\.36\.0; pip install -U"):
+        storage.api()
+
+
 def test_the_command_line_publishes_inspects_and_verifies(hub: Hub, source: Path, capsys: Any) -> None:
     assert cli("convert", source, "hf://org/new", "--to", "hf", "--private", "--dry-run") == 0 and not hub.repositories
     assert cli("convert", source, "hf://org/new", "--to", "hf", "--private") == 0

@@ -345,7 +345,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of all digits": (with_config(num_hidden_layers=10**4000), "num_hidden_layers is '1000"),
     "config of NaN": (with_config(hidden_size=float("nan")), "hidden_size is 'nan'"),
     "config of infinity": (with_config(num_attention_heads=float("inf")), "num_attention_heads is 'inf'"),
-    "config beyond floats": (writing("config.json", '{"hidden_size": 1e999}'), "config.json: "),
+    "config beyond floats": (writing("config.json", '{"hidden_size": 1e999}'), "config.json"),
     "config of a terabyte": (with_config(hidden_size=1 << 40), "1099511627776"),
     "config of many layers": (with_config(num_hidden_layers=10**12), "says 1000000000000 layers"),
     "config with deep activation": (with_config(hidden_act=nested(900)), "hidden_act is"),

@@ -557,9 +557,9 @@ def test_a_band_reads_its_own_bytes_only(monkeypatch: pytest.MonkeyPatch) -> Non
     read: list[tuple[str, int]] = []
     real = Storage.read
 
-    def counted(file: Storage, offset: int, length: int) -> Any:
+    def counted(file: Storage, offset: int, length: int, ahead: int = 0) -> Any:
         read.append((file.name, length))
-        return real(file, offset, length)
+        return real(file, offset, length, ahead)
 
     monkeypatch.setattr(Storage, "read", counted)
     embedding.read(100, 102)

@@ -46,7 +46,8 @@ class Store:
 
 
 @pytest.fixture
-def store() -> Store:
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(windows, "IN_A_ROW", 2000)
     return Store()
 
 
@@ -73,6 +74,13 @@ def test_of_what_is_read_here_and_there_nothing_more_is_asked_for(store: Store) 
     for start in (0, 5000, 300, 90_000, 91_000, 10):
         assert reader.read("x", start, start + 1000, END) == DATA[start : start + 1000]
     assert store.given == 6000 and store.open == 0
+
+
+def test_a_request_ends_where_a_read_does(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the rest of it would be asked for twice."""
+    monkeypatch.setattr(windows, "LONGEST", 5_500)
+    assert read(Windows(store.opened), list(range(0, 30_001, 1000)), 30_000) == DATA[:30_000]
+    assert store.given == 30_000
 
 
 def test_bytes_come_no_sooner_than_they_are_read(store: Store) -> None:
@@ -105,7 +113,7 @@ def test_threads_read_one_file_each_for_itself(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert all(data == DATA[first : first + 20_000] for first, data in found.items()) and len(found) == 4
-    assert len(store.asked) == 4 * 3 and store.given == 80_000
+    assert len(store.asked) == 4 * 5 and store.given == 80_000
 
 
 def test_connections_that_wait_are_few(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ def test_a_plan_knows_the_calibration_and_counts_its_factors(source: Path, by: P
     (("--to", "bnb", "--type", "nf4", "--bits", "4"), 2, "--bits is for gguf, not for bnb"),
     (("--to", "float8", "--size", "1MB"), 2, "--size is for gguf, not for float8"),
     (("--to", "float8", "--scale", "none"), 1, "--calibration is for float8 with scales"),
-    (("--to", "hf"), 2, "--calibration is for gguf, bnb, float8, compressed-tensors, mlx, not for hf"),
+    (("--to", "hf"), 2, "mlx, ctranslate2, not for hf"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(
     words: tuple[str, ...], code: int, message: str, source: Path, by: Path, tmp_path: Path, capsys: Any

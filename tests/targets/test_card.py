@@ -12,8 +12,8 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.targets import TARGETS
 from neoxconv.targets.source_card import parsed
 from neoxconv.verify.bytes import verify_bytes
+from tests.carded import CARD, hugging_face
 from tests.helpers import cli
-from tests.targets.test_metadata import CARD, hugging_face
 
 QUANTIZED = {"bnb": "NF4", "float8": "E4M3", "compressed-tensors": "W8A16", "mlx": "4bit", "ctranslate2": "INT8"}
 
@@ -102,7 +102,7 @@ def rows(folder: Path) -> list[list[str]]:
 
 
 def test_one_card_tells_every_file_in_its_folder(source: Path, tmp_path: Path) -> None:
-    out, report = tmp_path / "out", {"levels": [{"level": "bytes"}, {"level": "logits", "kl": {"mean": 0.00123}}]}
+    out, report = tmp_path / "out", {"targets": [{"target": "/x/tiny-160K-F16.gguf", "kl": {"mean": 0.00123}}]}
     assert convert(source, out, "BF16") == 0 and not (out / "README.md").exists()
     assert convert(source, out, "F16", "--card") == 0
     assert [row[:2] for row in rows(out)] == [["tiny-160K-BF16.gguf", "BF16"], ["tiny-160K-F16.gguf", "F16"]]
@@ -127,7 +127,7 @@ def test_a_card_of_others_is_left_alone(source: Path, tmp_path: Path, capsys: py
 
 def test_a_folders_manifest_knows_its_card_anew(source: Path, tmp_path: Path) -> None:
     made = run(make_plan(open_checkpoint(source), Recipe("hf")), tmp_path / "hf")
-    (tmp_path / "hf.verify.json").write_text(json.dumps({"levels": [{"level": "logits", "kl": {"mean": 0.5}}]}))
+    (tmp_path / "hf.verify.json").write_text(json.dumps({"targets": [{"target": "hf", "kl": {"mean": 0.5}}]}))
     assert cli("card", made) == 0
     assert "| 0.5 |" in (tmp_path / "hf" / "README.md").read_text()
     assert verify_bytes(made).passed

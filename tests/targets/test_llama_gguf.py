@@ -19,8 +19,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped and biased": {"attention_bias": True, "intermediate_size": 160},
     "window": {"mistral": True, "sliding_window": 64},
 }
-# Of the folder's name and its card; without effect for BPE.
-MADE_ELSEWHERE = ("general.name", "general.tags", "tokenizer.ggml.add_space_prefix")
+# Where neither name nor card tells what a model is called, the family does; without effect for BPE.
+MADE_ELSEWHERE = ("general.name", "general.basename", "general.tags", "tokenizer.ggml.add_space_prefix")
 
 
 def as_gguf(source: Path, target: Path, mix: str = "F16") -> Path:

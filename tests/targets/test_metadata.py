@@ -19,32 +19,11 @@ from neoxconv.errors import PlanError
 from neoxconv.formats import imatrix
 from neoxconv.targets import TARGETS
 from neoxconv.targets.metadata import file_stem, hub_name, words_of
+from tests.carded import hugging_face
 from tests.helpers import cli
 from tests.oracles import llama_convert, program
 from tests.toy import toy
 
-CARD = """---
-license: other
-license_name: pile
-license_link: https://example.org/license
-language:
-- en
-- no
-tags:
-- causal-lm
-pipeline_tag: text-generation
-datasets: [EleutherAI/the_pile_deduplicated, "https://huggingface.co/datasets/a/b"]
-base_model: EleutherAI/pythia-160m
-author: someone
-description: |
-  Two lines
-  of it
-url: https://example.org
-repo_url: https://example.org/repo
----
-# Pythia
-"""
-GENERATION = {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
 SAID = {
     "general.author": "me",
     "general.quantized_by": "us",
@@ -52,14 +31,6 @@ SAID = {
     "general.url": "https://example.org/gguf",
     "general.base_models": [{"name": "One", "repo_url": "https://huggingface.co/x/One"}],
 }
-
-
-def hugging_face(folder: Path, card: str = CARD) -> Path:
-    """A Hugging Face folder of that name with a card and settings for sampling."""
-    made = run(make_plan(open_checkpoint(toy(folder.parent)), Recipe("hf")), folder)
-    (folder / "README.md").write_text(card)
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
-    return Path(str(made))
 
 
 def plan_of(source: Path, format: str = "gguf", **asked: Any) -> Plan:
@@ -79,7 +50,9 @@ def read_back(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", ["pythia-160m-deduped", "Tiny-Pythia-160K-v1.2-chat"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("pythia-160m-deduped", marks=pytest.mark.slow), "Tiny-Pythia-160K-v1.2-chat"]
+)
 def test_every_general_key_is_that_of_llama_cpps_converter(name: str, tmp_path: Path) -> None:
     gguf, source = program("gguf"), hugging_face(tmp_path / name)
     run(plan_of(source), tmp_path / "ours.gguf")

@@ -39,7 +39,7 @@ def test_the_names_that_the_command_line_offers_are_those_of_the_tables() -> Non
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 def test_a_target_says_which_options_it_takes(target: Target) -> None:
-    known = {field.name for field in fields(Recipe)} | {"allow_nonfinite"}
+    known = {field.name for field in fields(Recipe)} | {"allow_nonfinite", "card"}
     offered = {parameter.name for parameter in commands.commands["convert"].params}
     assert set(target.options) <= known & offered
     assert ("type" in target.options) == bool(target.types)
