@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from neoxconv import Recipe
 from neoxconv.cli.main import main
@@ -49,6 +51,11 @@ def writable_copy(folder: Path) -> Path:
     for path in (copy, *copy.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return copy
+
+
+def few(values: Iterable[Any], *usual: Any) -> list[Any]:
+    """Parameters of a test: those that are `usual`, and the others among the slow tests."""
+    return [value if value in usual else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def cli(*words: object) -> int:

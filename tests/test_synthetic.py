@@ -145,6 +145,7 @@ def test_without_a_yaml_a_released_model_is_recognised_and_said_so(tmp_path: Pat
 LLAMA_70B = Synthetic(llama=True, layers=80, hidden=8192, heads=64, kv_heads=8, ff=28672, rows=32000, tp=8, pp=4)
 
 
+@pytest.mark.slow
 def test_a_llama_of_70b_opens_in_seconds_and_its_parameters_are_counted(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "70B", LLAMA_70B, sparse=True)
     checkpoint = open_checkpoint(tmp_path / "70B")

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from neoxconv.cli.progress import progress_bar
+from neoxconv.cli.recipes import recipe_of
 from neoxconv.cli.source import Given, Reading, checked, chosen, opened
 from neoxconv.core.model import Checkpoint
 from neoxconv.engine import run as engine
@@ -24,37 +23,8 @@ from neoxconv.errors import CheckpointError, PlanError, escaped, raise_all
 from neoxconv.sources import SOURCES, integrity
 from neoxconv.sources.checkpoint import rank_difference
 from neoxconv.storage import Place, holds
-from neoxconv.targets import TAKEN_BY, TARGETS
 from neoxconv.targets.carried import tokenizer_line
-from neoxconv.targets.recipe import Recipe
 from neoxconv.words import plural, shell, size, table
-
-_SPELLED = {"as_family": "--as"}  # options that are not named as what they set
-
-
-def _check_options(given: Given) -> None:
-    """Raise UsageError where an option is for another format, or for another of its types, than the one asked for."""
-    target = TARGETS[given["format"]]
-    for option, formats in TAKEN_BY.items():
-        if given[option] not in (None, ()) and target.name not in formats:
-            takes = ", ".join(map(_flag, target.options))
-            raise click.UsageError(
-                f"{_flag(option)} is for {', '.join(formats)}, not for {target.name}, which takes {takes}."
-            )
-    kind, dtype = given["type"], given["dtype"]
-    if kind and kind not in target.types:
-        raise click.UsageError(f"--type {kind} is not for {target.name}, which has {', '.join(target.types)}.")
-    for option, types in target.only_of.items():
-        if kind and kind not in types and given[option] is not None:
-            raise click.UsageError(f"{_flag(option)} is for {target.name}'s {' and '.join(types)}, not for {kind}.")
-    if dtype and dtype not in target.dtypes:
-        others = " and ".join(other.name for other in TARGETS.values() if dtype in other.dtypes)
-        raise click.UsageError(f"--dtype {dtype} is for {others}; {target.name} takes {' or '.join(target.dtypes)}.")
-
-
-def _flag(option: str) -> str:
-    """An option as it stands on the command line."""
-    return _SPELLED.get(option, f"--{option.replace('_', '-')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,17 +203,6 @@ def prepare(source: Place, target: Place | str, given: Given) -> Request:
     recipe = recipe_of(given)
     plan = make_plan(source_as_asked(source, given), recipe)
     return requests(source, {target: plan}, given)[0]
-
-
-def recipe_of(given: Given) -> Recipe:
-    """What is asked of a target. Raises UsageError where an option is not for its format, or its type."""
-    if not given["format"]:
-        raise click.UsageError(f"--to is missing: the format of DST, one of {', '.join(TARGETS)}.")
-    kind, *others = given["type"] or (None,)
-    assert not others, "several types are several recipes"
-    given = {**given, "type": kind}
-    _check_options(given)
-    return Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__ if given[name] is not None})
 
 
 def source_as_asked(source: Place, given: Given) -> Checkpoint:

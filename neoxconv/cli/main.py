@@ -1,7 +1,7 @@
 """The command line: a command's help text and its one call into the library, errors as messages and exit codes.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 something differs, 130 and 143 stopped by Ctrl-C and SIGTERM.
-What the options are, and their help, stands in `options`; what a command does in the file of its name. Only click and
+What the options are, and their help, stands in `options/`; what a command does in the file of its name. Only click and
 plain names are imported at the top, so that `neoxconv --help` answers at once.
 """
 
@@ -23,7 +23,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from neoxconv.cli.options import of_calibrate, of_card, of_convert, of_demo, of_formats, of_inspect, of_verify, verbose
+from neoxconv.cli.options.calibrate import of_calibrate
+from neoxconv.cli.options.convert import of_convert
+from neoxconv.cli.options.others import of_card, of_demo, of_formats, of_inspect
+from neoxconv.cli.options.shared import verbose
+from neoxconv.cli.options.verify import of_verify
 from neoxconv.cli.printing import say
 from neoxconv.cli.values import FOLDER_GONE
 from neoxconv.errors import NeoxconvError, PlanError, VerifyError, one_line
@@ -80,7 +84,8 @@ def convert(source: Place, target: str, **given: Any) -> None:
     With several types, as in --type Q8_0,Q4_K_M, DST is a folder, in which each target has a name of its own.
     """
     from neoxconv.cli.convert import prepare
-    from neoxconv.cli.several import is_several, prepare_several
+    from neoxconv.cli.recipes import is_several
+    from neoxconv.cli.several import prepare_several
     from neoxconv.storage import is_here, place
 
     where = place(target)

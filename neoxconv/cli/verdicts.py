@@ -123,7 +123,8 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> str:
         top1 = f"{100 * row['top1']:.2f} %" if "top1" in row else ""
         name, right = row["target"].rpartition("/")[2], "ok" if row["passed"] else "FAIL"
         lines.append((name, row.get("type", ""), *sizes, kl, top1, right))
-    return table("<<>>>><", lines)
+    told = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return table("<" + ">" * (len(told) - 2) + "<", list(zip(*told, strict=True)))
 
 
 def findings(report: Report) -> list[str]:

@@ -1,4 +1,4 @@
-"""The levels of verification that a command asks for, and their outcome for people and for machines."""
+"""`verify`: the levels that a command asks for, for one target or several."""
 
 from __future__ import annotations
 
@@ -197,7 +197,8 @@ def _with_tokenizer(before: Outcome, source: Checkpoint, made: Checkpoint, asked
 def _with_logits(earlier: Sequence[tuple[Outcome, Subject | None]], asked: _Audit) -> list[Outcome]:
     """The outcomes with the last level, or with why it could not be carried out: the others' verdicts stand."""
     subjects = [subject for outcome, subject in earlier if subject and not outcome.error]
-    found = iter(_check_logits(subjects, asked) if subjects else [])
+    left_out = [f"{outcome.target}: {outcome.verdict}" for outcome, subject in earlier if not subject or outcome.error]
+    found = iter(_check_logits(subjects, asked, left_out) if subjects else [])
     return [
         _concluded(outcome, next(found)) if subject and not outcome.error else _undone(outcome, outcome.error)
         for outcome, subject in earlier
@@ -221,7 +222,9 @@ def _undone(before: Outcome, error: str) -> Outcome:
     return replace(before, reports=(*before.reports, undone), error=error)
 
 
-def _check_logits(subjects: Sequence[Subject], asked: _Audit) -> Sequence[Report | NeoxconvError]:
+def _check_logits(
+    subjects: Sequence[Subject], asked: _Audit, left_out: Sequence[str]
+) -> Sequence[Report | NeoxconvError]:
     """The third level, with a bar that counts layers; a page where one was asked for."""
     from neoxconv.verify.logits.level import verify_logits
 
@@ -229,7 +232,7 @@ def _check_logits(subjects: Sequence[Subject], asked: _Audit) -> Sequence[Report
     layers = subjects[0].source.config.layers + 1
     with progress_bar(sides * layers, "layers", asked.quiet, "layer") as progress:
         try:
-            return verify_logits(subjects, asked.trial, progress=progress)
+            return verify_logits(subjects, asked.trial, left_out=left_out, progress=progress)
         except NeoxconvError as error:
             return [error] * len(subjects)
 

@@ -72,10 +72,13 @@ def carry_out_all(conversions: Sequence[Conversion], progress: Progress = lambda
 
     Raises PlanError where a disk cannot hold all of them, before any begins.
     """
-    together = [each for each in conversions if not (each.executor or is_far(each.target))]
-    _check_room(together)
-    outcomes = dict(zip(map(id, together), _side_by_side(together, progress), strict=True))
-    return [outcomes[id(each)] if id(each) in outcomes else _outcome(each, progress) for each in conversions]
+    here = [each for each in conversions if not (each.executor or is_far(each.target))]
+    _check_room(here)
+    outcomes = dict(zip((each.target for each in here), _side_by_side(here, progress), strict=True))
+    for each in conversions:
+        if each.target not in outcomes:
+            outcomes[each.target] = _outcome(each, progress)
+    return [outcomes[each.target] for each in conversions]
 
 
 def _side_by_side(conversions: Sequence[Conversion], progress: Progress) -> list[Outcome]:

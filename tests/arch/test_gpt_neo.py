@@ -75,7 +75,8 @@ def stored(model: Any, folder: Path, dtype: str, file: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "file"), [("float32", "safetensors"), ("float16", "bin"), ("bfloat16", "safetensors")]
+    ("dtype", "file"),
+    [("float16", "bin"), *(pytest.param(t, "safetensors", marks=pytest.mark.slow) for t in ("float32", "bfloat16"))],
 )
 @pytest.mark.parametrize("case", CASES)
 def test_a_folder_gives_what_transformers_computes(case: str, dtype: str, file: str, tmp_path: Path) -> None:

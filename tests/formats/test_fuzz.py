@@ -12,21 +12,21 @@ import pytest
 
 from tests.fuzz import PARSERS, start_watching, verdict
 from tests.fuzz_inputs import nth_input
+from tests.helpers import few
 from tests.oracles import ROOT
 
-INPUTS = 2000
 
-
-def test_whatever_a_file_holds_is_read_or_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", few((500, 2000), 500))
+def test_whatever_a_file_holds_is_read_or_refused(count: int, tmp_path: Path) -> None:
     """In a process of its own, whose memory is limited."""
-    command = [sys.executable, "-m", "tests.fuzz", "--inputs", str(INPUTS), "--failures", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.fuzz", "--inputs", str(count), "--failures", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == [*PARSERS]
     for _, inputs, read, refused, failed, _ in rows:
-        assert (int(inputs), int(failed)) == (INPUTS, 0)
-        assert int(read) > 0 and int(refused) > 0 and int(read) + int(refused) == INPUTS
+        assert (int(inputs), int(failed)) == (count, 0)
+        assert int(read) > 0 and int(refused) > 0 and int(read) + int(refused) == count
 
 
 def test_inputs_are_the_same_every_time() -> None:

@@ -16,6 +16,7 @@ from neoxconv.quant.ggml.bit_places import Places
 from neoxconv.quant.ggml.codebook_search import Words
 from tests.fixtures import fixture
 from tests.golden.make_blocks import ggml_encode
+from tests.helpers import few
 from tests.machines import PLAIN, printed
 from tests.oracles import ggml_library
 from tests.superblocks import columns, spread_by, trained, weights
@@ -46,14 +47,14 @@ def test_numbers_are_those_of_gguf(encoding: Encoding) -> None:
     assert np.array_equal(encoding.decode(raw), quants.dequantize(raw, kinds[encoding.name]), equal_nan=True)
 
 
-few = pytest.mark.parametrize(  # ggml's searches are slow
+some = pytest.mark.parametrize(  # ggml's searches are slow
     "encoding",
     [pytest.param(ENCODINGS[n], marks=() if n == "IQ3_XXS" else pytest.mark.slow, id=n) for n in FORMS],
 )
 
 
-@few
-@pytest.mark.parametrize("kind", KINDS)
+@some
+@pytest.mark.parametrize("kind", few(KINDS, "gauss"))
 def test_the_error_is_no_larger_than_ggmls(encoding: Encoding, kind: str) -> None:
     library, rows = ggml_library(), weights(kind, 1 << 15)
     for spread in SPREADS:
@@ -187,6 +188,7 @@ from neoxconv.core.encoding import Context
 from neoxconv.quant import ENCODINGS
 from neoxconv.quant.ggml.codebooks import FORMS
 from tests.superblocks import columns, weights
+from tests import helpers
 rows = np.vstack([weights("gauss", 1 << 13), weights("student", 1 << 13)])
 made = [ENCODINGS[form.name].search(rows, Context(columns("usual"))) for form in FORMS]
 print(*(hashlib.sha256(stored.tobytes()).hexdigest() for stored in made))

@@ -18,6 +18,7 @@ from neoxconv.quant.feedback.encode import DAMPING, Factors, factors_of
 from neoxconv.quant.feedback.kernels import add_product, ahead_of, factor
 from neoxconv.quant.feedback.rows import encode_matrix
 from neoxconv.quant.feedback.verdict import Stored, not_the_best, taken_apart, too_far
+from tests.helpers import few
 from tests.machines import printed
 from tests.twins import ROWS, nearest, wide
 
@@ -48,7 +49,9 @@ def loss(moments: Floats, weights: Floats, stored: Floats) -> Doubles:
     return np.asarray(((errors @ moments) * errors).sum(1))
 
 
-@pytest.mark.parametrize("row", GRIDS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", few(GRIDS, *map(ENCODINGS.get, ("Q4_0", "Q4_K", "Q3_K", "IQ4_XS"))), ids=lambda row: row.name
+)
 def test_the_error_of_products_falls_by_half_at_the_same_bytes(row: Encoding) -> None:
     weights, moments, factors = case()
     assert row.grid and row.search

@@ -221,7 +221,7 @@ def test_the_picture_of_groups_is_true() -> None:
 
 
 @scaled
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(shapes, st.integers(1, 9), st.sampled_from(KINDS), st.data())
 def test_borders_of_bands_are_not_seen(
     encoding: Scaled, shape: tuple[int, int], units: int, kind: str, data: st.DataObject

@@ -20,7 +20,7 @@ from neoxconv.formats import imatrix
 from neoxconv.targets import TARGETS
 from neoxconv.targets.metadata import file_stem, hub_name, words_of
 from tests.carded import hugging_face
-from tests.helpers import cli
+from tests.helpers import cli, few
 from tests.oracles import llama_convert, program
 from tests.toy import toy
 
@@ -51,7 +51,7 @@ def read_back(path: Path) -> dict[str, Any]:
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(
-    "name", [pytest.param("pythia-160m-deduped", marks=pytest.mark.slow), "Tiny-Pythia-160K-v1.2-chat"]
+    "name", few(("pythia-160m-deduped", "Tiny-Pythia-160K-v1.2-chat"), "Tiny-Pythia-160K-v1.2-chat")
 )
 def test_every_general_key_is_that_of_llama_cpps_converter(name: str, tmp_path: Path) -> None:
     gguf, source = program("gguf"), hugging_face(tmp_path / name)

@@ -192,6 +192,7 @@ def test_another_python_has_its_own_modules(
 # --- the real ones ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_transformers_is_asked_twice_and_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     source = open_checkpoint(toy(tmp_path, norm_noise=0.0))

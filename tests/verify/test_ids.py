@@ -15,7 +15,7 @@ from neoxconv import Recipe, make_plan, open_checkpoint, run
 from neoxconv.verify import ids
 from neoxconv.verify.logits.trial import Engine, Sample
 from neoxconv.verify.report import Report
-from tests.helpers import cli
+from tests.helpers import cli, few
 from tests.oracles import program
 from tests.toy import toy
 
@@ -133,7 +133,7 @@ IN_FOLDER: dict[str, tuple[Change, str, list[str]]] = {
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("fault", IN_FOLDER)
+@pytest.mark.parametrize("fault", few(IN_FOLDER, "merge"))
 def test_another_tokenizer_in_a_folder(fault: str, made: Pair, tmp_path: Path, text: Written) -> None:
     change, what, seen_by = IN_FOLDER[fault]
     target = changed_folder(made, tmp_path, change)

@@ -50,7 +50,7 @@ def facts(*targets: dict[str, Any], **changes: Any) -> dict[str, Any]:
     found = list(targets) or [target()]
     usual = {
         "version": "0.1.0", "model": "m<1>", "text": "text", "sequences": 2, "length": 64, "engine": "native",
-        "remark": "", "passed": all(each["passed"] for each in found), "targets": found,
+        "remark": "", "left_out": [], "passed": all(each["passed"] for each in found), "targets": found,
         "reference": {
             "place": "a<b", "format": "neox", "parameters": 10**9, "bytes": 2 * 10**9, "bits_per_weight": 16.0,
             "fingerprint": "ab" * 32,
@@ -125,7 +125,8 @@ def test_a_page_is_whole_escaped_and_always_the_same(name: str) -> None:
 
 
 def test_a_page_says_what_was_compared() -> None:
-    text = checked(facts(target(manifest="cd" * 32), remark="far <off>"))
+    text = checked(facts(target(manifest="cd" * 32), remark="far <off>", left_out=["e: absent"]))
+    assert "Not on this page: e: absent" in text and "1 of 2 targets are right" in text
     for told in ("neoxconv 0.1.0", "m&lt;1&gt;", "1,000,000,000", "4.00 : 1", "ab" * 32, "cd" * 32, "far &lt;off&gt;"):
         assert told in text
     assert "nats" in text and "the embedding" in text and ">-1<" not in text and "layer -1" not in text

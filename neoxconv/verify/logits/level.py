@@ -29,12 +29,14 @@ def verify_logits(
     subjects: Sequence[Subject],
     trial: Trial,
     *,
+    left_out: Sequence[str] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Report | NeoxconvError]:
     """For each target of one source the report of the third level, or why there is none.
 
-    The source is run once for all of them, and so is a task that it answers. `progress` is told of every layer of a
-    side, and of the heads. Raises PlanError or CheckpointError where the trial cannot be done with any target.
+    The source is run once for all of them, and so is a task that it answers. The page also says which targets were
+    `left_out`, and why. `progress` is told of every layer of a side, and of the heads. Raises PlanError or
+    CheckpointError where the trial cannot be done with any target.
     """
     subjects[0].source.refuse_doubts()
     _check_alike(subjects)
@@ -52,7 +54,7 @@ def verify_logits(
     outcomes = _outcomes(source, ready, tokens, trial, progress) if ready else []
     told = iter([outcome.report(text) for outcome in outcomes])
     if trial.html:
-        facts = page_facts(subjects, outcomes, found, text=text, spell=speller(source))
+        facts = page_facts(subjects, outcomes, found, text=text, spell=speller(source), left_out=left_out)
         with whole(trial.html) as partial:
             partial.write_text(page(facts), "utf-8")
     return [found[at] if at in found else next(told) for at in range(len(subjects))]

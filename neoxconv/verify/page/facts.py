@@ -24,8 +24,12 @@ def page_facts(
     *,
     text: str,
     spell: _Spell,
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All that the page shows of a source and its targets, in their order; `failed` are those without an outcome."""
+    """All that the page shows of a source and its targets, in their order; `failed` are those without an outcome.
+
+    `left_out` says of others why they could not be checked at all.
+    """
     source, left = subjects[0].source, iter(outcomes)
     reference = described(source) | {"place": str(source.index.where), "fingerprint": fingerprint(source)}
     targets = [
@@ -43,7 +47,8 @@ def page_facts(
         "length": shape[1],
         "engine": outcomes[0].predictions.engine if outcomes else "none",
         "remark": strange(outcomes[0].predictions, text) if outcomes else "",
-        "passed": all(target["passed"] for target in targets),
+        "left_out": list(left_out),
+        "passed": all(target["passed"] for target in targets) and not left_out,
         "reference": reference,
         "targets": targets,
     }

@@ -55,17 +55,17 @@ def header(facts: Mapping[str, Any]) -> str:
         "Tokens": tokens,
     }
     listed = "".join(f"<dt>{name}</dt><dd>{shown(value)}</dd>" for name, value in entries.items())
-    title = f"{verdict(facts['passed'], 'badge')}<h1>{shown(_title(targets))}</h1>"
-    remark = f'<p class="remark">{shown(facts["remark"])}</p>' if facts["remark"] else ""
-    return f"<header>{title}<dl>{listed}</dl>{remark}</header>\n"
+    title = f"{verdict(facts['passed'], 'badge')}<h1>{shown(_title(facts))}</h1>"
+    told = [*(f"Not on this page: {why}" for why in facts["left_out"]), facts["remark"]]
+    remarks = "".join(f'<p class="remark">{shown(remark)}</p>' for remark in told if remark)
+    return f"<header>{title}<dl>{listed}</dl>{remarks}</header>\n"
 
 
-def _title(targets: Sequence[Mapping[str, Any]]) -> str:
+def _title(facts: Mapping[str, Any]) -> str:
     """The verdict in words: of one target by level, of several how many are right."""
-    if len(targets) == 1:
-        return str(targets[0]["verdict"])
-    passed = sum(bool(each["passed"]) for each in targets)
-    return f"{passed} of {len(targets)} targets are right"
+    count = len(facts["targets"]) + len(facts["left_out"])
+    passed = sum(bool(each["passed"]) for each in facts["targets"])
+    return f"{passed} of {count} targets are right" if count > 1 else str(facts["targets"][0]["verdict"])
 
 
 def comparison(facts: Mapping[str, Any]) -> str:
