@@ -170,7 +170,7 @@ def lines(
     candidates: tuple[Floats, Floats],
     found: at.Found,
 ) -> None:
-    """Encode blocks [m, n] by scale and minimum: their codes [m, n], and [m, 4] integers and steps of both.
+    """Encode blocks [m, n] by scale and minimum: `found` has their codes, and [m, 4] integers and steps of both.
 
     `form`: blocks in a super-block, largest code, largest integer of a scale; `candidates`: grid and trims of a Search.
     """

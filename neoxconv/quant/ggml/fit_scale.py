@@ -171,7 +171,7 @@ def scales(
     candidates: tuple[Floats, Floats],
     found: at.Found,
 ) -> None:
-    """Encode blocks [m, n] by scale alone: their codes [m, n] from 0 on, and [m, 4] integer, -, step, -.
+    """Encode blocks [m, n] by scale alone: `found` has their codes from 0 on, and [m, 4] integer, -, step, -.
 
     `candidates` as in `lines`; `form`: blocks in a super-block, integers of a scale to each side, and the codes.
     """

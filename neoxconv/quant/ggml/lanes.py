@@ -151,8 +151,8 @@ def take(s: Floats, new: int, best: int, rows: int) -> None:
 def keep(s: Floats, new: int, best: int, first: bool) -> None:
     """Take the rows between `new` and `best` for those from `best` on, in lanes where the first of them is less.
 
-    The `first` time take all of them.
-    By way of spare rows: LLVM would make masked stores of a choice that goes where one side came from; AMD's are slow.
+    The `first` time in all lanes. By way of spare rows: LLVM would make masked stores of a choice that goes where one
+    side came from; AMD's are slow.
     """
     for row in range(best - new):
         for i in range(LANES):
