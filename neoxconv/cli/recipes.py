@@ -88,8 +88,12 @@ def _in_file(path: Path, given: Given) -> Iterator[tuple[str | None, Given]]:
             f"{path}: is no file of recipes; expected YAML such as "
             "`targets: [{to: gguf, type: Q8_0}, {to: hf, dtype: F16}]`."
         ) from error
+    if not entries:
+        raise click.UsageError(f"{path}: has no targets.")
     for number, entry in enumerate(entries, 1):
         name = entry.pop("name", None)
+        if name is not None and (str(name) in ("", ".", "..") or "/" in str(name)):
+            raise click.UsageError(f"{path}: target {number}: {name} is no name of a file or a folder in DST.")
         try:
             options = _parsed(entry)
         except click.UsageError as error:
@@ -101,14 +105,20 @@ def _in_file(path: Path, given: Given) -> Iterator[tuple[str | None, Given]]:
 def _parsed(entry: Mapping[str, Any]) -> Given:
     """The options of a target, by their names on the command line."""
     context = click.get_current_context()
-    known = {opt: param.name for param in context.command.params for opt in param.opts}
+    known = {opt: param for param in context.command.params for opt in param.opts}
     words = ["source", "target"]
     for key, value in entry.items():
         option = f"--{str(key).replace('_', '-')}"
-        if known.get(option) not in _OF_A_TARGET:
+        param = known.get(option)
+        if param is None or param.name not in _OF_A_TARGET:
             raise click.UsageError(f"{key} is no option of a target.")
+        values = value if isinstance(value, list) else [value]
+        if param.name == "type":
+            values = [",".join(map(str, values))]
+        if len(values) > 1 and not getattr(param, "multiple", False):
+            raise click.UsageError(f"{key} takes one value, found {len(values)}.")
         if isinstance(value, bool):
             words += [option] * value
         else:
-            words += [word for each in (value if isinstance(value, list) else [value]) for word in (option, str(each))]
+            words += [word for each in values for word in (option, str(each))]
     return context.command.make_context("convert", words, parent=context.parent).params

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from neoxconv.cli.convert import Request, requests, source_as_asked
 from neoxconv.cli.progress import progress_bar
 from neoxconv.cli.recipes import asked_for
 from neoxconv.cli.source import Given
+from neoxconv.engine.cards import write_card
 from neoxconv.engine.plan import Plan, make_plan
+from neoxconv.engine.target_place import target_of
 from neoxconv.engine.together import carry_out_all, is_made
-from neoxconv.errors import NeoxconvError, PlanError, escaped
+from neoxconv.errors import NeoxconvError, PlanError, VerifyError, escaped
 from neoxconv.storage import Place
 from neoxconv.words import size, table
 
@@ -30,13 +33,14 @@ def prepare_several(source: Place, folder: Place, given: Given) -> _Several:
     plans: dict[Place, Plan] = {}
     for name, recipe in asked:
         plan = make_plan(checkpoint, recipe)
-        target = folder / (name or plan.name)
+        target = target_of(plan, folder / (name or plan.name))
         if target in plans:
             raise PlanError(f"{target.name}: two targets have this name; give one of them a `name` in a --recipe file.")
         plans[target] = plan
     made = {target: plan for target, plan in plans.items() if not given["overwrite"] and is_made(plan, target)}
     left = {target: plan for target, plan in plans.items() if target not in made}
-    return _Several(folder, plans, tuple(made), tuple(requests(source, left, given)) if left else ())
+    planned = tuple(requests(source, left, given)) if left else ()
+    return _Several(folder, plans, tuple(made), planned, card=bool(given["card"]))
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class _Several:
     plans: Mapping[Place, Plan]
     made: tuple[Place, ...]
     requests: tuple[Request, ...]
+    card: bool = False  # to be written beside single files
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -106,17 +111,30 @@ class _Several:
                 outcomes = carry_out_all([each.conversion for each in self.requests], progress)
             except KeyboardInterrupt as stop:
                 raise type(stop)(f"{self.folder}: not finished; run the same command again to continue.") from stop
-        errors = [outcome for outcome in outcomes if isinstance(outcome, NeoxconvError)]
-        if errors:
-            raise type(errors[0])(*map(str, errors), f"{escaped(self.folder)}: the other targets are made.")
         seconds = time.monotonic() - begin
-        for each in sorted(self.requests, key=lambda each: each.plan.total):  # the smallest gives the card its head
-            each.write_card()
-        told = zip(self.requests, outcomes, strict=True)
-        results = [each.result(made, seconds) for each, made in told if not isinstance(made, NeoxconvError)]
+        told = [*zip(self.requests, outcomes, strict=True)]
+        done = [(each, made) for each, made in told if not isinstance(made, NeoxconvError)]
+        self._write_cards([*self.made, *(each.target for each, _ in done)])
+        _refuse([made for _, made in told if isinstance(made, NeoxconvError)], self.folder if done else None)
+        results = [each.result(made, seconds) for each, made in done]
         return {"made": list(map(str, self.made)), "targets": results, "seconds": round(seconds, 3)}
+
+    def _write_cards(self, targets: Sequence[Place]) -> None:
+        """The cards beside single files, where they were asked for; the smallest file gives a card its head."""
+        for target in sorted(targets, key=lambda target: self.plans[target].total):
+            if self.card and self.plans[target].single:
+                write_card(Path(str(target)), self.plans[target].card)
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""
         told = zip(self.requests, result["targets"], strict=True)
         return "\n".join(each.farewell(made) for each, made in told) or f"{escaped(self.folder)}: all is made already."
+
+
+def _refuse(errors: Sequence[NeoxconvError], made_in: Place | None) -> None:
+    """Raise what stopped targets, as VerifyError where a weight of one is wrong; others are made in that folder."""
+    if not errors:
+        return
+    kind = next((type(error) for error in errors if isinstance(error, VerifyError)), type(errors[0]))
+    others = [f"{escaped(made_in)}: the other targets are made."] if made_in else []
+    raise kind(*map(str, errors), *others)

@@ -81,14 +81,18 @@ def _row(target: Path, path: Path, inside: str = "") -> Iterator[Row]:
     if files and isinstance(kind, str) and type(parameters) is int and parameters > 0:
         names = [inside + file["name"] for file in files] if target.is_dir() else [target.name]
         total = sum(file["bytes"] for file in files)
-        yield Row(names_as_one(names), kind, total, parameters, _divergence(target))
+        yield Row(names_as_one(names), kind, total, parameters, _divergence(target, total))
 
 
-def _divergence(target: Path) -> float | None:
-    """The mean KL divergence that a report beside a target tells, in nats a token; None where there is none."""
+def _divergence(target: Path, nbytes: int) -> float | None:
+    """The mean KL divergence that a report beside a target of so many bytes of weights tells, in nats a token.
+
+    None where there is none, or where it is of other bytes: the target was made anew since.
+    """
     reports = (target.with_name(f"{target.name}.{_REPORT}"), target.with_name(_REPORT))
     rows = (row for path in reports if path.is_file() for row in _told_in(path))
-    found: list[Any] = [row["kl"].get("mean") for row in rows if Path(str(row.get("target"))).name == target.name]
+    its = (row for row in rows if (Path(str(row.get("target"))).name, row.get("bytes")) == (target.name, nbytes))
+    found: list[Any] = [row["kl"].get("mean") for row in its]
     return next((float(mean) for mean in found if isinstance(mean, int | float)), None)
 
 

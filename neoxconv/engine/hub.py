@@ -143,18 +143,16 @@ class HubTarget:
 
     def make(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
         """Make and send the files, each noted when the storage has it. Raises CheckpointError where that fails."""
-        for described, version in made_and_sent(self.plan, files, (work, crew, journal), self.send):
-            self.sent.add(described, version)
-            yield described
+        yield from made_and_sent(self.plan, files, (work, crew, journal), self.send)
 
-    def send(self, name: str, work: Work) -> str:
-        """Send a file that was made, and remove it here; its SHA-256, or "" where it stays for the commit."""
+    def send(self, described: Described, work: Work) -> None:
+        """Send a file that was made, note its SHA-256, and remove it here; a small one stays for the commit."""
+        name = described["name"]
         file = work.folder / name
         large = retrying(self.target, lambda: commits.send(self.where, self.path_of(name), file), "written")
-        if large is None:
-            return ""
-        file.unlink()
-        return large.sha256
+        self.sent.add(described, large.sha256 if large else "")
+        if large:
+            file.unlink()
 
     def publish(self, described: Sequence[Described]) -> None:
         """Commit all files at once, and remove the work here.

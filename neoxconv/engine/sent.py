@@ -85,22 +85,23 @@ def _write(path: Path, text: str) -> None:
 
 
 def made_and_sent(
-    plan: Plan, files: Sequence[FileLayout], hands: Hands, send: Callable[[str, Work], str]
-) -> Iterator[tuple[Described, str]]:
-    """Make files one after the other; while one is made, the one before it is sent, which tells its version there."""
+    plan: Plan, files: Sequence[FileLayout], hands: Hands, send: Callable[[Described, Work], None]
+) -> Iterator[Described]:
+    """Make files one after the other; while one is made, the one before it is sent, noted, and removed here."""
     work, crew, journal = hands
 
-    def post(file: FileLayout, described: Described) -> tuple[Described, str]:
-        return described, send(file.name, work)
+    def post(described: Described) -> Described:
+        send(described, work)
+        return described
 
     with ThreadPoolExecutor(1) as postman, threads(work, crew) as submit:
-        under_way: list[Future[tuple[Described, str]]] = []
+        under_way: list[Future[Described]] = []
         for file in files:
             begin_file(file, work.folder)
             digests = run_steps(plan.steps_of(file), submit, journal)
             described = finish_file(file, work.folder, digests)
             yield from (future.result() for future in under_way)
-            under_way = [postman.submit(post, file, described)]
+            under_way = [postman.submit(post, described)]
         yield from (future.result() for future in under_way)
 
 

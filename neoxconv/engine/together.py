@@ -18,9 +18,9 @@ from neoxconv.engine.publish import room
 from neoxconv.engine.run import Conversion, Done, carry_out, prepare
 from neoxconv.engine.steps import Progress
 from neoxconv.engine.workers import Joint, Seat
-from neoxconv.engine.workplace import nearest_folder, work_of
+from neoxconv.engine.workplace import has_files, nearest_folder, work_of
 from neoxconv.errors import NeoxconvError, PlanError, raise_all
-from neoxconv.storage import Place, is_far, keep_bands
+from neoxconv.storage import Place, is_far, is_file, is_here, keep_bands, size_of
 from neoxconv.words import size
 
 Outcome = Done | NeoxconvError
@@ -62,9 +62,14 @@ def run_all(
 
 
 def is_made(plan: Plan, target: Place) -> bool:
-    """Whether the target is there already, made by the same plan."""
-    found = read_manifest(target) if target.exists() else None
-    return found is not None and found.get("fingerprint") == plan.fingerprint
+    """Whether the same plan made the target: its files are there, each of its size, and nothing is at work on it."""
+    if not target.exists() or (is_here(target) and has_files(work_of(target))):
+        return False
+    found = read_manifest(target)
+    if found is None or found.get("fingerprint") != plan.fingerprint:
+        return False
+    files = [(target if plan.single else target / file["name"], file["bytes"]) for file in found["files"]]
+    return all(is_file(path) and size_of(path) == nbytes for path, nbytes in files)
 
 
 def carry_out_all(conversions: Sequence[Conversion], progress: Progress = lambda count: None) -> list[Outcome]:

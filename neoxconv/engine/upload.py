@@ -104,28 +104,26 @@ class StoreTarget:
 
     def make(self, files: Sequence[FileLayout], work: Work, crew: Crew, journal: Journal) -> Iterator[Described]:
         """Make and send the files, each noted when it is in the store. Raises CheckpointError where that fails."""
-        if crew.executor:
-            made = self.make_on_workers(files, work, crew.executor)
-        else:
-            made = made_and_sent(self.plan, files, (work, crew, journal), self.send)
-        for described, version in made:
-            self.sent.add(described, version)
+        if not crew.executor:
+            yield from made_and_sent(self.plan, files, (work, crew, journal), self.send)
+            return
+        for described in self.make_on_workers(files, work, crew.executor):
+            self.sent.add(described, self.version_of(described["name"]))
             yield described
 
-    def send(self, name: str, work: Work) -> str:
-        """Put a file that was made into the store, and remove it here; what the store calls its content."""
+    def send(self, described: Described, work: Work) -> None:
+        """Put a file that was made into the store, note what that calls its content, and remove it here."""
+        name = described["name"]
         self.object_of(name).put(work.folder / name, work.stop)
+        self.sent.add(described, self.version_of(name))
         (work.folder / name).unlink()
-        return self.version_of(name)
 
     def version_of(self, name: str) -> str:
         """What the store calls the content of a file that it has."""
         facts = self.object_of(name).facts_now()
         return facts.version if facts else ""
 
-    def make_on_workers(
-        self, files: Sequence[FileLayout], work: Work, executor: str
-    ) -> Iterator[tuple[Described, str]]:
+    def make_on_workers(self, files: Sequence[FileLayout], work: Work, executor: str) -> Iterator[Described]:
         """Have workers of a cluster make files, each on a disk of its own, and send them."""
         origin, numbers = cluster.origin_of(self.plan), {file.name: n for n, file in enumerate(self.plan.files)}
         with cluster.connected(executor) as pool:
@@ -141,7 +139,7 @@ class StoreTarget:
                 futures[pool.submit(cluster.deliver, delivery)] = file
             try:
                 for future in as_completed(futures):
-                    yield future.result(), self.version_of(futures[future].name)
+                    yield future.result()
                     work.progress(self.plan.nbytes_of(futures[future].name))
             finally:
                 for future in futures:

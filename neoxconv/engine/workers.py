@@ -122,7 +122,7 @@ class Joint:
             tasks = [*self.tasks]
         for task in tasks:
             task.work.stop.set()
-            task.future.cancel()
+            _forgo(task.future)
 
     def close(self) -> None:
         """Wait for the threads and end them."""
@@ -155,10 +155,25 @@ class Seat:
         self.joint.add(self, ())
 
 
+_TURN = threading.Lock()  # a future may be told once only that it was cancelled
+
+
+def _is_wanted(future: Future[Digests]) -> bool:
+    """Whether a step is still asked for, which then is under way."""
+    with _TURN:
+        return not future.cancelled() and future.set_running_or_notify_cancel()
+
+
+def _forgo(future: Future[Digests]) -> None:
+    """Cancel a step that is not under way, and wake the run that waits for it."""
+    with _TURN:
+        if not future.cancelled() and future.cancel():
+            future.set_running_or_notify_cancel()
+
+
 def _take_abreast(tasks: Sequence[_Task]) -> None:
     """Take steps of one tensor, a band of rows of each in turn. One that fails does not stop the others."""
-    begun = [(task.future, begin_step(task.work, task.step)) for task in tasks]
-    under_way = {future: writing for future, writing in begun if future.set_running_or_notify_cancel()}
+    under_way = {task.future: begin_step(task.work, task.step) for task in tasks if _is_wanted(task.future)}
     while under_way:
         for future, writing in list(under_way.items()):
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, TypeVar
 
@@ -113,5 +114,6 @@ def together(function: Callable[[Item], Result], items: Iterable[Item], where: P
     """The function's results in the order of the items: of a source far away many at a time, else one by one."""
     if not isinstance(where, Remote):
         return [function(item) for item in items]
+    context = copy_context()  # of which threads know nothing by themselves: that files are watched
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
+        return list(pool.map(lambda item: context.copy().run(function, item), items))

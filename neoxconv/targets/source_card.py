@@ -61,10 +61,10 @@ def parsed(text: str) -> SourceCard:
         return SourceCard(text=text.strip())
     try:
         front = yaml.safe_load(match[1].replace("\t", "  "))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        front = {str(key): value for key, value in front.items()} if isinstance(front, dict) else {}
+        front |= {name: _norwegian(front[name]) for name in _LANGUAGES if name in front}
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):  # all by odd tags
         return SourceCard(text=text[match.end() :].strip(), notes=(f"{CARD}: its front matter is no YAML, left out",))
-    front = {str(key): value for key, value in front.items()} if isinstance(front, dict) else {}
-    front |= {name: _norwegian(front[name]) for name in _LANGUAGES if name in front}
     return SourceCard(front, text[match.end() :].strip())
 
 

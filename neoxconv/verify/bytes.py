@@ -36,7 +36,9 @@ class Seen:
     """
 
     def __init__(self, target: Place, manifest: Mapping[str, Any]) -> None:
-        self.ranges = {str(_path_of(target, file)): _Ranges(file["ranges"]) for file in manifest["files"]}
+        paths = [str(_path_of(target, file)) for file in manifest["files"]]
+        ranges = (_Ranges([part_of(entry) for entry in file["ranges"]]) for file in manifest["files"])
+        self.ranges = {path: each for path, each in zip(paths, ranges, strict=True) if paths.count(path) == 1}
 
     def __call__(self, path: Place, offset: int, data: Bytes) -> None:
         """Take note of a file's bytes."""
@@ -50,6 +52,8 @@ class Seen:
 
     def digest(self, path: Place, number: int) -> str | None:
         """The SHA-256 of a file's range of that number, if all of it was read."""
+        if str(path) not in self.ranges:
+            return None
         found = self.ranges[str(path)].hashing[number]
         return found.sha256.hexdigest() if found.next == found.end else None
 
@@ -57,9 +61,9 @@ class Seen:
 class _Ranges:
     """The ranges of a file, in the order of their offsets."""
 
-    def __init__(self, entries: Sequence[Any]) -> None:
-        self.starts = [entry["offset"] for entry in entries]
-        self.hashing = [_Hashing(entry["offset"], entry["offset"] + entry["bytes"]) for entry in entries]
+    def __init__(self, parts: Sequence[Range]) -> None:
+        self.starts = [part.offset for part in parts]
+        self.hashing = [_Hashing(part.offset, part.offset + part.length) for part in parts]
 
 
 class _Hashing:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from safetensors.numpy import load_file, save_file
 from neoxconv import Recipe, make_plan, open_checkpoint, run, run_all
 from neoxconv.engine import together
 from neoxconv.engine.memory import budget_for
+from neoxconv.engine.steps import Work
+from neoxconv.engine.workers import Joint, Seat
 from neoxconv.engine.workplace import locked, partial_of
 from neoxconv.errors import NeoxconvError, PlanError
-from neoxconv.storage import Storage
+from neoxconv.storage import Storage, holds
 from tests.far import web
 from tests.helpers import PowerCut, cli, cut_after, digests
 from tests.toy import toy
@@ -129,6 +134,38 @@ def test_a_disk_must_hold_all_of_them_before_any_begins(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_stopped_before_all_have_asked_ends(source: Path, tmp_path: Path) -> None:
+    """Else the runs that asked already would wait for ever."""
+    joint, done = Joint(1, 2), threading.Event()
+    plan = next(iter(plans(source, tmp_path, {"q8.gguf": Recipe("gguf", type="Q8_0")}).values()))
+
+    def ask(seat: Seat) -> None:
+        work = Work(folder=tmp_path, known={}, slab=1 << 20, checks=frozenset())
+        with seat.taken(work) as submit:
+            assert all(future.cancelled() for future in as_completed(submit(plan.steps)))
+        done.set()
+
+    first = threading.Thread(target=ask, args=(joint.seats[0],), daemon=True)
+    first.start()
+    while not joint.tasks:
+        time.sleep(0.01)
+    joint.stop()
+    assert done.wait(10)
+    done.clear()
+    threading.Thread(target=ask, args=(joint.seats[1],), daemon=True).start()
+    assert done.wait(10)
+    joint.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_what_is_not_whole_is_not_taken_for_made(damage: str, source: Path, tmp_path: Path) -> None:
+    made = run_all(plans(source, tmp_path, {name: RECIPES[name] for name in ("q8.gguf", "hf")}))
+    for path in (made[0], made[1] / "config.json"):
+        path.write_bytes(b"") if damage == "cut" else path.unlink()
+        wanted = plans(source, tmp_path, {name: RECIPES[name] for name in ("q8.gguf", "hf")})
+        assert not any(together.is_made(plan, target) for target, plan in wanted.items() if holds(target, path))
+
+
 def test_memory_is_planned_for_all_that_are_made_at_the_same_time() -> None:
     one, ten = budget_for(8, 512 * MIB), budget_for(8, 512 * MIB, abreast=20)
     assert ten.peak <= 512 * MIB
@@ -161,7 +198,7 @@ def test_a_file_of_recipes_is_read_as_the_command_line_is(
     recipe = tmp_path / "targets.yaml"
     recipe.write_text(
         "targets:\n"
-        "  - {to: gguf, type: 'Q8_0,F16', tensor-type: ['ffn_down=Q6_K', 'attn=F16']}\n"
+        "  - {to: gguf, type: [Q8_0, F16], tensor-type: ['ffn_down=Q6_K', 'attn=F16']}\n"
         "  - {to: bnb, type: nf4, double-quant: true, name: four}\n"
         "  - {to: hf, dtype: bf16, shard-size: 300KB}\n"
     )
@@ -180,6 +217,9 @@ WRONG = {
     "targets: [{to: hf, type: Q8_0}]": "--type is for gguf",
     "targets: [{to: gguf, type: 'Q8_0,Q4_0', name: a}]": "a is the name of 2 targets",
     "targets: [{to: gguf, type: Q8_0, name: a}, {to: hf, name: a}]": "a: two targets have this name",
+    "targets: [{to: [gguf, hf], type: Q8_0}]": "to takes one value, found 2",
+    "targets: [{to: gguf, type: Q8_0, name: ../a}]": "../a is no name of a file or a folder in DST",
+    "targets: []": "has no targets",
     "targets: 3": "is no file of recipes",
     "[": "is no file of recipes",
 }
@@ -193,6 +233,22 @@ def test_what_a_file_of_recipes_gets_wrong_is_named(
     assert cli("convert", source, tmp_path / "out", "--recipe", tmp_path / "r.yaml") in (1, 2)
     assert WRONG[text] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_is_written_for_what_was_made_already_and_for_what_nothing_stopped(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("convert", source, tmp_path / "out", "--to", "gguf", "--type", "Q8_0,Q4_0")
+    assert cli(*words) == 0 and not (tmp_path / "out" / "README.md").exists()
+    assert cli(*words, "--card") == 0
+    assert (tmp_path / "out" / "README.md").read_text().count(".gguf |") == 2
+    capsys.readouterr()
+    name = next((tmp_path / "out").glob("*Q8_0.gguf"))
+    more = ("convert", source, tmp_path / "more", "--to", "gguf", "--type", "Q8_0,Q4_0", "--card")
+    with locked(partial_of(tmp_path / "more" / name.name)):
+        assert cli(*more) == 1
+    assert "the other targets are made" in capsys.readouterr().err
+    assert (tmp_path / "more" / "README.md").read_text().count(".gguf |") == 1
 
 
 def test_options_of_a_target_beside_a_file_of_recipes_are_refused(

@@ -102,13 +102,16 @@ def rows(folder: Path) -> list[list[str]]:
 
 
 def test_one_card_tells_every_file_in_its_folder(source: Path, tmp_path: Path) -> None:
-    out, report = tmp_path / "out", {"targets": [{"target": "/x/tiny-160K-F16.gguf", "kl": {"mean": 0.00123}}]}
+    out, report = tmp_path / "out", {"target": "/x/tiny-160K-F16.gguf", "kl": {"mean": 0.00123}}
     assert convert(source, out, "BF16") == 0 and not (out / "README.md").exists()
     assert convert(source, out, "F16", "--card") == 0
     assert [row[:2] for row in rows(out)] == [["tiny-160K-BF16.gguf", "BF16"], ["tiny-160K-F16.gguf", "F16"]]
     (out / "README.md").write_text((out / "README.md").read_text() + "My own words.\n")
-    (out / "tiny-160K-F16.gguf.verify.json").write_text(json.dumps(report))
-    assert cli("card", out) == 0
+    size = (out / "tiny-160K-F16.gguf").stat().st_size
+    for nbytes in (size - 1, size):  # what was measured of other bytes is not this file's
+        assert "0.0012" not in (out / "README.md").read_text()
+        (out / "verify.json").write_text(json.dumps({"targets": [report | {"bytes": nbytes}]}))
+        assert cli("card", out) == 0
     assert [row[4:] for row in rows(out)] == [[], ["0.0012"]]
     assert (out / "README.md").read_text().endswith("My own words.\n")
     bits = 8 * (out / "tiny-160K-F16.gguf").stat().st_size / open_checkpoint(source).parameters
@@ -127,7 +130,9 @@ def test_a_card_of_others_is_left_alone(source: Path, tmp_path: Path, capsys: py
 
 def test_a_folders_manifest_knows_its_card_anew(source: Path, tmp_path: Path) -> None:
     made = run(make_plan(open_checkpoint(source), Recipe("hf")), tmp_path / "hf")
-    (tmp_path / "hf.verify.json").write_text(json.dumps({"targets": [{"target": "hf", "kl": {"mean": 0.5}}]}))
+    size = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+    row = {"target": "hf", "bytes": size, "kl": {"mean": 0.5}}
+    (tmp_path / "hf.verify.json").write_text(json.dumps({"targets": [row]}))
     assert cli("card", made) == 0
     assert "| 0.5 |" in (tmp_path / "hf" / "README.md").read_text()
     assert verify_bytes(made).passed
@@ -137,3 +142,9 @@ def test_several_targets_share_a_card(source: Path, tmp_path: Path) -> None:
     words = ("--to", "gguf", "--type", "F16,BF16", "--card", "--quiet")
     assert cli("convert", source, tmp_path / "out", *words) == 0
     assert [row[1] for row in rows(tmp_path / "out")] == ["BF16", "F16"]
+
+
+@pytest.mark.parametrize("front", ["language: &a [*a]", "x: !!bool q", "x: !!int ''", "x: !!timestamp foo", "[1, 2]"])
+def test_an_odd_front_matter_of_the_source_stops_nothing(front: str) -> None:
+    card = parsed(f"---\n{front}\n---\n# Mine\n")
+    assert card.text == "# Mine" and not card.front

@@ -14,6 +14,7 @@ from neoxconv.engine.manifest import Range
 from neoxconv.storage import Storage
 from neoxconv.verify import bytes as level
 from neoxconv.verify.bytes import Seen, verify_bytes
+from tests.far import web
 from tests.helpers import cli
 from tests.toy import toy
 
@@ -78,3 +79,10 @@ def test_reads_in_any_order_and_size_give_the_digest_or_none(tmp_path: Path) -> 
         assert verify_bytes(target, manifest=manifest, seen=seen).passed
         found = [seen.digest(target, number) for number in range(len(manifest["files"][0]["ranges"]))]
         assert (order == "any") == (None in found)
+
+
+def test_what_is_far_away_is_sent_once(source: Path, tmp_path: Path) -> None:
+    target = run(make_plan(open_checkpoint(source), TARGETS["hf"]), tmp_path / "hf")
+    with web(tmp_path) as server:
+        assert cli("verify", source, f"{server.url}/hf") == 0
+        assert server.nbytes("safetensors") < 1.5 * sum(path.stat().st_size for path in target.glob("*.safetensors"))
