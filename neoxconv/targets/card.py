@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import yaml
 
 from neoxconv.core.layout import Content, Entry
@@ -80,7 +81,7 @@ def table_of(rows: Sequence[Row]) -> str:
     head = ["file", "type", "size", "bits per weight", *(["KL divergence, nats a token"] if measured else [])]
     lines = [head, ["-", "-", "-:", "-:", *(["-:"] if measured else [])]]
     for row in rows:
-        kl = "" if row.kl is None else f"{row.kl:.2g}"
+        kl = "" if row.kl is None else np.format_float_positional(row.kl, 2, fractional=False, trim="-")
         lines.append([row.name, row.kind, size(row.nbytes), f"{row.bits:.2f}", *([kl] if measured else [])])
     return "\n".join([MARK, *(f"| {' | '.join(line)} |" for line in lines), _END])
 
