@@ -13,9 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neoxconv import Recipe, make_plan, open_checkpoint, run, verify_weights
+from neoxconv.core.model import Checkpoint
+from neoxconv.dtypes import Numbers
+from neoxconv.errors import NeoxconvError
 from neoxconv.quant import floats
+from neoxconv.verify.engines import child
+from neoxconv.verify.logits.compare import Logits
+from neoxconv.verify.logits.trial import Engine
 from neoxconv.verify.report import Report
-from tests.oracles import program
+from tests.oracles import program, skip, vllm_python
 from tests.toy import toy
 
 Tensors = dict[str, torch.Tensor]
@@ -123,3 +129,14 @@ def with_state(change: Callable[[str], str]) -> Change:
 
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def vllm_logits(folder: Path, read: Checkpoint, tokens: Numbers) -> Logits:
+    """What vLLM makes of a folder with packed weights."""
+    try:
+        with child.program(Engine("vllm", vllm_python()), folder, read) as ask:
+            return ask(tokens)
+    except NeoxconvError as error:
+        if "wna16" in str(error).lower():
+            skip("vLLM has no kernel for packed weights on this processor")
+        raise

@@ -13,13 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neoxconv import Recipe, open_checkpoint
-from neoxconv.errors import CheckpointError, NeoxconvError
-from neoxconv.verify.engines.child import program
+from neoxconv.errors import CheckpointError
 from neoxconv.verify.logits.compare import compare_predictions
-from neoxconv.verify.logits.trial import Engine
 from tests.fixtures import real
-from tests.oracles import skip, vllm_python
-from tests.scaled import CONFIG, FILE, L0, PACKED, Change, compared, edited, made, put, small, weights
+from tests.scaled import CONFIG, FILE, L0, PACKED, Change, compared, edited, made, put, small, vllm_logits, weights
 
 WEIGHT = L0 + "weight"
 
@@ -146,11 +143,5 @@ def test_vllm_predicts_as_the_weights_that_are_read(version: int, tmp_path: Path
     packed = made(model / "checkpoints", tmp_path / "packed", Recipe("compressed-tensors", group="128"))
     folder = gptq(packed, tmp_path / "gptq", 4, version)
     tokens, read = np.load(model / "reference" / "tokens.npy")[:2, :64], open_checkpoint(folder)
-    try:
-        with program(Engine("vllm", vllm_python()), folder, read) as ask:
-            logits = ask(tokens)
-    except NeoxconvError as error:
-        if "wna16" in str(error).lower():
-            skip("vLLM has no kernel for packed weights on this processor")
-        raise
+    logits = vllm_logits(folder, read, tokens)
     assert compare_predictions(read, read, tokens, engine="vllm", logits=logits).figures.mean < 1e-5  # in float16

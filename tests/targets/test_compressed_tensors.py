@@ -15,15 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from neoxconv import Recipe, open_checkpoint
 from neoxconv.cli.main import main
-from neoxconv.errors import CheckpointError, NeoxconvError, PlanError
+from neoxconv.errors import CheckpointError, PlanError
 from neoxconv.names import GROUPS
 from neoxconv.targets.compressed_tensors import RECIPES
-from neoxconv.verify.engines import child
 from neoxconv.verify.logits.compare import compare_predictions
-from neoxconv.verify.logits.trial import Engine
 from tests.fixtures import real
 from tests.helpers import few
-from tests.oracles import causal_logits, program, skip, vllm_python
+from tests.oracles import causal_logits, program
 from tests.scaled import (
     CONFIG,
     FILE,
@@ -39,6 +37,7 @@ from tests.scaled import (
     planted,
     put,
     small,
+    vllm_logits,
     weights,
 )
 
@@ -161,13 +160,7 @@ def test_vllm_predicts_as_the_weights_that_are_read_back(asymmetric: bool, tmp_p
     target = made(model / "checkpoints", tmp_path / "x", Recipe("compressed-tensors", asymmetric=asymmetric))
     tokens = np.load(model / "reference" / "tokens.npy")[:2, :64]
     read = open_checkpoint(target)
-    try:
-        with child.program(Engine("vllm", vllm_python()), target, read) as ask:
-            logits = ask(tokens)
-    except NeoxconvError as error:
-        if "wna16" in str(error).lower():
-            skip("vLLM has no kernel for packed weights on this processor")
-        raise
+    logits = vllm_logits(target, read, tokens)
     assert compare_predictions(read, read, tokens, engine="vllm", logits=logits).figures.mean < 1e-5  # in float16
 
 
