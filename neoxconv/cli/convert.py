@@ -18,6 +18,7 @@ from neoxconv.engine.checks import DECODED
 from neoxconv.engine.memory import check_memory
 from neoxconv.engine.plan import Plan, make_plan
 from neoxconv.engine.target_place import target_of
+from neoxconv.engine.together import prepare_all
 from neoxconv.engine.workplace import free_for, work_of
 from neoxconv.errors import CheckpointError, PlanError, escaped, raise_all
 from neoxconv.sources import SOURCES, integrity
@@ -222,22 +223,17 @@ def requests(source: Place, plans: Mapping[Place, Plan] | Mapping[Place | str, P
         _check_apart(checkpoint, source, target, (plan.recipe.imatrix, plan.recipe.calibration, plan.recipe.metadata))
         if given["card"] and plan.single:
             check_card(target)
-    conversions = [
-        engine.prepare(
-            plan,
-            target,
-            jobs=given["jobs"],
-            memory=given["memory"],
-            overwrite=given["overwrite"],
-            allow_nonfinite=bool(given["allow_nonfinite"]),
-            verify=given["verify"],
-            executor=given["executor"],
-            private=given["private"],
-            dry=given["dry_run"],
-            beside=[other for other in targets.values() if other is not plan],
-        )
-        for target, plan in targets.items()
-    ]
+    conversions = prepare_all(
+        targets,
+        jobs=given["jobs"],
+        memory=given["memory"],
+        overwrite=given["overwrite"],
+        allow_nonfinite=bool(given["allow_nonfinite"]),
+        verify=given["verify"],
+        executor=given["executor"],
+        private=given["private"],
+        dry=given["dry_run"],
+    )
     done = [conversion.count_done() for conversion in conversions]
     quiet = given["quiet"] or given["json"]
     check = checked(checkpoint, jobs=given["jobs"], quiet=quiet) if given["check"] else None

@@ -120,10 +120,12 @@ class _Several:
         return {"made": list(map(str, self.made)), "targets": results, "seconds": round(seconds, 3)}
 
     def _write_cards(self, targets: Sequence[Place]) -> None:
-        """The cards beside single files, where they were asked for; the smallest file gives a card its head."""
-        for target in sorted(targets, key=lambda target: self.plans[target].total):
-            if self.card and self.plans[target].single:
-                write_card(Path(str(target)), self.plans[target].card)
+        """The card beside single files, where it was asked for: of all of them, with its head from the smallest."""
+        files = [target for target in targets if self.card and self.plans[target].single]
+        for folder in dict.fromkeys(target.parent for target in files):
+            inside = [target for target in files if target.parent == folder]
+            smallest = min(inside, key=lambda target: self.plans[target].total)
+            write_card(Path(str(smallest)), self.plans[smallest].card)
 
     def farewell(self, result: Mapping[str, Any]) -> str:
         """What was made, and what to do next."""

@@ -8,7 +8,7 @@ made is changed, and in it only the table.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def write_card(target: Path, card: bytes) -> Path:
     """The card beside a single file: one of ours with a new table, or `card`, made for the file. Returns its path."""
     check_card(target)
     path = target.parent / CARD
-    _write(path, _made_anew(_text(path) if path.exists() else card.decode(), target.parent))
+    _write(path, _made_anew(_text(path) if path.exists() else card.decode(), [*rows_in(target.parent)]))
     return path
 
 
@@ -51,7 +51,8 @@ def refresh(folder: Path) -> tuple[Path, list[Row]]:
     path, manifest = folder / CARD, read_manifest(folder)
     if not path.is_file() or with_rows(_text(path), ()) is None:
         raise PlanError(f"{path}: is no card of neoxconv's; `convert --card` writes one beside a file.")
-    made, rows = _made_anew(_text(path), folder), list(rows_in(folder))
+    rows = [*rows_in(folder)]
+    made = _made_anew(_text(path), rows)
     _write(path, made)
     if manifest:
         entry = describe_sidecar(CARD, made.encode())
@@ -104,9 +105,9 @@ def _told_in(path: Path) -> Iterator[Mapping[str, Any]]:
             yield row
 
 
-def _made_anew(card: str, folder: Path) -> str:
-    """A card of ours with the rows of what lies in its folder."""
-    made = with_rows(card, list(rows_in(folder)))
+def _made_anew(card: str, rows: Sequence[Row]) -> str:
+    """A card of ours with other rows."""
+    made = with_rows(card, rows)
     assert made is not None, "it was looked at"
     return made
 

@@ -6,7 +6,6 @@ Hub's storage has. An interrupted run asks the storage for those, and makes what
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,11 +16,11 @@ from neoxconv.engine import ours
 from neoxconv.engine.checks import Checks
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
-from neoxconv.engine.plan import Plan, resume_key
-from neoxconv.engine.sent import Sent, check_room_for_two, made_and_sent
+from neoxconv.engine.plan import Plan
+from neoxconv.engine.sent import Note, Sent, check_room_for_two, made_and_sent, notes_of
 from neoxconv.engine.steps import Work
 from neoxconv.engine.workers import Crew
-from neoxconv.engine.workplace import SENT, made_in, work_of
+from neoxconv.engine.workplace import made_in, work_of
 from neoxconv.errors import NeoxconvError, PlanError
 from neoxconv.storage import Remote, commits
 from neoxconv.storage.commits import Large
@@ -56,8 +55,7 @@ class HubTarget:
     @cached_property
     def sent(self) -> Sent:
         """The notes of the run of this plan to this target."""
-        key = hashlib.sha256(f"{resume_key(self.plan)} {self.where}".encode()).hexdigest()
-        return Sent(self.work / SENT, key, self.checks)
+        return notes_of(self.plan, self.where, self.checks, self.work)
 
     def path_of(self, name: str) -> str:
         """Where in the repository one of its files goes."""
@@ -127,13 +125,21 @@ class HubTarget:
 
     def find_sent(self) -> dict[str, Described]:
         """The files that were sent and that the storage still has."""
-        notes = {file.name: note for file in self.plan.files if (note := self.sent.find(file.name))}
-        large = {name: Large(note.version, note.file["bytes"]) for name, note in notes.items() if note.version}
+        noted = self.noted()
         try:
-            there = retrying(self.target, lambda: commits.kept(self.where, large))
+            there = retrying(self.target, lambda: commits.kept(self.where, self.large_of(noted)))
         except Absent:  # the repository was removed
             there = set()
-        return {name: notes[name].file for name in large if name in there}
+        return {name: note.file for name, note in noted.items() if self.path_of(name) in there}
+
+    def noted(self) -> dict[str, Note]:
+        """The notes on the files that were sent to the storage, by their names; small ones wait for the commit."""
+        notes = {file.name: self.sent.find(file.name) for file in self.plan.files}
+        return {name: note for name, note in notes.items() if note and note.version}
+
+    def large_of(self, noted: Mapping[str, Note]) -> dict[str, Large]:
+        """Those files as the storage knows them, by their paths in the repository."""
+        return {self.path_of(name): Large(note.version, note.file["bytes"]) for name, note in noted.items()}
 
     def begin(self) -> dict[str, Described]:
         """Make the repository where it is missing; the files that its storage has already."""
@@ -160,8 +166,11 @@ class HubTarget:
         Raises PlanError where others have committed files of these names meanwhile, NeoxconvError where the repository
         does not hold afterwards what was sent.
         """
+        noted = self.noted()
+        large = self.large_of(noted)
         small = {self.path_of(name): data for name, data in self.plan.sidecars.items()}
-        local = {self.path_of(name): made_in(self.work) / name for name in self.here}
+        here = [file.name for file in self.plan.files if file.name not in noted]
+        local = {self.path_of(name): made_in(self.work) / name for name in here}
         content = {**local, **small, self.manifest: manifest(self.plan, described)}
         message = " ".join(filter(None, (f"neoxconv {__version__}:", self.plan.recipe.format, self.plan.recipe.type)))
 
@@ -170,35 +179,24 @@ class HubTarget:
             now = self.head()
             if now:
                 self.check_free(now[0], overwrite=self.overwrite)
-            commits.commit(self.where, content, self.large, message=message, parent=now[0] if now else "")
+            commits.commit(self.where, content, large, message=message, parent=now[0] if now else "")
 
         try:
             retrying(self.target, commit, "written")
         except NeoxconvError:
-            if not self.is_published():  # else only the answer was lost
+            if not self.is_published(large):  # else only the answer was lost
                 raise
-        if not self.is_published():
+        if not self.is_published(large):
             raise NeoxconvError(
                 f"{self.target}: the commit lacks files that were sent; see to .gitignore in the repository, "
                 "and run the same command again."
             )
         ours.remove_work(self.work)
 
-    @property
-    def large(self) -> dict[str, Large]:
-        """The files that the storage has, by their paths in the repository."""
-        notes = [note for file in self.plan.files if (note := self.sent.find(file.name)) and note.version]
-        return {self.path_of(note.file["name"]): Large(note.version, note.file["bytes"]) for note in notes}
-
-    @property
-    def here(self) -> list[str]:
-        """The names of the files that go with the commit."""
-        return [file.name for file in self.plan.files if self.path_of(file.name) not in self.large]
-
-    def is_published(self) -> bool:
+    def is_published(self, large: Mapping[str, Large]) -> bool:
         """Whether the repository's newest commit has all files: by size, and large ones by SHA-256."""
         now = self.head()
-        held, large = self.files_at(now[0]) if now else {}, self.large
+        held = self.files_at(now[0]) if now else {}
         sizes = {self.path_of(name): size for name, size in self.plan.sizes.items()}
         return self.manifest in held and all(
             path in held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,11 +15,11 @@ from neoxconv.core.layout import FileLayout
 from neoxconv.engine.checks import Checks
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import Described
-from neoxconv.engine.plan import Plan
+from neoxconv.engine.plan import Plan, resume_key
 from neoxconv.engine.steps import Work
 from neoxconv.engine.target_file import begin_file, finish_file
 from neoxconv.engine.workers import Crew, run_steps, threads
-from neoxconv.engine.workplace import free_for, held, made_in, open_own
+from neoxconv.engine.workplace import SENT, free_for, held, made_in, open_own
 from neoxconv.errors import PlanError
 from neoxconv.words import size
 
@@ -76,6 +77,11 @@ class Sent:
         if note["key"] != self.key or not self.checks.issubset(note.get("checks", ())):
             return None
         return Note(note["file"], note["version"])
+
+
+def notes_of(plan: Plan, where: object, checks: Checks, work: Path) -> Sent:
+    """The notes of the run of a plan to a place far away, whose work folder it may share with one of the same name."""
+    return Sent(work / SENT, hashlib.sha256(f"{resume_key(plan)} {where}".encode()).hexdigest(), checks)
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 from neoxconv.engine.manifest import read_manifest
 from neoxconv.engine.memory import DEFAULT_MEMORY, KEPT
@@ -24,6 +25,7 @@ from neoxconv.storage import Place, is_far, is_file, is_here, keep_bands, size_o
 from neoxconv.words import size
 
 Outcome = Done | NeoxconvError
+Kind = TypeVar("Kind", bound=Place)
 
 
 def run_all(
@@ -42,23 +44,21 @@ def run_all(
     `run` raises; targets that nothing stops are made all the same.
     """
     left = {target: plan for target, plan in plans.items() if overwrite or not is_made(plan, target)}
-    conversions = [
-        prepare(
-            plan,
-            target,
-            jobs=jobs,
-            memory=memory,
-            overwrite=overwrite,
-            allow_nonfinite=allow_nonfinite,
-            verify=verify,
-            beside=[other for other in left.values() if other is not plan],
-        )
-        for target, plan in left.items()
-    ]
+    conversions = prepare_all(
+        left, jobs=jobs, memory=memory, overwrite=overwrite, allow_nonfinite=allow_nonfinite, verify=verify
+    )
     errors = [outcome for outcome in carry_out_all(conversions, progress) if isinstance(outcome, NeoxconvError)]
     if errors:
         raise type(errors[0])(*map(str, errors))
     return list(plans)
+
+
+def prepare_all(plans: Mapping[Kind, Plan], **options: Any) -> list[Conversion]:
+    """What `prepare` makes of plans that are carried out at the same time, with its options."""
+    return [
+        prepare(plan, target, **options, beside=[other for other in plans.values() if other is not plan])
+        for target, plan in plans.items()
+    ]
 
 
 def is_made(plan: Plan, target: Place) -> bool:

@@ -7,7 +7,6 @@ holds the file at work, its journal, and in `sent` the manifest's entry for ever
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from neoxconv.engine import cluster, ours
 from neoxconv.engine.checks import Checks
 from neoxconv.engine.journal import Journal
 from neoxconv.engine.manifest import MANIFEST, Described, beside, manifest
-from neoxconv.engine.plan import Plan, resume_key
-from neoxconv.engine.sent import Note, Sent, check_room_for_two, made_and_sent
+from neoxconv.engine.plan import Plan
+from neoxconv.engine.sent import Note, Sent, check_room_for_two, made_and_sent, notes_of
 from neoxconv.engine.steps import Work
 from neoxconv.engine.workers import Crew
-from neoxconv.engine.workplace import SENT, work_of
+from neoxconv.engine.workplace import work_of
 from neoxconv.errors import NeoxconvError, PlanError, raise_all
 from neoxconv.storage import Remote
 
@@ -48,8 +47,7 @@ class StoreTarget:
     def sent(self) -> Sent:
         """The notes of the run of this plan to this target, which has one name with others of other stores."""
         where = (self.target.protocol, self.target.path, self.target.options)
-        key = hashlib.sha256(f"{resume_key(self.plan)} {where}".encode()).hexdigest()
-        return Sent(self.work / SENT, key, self.checks)
+        return notes_of(self.plan, where, self.checks, self.work)
 
     @property
     def manifest(self) -> Remote:
