@@ -91,9 +91,8 @@ def _side_by_side(conversions: Sequence[Conversion], progress: Progress) -> list
     if not conversions:
         return []
     budget = conversions[0].budget  # all have the same
-    for file in conversions[0].plan.checkpoint.index.files:
-        keep_bands(file.storage.path, budget.jobs * KEPT * budget.slab)
     joint = Joint(budget.jobs, len(conversions))
+    _keep_bands(conversions[0].plan, budget.jobs * KEPT * budget.slab)
     with ThreadPoolExecutor(len(conversions)) as pool:
         try:
             seated = zip(conversions, joint.seats, strict=True)
@@ -102,6 +101,13 @@ def _side_by_side(conversions: Sequence[Conversion], progress: Progress) -> list
         finally:
             joint.stop()
             joint.close()
+            _keep_bands(conversions[0].plan, 0)
+
+
+def _keep_bands(plan: Plan, nbytes: int) -> None:
+    """Keep so many of the last bytes that were read of a plan's source, if that is far away."""
+    for file in plan.checkpoint.index.files:
+        keep_bands(file.storage.path, nbytes)
 
 
 def _outcome(conversion: Conversion, progress: Progress, seat: Seat | None = None) -> Outcome:

@@ -31,6 +31,16 @@ class Blocks:
             for start, block in found.items():
                 self.kept[path, start] = block or b""
                 self.kept.move_to_end((path, start))
-            while len(self.kept) > self.most:
-                self.kept.popitem(last=False)
+            self._forget()
         return b"".join(block or b"" for block in found.values())[wanted.start - first :][: len(wanted)]
+
+    def keep(self, nbytes: int) -> None:
+        """Keep so many bytes from now on."""
+        with self.lock:
+            self.most = nbytes // self.size
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the oldest blocks that are too many."""
+        while len(self.kept) > self.most:
+            self.kept.popitem(last=False)

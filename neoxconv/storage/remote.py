@@ -255,7 +255,7 @@ class Remote:
 
     def keep_bands(self, nbytes: int) -> None:
         """Keep the last bytes that were read of files of this source, so many, as several readers take turns."""
-        self.cache.bands.most = nbytes // self.cache.bands.size
+        self.cache.bands.keep(nbytes)
 
     def fetch(self, start: int, stop: int, known: Facts, ahead: int = 0) -> bytes:
         """Bytes from the store, LARGEST at a time."""

@@ -268,6 +268,7 @@ def test_each_byte_of_a_source_far_away_is_sent_about_once(source: Path, tmp_pat
         before = server.nbytes()
         made = run_all(plans, jobs=1)  # two threads may ask for one block, which holds several of these small tensors
         sent = server.nbytes() - before
+    assert not any(file.storage.path.cache.bands.kept for file in checkpoint.index.files)
     assert sent < 1.3 * (model / "model.safetensors").stat().st_size
     near = open_checkpoint(model)
     for target, recipe in zip(made, recipes.values(), strict=True):
